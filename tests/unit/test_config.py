@@ -1,0 +1,112 @@
+"""The configuration is read in full or refused with file, line and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from vmfs_stub.config import DEFAULT_CONFIG_PATH, config_path, load_config, parse_bytes, parse_config
+from vmfs_stub.core.errors import ConfigError
+
+MINIMAL = """\
+[datastore]
+name = "main"
+backing = "/srv/backing"
+mountpoint = "/srv/vms"
+
+[store]
+url = "file:///srv/store"
+"""
+
+
+def test_defaults_and_derived_paths() -> None:
+    config = parse_config(MINIMAL, origin="c.toml")
+    assert config.recall.recall_deadline_s == 25
+    assert config.archive.enabled is False
+    assert config.archive.resident_head_bytes == config.archive.resident_tail_bytes == 1 << 20
+    assert config.archive.placeholder_bytes_min == 8 << 20
+    assert config.datastore.runtime_dir == Path("/run/vmfs-stub/main")
+    assert config.socket_path == Path("/run/vmfs-stub/main/control.sock")
+    assert config.volatile_maps_dir == Path("/run/vmfs-stub/main/maps")
+    assert config.durable_maps_dir == Path("/srv/backing/.vmfs-stub/maps")
+    assert config.warnings == ()
+
+
+def test_it_cannot_be_changed() -> None:
+    config = parse_config(MINIMAL, origin="c.toml")
+    with pytest.raises(ValidationError):
+        config.recall.recall_deadline_s = 99
+
+
+def test_sizes_may_have_units() -> None:
+    config = parse_config(MINIMAL + '[archive]\nresident_head_bytes = "4 MiB"\n', origin="c.toml")
+    assert config.archive.resident_head_bytes == 4 << 20
+    assert parse_bytes("512") == 512
+    with pytest.raises(ConfigError, match="not a size"):
+        parse_config(MINIMAL + '[archive]\nresident_head_bytes = "4 megs"\n', origin="c.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[recall]\nrecall_dedline_s = 3\n", r"c\.toml:10: recall\.recall_dedline_s: no such key"),
+        ("[recal]\nx = 3\n", r"c\.toml:9: recal: no such key"),
+        ("[recall]\n\nrecall_deadline_s = -1\n", r"c\.toml:11: recall\.recall_deadline_s: .*greater than 0"),
+        ("[recall]\nrecall_bytes_max = -1\n", r"c\.toml:10: recall\.recall_bytes_max: .*greater"),
+        ("recall = nope\n", r"c\.toml: not valid TOML: .*line 9"),
+        ('[control]\nsocket = "rel/sock"\n', r"c\.toml:10: control\.socket: must be an absolute path"),
+    ],
+)
+def test_errors_name_file_line_and_key(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(MINIMAL + "\n" + text, origin="c.toml")
+
+
+def test_every_error_is_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config('[datastore]\nname = "a/b"\nbacking = "x"\n', origin="c.toml")
+    lines = str(caught.value).splitlines()
+    assert [line.split(": ")[1] for line in lines] == [
+        "datastore.name",
+        "datastore.backing",
+        "datastore.mountpoint",
+        "store",
+    ]
+    assert lines[2].endswith("is missing")
+
+
+@pytest.mark.parametrize(
+    ("backing", "mountpoint", "message"),
+    [
+        ("/srv/a", "/srv/a/", "must not be the same"),
+        ("/srv/a", "/srv/a/b", r"mountpoint \(/srv/a/b\) must not lie in backing"),
+        ("/srv/a/b", "/srv/a", r"backing \(/srv/a/b\) must not lie in mountpoint"),
+    ],
+)
+def test_directories_are_apart(backing: str, mountpoint: str, message: str) -> None:
+    text = MINIMAL.replace("/srv/backing", backing).replace("/srv/vms", mountpoint)
+    with pytest.raises(ConfigError, match=message):
+        parse_config(text, origin="c.toml")
+
+
+def test_a_deadline_beyond_the_guests_is_warned_of() -> None:
+    config = parse_config(MINIMAL + "[recall]\nrecall_deadline_s = 30\n", origin="c.toml")
+    assert len(config.warnings) == 1
+    assert "recall_deadline_s" in config.warnings[0]
+
+
+def test_where_the_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VMFS_STUB_CONFIG", raising=False)
+    assert config_path(None) == DEFAULT_CONFIG_PATH
+    monkeypatch.setenv("VMFS_STUB_CONFIG", str(tmp_path / "env.toml"))
+    assert config_path(None) == tmp_path / "env.toml"
+    assert config_path(Path("/x.toml")) == Path("/x.toml")
+    with pytest.raises(ConfigError, match=r"env\.toml: no such file.*init"):
+        load_config(config_path(None))
+    (tmp_path / "env.toml").write_text(MINIMAL)
+    assert load_config(config_path(None)).datastore.name == "main"
+    (tmp_path / "env.toml").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(config_path(None))

@@ -1,0 +1,146 @@
+"""What the directory inventory takes for a VM, and how a VM keeps its identity."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from vmfs_stub.core.errors import AmbiguousName, PrimaryIOError, VmNotFound
+from vmfs_stub.core.names import PRIVATE_DIR, VM_XATTR
+from vmfs_stub.inventory.directory import DirectoryInventory
+from vmfs_stub.inventory.vm import find_vm
+
+
+@pytest.fixture
+def backing(tmp_path: Path) -> Path:
+    path = tmp_path / "backing"
+    path.mkdir()
+    return path
+
+
+def make(path: Path, size: int = 10) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x" * size)
+    return path
+
+
+def test_directories_and_files_are_vms(backing: Path) -> None:
+    make(backing / "db/disk.raw", 5)
+    make(backing / "db/state/nvram.fd", 7)
+    make(backing / "web.qcow2", 3)
+    make(backing / PRIVATE_DIR / "maps/x")
+    (backing / "lost+found").mkdir()
+    (backing / "empty").mkdir()
+    vms = DirectoryInventory(backing).scan()
+    assert [(vm.name, vm.entry) for vm in vms] == [("db", "db/"), ("empty", "empty/"), ("web", "web.qcow2")]
+    assert [(f.path, f.relative, f.size) for f in vms[0].files] == [
+        ("db/disk.raw", "disk.raw", 5),
+        ("db/state/nvram.fd", "state/nvram.fd", 7),
+    ]
+    assert [(f.path, f.relative, f.ino) for f in vms[2].files] == [
+        ("web.qcow2", "web.qcow2", (backing / "web.qcow2").stat().st_ino)
+    ]
+
+
+def test_symlinks_and_special_files_are_not_followed(backing: Path, tmp_path: Path) -> None:
+    make(tmp_path / "outside/secret.raw")
+    (backing / "link").symlink_to(tmp_path / "outside")
+    (backing / "file-link.raw").symlink_to(tmp_path / "outside/secret.raw")
+    make(backing / "vm/disk.raw")
+    (backing / "vm/link.raw").symlink_to(tmp_path / "outside/secret.raw")
+    (backing / "vm/up").symlink_to(tmp_path / "outside")
+    os.mkfifo(backing / "vm/fifo")
+    os.mkfifo(backing / "fifo")
+    vms = DirectoryInventory(backing).scan()
+    assert [vm.name for vm in vms] == ["vm"]
+    assert [f.relative for f in vms[0].files] == ["disk.raw"]
+
+
+def test_identity_survives_scan_rename_and_move(backing: Path) -> None:
+    make(backing / "a/disk.raw")
+    make(backing / "b.raw")
+    inventory = DirectoryInventory(backing)
+    before = {vm.name: vm.id for vm in inventory.scan()}
+    (backing / "a").rename(backing / "c")
+    (backing / "b.raw").rename(backing / "d.raw")
+    after = {vm.name: vm.id for vm in DirectoryInventory(backing).scan()}
+    assert after == {"c": before["a"], "d": before["b"]}
+
+
+def test_a_copy_gets_an_identity_of_its_own(backing: Path) -> None:
+    make(backing / "a.raw")
+    make(backing / "dir/disk.raw")
+    inventory = DirectoryInventory(backing)
+    before = {vm.name: vm.id for vm in inventory.scan()}
+    subprocess.run(["cp", "-a", backing / "a.raw", backing / "b.raw"], check=True)
+    subprocess.run(["cp", "-a", backing / "dir", backing / "dir2"], check=True)
+    assert os.getxattr(backing / "b.raw", VM_XATTR) == os.getxattr(backing / "a.raw", VM_XATTR)
+    after = {vm.name: vm.id for vm in inventory.scan()}
+    assert len(set(after.values())) == 4
+    assert after["a"] == before["a"]
+    assert after["dir"] == before["dir"]
+    assert {vm.name: vm.id for vm in inventory.scan()} == after
+
+
+@pytest.mark.parametrize("record", [b"", b"{}", b"[]", b"\xff", b'{"vm": "../x", "ino": 1, "generation": ""}'])
+def test_a_damaged_identity_is_replaced(backing: Path, record: bytes) -> None:
+    os.setxattr(make(backing / "a.raw"), VM_XATTR, record)
+    inventory = DirectoryInventory(backing)
+    (vm,) = inventory.scan()
+    assert len(vm.id) == 32
+    assert inventory.scan() == [vm]
+
+
+def test_ambiguous_names_are_refused_with_candidates(backing: Path) -> None:
+    make(backing / "a/disk.raw")
+    make(backing / "a.raw")
+    make(backing / "a.qcow2")
+    make(backing / "b.raw")
+    inventory = DirectoryInventory(backing)
+    with pytest.raises(AmbiguousName) as caught:
+        inventory.find("a")
+    assert all(entry in str(caught.value) for entry in ("a/", "a.raw", "a.qcow2"))
+    assert inventory.find("a.raw").path == "a.raw"
+    assert inventory.find("a/").is_directory
+    assert inventory.find("b").path == "b.raw"
+    by_id = inventory.find("a.qcow2").id
+    assert inventory.find(by_id).path == "a.qcow2"
+    with pytest.raises(VmNotFound, match="'nope'"):
+        inventory.find("nope")
+    with pytest.raises(VmNotFound):
+        find_vm([], "a")
+
+
+def test_names_that_are_not_text(backing: Path) -> None:
+    raw = os.fsencode(backing) + b"/bad\xff\n.raw"
+    with open(raw, "wb") as file:  # noqa: PTH123 - a bytes path
+        file.write(b"1")
+    (vm,) = DirectoryInventory(backing).scan()
+    assert vm.name == r"bad\xff\n"
+    assert os.fsencode(vm.path) == b"bad\xff\n.raw"
+
+
+def test_a_scan_does_not_break_a_lease(backing: Path) -> None:
+    path = make(backing / "vm/disk.raw")
+    top = make(backing / "top.raw")
+    inventory = DirectoryInventory(backing)
+    fds = [os.open(p, os.O_RDWR) for p in (path, top)]
+    try:
+        for fd in fds:
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        assert len(inventory.scan()) == 2
+        assert [fcntl.fcntl(fd, fcntl.F_GETLEASE) for fd in fds] == [fcntl.F_WRLCK] * 2
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def test_a_missing_backing_directory_is_an_error(backing: Path) -> None:
+    shutil.rmtree(backing)
+    with pytest.raises(PrimaryIOError, match="cannot open the backing directory"):
+        DirectoryInventory(backing).scan()

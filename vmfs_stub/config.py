@@ -1,0 +1,282 @@
+"""The configuration: one frozen object, read from a TOML file and validated once, at start.
+
+Every wait, queue, cache and retry of the program takes its limit from here.  Unknown keys are refused, so that a
+misspelt limit is not silently the default.  Must not know who uses a value, and touches no path that it names:
+whether a directory exists is asked by ``init``, ``doctor`` and the daemon.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from vmfs_stub.core.errors import ConfigError
+from vmfs_stub.core.names import PRIVATE_DIR
+
+DEFAULT_CONFIG_PATH = Path("/etc/vmfs-stub/config.toml")
+CONFIG_ENVIRONMENT = "VMFS_STUB_CONFIG"
+RUNTIME_ROOT = Path("/run/vmfs-stub")
+
+GUEST_TIMEOUT_S = 30
+"""SCSI time-out of a Linux guest: a recall that takes longer than this resets the guest's disk."""
+
+_UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_SIZE = re.compile(r"\s*(\d+)\s*([A-Za-z]*)\s*")
+
+
+def parse_bytes(value: object) -> object:
+    """Number of bytes of ``"8 MiB"``; whatever is not a string is returned as it is, for pydantic to judge."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError('not a size: write bytes, or a whole number with KiB, MiB, GiB or TiB, as in "8 MiB"')
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+ByteCount = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
+
+
+def _absolute(value: Path) -> Path:
+    if not value.is_absolute():
+        raise ValueError("must be an absolute path")
+    return Path(os.path.normpath(value))
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class DatastoreConfig(_Section):
+    """One backing directory and the mount that shows it."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    backing: Path
+    mountpoint: Path
+    runtime_dir: Path
+
+    @model_validator(mode="before")
+    @classmethod
+    def _runtime_dir_from_name(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "runtime_dir" not in values and isinstance(values.get("name"), str):
+            return {**values, "runtime_dir": RUNTIME_ROOT / values["name"]}
+        return values
+
+    @field_validator("backing", "mountpoint", "runtime_dir")
+    @classmethod
+    def _is_absolute(cls, value: Path) -> Path:
+        return _absolute(value)
+
+    @model_validator(mode="after")
+    def _is_apart(self) -> DatastoreConfig:
+        refuse_nesting({"backing": self.backing, "mountpoint": self.mountpoint, "runtime_dir": self.runtime_dir})
+        return self
+
+
+class StoreConfig(_Section):
+    """Secondary storage, and how patient to be with it."""
+
+    url: str = Field(min_length=1)
+    threads: int = Field(default=16, ge=1, le=256)
+    retries_max: int = Field(default=3, ge=0, le=100)
+
+
+class RecallConfig(_Section):
+    """Bringing absent bytes back while a guest waits."""
+
+    recall_deadline_s: float = Field(default=25, gt=0, le=3600)
+    recall_concurrency: int = Field(default=16, ge=1, le=1024)
+    recall_bytes_max: ByteCount = 256 << 20
+    recall_queue_max: int = Field(default=1024, ge=1, le=1_000_000)
+    store_timeout_s: float = Field(default=10, gt=0, le=3600)
+
+
+class HydrationConfig(_Section):
+    """Bringing the rest back in the background; ``bytes_per_s_max`` of 0 is no limit."""
+
+    enabled: bool = True
+    bytes_per_s_max: ByteCount = 0
+
+
+class ArchiveConfig(_Section):
+    """Turning VMs into placeholders; ``enabled`` lets a backup job do so by policy."""
+
+    enabled: bool = False
+    workers: int = Field(default=2, ge=1, le=64)
+    resident_head_bytes: ByteCount = 1 << 20
+    resident_tail_bytes: ByteCount = 1 << 20
+    placeholder_bytes_min: ByteCount = 8 << 20
+
+
+class PrimaryConfig(_Section):
+    """The backing filesystem."""
+
+    free_floor_percent: float = Field(default=5, ge=0, lt=100)
+    sync_interval_s: float = Field(default=5, gt=0, le=3600)
+    threads: int = Field(default=16, ge=1, le=256)
+
+
+class MountConfig(_Section):
+    """The FUSE mount."""
+
+    max_background: int = Field(default=512, ge=12, le=65535)
+    attr_timeout_s: float = Field(default=3600, ge=0, le=86400)
+    allow_other: bool = True
+
+
+class ControlConfig(_Section):
+    """The daemon's control socket; without ``socket`` it is control.sock in the runtime directory."""
+
+    socket: Path | None = None
+    request_timeout_s: float = Field(default=60, gt=0, le=3600)
+    jobs_max: int = Field(default=1000, ge=10, le=1_000_000)
+
+    @field_validator("socket")
+    @classmethod
+    def _is_absolute(cls, value: Path | None) -> Path | None:
+        return None if value is None else _absolute(value)
+
+
+class Config(_Section):
+    """Everything that can be configured; all paths are absolute, all sizes bytes, all times seconds."""
+
+    datastore: DatastoreConfig
+    store: StoreConfig
+    recall: RecallConfig = RecallConfig()
+    hydration: HydrationConfig = HydrationConfig()
+    archive: ArchiveConfig = ArchiveConfig()
+    primary: PrimaryConfig = PrimaryConfig()
+    mount: MountConfig = MountConfig()
+    control: ControlConfig = ControlConfig()
+
+    @property
+    def private_dir(self) -> Path:
+        """Private state in the backing directory (0700)."""
+        return self.datastore.backing / PRIVATE_DIR
+
+    @property
+    def lock_path(self) -> Path:
+        """The flock that the serving daemon holds."""
+        return self.private_dir / "lock"
+
+    @property
+    def durable_maps_dir(self) -> Path:
+        """Durable residency maps, one file per placeholder."""
+        return self.private_dir / "maps"
+
+    @property
+    def index_path(self) -> Path:
+        """Local chunk index; it can be rebuilt from the store."""
+        return self.private_dir / "index.sqlite"
+
+    @property
+    def catalog_path(self) -> Path:
+        """Local catalog of VMs, jobs and accesses."""
+        return self.private_dir / "catalog.sqlite"
+
+    @property
+    def volatile_maps_dir(self) -> Path:
+        """Volatile residency maps; they outlive the daemon, not the boot."""
+        return self.datastore.runtime_dir / "maps"
+
+    @property
+    def log_path(self) -> Path:
+        """Log of a daemon that runs in the background."""
+        return self.datastore.runtime_dir / "daemon.log"
+
+    @property
+    def socket_path(self) -> Path:
+        """The control socket."""
+        return self.control.socket or self.datastore.runtime_dir / "control.sock"
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is allowed but most likely not meant, each as one sentence."""
+        found = []
+        if self.recall.recall_deadline_s >= GUEST_TIMEOUT_S:
+            found.append(
+                f"recall.recall_deadline_s is {self.recall.recall_deadline_s:g}: guests give up on their disk after "
+                f"{GUEST_TIMEOUT_S} s; set it below that"
+            )
+        if self.recall.store_timeout_s >= self.recall.recall_deadline_s:
+            found.append(
+                "recall.store_timeout_s is not below recall.recall_deadline_s: a read that the store does not answer "
+                "cannot be tried again before the guest's read fails"
+            )
+        return tuple(found)
+
+
+def refuse_nesting(paths: dict[str, Path]) -> None:
+    """Raise ValueError when one of the named directories is, or lies in, another one."""
+    for name, path in paths.items():
+        for other_name, other in paths.items():
+            if name < other_name and path == other:
+                raise ValueError(f"{name} and {other_name} must not be the same directory ({path})")
+            if name != other_name and path.is_relative_to(other) and path != other:
+                raise ValueError(f"{name} ({path}) must not lie in {other_name} ({other})")
+
+
+def config_path(option: Path | None) -> Path:
+    """The file to read: ``--config``, else $VMFS_STUB_CONFIG, else /etc/vmfs-stub/config.toml."""
+    if option is not None:
+        return option
+    environment = os.environ.get(CONFIG_ENVIRONMENT)
+    return Path(environment) if environment else DEFAULT_CONFIG_PATH
+
+
+def load_config(path: Path) -> Config:
+    """Read and validate ``path``; raises ConfigError with file, line and key of everything that is wrong."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as exc:
+        raise ConfigError(
+            f"{path}: no such file; name one with --config or ${CONFIG_ENVIRONMENT}, or write one with `vmfs-stub init`"
+        ) from exc
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path}: cannot be read: {exc}") from exc
+    return parse_config(text, origin=str(path))
+
+
+def parse_config(text: str, *, origin: str) -> Config:
+    """Validate the TOML ``text``; ``origin`` names it in errors.  Raises ConfigError."""
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"{origin}: not valid TOML: {exc}") from exc
+    try:
+        return Config.model_validate(values)
+    except ValidationError as exc:
+        lines = [_describe(error["loc"], error["type"], error["msg"], text, origin) for error in exc.errors()]
+        raise ConfigError("\n".join(lines)) from exc
+
+
+def _describe(loc: tuple[int | str, ...], kind: str, message: str, text: str, origin: str) -> str:
+    keys = [str(part) for part in loc]
+    line = _line_of(keys, text)
+    where = f"{origin}:{line}" if line else origin
+    if kind == "extra_forbidden":
+        message = "no such key (see the commented file that `vmfs-stub init` writes)"
+    elif kind == "missing":
+        message = "is missing"
+    return f"{where}: {'.'.join(keys)}: {message.removeprefix('Value error, ')}"
+
+
+def _line_of(keys: list[str], text: str) -> int | None:
+    """Line (from 1) of ``section.key``, else of its section; None when neither is written plainly."""
+    section, section_line = "", None
+    for number, line in enumerate(text.splitlines(), start=1):
+        header = re.match(r"\s*\[\s*([^\[\]]+?)\s*\]", line)
+        if header is not None:
+            section = header[1]
+            if keys and section == keys[0]:
+                section_line = number
+            continue
+        pair = re.match(r"\s*([A-Za-z0-9_.\-]+)\s*=", line)
+        if pair is not None and [*filter(None, [section]), *pair[1].split(".")] == keys:
+            return number
+    return section_line

@@ -1,0 +1,163 @@
+"""What crosses the control socket: requests, replies, and errors.
+
+The fields of DiskRow and Status are what `ls --json` and `status --json` print: scripts depend on them.  Sizes are
+bytes, times are seconds since the epoch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from vmfs_stub.core import errors
+from vmfs_stub.core.ids import JobId
+
+API_VERSION = 1
+
+DiskState = Literal["resident", "placeholder", "recalling"]
+JobKind = Literal["backup", "archive", "recall"]
+JobState = Literal["running", "done", "failed", "interrupted"]
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DiskRow(_Message):
+    """One disk, as `ls` shows it; ``path`` is where the hypervisor sees it, ``last_access`` is None when unknown."""
+
+    vm: str
+    disk: str
+    path: str
+    state: DiskState
+    size_bytes: int
+    resident_bytes: int
+    restore_points: int
+    last_access: float | None
+
+
+class DaemonStatus(_Message):
+    """The daemon's process."""
+
+    pid: int
+    version: str
+    started: float
+    held: bool = False
+
+
+class MountStatus(_Message):
+    """The mount and the filesystem under it."""
+
+    mountpoint: str
+    backing: str
+    mounted: bool
+    open_disks: int = 0
+    free_bytes: int = 0
+    size_bytes: int = 0
+
+
+class StoreStatus(_Message):
+    """Secondary storage, as the daemon last met it; ``url`` carries no credentials."""
+
+    url: str
+    store_id: str | None
+    reachable: bool
+    last_error: str | None = None
+
+
+class RecallStatus(_Message):
+    """One disk that is coming back."""
+
+    vm: str
+    disk: str
+    waiting: int = 0
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+
+class Finding(_Message):
+    """Something an operator should know; ``problem`` makes the command exit non-zero."""
+
+    severity: Literal["problem", "warning", "note"]
+    subject: str
+    message: str
+    remedy: str = ""
+
+
+class Progress(_Message):
+    """How far a job is; ``total_bytes`` is 0 while unknown, ``doing`` names the step and VM."""
+
+    done_bytes: int = 0
+    total_bytes: int = 0
+    doing: str = ""
+
+
+class ErrorInfo(_Message):
+    """An error of core/errors.py, by class name."""
+
+    error: str
+    message: str
+
+
+class JobInfo(_Message):
+    """One job; ``result`` is its report when it is done, ``error`` why it failed."""
+
+    id: str
+    kind: JobKind
+    state: JobState
+    vms: list[str]
+    caller_uid: int
+    started: float
+    ended: float | None = None
+    progress: Progress = Progress()
+    result: dict[str, Any] | None = None
+    error: ErrorInfo | None = None
+
+
+class Status(_Message):
+    """`status --json`."""
+
+    healthy: bool
+    daemon: DaemonStatus
+    mount: MountStatus
+    store: StoreStatus
+    jobs: list[JobInfo] = []
+    recalls: list[RecallStatus] = []
+    findings: list[Finding] = []
+
+
+class JobRequest(_Message):
+    """Start a job on these VMs; no VM means all where the job allows that."""
+
+    vms: list[str] = Field(default=[], max_length=100_000)
+    archive: bool = True
+
+
+class ShutdownRequest(_Message):
+    """Unmount and stop."""
+
+    force: bool = False
+
+
+class JobStarted(_Message):
+    """Reply to whatever starts a job."""
+
+    job_id: str
+
+    def typed(self) -> JobId:
+        """The id, as what it is."""
+        return JobId(self.job_id)
+
+
+def error_info(error: errors.VmfsStubError) -> ErrorInfo:
+    """What to send of ``error``."""
+    return ErrorInfo(error=type(error).__name__, message=str(error))
+
+
+def error_of(info: ErrorInfo) -> errors.VmfsStubError:
+    """The exception to raise for what was received; a class this version does not know becomes the base class."""
+    found = getattr(errors, info.error, None)
+    if isinstance(found, type) and issubclass(found, errors.VmfsStubError):
+        return found(info.message)
+    return errors.VmfsStubError(f"{info.error}: {info.message}")

@@ -1,0 +1,69 @@
+"""What the control API asks of the daemon, and all that it knows of it.
+
+Every method may raise a VmfsStubError; it reaches the client as the same class.  Methods that start a job return as
+soon as the job is known, and refuse at once what can be refused at once (unknown VM, VM in use).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from vmfs_stub.control.messages import DiskRow, JobInfo, Status
+from vmfs_stub.control.peer import Peer
+from vmfs_stub.core.ids import JobId
+
+
+class DatastoreTarget(Protocol):
+    """The datastore as a whole."""
+
+    async def list_disks(self, vm: str | None) -> list[DiskRow]:
+        """One row per disk, of all VMs or of the one named; raises VmNotFound, AmbiguousName."""
+        ...
+
+    async def status(self) -> Status:
+        """What the daemon knows about itself; ``healthy`` is false when an operator has to act."""
+        ...
+
+    async def hold(self, *, peer: Peer) -> None:
+        """Refuse new recalls until `unhold`."""
+        ...
+
+    async def unhold(self, *, peer: Peer) -> None:
+        """Allow recalls again."""
+        ...
+
+    async def shutdown(self, *, force: bool, peer: Peer) -> None:
+        """Flush, unmount and stop; returns when the unmount is certain, before the process ends.
+
+        Raises InUse, and changes nothing, while disks are open and ``force`` is false.
+        """
+        ...
+
+
+class JobTarget(Protocol):
+    """Work that takes long."""
+
+    async def start_backup(self, vms: Sequence[str], *, archive: bool, peer: Peer) -> JobId:
+        """Back up the named VMs (none named: all); ``archive`` allows placeholders where policy says so."""
+        ...
+
+    async def start_archive(self, vms: Sequence[str], *, peer: Peer) -> JobId:
+        """Back up the named VMs and make placeholders of them; raises InUse."""
+        ...
+
+    async def start_recall(self, vms: Sequence[str], *, peer: Peer) -> JobId:
+        """Bring the named VMs back in full."""
+        ...
+
+    async def job(self, job_id: JobId) -> JobInfo:
+        """State of one job; raises NotFound."""
+        ...
+
+    async def jobs(self) -> list[JobInfo]:
+        """Running and recent jobs, newest first."""
+        ...
+
+
+class ControlTarget(DatastoreTarget, JobTarget, Protocol):
+    """Both: what the daemon implements."""

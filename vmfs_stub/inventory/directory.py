@@ -1,0 +1,116 @@
+"""The inventory of a host without libvirt: what lies at the top of the backing directory is a VM.
+
+Each directory is a VM of that name with all regular files in it; each regular file is a VM named by its stem.
+Symbolic links are not followed, other filesystems are not entered, and only O_PATH and directory descriptors are
+opened, so that a scan neither wakes a placeholder nor breaks an archive's lease.  Must not know what a placeholder
+is or whether a VM is running.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from vmfs_stub.core.errors import PrimaryIOError
+from vmfs_stub.core.names import PRIVATE_DIR
+from vmfs_stub.inventory.identity import ensure_vm_id
+from vmfs_stub.inventory.vm import Vm, VmFile, find_vm, printable
+
+_SKIPPED = frozenset({PRIVATE_DIR, "lost+found"})
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_HANDLE = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_DEPTH_MAX = 64
+
+log = logging.getLogger(__name__)
+
+
+class DirectoryInventory:
+    """VMs of one backing directory; blocking, thread-safe.
+
+    A scan gives every VM an identity, so only the daemon that serves the directory may use it.
+    """
+
+    def __init__(self, backing: Path) -> None:
+        self._backing = backing
+        self._lock = threading.Lock()
+
+    def scan(self) -> list[Vm]:
+        """All VMs, ordered by name; what vanishes meanwhile is left out.  Raises PrimaryIOError, Unsupported."""
+        with self._lock:
+            try:
+                top_fd = os.open(self._backing, _DIRECTORY)
+            except OSError as exc:
+                raise PrimaryIOError(f"cannot open the backing directory {self._backing}: {exc.strerror}") from exc
+            try:
+                device = os.fstat(top_fd).st_dev
+                found = [self._vm(top_fd, name, device) for name in _names(top_fd) if name not in _SKIPPED]
+            except OSError as exc:
+                raise PrimaryIOError(f"cannot read the backing directory {self._backing}: {exc}") from exc
+            finally:
+                os.close(top_fd)
+        return sorted((vm for vm in found if vm is not None), key=lambda vm: (vm.name, vm.path))
+
+    def find(self, name: str) -> Vm:
+        """The VM of that name, id or entry; raises VmNotFound, AmbiguousName, PrimaryIOError."""
+        return find_vm(self.scan(), name)
+
+    def _vm(self, top_fd: int, name: str, device: int) -> Vm | None:
+        try:
+            path_fd = os.open(name, _HANDLE, dir_fd=top_fd)
+        except FileNotFoundError:
+            return None
+        try:
+            st = os.fstat(path_fd)
+            if st.st_dev != device:
+                log.warning("%s is another filesystem, mounted in the backing directory: not a VM", printable(name))
+                return None
+            if stat.S_ISDIR(st.st_mode):
+                files = sorted(_walk(path_fd, name, "", device, _DEPTH_MAX), key=lambda file: file.relative)
+                return Vm(ensure_vm_id(path_fd), printable(name), name, True, tuple(files))
+            if stat.S_ISREG(st.st_mode):
+                stem = printable(PurePosixPath(name).stem)
+                return Vm(ensure_vm_id(path_fd), stem, name, False, (VmFile(name, name, st.st_size, st.st_ino),))
+            return None
+        finally:
+            os.close(path_fd)
+
+
+def _names(fd: int) -> list[str]:
+    with os.scandir(fd) as entries:
+        return [entry.name for entry in entries]
+
+
+def _walk(parent_fd: int, path: str, relative: str, device: int, depth: int) -> Iterator[VmFile]:
+    """Regular files below the directory ``parent_fd`` (O_PATH), whose path from the backing directory is ``path``."""
+    if depth == 0:
+        raise PrimaryIOError(f"{printable(path)}: directories are nested deeper than {_DEPTH_MAX}")
+    try:
+        fd = os.open(".", _DIRECTORY, dir_fd=parent_fd)
+    except FileNotFoundError:
+        return
+    try:
+        for name in _names(fd):
+            yield from _entry(fd, name, f"{path}/{name}", f"{relative}{name}", device, depth)
+    finally:
+        os.close(fd)
+
+
+def _entry(fd: int, name: str, path: str, relative: str, device: int, depth: int) -> Iterator[VmFile]:
+    try:
+        child_fd = os.open(name, _HANDLE, dir_fd=fd)
+    except FileNotFoundError:
+        return
+    try:
+        st = os.fstat(child_fd)
+        if st.st_dev != device:
+            log.warning("%s is on another filesystem: not part of the VM", printable(path))
+        elif stat.S_ISDIR(st.st_mode):
+            yield from _walk(child_fd, path, f"{relative}/", device, depth - 1)
+        elif stat.S_ISREG(st.st_mode):
+            yield VmFile(path, relative, st.st_size, st.st_ino)
+    finally:
+        os.close(child_fd)

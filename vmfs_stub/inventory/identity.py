@@ -1,0 +1,106 @@
+"""Who a file or directory of the backing directory is: a UUID in an xattr that a rename keeps and a copy loses.
+
+The record names the inode that it was made for (number, and generation as the kernel's file handle shows it).  A
+copy carries the same record on another inode, and is given an id of its own.  Works on O_PATH descriptors only: an
+ordinary open would break the lease that an archive in progress holds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import re
+import uuid
+from collections.abc import Callable
+
+from vmfs_stub.core.errors import PrimaryIOError, Unsupported
+from vmfs_stub.core.ids import VmId
+from vmfs_stub.core.names import VM_XATTR
+
+_AT_EMPTY_PATH = 0x1000
+_MAX_HANDLE_SZ = 128
+_ID = re.compile(r"[0-9a-f]{32}")
+
+
+class _FileHandle(ctypes.Structure):
+    _fields_ = (
+        ("handle_bytes", ctypes.c_uint),
+        ("handle_type", ctypes.c_int),
+        ("f_handle", ctypes.c_ubyte * _MAX_HANDLE_SZ),
+    )
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def new_vm_id() -> VmId:
+    """A fresh random id."""
+    return VmId(uuid.uuid4().hex)
+
+
+def generation(path_fd: int) -> str:
+    """What tells this inode from an earlier one of the same number; "" where the filesystem cannot say.
+
+    ``path_fd`` may be O_PATH.  The value is the file handle in hexadecimal (name_to_handle_at(2)); it is compared,
+    never taken apart.
+    """
+    handle = _FileHandle(handle_bytes=_MAX_HANDLE_SZ)
+    mount_id = ctypes.c_int()
+    if _libc.name_to_handle_at(path_fd, b"", ctypes.byref(handle), ctypes.byref(mount_id), _AT_EMPTY_PATH) != 0:
+        code = ctypes.get_errno()
+        if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EOVERFLOW, errno.EPERM):
+            return ""
+        raise PrimaryIOError(f"cannot read the file handle of a backing file: {os.strerror(code)}")
+    return f"{handle.handle_type:x}:{bytes(handle.f_handle[: handle.handle_bytes]).hex()}"
+
+
+def read_vm_id(path_fd: int) -> VmId | None:
+    """The id recorded for this very inode; None when there is none, it is damaged, or it came with a copy."""
+    try:
+        raw = os.getxattr(f"/proc/self/fd/{path_fd}", VM_XATTR)
+    except OSError as exc:
+        if exc.errno == errno.ENODATA:
+            return None
+        if exc.errno == errno.EOPNOTSUPP:
+            raise Unsupported(_NO_XATTRS) from exc
+        raise PrimaryIOError(f"cannot read {VM_XATTR}: {exc}") from exc
+    try:
+        record = json.loads(raw)
+        vm, ino, made_for = record["vm"], record["ino"], record["generation"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    if not isinstance(vm, str) or _ID.fullmatch(vm) is None:
+        return None
+    return VmId(vm) if ino == os.fstat(path_fd).st_ino and made_for == generation(path_fd) else None
+
+
+def write_vm_id(path_fd: int, vm_id: VmId) -> None:
+    """Record ``vm_id`` for this inode; raises Unsupported and PrimaryIOError."""
+    record = {"vm": vm_id, "ino": os.fstat(path_fd).st_ino, "generation": generation(path_fd)}
+    try:
+        os.setxattr(f"/proc/self/fd/{path_fd}", VM_XATTR, json.dumps(record).encode("ascii"))
+    except OSError as exc:
+        if exc.errno in (errno.EOPNOTSUPP, errno.EPERM):
+            raise Unsupported(_NO_XATTRS) from exc
+        raise PrimaryIOError(f"cannot write {VM_XATTR}: {exc}") from exc
+
+
+def ensure_vm_id(path_fd: int, make_id: Callable[[], VmId] = new_vm_id) -> VmId:
+    """The id of this inode, made and recorded when it has none of its own.
+
+    Callers serialise this for one inode; only the daemon calls it.
+    """
+    known = read_vm_id(path_fd)
+    if known is not None:
+        return known
+    vm_id = make_id()
+    write_vm_id(path_fd, vm_id)
+    return vm_id
+
+
+_NO_XATTRS = (
+    f"cannot set {VM_XATTR}: trusted.* attributes need root (CAP_SYS_ADMIN) and a filesystem that has them, "
+    "such as ext4, XFS or Btrfs; run `vmfs-stub doctor`"
+)
