@@ -1,0 +1,203 @@
+"""Every way in which vmfs-stub fails, as one tree.
+
+Purpose: a caller tells failures apart by type, never by message.  Foreign exceptions (OSError, obstore, sqlite)
+are translated at the edge of the adapter that met them, with ``raise ... from exc``.
+
+    VmfsStubError
+    ├── ConfigError              the configuration or an argument cannot be used
+    ├── NotFound
+    │   ├── VmNotFound           no VM of that name or id
+    │   ├── AmbiguousName        a name that several VMs have; the message lists them
+    │   └── PointNotFound        no such restore point
+    ├── Refused                  possible, but not now, or not without being told to
+    │   ├── InUse                somebody has a disk of the VM open
+    │   ├── Abandoned            somebody opened a disk while it was being archived; nothing was changed
+    │   ├── RecallsHeld          `hold` is in force on this host
+    │   ├── DatastoreLocked      another daemon serves this backing directory
+    │   ├── AlreadyExists        would overwrite something
+    │   └── Unsupported          this kernel, filesystem or store cannot do what is needed
+    ├── StoreError
+    │   ├── ObjectMissing        the store has no such object
+    │   ├── ObjectExists         a conditional put lost
+    │   ├── StoreUnavailable     no answer, or a refusal that may pass; retried by the store wrapper
+    │   ├── StoreDenied          credentials or permissions
+    │   └── StoreFull            the store has no room left
+    ├── IntegrityError           something read is not what was written
+    │   ├── CorruptFrame
+    │   ├── CorruptPack
+    │   ├── CorruptSegment
+    │   ├── CorruptManifest
+    │   ├── CorruptStoreObject   any other object of the store (index, pin, store description)
+    │   ├── CorruptRecord        the placeholder record in the xattr
+    │   ├── CorruptMap           a residency map
+    │   ├── MapMissing           a record without the map that belongs to it
+    │   ├── RecordMissing        a map without the record that belongs to it
+    │   └── IdentityMismatch     a record that was made for another inode (a copied placeholder)
+    ├── UnknownFormat            written by a newer version, or not by vmfs-stub
+    ├── RecallError
+    │   ├── RecallTimeout        the deadline passed before the bytes were back
+    │   └── RecallOverload       too many recalls wait already
+    ├── PrimaryError
+    │   ├── NoSpace              the backing filesystem (or the floor of free space) leaves no room
+    │   ├── PrimaryIOError       a file call on the backing filesystem failed
+    │   └── MapFrozen            a sync of this disk failed; what it covered is no longer certain
+    └── DaemonUnreachable        no daemon answers on the control socket
+"""
+
+from __future__ import annotations
+
+
+class VmfsStubError(Exception):
+    """Base of all failures; the message names the VM or file, what was tried and what the operator can do."""
+
+
+class ConfigError(VmfsStubError):
+    """The configuration or an argument cannot be used."""
+
+
+class NotFound(VmfsStubError):
+    """Something that was named does not exist."""
+
+
+class VmNotFound(NotFound):
+    """No VM has that name or id."""
+
+
+class AmbiguousName(NotFound):
+    """Several VMs have that name."""
+
+
+class PointNotFound(NotFound):
+    """The VM has no such restore point."""
+
+
+class Refused(VmfsStubError):
+    """Possible, but not now, or not without being told to."""
+
+
+class InUse(Refused):
+    """Somebody has a disk of the VM open."""
+
+
+class Abandoned(Refused):
+    """Somebody opened a disk while it was being archived; nothing was changed."""
+
+
+class RecallsHeld(Refused):
+    """`hold` is in force on this host."""
+
+
+class DatastoreLocked(Refused):
+    """Another daemon serves this backing directory."""
+
+
+class AlreadyExists(Refused):
+    """Would overwrite something."""
+
+
+class Unsupported(Refused):
+    """This kernel, filesystem or store cannot do what is needed."""
+
+
+class StoreError(VmfsStubError):
+    """Secondary storage did not do what was asked."""
+
+
+class ObjectMissing(StoreError):
+    """The store has no such object."""
+
+
+class ObjectExists(StoreError):
+    """A conditional put found the name taken."""
+
+
+class StoreUnavailable(StoreError):
+    """No answer, or a refusal that may pass."""
+
+
+class StoreDenied(StoreError):
+    """Credentials or permissions do not allow it."""
+
+
+class StoreFull(StoreError):
+    """The store has no room left."""
+
+
+class IntegrityError(VmfsStubError):
+    """Something read is not what was written; it is never used."""
+
+
+class CorruptFrame(IntegrityError):
+    """A frame does not decode to the chunk it should hold."""
+
+
+class CorruptPack(IntegrityError):
+    """A pack is truncated or its footer is damaged."""
+
+
+class CorruptSegment(IntegrityError):
+    """A segment does not match its name or cannot be parsed."""
+
+
+class CorruptManifest(IntegrityError):
+    """A manifest does not match its checksum or cannot be parsed."""
+
+
+class CorruptStoreObject(IntegrityError):
+    """Another object of the store is damaged."""
+
+
+class CorruptRecord(IntegrityError):
+    """A placeholder record is damaged."""
+
+
+class CorruptMap(IntegrityError):
+    """A residency map is damaged."""
+
+
+class MapMissing(IntegrityError):
+    """A placeholder whose residency map is gone."""
+
+
+class RecordMissing(IntegrityError):
+    """A residency map whose file has lost its placeholder record."""
+
+
+class IdentityMismatch(IntegrityError):
+    """A placeholder record that was made for another inode."""
+
+
+class UnknownFormat(VmfsStubError):
+    """Written by a newer version, or not by vmfs-stub at all."""
+
+
+class RecallError(VmfsStubError):
+    """Absent bytes could not be brought back in time."""
+
+
+class RecallTimeout(RecallError):
+    """The deadline passed before the bytes were back."""
+
+
+class RecallOverload(RecallError):
+    """Too many recalls wait already."""
+
+
+class PrimaryError(VmfsStubError):
+    """The backing filesystem did not do what was asked."""
+
+
+class NoSpace(PrimaryError):
+    """The backing filesystem, or its floor of free space, leaves no room."""
+
+
+class PrimaryIOError(PrimaryError):
+    """A file call on the backing filesystem failed."""
+
+
+class MapFrozen(PrimaryError):
+    """A sync of this disk failed; what it covered is no longer certain."""
+
+
+class DaemonUnreachable(VmfsStubError):
+    """No daemon answers on the control socket."""

@@ -1,0 +1,21 @@
+"""Identities as distinct types, so that one is never passed for another.
+
+All but ChunkId are 32 lower-case hex digits (16 random bytes); names can change, these never do.
+"""
+
+from __future__ import annotations
+
+from typing import NewType
+
+VmId = NewType("VmId", str)
+PointId = NewType("PointId", str)
+PlaceholderId = NewType("PlaceholderId", str)
+StoreId = NewType("StoreId", str)
+PackId = NewType("PackId", str)
+JobId = NewType("JobId", str)
+
+ChunkId = NewType("ChunkId", bytes)
+"""BLAKE3-256 of a chunk's raw bytes: 32 bytes."""
+
+SegmentId = NewType("SegmentId", str)
+"""BLAKE3-256 of a segment's bytes: 64 hex digits."""

@@ -1,0 +1,202 @@
+"""The durable residency map: one file per placeholder that survives power loss.
+
+Invariants:
+* a bit in it is set only after the data under it is durable (the caller syncs the file first);
+* the header and every page of bits are kept in two copies, written one after the other with a sync between, so that a
+  torn write or one damaged copy is never a damaged map; both copies damaged is an error, never an all-clear map;
+* the newer copy of the two counts: it was written only after the data under its bits was durable.
+
+Layout (4 KiB units): header A, header B, then for each page copy A, copy B.  docs/FORMAT.md has every byte.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import xxhash
+
+from vmfs_stub.core.errors import CorruptMap, UnknownFormat
+from vmfs_stub.core.ids import PlaceholderId, VmId
+from vmfs_stub.core.residency import block_count
+from vmfs_stub.primary.envelope import Damaged, NewerVersion, seal, unseal
+from vmfs_stub.primary.files import FileCalls, sync_directory, write_fully
+from vmfs_stub.primary.identity import BootIdentity, InodeIdentity
+
+UNIT = 4096
+PAGE_BITS_SIZE = 4032
+"""Bytes of bits in one page; with its header a page is one 4 KiB unit."""
+
+_HEADER_MAGIC = b"VSTBMAP\0"
+_HEADER_VERSION = 1
+_PAGE = struct.Struct("<8sIIQ16s")
+"""Magic, page number, reserved, sequence, placeholder id; then the bits, and a checksum in the last 16 bytes."""
+_PAGE_MAGIC = b"VSTBPAG\0"
+_DIGEST_SIZE = 16
+
+
+class MapState(enum.IntEnum):
+    """How far the life of a placeholder has come."""
+
+    PREPARED = 1
+    """The map exists, the record does not: the file is still an ordinary file."""
+    COMMITTED = 2
+    """The record is set; space of absent blocks may not have been released yet."""
+    PUNCHED = 3
+    """The space of all absent blocks has been released."""
+    GRADUATING = 4
+    """Everything is resident and durable; record and map are about to go."""
+    REMOVED = 5
+    """The last link of the file is about to go, or is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class MapHeader:
+    """What the map knows besides bits.
+
+    ``archived_limit`` (bytes): the smallest size the file had since its archive; what lies beyond is resident.
+    ``guest_mtime_ns``: the time a guest last wrote, 0 if none did.  ``live``: the boot and mount in which a volatile
+    map of this placeholder exists and is ahead of this one; None after a clean close.
+    """
+
+    placeholder_id: PlaceholderId
+    vm_id: VmId
+    identity: InodeIdentity
+    state: MapState
+    size: int
+    chunk_size: int
+    archived_limit: int
+    guest_mtime_ns: int = 0
+    hydrate: bool = False
+    live: BootIdentity | None = None
+
+    @property
+    def page_count(self) -> int:
+        return -(-block_count(self.size) // (PAGE_BITS_SIZE * 8))
+
+
+class DurableMap:
+    """An open durable map.  Not thread-safe: the owner makes one call at a time."""
+
+    def __init__(self, files: FileCalls, fd: int, path: Path, header: MapHeader, sequence: int) -> None:
+        self._files = files
+        self._fd = fd
+        self._sequence = sequence
+        self.path = path
+        self.header = header
+
+    @classmethod
+    def create(cls, files: FileCalls, path: Path, header: MapHeader, bits: bytes) -> DurableMap:
+        """Make a new map of ``bits`` (one bit per block of ``header.size``), durable on return.  Raises OSError."""
+        fd = files.call("map.create", os.open, path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        made = cls(files, fd, path, header, sequence=0)
+        try:
+            pages = {p: bits[p * PAGE_BITS_SIZE : (p + 1) * PAGE_BITS_SIZE] for p in range(header.page_count)}
+            made.update(pages, header)
+            files.call("map.create_entry", sync_directory, path.parent)
+        except BaseException:
+            made.close()
+            path.unlink(missing_ok=True)
+            raise
+        return made
+
+    @classmethod
+    def open(cls, files: FileCalls, path: Path, *, label: str) -> DurableMap:
+        """Open the map at ``path``.  Raises FileNotFoundError, CorruptMap, UnknownFormat, OSError."""
+        fd = files.call("map.open", os.open, path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            copies = [_decode_header(files.call("map.read", os.pread, fd, UNIT, at), label) for at in (0, UNIT)]
+            found = max((copy for copy in copies if copy is not None), key=lambda copy: copy[0], default=None)
+            if found is None:
+                raise CorruptMap(f"{label}: both copies of the residency map's header are damaged ({path})")
+            return cls(files, fd, path, found[1], found[0])
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def load_bits(self, *, label: str) -> bytearray:
+        """All bits, as bytes of ``block_count(size)`` bits rounded up.  Raises CorruptMap, OSError."""
+        bits = bytearray()
+        for page in range(self.header.page_count):
+            raw = self._files.call("map.read", os.pread, self._fd, 2 * UNIT, _page_offset(page))
+            bits += self._newest_page(page, raw[:UNIT], raw[UNIT:], label)
+        return bits[: (block_count(self.header.size) + 7) // 8]
+
+    def _newest_page(self, page: int, first: bytes, second: bytes, label: str) -> bytes:
+        copies = [_decode_page(raw, page, self.header.placeholder_id) for raw in (first, second)]
+        found = max((copy for copy in copies if copy is not None), key=lambda copy: copy[0], default=None)
+        if found is None:
+            raise CorruptMap(f"{label}: both copies of page {page} of the residency map are damaged ({self.path})")
+        return found[1]
+
+    def update(self, pages: Mapping[int, bytes], header: MapHeader) -> None:
+        """Make pages and header durable.
+
+        The caller has made the data under newly set bits durable before.  Raises OSError; it is then not known which
+        of the pages are durable.
+        """
+        self._sequence += 1
+        units = [
+            (_page_offset(page), _encode_page(page, bits, self._sequence, header.placeholder_id))
+            for page, bits in sorted(pages.items())
+        ]
+        units.append((0, _encode_header(header, self._sequence)))
+        for copy in (0, 1):
+            for offset, unit in units:
+                self._files.call("map.write", write_fully, self._fd, unit, offset + copy * UNIT)
+            self._files.call("map.sync", os.fdatasync, self._fd)
+        self.header = header
+
+    def set_state(self, state: MapState) -> None:
+        """Move to ``state``, durable on return.  Raises OSError."""
+        self.update({}, replace(self.header, state=state))
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _page_offset(page: int) -> int:
+    return (2 + 2 * page) * UNIT
+
+
+def _encode_header(header: MapHeader, sequence: int) -> bytes:
+    raw = seal(_HEADER_MAGIC, _HEADER_VERSION, {"sequence": sequence, **asdict(header)})
+    return raw.ljust(UNIT, b"\0")
+
+
+def _decode_header(raw: bytes, label: str) -> tuple[int, MapHeader] | None:
+    """Sequence and header of one copy; None when it is damaged."""
+    try:
+        body = unseal(raw, magic=_HEADER_MAGIC, version=_HEADER_VERSION)
+        sequence = int(body.pop("sequence"))
+        live = body.pop("live")
+        identity = InodeIdentity(**body.pop("identity"))
+        state = MapState(body.pop("state"))
+        header = MapHeader(identity=identity, state=state, live=None if live is None else BootIdentity(**live), **body)
+    except NewerVersion as exc:
+        raise UnknownFormat(f"{label}: the residency map is of {exc}") from exc
+    except (Damaged, TypeError, ValueError, KeyError):
+        return None
+    return sequence, header
+
+
+def _encode_page(page: int, bits: bytes, sequence: int, placeholder_id: PlaceholderId) -> bytes:
+    body = _PAGE.pack(_PAGE_MAGIC, page, 0, sequence, bytes.fromhex(placeholder_id)) + bits
+    body = body.ljust(UNIT - _DIGEST_SIZE, b"\0")
+    return body + xxhash.xxh3_128_digest(body)
+
+
+def _decode_page(raw: bytes, page: int, placeholder_id: PlaceholderId) -> tuple[int, bytes] | None:
+    """Sequence and bits of one copy of a page; None when it is damaged or not the page it should be."""
+    if len(raw) != UNIT or xxhash.xxh3_128_digest(raw[:-_DIGEST_SIZE]) != raw[-_DIGEST_SIZE:]:
+        return None
+    magic, found_page, _, sequence, found_id = _PAGE.unpack_from(raw)
+    if (magic, found_page, found_id) != (_PAGE_MAGIC, page, bytes.fromhex(placeholder_id)):
+        return None
+    return sequence, raw[_PAGE.size : _PAGE.size + PAGE_BITS_SIZE]

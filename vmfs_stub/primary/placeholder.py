@@ -1,0 +1,187 @@
+"""One placeholder on primary: its record and its two residency maps, taken up and laid down together.
+
+Invariants:
+* a record without its map, a map without its record, or either for another inode is an error: never an ordinary
+  sparse file (zeros), never an all-clear map (a guest's writes undone);
+* the durable header names the boot and mount in which a volatile map exists, before any bit is set in that map.
+Blocking; the owner makes one call at a time.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vmfs_stub.core.errors import CorruptMap, IdentityMismatch, MapFrozen, MapMissing
+from vmfs_stub.core.ids import PlaceholderId
+from vmfs_stub.core.names import PRIVATE_DIR
+from vmfs_stub.primary.durable_map import DurableMap, MapHeader, MapState
+from vmfs_stub.primary.files import FileCalls, sync_directory
+from vmfs_stub.primary.identity import BootIdentity, boot_identity, inode_identity
+from vmfs_stub.primary.record import PlaceholderRecord, check_identity, read_record
+from vmfs_stub.primary.volatile_map import VolatileMap
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateState:
+    """Where the private state of one datastore lies, and the boot and mount it is used in."""
+
+    maps: Path
+    volatile_maps: Path
+    boot: BootIdentity
+
+    @classmethod
+    def at(cls, backing: Path, runtime_dir: Path) -> PrivateState:
+        """Make the directories where they are missing.  Raises OSError."""
+        maps, volatile = backing / PRIVATE_DIR / "maps", runtime_dir / "maps"
+        for directory in (backing / PRIVATE_DIR, maps, runtime_dir, volatile):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(backing, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+            return cls(maps, volatile, boot_identity(fd))
+        finally:
+            os.close(fd)
+
+    def durable_path(self, placeholder_id: PlaceholderId) -> Path:
+        return self.maps / f"{placeholder_id}.map"
+
+    def volatile_path(self, placeholder_id: PlaceholderId) -> Path:
+        return self.volatile_maps / f"{placeholder_id}.bits"
+
+
+@dataclass(slots=True)
+class PlaceholderMaps:
+    """An open placeholder: ``record`` never changes; ``durable`` follows ``live`` at every sync."""
+
+    record: PlaceholderRecord
+    durable: DurableMap
+    live: VolatileMap
+
+    def sync(self, files: FileCalls, fd: int, pages: dict[int, bytes], header: MapHeader) -> None:
+        """Make the file's data durable, then bits (``pages``, taken before) and limits that speak of it.
+
+        Raises OSError: the caller freezes the map.
+        """
+        files.call("sync.data", os.fdatasync, fd)
+        if pages or header != self.durable.header:
+            self.durable.update(pages, header)
+
+    def current_header(self) -> MapHeader:
+        """The durable header as it should be now."""
+        return replace(
+            self.durable.header,
+            archived_limit=self.live.archived_limit,
+            guest_mtime_ns=self.live.guest_mtime_ns,
+        )
+
+    def lay_down(self, files: FileCalls, fd: int) -> None:
+        """Sync and give up the volatile map, so that a later opening starts from the durable one.  Raises OSError.
+
+        A frozen map stays: only a reboot makes certain again what is on the disk.
+        """
+        clean = False
+        try:
+            if not self.live.frozen:
+                pages = self.live.take_dirty()
+                self.sync(files, fd, pages, replace(self.current_header(), live=None))
+                clean = True
+        finally:
+            self.live.close(discard=clean)
+            self.durable.close()
+
+
+def take_up(files: FileCalls, fd: int, private: PrivateState, *, label: str) -> PlaceholderMaps | None:
+    """Open the placeholder in ``fd`` (readable and writable); None when it is an ordinary file.
+
+    Raises IntegrityError kinds, UnknownFormat, MapFrozen, OSError.
+    """
+    record = read_record(files, "placeholder.record", fd, label=label)
+    if record is None:
+        return None
+    check_identity(record, inode_identity(fd), label=label)
+    durable = open_durable(files, private, record, label=label)
+    try:
+        live = _open_volatile(files, fd, private, record, durable, label)
+        if live.frozen:
+            live.close(discard=False)
+            raise MapFrozen(
+                f"{label}: an earlier sync of this disk failed, so that it is not certain what is on it; check the "
+                "backing filesystem, then reboot: the disk falls back to what was last synced"
+            )
+    except BaseException:
+        durable.close()
+        raise
+    return PlaceholderMaps(record, durable, live)
+
+
+def open_durable(files: FileCalls, private: PrivateState, record: PlaceholderRecord, *, label: str) -> DurableMap:
+    """The durable map that belongs to ``record``.  Raises MapMissing, CorruptMap, IdentityMismatch, UnknownFormat."""
+    path = private.durable_path(record.placeholder_id)
+    try:
+        durable = DurableMap.open(files, path, label=label)
+    except FileNotFoundError as exc:
+        raise MapMissing(
+            f"{label}: the residency map {path} is missing; without it what the guest wrote cannot be told from what "
+            "is archived. Restore the map from a copy, or the VM's restore point elsewhere (`vmfs-stub restore`)"
+        ) from exc
+    header = durable.header
+    if header.placeholder_id != record.placeholder_id or header.size != record.size:
+        durable.close()
+        raise CorruptMap(f"{label}: the residency map {path} belongs to another placeholder")
+    if header.identity != record.identity:
+        durable.close()
+        raise IdentityMismatch(f"{label}: the residency map {path} was made for another inode")
+    return durable
+
+
+def _open_volatile(
+    files: FileCalls, fd: int, private: PrivateState, record: PlaceholderRecord, durable: DurableMap, label: str
+) -> VolatileMap:
+    path = private.volatile_path(record.placeholder_id)
+    size = os.fstat(fd).st_size
+    if durable.header.live == private.boot:
+        live = VolatileMap.open(
+            files, path, placeholder_id=record.placeholder_id, boot=private.boot, size=record.size, label=label
+        )
+    else:
+        header = durable.header
+        live = VolatileMap.create(
+            files,
+            path,
+            placeholder_id=record.placeholder_id,
+            boot=private.boot,
+            size=record.size,
+            bits=durable.load_bits(label=label),
+            archived_limit=header.archived_limit,
+            guest_mtime_ns=header.guest_mtime_ns,
+        )
+        try:
+            durable.update({}, replace(header, live=private.boot))
+        except BaseException:
+            live.close(discard=True)
+            raise
+    # A truncate that was cut short between the file and the limit: the file is the witness.
+    live.lower_archived_limit(size)
+    return live
+
+
+def discard_maps(files: FileCalls, private: PrivateState, placeholder_id: PlaceholderId) -> None:
+    """Remove both maps of a placeholder that is no more; durable on return.  Raises OSError."""
+    private.volatile_path(placeholder_id).unlink(missing_ok=True)
+    path = private.durable_path(placeholder_id)
+    if path.exists():
+        files.call("map.remove", path.unlink)
+        files.call("map.remove", sync_directory, private.maps)
+
+
+def mark_removed(files: FileCalls, private: PrivateState, record: PlaceholderRecord, *, label: str) -> MapState:
+    """Note durably that the file's last link is about to go; returns the state before.  Raises IntegrityError kinds."""
+    durable = open_durable(files, private, record, label=label)
+    try:
+        before = durable.header.state
+        durable.set_state(MapState.REMOVED)
+    finally:
+        durable.close()
+    return before

@@ -1,0 +1,85 @@
+"""The placeholder record: what makes a sparse file a placeholder.
+
+It lives in one extended attribute of the file, so that rename, chmod and hard links need no bookkeeping.
+A record is bound to its inode: on a copy of the file it does not count.  Layout: docs/FORMAT.md.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import asdict, dataclass
+
+from vmfs_stub.core.errors import CorruptRecord, IdentityMismatch, UnknownFormat
+from vmfs_stub.core.ids import PlaceholderId, PointId, StoreId, VmId
+from vmfs_stub.primary.envelope import Damaged, NewerVersion, seal, unseal
+from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.primary.identity import InodeIdentity
+
+PRIVATE_XATTR_PREFIX = "trusted.vmfs-stub."
+RECORD_XATTR = PRIVATE_XATTR_PREFIX + "placeholder"
+
+_MAGIC = b"VSPHREC\0"
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceholderRecord:
+    """What a placeholder stands for.
+
+    Sizes are bytes, times nanoseconds since the epoch; ``file_index`` counts the files of the restore point;
+    ``replaces`` is the placeholder that this file was before, when it was archived again while partly recalled.
+    """
+
+    placeholder_id: PlaceholderId
+    store_id: StoreId
+    vm_id: VmId
+    point_id: PointId
+    file_index: int
+    size: int
+    mtime_ns: int
+    archived_ns: int
+    filesystem: str
+    ino: int
+    generation: int
+    replaces: PlaceholderId | None = None
+
+    @property
+    def identity(self) -> InodeIdentity:
+        """The inode that the record was made for."""
+        return InodeIdentity(self.filesystem, self.ino, self.generation)
+
+
+def encode_record(record: PlaceholderRecord) -> bytes:
+    """The bytes of the extended attribute."""
+    return seal(_MAGIC, _VERSION, asdict(record))
+
+
+def decode_record(raw: bytes, *, label: str) -> PlaceholderRecord:
+    """Parse an extended attribute; ``label`` names the file.  Raises CorruptRecord, UnknownFormat."""
+    try:
+        return PlaceholderRecord(**unseal(raw, magic=_MAGIC, version=_VERSION))
+    except NewerVersion as exc:
+        raise UnknownFormat(f"{label}: the placeholder record is of {exc}") from exc
+    except (Damaged, TypeError) as exc:
+        raise CorruptRecord(f"{label}: the placeholder record is damaged: {exc}") from exc
+
+
+def read_record(files: FileCalls, site: str, fd: int | str, *, label: str) -> PlaceholderRecord | None:
+    """The record of a file, None where there is none.  Raises CorruptRecord, UnknownFormat, OSError."""
+    try:
+        raw = files.call(site, os.getxattr, fd, RECORD_XATTR)
+    except OSError as exc:
+        if exc.errno == errno.ENODATA:
+            return None
+        raise
+    return decode_record(raw, label=label)
+
+
+def check_identity(record: PlaceholderRecord, actual: InodeIdentity, *, label: str) -> None:
+    """Refuse a record that was made for another inode.  Raises IdentityMismatch."""
+    if record.identity != actual:
+        raise IdentityMismatch(
+            f"{label} is a copy of a placeholder, not the placeholder itself: which blocks were written since is known "
+            f"only to the original (inode {record.ino}); `vmfs-stub adopt` accepts the archived bytes for it"
+        )
