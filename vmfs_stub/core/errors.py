@@ -21,6 +21,7 @@ are translated at the edge of the adapter that met them, with ``raise ... from e
     │   ├── ObjectExists         a conditional put lost
     │   ├── StoreUnavailable     no answer, or a refusal that may pass; retried by the store wrapper
     │   ├── StoreDenied          credentials or permissions
+    │   ├── StoreConflict        garbage collection takes away what a job uses; run it again
     │   └── StoreFull            the store has no room left
     ├── IntegrityError           something read is not what was written
     │   ├── CorruptFrame
@@ -117,6 +118,10 @@ class StoreUnavailable(StoreError):
 
 class StoreDenied(StoreError):
     """Credentials or permissions do not allow it."""
+
+
+class StoreConflict(StoreError):
+    """Garbage collection takes away something that a job refers to; the job must run again."""
 
 
 class StoreFull(StoreError):

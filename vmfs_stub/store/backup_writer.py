@@ -1,0 +1,399 @@
+"""Writes one VM's restore point.
+
+Use, by one job: ``encode`` (CPU only; from several threads at once) → ``append`` (one at a time, in file order; hands
+out packs when full) → ``put_pack`` (from several threads) → ``read_back`` → segments → ``commit``.
+
+Ordering invariants (must = data loss otherwise):
+- must: frames and segments are durable before the pending manifest names them;
+- must: pins are durable before the pending manifest, which is durable before ``condemned/`` is read;
+- must: ``condemned/`` is read, and every pack and segment used is seen to exist, before the manifest is committed;
+- should: index objects come last (without them the chunks are merely stored again).
+
+A writer that ends without ``commit`` leaves packs that nothing names; garbage collection takes them.
+This module must not know where the bytes come from.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from vmfs_stub.core.chunking import FrameRef
+from vmfs_stub.core.errors import ObjectExists, ObjectMissing, StoreConflict, StoreError
+from vmfs_stub.core.ids import ChunkId, PackId, PointId, SegmentId, VmId
+from vmfs_stub.store import frames
+from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.format import INDEX_OBJECT_ENTRIES, SEGMENT_CHUNKS
+from vmfs_stub.store.frames import EncodedChunk
+from vmfs_stub.store.index_objects import PackEntries, encode_index
+from vmfs_stub.store.keys import (
+    CONDEMNED,
+    CONDEMNED_PACKS,
+    CONDEMNED_SEGMENTS,
+    INDEX,
+    manifest_key,
+    pack_key,
+    pending_key,
+    pin_key,
+    segment_key,
+)
+from vmfs_stub.store.manifest import Manifest, StoredFile, check_manifest, encode_manifest
+from vmfs_stub.store.objects import Buffer, CacheDropping, ObjectStore
+from vmfs_stub.store.packs import OpenPack, SealedPack
+from vmfs_stub.store.pins import Pin, encode_pin
+from vmfs_stub.store.segments import SealedSegment, seal_segment
+
+BUFFERS_KEPT: Final = 2
+READ_BACK_BYTES: Final = 4 * 1024 * 1024
+"""Bytes per read of ``read_back``: large enough for a disk, small enough to hold decoded."""
+READ_BACK_GAP: Final = 256 * 1024
+"""Unwanted bytes that are read rather than starting another read."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedBatch:
+    """Consecutive chunks of a file: None is zeros, a FrameRef is stored already, an EncodedChunk is new."""
+
+    chunks: tuple[EncodedChunk | FrameRef | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """Where a batch's chunks lie, and packs that are full now and must be put."""
+
+    entries: list[FrameRef | None]
+    sealed: list[SealedPack]
+
+
+@dataclass(frozen=True, slots=True)
+class WriterCounts:
+    """What the job did so far: chunks and bytes; ``stored_bytes`` is after compression."""
+
+    chunks: int
+    zero_chunks: int
+    reused_chunks: int
+    new_chunks: int
+    new_bytes: int
+    stored_bytes: int
+
+
+class SegmentTable:
+    """Collects one file's chunk entries and cuts them into segments.  Not thread-safe.
+
+    ``ids`` are the segments so far, in order; every SealedSegment handed out must be put.
+    """
+
+    def __init__(self, chunk_size: int) -> None:
+        self.ids: list[SegmentId | None] = []
+        self._chunk_size = chunk_size
+        self._open: list[FrameRef | None] = []
+
+    def extend(self, entries: Iterable[FrameRef | None]) -> list[SealedSegment]:
+        """Take the next chunks in file order; returns the segments that are full."""
+        self._open.extend(entries)
+        sealed = []
+        while len(self._open) >= SEGMENT_CHUNKS:
+            sealed.extend(self._seal(self._open[:SEGMENT_CHUNKS]))
+            del self._open[:SEGMENT_CHUNKS]
+        return sealed
+
+    def close(self) -> list[SealedSegment]:
+        """The file is complete; returns its last segment, if there is one to put."""
+        rest, self._open = self._open, []
+        return self._seal(rest) if rest else []
+
+    def _seal(self, entries: list[FrameRef | None]) -> list[SealedSegment]:
+        segment = seal_segment(entries, self._chunk_size)
+        self.ids.append(None if segment is None else segment.segment_id)
+        return [] if segment is None else [segment]
+
+
+class BackupWriter:
+    """One backup job of one VM; see the module for the order of calls."""
+
+    def __init__(
+        self,
+        objects: ObjectStore,
+        fetch: Callable[[Sequence[FrameRef]], list[bytes]],
+        index: ChunkIndex,
+        *,
+        chunk_size: int,
+        clock: Callable[[], float],
+        new_id: Callable[[], str] = lambda: secrets.token_hex(16),
+    ) -> None:
+        self.chunk_size = chunk_size
+        self._objects = objects
+        self._fetch = fetch
+        self._index = index
+        self._clock = clock
+        self._new_id = new_id
+        self._lock = threading.Lock()
+        self._pack: OpenPack | None = None
+        self._spare: list[bytearray] = []
+        self._unput: dict[PackId, SealedPack] = {}
+        self._unindexed: dict[ChunkId, FrameRef] = {}
+        """Chunks of this job that the index does not know yet; bounded by the packs that are not put."""
+        self._own: set[PackId] = set()
+        self._used: set[PackId] = set()
+        self._segments: set[SegmentId] = set()
+        self._unpublished: list[PackEntries] = []
+        self._unpublished_entries = 0
+        self._counts = [0, 0, 0, 0, 0, 0]
+
+    @property
+    def counts(self) -> WriterCounts:
+        """Totals of what was appended."""
+        return WriterCounts(*self._counts)
+
+    def is_new(self, ref: FrameRef) -> bool:
+        """Whether this job stored the frame itself (else it was there before)."""
+        return ref.pack_id in self._own
+
+    def encode(self, data: Buffer) -> EncodedBatch:
+        """Encode several whole chunks (the last of a file may be short); thread-safe, no store call.
+
+        ``data`` must start at a chunk boundary and, if it is a bytearray, must not change until ``append``.
+        bytes and bytearray are not copied; a memoryview is.  Raises: PrimaryIOError (chunk index).
+        """
+        raw = bytes(data) if isinstance(data, memoryview) else data
+        ids = frames.identities(raw, self.chunk_size)
+        known = self._known([chunk_id for chunk_id in ids if chunk_id is not None])
+        view = memoryview(raw)
+        chunks: list[EncodedChunk | FrameRef | None] = []
+        for number, chunk_id in enumerate(ids):
+            if chunk_id is None:
+                chunks.append(None)
+                continue
+            start = number * self.chunk_size
+            chunk = view[start : start + self.chunk_size]
+            ref = known.get(chunk_id)
+            # The index came from objects that others wrote: what a segment will claim is checked here.
+            if ref is not None and frames.describes(ref, chunk):
+                chunks.append(ref)
+            else:
+                chunks.append(frames.encode(chunk, chunk_id))
+        return EncodedBatch(tuple(chunks))
+
+    def append(self, batch: EncodedBatch) -> Appended:
+        """Lay the batch's new frames into packs; one call at a time, in file order."""
+        entries: list[FrameRef | None] = []
+        sealed: list[SealedPack] = []
+        counts = self._counts
+        with self._lock:
+            counts[0] += len(batch.chunks)
+            for chunk in batch.chunks:
+                if chunk is None:
+                    counts[1] += 1
+                    entries.append(None)
+                elif isinstance(chunk, FrameRef):
+                    counts[2] += 1
+                    self._used.add(chunk.pack_id)
+                    entries.append(chunk)
+                else:
+                    entries.append(self._place(chunk, sealed))
+        return Appended(entries, sealed)
+
+    def finish(self) -> SealedPack | None:
+        """After the last append: the pack that is not full, if any; it must be put like the others."""
+        with self._lock:
+            return self._seal()
+
+    def put_pack(self, pack: SealedPack) -> None:
+        """Store a pack durably; from any thread.  Its ``data`` must not be used afterwards.
+
+        Raises: StoreUnavailable, StoreDenied, StoreFull, PrimaryIOError (chunk index).
+        """
+        self._objects.put(pack_key(pack.pack_id), pack.data)
+        self._index.add(pack.pack_id, pack.refs)
+        with self._lock:
+            del self._unput[pack.pack_id]
+            for ref in pack.refs:
+                self._unindexed.pop(ref.chunk_id, None)
+            if len(self._spare) < BUFFERS_KEPT:
+                self._spare.append(pack.buffer)
+            self._unpublished.append((pack.pack_id, pack.refs))
+            self._unpublished_entries += len(pack.refs)
+            full = self._unpublished_entries >= INDEX_OBJECT_ENTRIES
+        if full:
+            self._publish_index()
+
+    def read_back(self, refs: Sequence[FrameRef]) -> None:
+        """Prove that frames can be read from the store, past its cache; reused ones also by identity.
+
+        Any order, any number of packs; equal ones are read once.
+        Raises: CorruptFrame, CorruptPack, ObjectMissing, StoreUnavailable.
+        """
+        ordered = sorted({(ref.pack_id, ref.offset): ref for ref in refs}.items())
+        run: list[FrameRef] = []
+        dropped: set[PackId] = set()
+        for (pack_id, offset), ref in ordered:
+            if run and (
+                run[0].pack_id != pack_id
+                or offset - run[-1].end > READ_BACK_GAP
+                or ref.end - run[0].offset > READ_BACK_BYTES
+            ):
+                self._read_back_run(run, dropped)
+                run = []
+            run.append(ref)
+        if run:
+            self._read_back_run(run, dropped)
+
+    def put_segment(self, segment: SealedSegment) -> None:
+        """Store a segment durably, or reuse the one that is there; from any thread.
+
+        Raises: StoreUnavailable, StoreDenied, StoreFull.
+        """
+        try:
+            self._objects.put(segment_key(segment.segment_id), segment.data)
+        except ObjectExists:
+            if self._objects.size(segment_key(segment.segment_id)) != len(segment.data):
+                self._objects.put(segment_key(segment.segment_id), segment.data, if_absent=False)
+        with self._lock:
+            self._segments.add(segment.segment_id)
+            self._used.update(segment.packs)
+
+    def begin_file(self) -> SegmentTable:
+        """A table to collect one file's entries in, segment by segment."""
+        return SegmentTable(self.chunk_size)
+
+    def add_file(self, entries: Iterable[FrameRef | None]) -> tuple[SegmentId | None, ...]:
+        """Turn a whole file's entries into segments and put them; for files small enough to hold their entries."""
+        table = self.begin_file()
+        for segment in (*table.extend(entries), *table.close()):
+            self.put_segment(segment)
+        return tuple(table.ids)
+
+    def commit(
+        self,
+        *,
+        vm_id: VmId,
+        point_id: PointId,
+        vm_name: str,
+        host: str,
+        files: Sequence[StoredFile],
+        metadata: Mapping[str, str],
+        pins: Sequence[Pin] = (),
+    ) -> Manifest:
+        """Make the restore point one that exists; all packs and segments must have been put.
+
+        Raises: StoreConflict when garbage collection takes something that is used (run the job again: the chunks
+        are then stored afresh); StoreUnavailable: the point may or may not exist then, its pins stay.
+        """
+        if self._unput or self._pack is not None:
+            msg = "commit before every pack was put"
+            raise RuntimeError(msg)
+        manifest = Manifest(
+            vm_id, point_id, vm_name, self._clock(), host, self.chunk_size, tuple(files), dict(metadata)
+        )
+        check_manifest(manifest, manifest_key(vm_id, point_id))
+        data = encode_manifest(manifest)
+        for pin in pins:
+            self._objects.put(pin_key(vm_id, point_id, pin.placeholder_id), encode_pin(pin, vm_id, point_id))
+        self._objects.put(pending_key(vm_id, point_id), data)
+        try:
+            self._check_used()
+        except StoreConflict:
+            self._withdraw(vm_id, point_id, pins)
+            raise
+        self._objects.put(manifest_key(vm_id, point_id), data)
+        self._objects.delete(pending_key(vm_id, point_id))
+        self._publish_index()
+        return manifest
+
+    def abandon(self) -> None:
+        """End without a restore point; packs that were put stay until garbage collection."""
+        with self._lock:
+            self._pack = None
+            self._unput.clear()
+            self._unindexed.clear()
+            self._spare.clear()
+
+    def _known(self, ids: list[ChunkId]) -> dict[ChunkId, FrameRef]:
+        # The job's own chunks last: put_pack enters them into the index before it forgets them here.
+        with self._lock:
+            own = {chunk_id: ref for chunk_id in ids if (ref := self._unindexed.get(chunk_id)) is not None}
+        return self._index.lookup([chunk_id for chunk_id in ids if chunk_id not in own]) | own
+
+    def _place(self, chunk: EncodedChunk, sealed: list[SealedPack]) -> FrameRef:
+        known = self._unindexed.get(chunk.chunk_id)
+        if known is not None:
+            self._counts[2] += 1
+            return known
+        if self._pack is not None and not self._pack.has_room(chunk.length):
+            full = self._seal()
+            assert full is not None
+            sealed.append(full)
+        if self._pack is None:
+            buffer = self._spare.pop() if self._spare else None
+            self._pack = OpenPack(PackId(self._new_id()), buffer)
+            self._own.add(self._pack.pack_id)
+        ref = self._pack.add(chunk)
+        self._unindexed[chunk.chunk_id] = ref
+        self._used.add(ref.pack_id)
+        counts = self._counts
+        counts[3] += 1
+        counts[4] += chunk.raw_length
+        counts[5] += chunk.length
+        return ref
+
+    def _seal(self) -> SealedPack | None:
+        if self._pack is None:
+            return None
+        pack = self._pack.seal()
+        self._pack = None
+        self._unput[pack.pack_id] = pack
+        return pack
+
+    def _read_back_run(self, run: list[FrameRef], dropped: set[PackId]) -> None:
+        pack_id = run[0].pack_id
+        if pack_id not in dropped and isinstance(self._objects, CacheDropping):
+            self._objects.drop_cache(pack_key(pack_id))
+            dropped.add(pack_id)
+        for ref, raw in zip(run, self._fetch(run), strict=True):
+            if ref.pack_id not in self._own:
+                frames.check_identity(raw, ref)
+
+    def _check_used(self) -> None:
+        """See that nothing this job uses is condemned or gone."""
+        condemned = {info.key for info in self._objects.list(CONDEMNED)}
+        lost_packs = {
+            pack_id
+            for pack_id in self._used
+            if f"{CONDEMNED_PACKS}{pack_id}" in condemned or not self._exists(pack_key(pack_id))
+        }
+        lost_segments = {
+            segment_id
+            for segment_id in self._segments
+            if f"{CONDEMNED_SEGMENTS}{segment_id}" in condemned or not self._exists(segment_key(segment_id))
+        }
+        self._index.forget_packs(lost_packs)
+        if lost_packs or lost_segments:
+            msg = (
+                f"{len(lost_packs)} packs and {len(lost_segments)} segments that this backup refers to are being "
+                "removed from the store by garbage collection; run the backup again"
+            )
+            raise StoreConflict(msg)
+
+    def _exists(self, key: str) -> bool:
+        try:
+            self._objects.size(key)
+        except ObjectMissing:
+            return False
+        return True
+
+    def _withdraw(self, vm_id: VmId, point_id: PointId, pins: Sequence[Pin]) -> None:
+        try:
+            self._objects.delete(pending_key(vm_id, point_id))
+            for pin in pins:
+                self._objects.delete(pin_key(vm_id, point_id, pin.placeholder_id))
+        except StoreError:
+            return  # garbage collection takes a pending manifest of a dead job, and its pins
+
+    def _publish_index(self) -> None:
+        with self._lock:
+            packs, self._unpublished, self._unpublished_entries = self._unpublished, [], 0
+        if packs:
+            self._objects.put(f"{INDEX}{self._new_id()}", encode_index(packs))

@@ -1,0 +1,277 @@
+"""The chunk index: which chunks are stored already, and where.
+
+Purpose: dedup.  A SQLite file private to one host and one daemon, a cache of the store's ``index/`` objects: losing
+it, or any row of it, costs time or room, never data.  SQLite bounds the memory at any size of store.
+
+Invariants: a row that does not match its own checksum is never used (the file is then rebuilt); a pack that is not in
+``packs`` is never handed out, so forgetting a pack is one row.  What is handed out is a claim, not a proof: a commit
+checks that every pack is still there.  Packs of jobs that never published an index object are dropped at start.
+
+This module must not know frames' contents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+import struct
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final, TypeVar
+
+from xxhash import xxh3_64_intdigest
+
+from vmfs_stub.core.chunking import FrameRef
+from vmfs_stub.core.errors import CorruptStoreObject, NoSpace, ObjectMissing, PrimaryIOError, UnknownFormat
+from vmfs_stub.core.ids import ChunkId, PackId, StoreId
+from vmfs_stub.store.format import INDEX_SIZE_MAX
+from vmfs_stub.store.index_objects import decode_index
+from vmfs_stub.store.keys import INDEX
+from vmfs_stub.store.objects import ObjectStore
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+SCHEMA_VERSION: Final = 1
+_SCHEMA: Final = """
+CREATE TABLE store (id TEXT NOT NULL);                       -- one row: the store that this is a cache of
+CREATE TABLE objects (                                       -- index objects of the store that are in here
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    key TEXT NOT NULL UNIQUE);
+CREATE TABLE packs (                                         -- packs that may be handed out
+    number INTEGER PRIMARY KEY AUTOINCREMENT,                -- never used again, so old rows of chunks stay void
+    id TEXT NOT NULL UNIQUE,
+    object INTEGER);                                         -- index object that lists it; NULL: not published yet
+CREATE INDEX packs_by_object ON packs (object);
+CREATE TABLE chunks (                                        -- one place per chunk; void when its pack is gone
+    id BLOB PRIMARY KEY,                                     -- 32 bytes
+    pack INTEGER NOT NULL,
+    place BLOB NOT NULL                                      -- offset, length, raw length, checksum, check of the row
+) WITHOUT ROWID;
+"""
+_PLACE = struct.Struct("<III16sQ")
+_CHECKED = struct.Struct("<32s16sIII16s")
+_LOOKUP_MAX: Final = 500
+"""Chunks per query: below SQLite's smallest limit of parameters."""
+_CACHE_KIB: Final = 32 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """What a sync did; ``damaged`` index objects were skipped (their chunks are stored again when met)."""
+
+    added: int
+    removed: int
+    damaged: tuple[str, ...]
+
+
+class _Damaged(Exception):
+    """A row that does not match its checksum."""
+
+
+class ChunkIndex:
+    """Thread-safe; one per host and store.  ``path`` None keeps it in memory."""
+
+    def __init__(self, path: Path | None, store_id: StoreId) -> None:
+        """Open the file, or make it afresh when it is missing, damaged or another store's.
+
+        Raises: PrimaryIOError, NoSpace.
+        """
+        self._path = path
+        self._store_id = store_id
+        self._lock = threading.RLock()
+        self._database: sqlite3.Connection | None = None
+        with self._lock:
+            self._guarded(self._forget_unpublished, None)
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            if self._database is not None:
+                self._database.close()
+                self._database = None
+
+    def lookup(self, ids: Sequence[ChunkId]) -> dict[ChunkId, FrameRef]:
+        """Where those of the chunks lie that are known.
+
+        Raises: PrimaryIOError.
+        """
+        found: dict[ChunkId, FrameRef] = {}
+
+        def query(database: sqlite3.Connection) -> dict[ChunkId, FrameRef]:
+            for start in range(0, len(ids), _LOOKUP_MAX):
+                part = ids[start : start + _LOOKUP_MAX]
+                marks = ",".join("?" * len(part))
+                rows = database.execute(
+                    "SELECT c.id, p.id, c.place FROM chunks c JOIN packs p ON p.number = c.pack "
+                    f"WHERE c.id IN ({marks})",
+                    part,
+                )
+                for row in rows:
+                    ref = _ref(*row)
+                    found[ref.chunk_id] = ref
+            return found
+
+        with self._lock:
+            return self._guarded(query, {})
+
+    def add(self, pack_id: PackId, refs: Sequence[FrameRef]) -> None:
+        """Enter a pack that is durable in the store.
+
+        Raises: PrimaryIOError, NoSpace.
+        """
+        with self._lock:
+            self._guarded(partial(_insert, packs=[(pack_id, refs)], key=None), None)
+
+    def forget_packs(self, pack_ids: Iterable[PackId]) -> None:
+        """Never hand out these packs again (they are gone or condemned)."""
+        rows = [(pack_id,) for pack_id in pack_ids]
+        with self._lock:
+            self._guarded(lambda database: database.executemany("DELETE FROM packs WHERE id = ?", rows), None)
+
+    def sync(self, objects: ObjectStore) -> SyncReport:
+        """Bring the file up to date with the store's ``index/``, by listing it and reading what is new.
+
+        Raises: StoreUnavailable, StoreDenied, PrimaryIOError, NoSpace.
+        """
+        listed = {info.key for info in objects.list(INDEX)}
+        nothing: set[str] = set()
+        with self._lock:
+            known = self._guarded(_known_objects, nothing)
+            for key in known - listed:
+                self._guarded(partial(_drop_object, key=key), None)
+        added = 0
+        damaged: list[str] = []
+        for key in sorted(listed - known):
+            try:
+                packs = decode_index(objects.get(key, size_max=INDEX_SIZE_MAX), key)
+            except ObjectMissing:
+                continue  # removed since the listing
+            except (CorruptStoreObject, UnknownFormat) as exc:
+                log.warning("index object skipped, its chunks are stored again when met: %s", exc)
+                damaged.append(key)
+                continue
+            with self._lock:
+                self._guarded(partial(_insert, packs=packs, key=key), None)
+            added += 1
+        return SyncReport(added, len(known - listed), tuple(damaged))
+
+    def _guarded(self, action: Callable[[sqlite3.Connection], T], rebuilt: T) -> T:
+        """Run ``action`` in a transaction; a damaged file is made afresh, and the answer is ``rebuilt``."""
+        try:
+            database = self._opened()
+            with database:
+                return action(database)
+        except (sqlite3.Error, _Damaged) as exc:
+            if not _is_damage(exc):
+                raise _foreign(exc, self._path) from exc
+            log.warning("chunk index %s is damaged (%s): it is made afresh", self._path, exc)
+        self._remove()
+        try:
+            self._opened()
+        except sqlite3.Error as exc:
+            raise _foreign(exc, self._path) from exc
+        return rebuilt
+
+    def _opened(self) -> sqlite3.Connection:
+        if self._database is None:
+            self._database = _open(self._path, self._store_id)
+        return self._database
+
+    def _remove(self) -> None:
+        self.close()
+        if self._path is not None:
+            for suffix in ("", "-wal", "-shm", "-journal"):
+                with contextlib.suppress(FileNotFoundError):
+                    self._path.with_name(self._path.name + suffix).unlink()
+
+    @staticmethod
+    def _forget_unpublished(database: sqlite3.Connection) -> None:
+        database.execute("DELETE FROM packs WHERE object IS NULL")
+
+
+def _open(path: Path | None, store_id: StoreId) -> sqlite3.Connection:
+    database = sqlite3.connect(":memory:" if path is None else path, check_same_thread=False, timeout=30)
+    try:
+        database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = NORMAL")
+        version = database.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            database.executescript(_SCHEMA)
+            with database:
+                database.execute("INSERT INTO store VALUES (?)", (store_id,))
+                database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        elif version != SCHEMA_VERSION or database.execute("SELECT id FROM store").fetchall() != [(store_id,)]:
+            msg = "it belongs to another store or version"
+            raise _Damaged(msg)
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _insert(database: sqlite3.Connection, packs: Iterable[tuple[PackId, Sequence[FrameRef]]], key: str | None) -> None:
+    number: int | None = None
+    if key is not None:
+        number = database.execute("INSERT INTO objects (key) VALUES (?)", (key,)).lastrowid
+    for pack_id, refs in packs:
+        if database.execute("UPDATE packs SET object = ? WHERE id = ?", (number, pack_id)).rowcount:
+            continue
+        pack = database.execute("INSERT INTO packs (id, object) VALUES (?, ?)", (pack_id, number)).lastrowid
+        database.executemany(
+            "INSERT INTO chunks VALUES (?, ?, ?) ON CONFLICT (id) DO UPDATE SET pack = excluded.pack, "
+            "place = excluded.place WHERE pack NOT IN (SELECT number FROM packs)",
+            ((ref.chunk_id, pack, _place(ref)) for ref in refs),
+        )
+
+
+def _known_objects(database: sqlite3.Connection) -> set[str]:
+    return {key for (key,) in database.execute("SELECT key FROM objects")}
+
+
+def _drop_object(database: sqlite3.Connection, key: str) -> None:
+    database.execute("DELETE FROM packs WHERE object = (SELECT number FROM objects WHERE key = ?)", (key,))
+    database.execute("DELETE FROM objects WHERE key = ?", (key,))
+
+
+def _row_check(ref: FrameRef) -> int:
+    return xxh3_64_intdigest(
+        _CHECKED.pack(ref.chunk_id, bytes.fromhex(ref.pack_id), ref.offset, ref.length, ref.raw_length, ref.checksum)
+    )
+
+
+def _place(ref: FrameRef) -> bytes:
+    return _PLACE.pack(ref.offset, ref.length, ref.raw_length, ref.checksum, _row_check(ref))
+
+
+def _ref(chunk_id: bytes, pack_id: str, place: bytes) -> FrameRef:
+    try:
+        offset, length, raw_length, checksum, check = _PLACE.unpack(place)
+        ref = FrameRef(ChunkId(chunk_id), PackId(pack_id), offset, length, raw_length, checksum)
+        if _row_check(ref) == check:
+            return ref
+    except (struct.error, TypeError, ValueError):
+        pass
+    msg = "a row does not match its checksum"
+    raise _Damaged(msg)
+
+
+def _is_damage(exc: Exception) -> bool:
+    if isinstance(exc, _Damaged):
+        return True
+    code = getattr(exc, "sqlite_errorcode", None)
+    if code is None:
+        return isinstance(exc, (sqlite3.DataError, sqlite3.IntegrityError))
+    primary = code & 0xFF
+    return primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_ERROR)
+
+
+def _foreign(exc: Exception, path: Path | None) -> NoSpace | PrimaryIOError:
+    if getattr(exc, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+        return NoSpace(f"chunk index {path}: no room left; free space on this filesystem")
+    return PrimaryIOError(f"chunk index {path}: {exc}; it may be deleted, it is made afresh")

@@ -1,0 +1,113 @@
+"""What a restore point's files consist of, chunk by chunk, loaded piece by piece.
+
+Purpose: a recall asks where some chunks of a 100 GiB disk lie; only the segments it needs are read, and a bounded
+number of them is kept, shared by all open restore points of a store.  Thread-safe.
+
+This module must not know what is done with the chunks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Final
+
+from vmfs_stub.core.chunking import FrameRef, chunk_count, chunk_length
+from vmfs_stub.core.errors import CorruptSegment
+from vmfs_stub.core.ids import SegmentId
+from vmfs_stub.store.format import SEGMENT_CHUNKS, SEGMENT_SIZE_MAX
+from vmfs_stub.store.keys import segment_key
+from vmfs_stub.store.manifest import Manifest, StoredFile
+from vmfs_stub.store.objects import ObjectStore
+from vmfs_stub.store.segments import Segment
+
+SEGMENTS_KEPT: Final = 64
+"""Segments kept in memory per store: 64 of at most 340 KiB."""
+
+
+class SegmentCache:
+    """Reads segments and keeps the last used ones; thread-safe."""
+
+    def __init__(self, objects: ObjectStore, *, kept_max: int = SEGMENTS_KEPT) -> None:
+        self._objects = objects
+        self._kept_max = kept_max
+        self._kept: OrderedDict[SegmentId, Segment] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def load(self, segment_id: SegmentId) -> Segment:
+        """The segment of that id.
+
+        Raises: ObjectMissing, CorruptSegment, UnknownFormat, StoreUnavailable.
+        """
+        with self._lock:
+            kept = self._kept.get(segment_id)
+            if kept is not None:
+                self._kept.move_to_end(segment_id)
+                return kept
+        segment = Segment(self._objects.get(segment_key(segment_id), size_max=SEGMENT_SIZE_MAX), segment_id)
+        with self._lock:
+            self._kept[segment_id] = segment
+            while len(self._kept) > self._kept_max:
+                self._kept.popitem(last=False)
+        return segment
+
+
+class ChunkTable:
+    """The chunks of one stored file; thread-safe.  ``size`` and ``chunk_size`` in bytes."""
+
+    def __init__(self, stored: StoredFile, chunk_size: int, segments: SegmentCache) -> None:
+        self.size = stored.size
+        self.chunk_size = chunk_size
+        self.chunk_count = chunk_count(stored.size, chunk_size)
+        self._ids = stored.segments
+        self._segments = segments
+
+    def locate(self, first: int, end: int) -> list[FrameRef | None]:
+        """Where chunks ``first`` to ``end`` (half-open) lie; None for a chunk of zeros.
+
+        Raises: ObjectMissing, CorruptSegment, UnknownFormat, StoreUnavailable.
+        """
+        if not 0 <= first <= end <= self.chunk_count:
+            msg = f"chunks {first} to {end} of a file that has {self.chunk_count}"
+            raise ValueError(msg)
+        found: list[FrameRef | None] = []
+        at = first
+        while at < end:
+            number, slot = divmod(at, SEGMENT_CHUNKS)
+            stop = min(end, (number + 1) * SEGMENT_CHUNKS)
+            segment_id = self._ids[number]
+            if segment_id is None:
+                found.extend([None] * (stop - at))
+            else:
+                segment = self._load(segment_id, number)
+                for index in range(at, stop):
+                    found.append(self._checked(segment.ref(slot + index - at), index, segment_id))
+            at = stop
+        return found
+
+    def _load(self, segment_id: SegmentId, number: int) -> Segment:
+        segment = self._segments.load(segment_id)
+        expected = min(SEGMENT_CHUNKS, self.chunk_count - number * SEGMENT_CHUNKS)
+        if segment.slot_count != expected or segment.chunk_size != self.chunk_size:
+            msg = f"{segment_key(segment_id)}: does not fit the file that refers to it"
+            raise CorruptSegment(msg)
+        return segment
+
+    def _checked(self, ref: FrameRef | None, index: int, segment_id: SegmentId) -> FrameRef | None:
+        if ref is not None and ref.raw_length != chunk_length(index, self.size, self.chunk_size):
+            msg = f"{segment_key(segment_id)}: chunk {index} has the wrong length for the file that refers to it"
+            raise CorruptSegment(msg)
+        return ref
+
+
+@dataclass(frozen=True, slots=True)
+class RestorePoint:
+    """A committed restore point, open for reading; thread-safe."""
+
+    manifest: Manifest
+    segments: SegmentCache
+
+    def chunks(self, file_index: int) -> ChunkTable:
+        """The chunks of file number ``file_index`` of the manifest."""
+        return ChunkTable(self.manifest.files[file_index], self.manifest.chunk_size, self.segments)

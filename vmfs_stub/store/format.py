@@ -1,0 +1,124 @@
+"""Numbers, layouts and names that decide what the bytes on secondary storage mean.
+
+Purpose: the one place for magic values, struct layouts, limits and the store's own description
+(``vmfs-store.json``).  docs/FORMAT.md describes the same in words; change both together, and raise
+``FORMAT_VERSION`` or add a required feature whenever an older reader would misread the result.
+
+Integers are little-endian.  Every limit here is a bound for a *reader*: nothing larger is allocated, whatever a
+damaged or hostile object claims.  This module must not know how objects are transported.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+from vmfs_stub.core.chunking import CHUNK_SIZE_MAX, CHUNK_SIZE_MIN
+from vmfs_stub.core.errors import ConfigError, CorruptStoreObject, UnknownFormat
+from vmfs_stub.core.ids import StoreId
+from vmfs_stub.store import documents
+from vmfs_stub.store.keys import STORE_KEY
+
+FORMAT_VERSION: Final = 1
+FEATURES_KNOWN: Final[frozenset[str]] = frozenset()
+"""Required features that this reader understands; a store or document that needs another is refused."""
+
+DEFAULT_CHUNK_SIZE: Final = 64 * 1024
+SEGMENT_CHUNKS: Final = 4096
+"""Chunks that one segment describes: 256 MiB of a file at the default chunk size."""
+
+FRAME_HEADER: Final = struct.Struct("<4sB3xII16s")
+"""Magic, flags, 3 zero bytes, raw length, payload length, xxh3-128 of the raw bytes (big-endian digest)."""
+FRAME_MAGIC: Final = b"vsFR"
+FRAME_LZ4: Final = 0x01
+"""Flag: the payload is one lz4 block without a size prefix; otherwise it is the raw bytes."""
+FRAME_LENGTH_MAX: Final = FRAME_HEADER.size + CHUNK_SIZE_MAX
+"""A payload is never longer than its chunk: what does not shrink is stored raw."""
+
+PACK_SIZE: Final = 16 * 1024 * 1024
+"""Bytes of frames after which a pack is sealed: one durable put or one cold read of it takes tens of milliseconds."""
+PACK_SIZE_MAX: Final = 64 * 1024 * 1024
+PACK_FRAMES_MAX: Final = 4096
+PACK_ENTRY: Final = struct.Struct("<32sIII16s")
+"""Chunk id, offset, length, raw length, xxh3-128 of the raw bytes."""
+PACK_TRAILER: Final = struct.Struct("<16sQIIHH")
+"""Pack id, footer offset, footer length, frame count, version, 0; then the BLAKE3 of footer and these; then magic."""
+PACK_MAGIC: Final = b"vsPACK\r\n"
+PACK_TAIL_SIZE: Final = PACK_TRAILER.size + 32 + len(PACK_MAGIC)
+
+SEGMENT_HEADER: Final = struct.Struct("<8sHHIIII")
+"""Magic, version, 0, chunk size, slot count, entry count, pack count."""
+SEGMENT_MAGIC: Final = b"vsSEGM\r\n"
+SEGMENT_ENTRY: Final = struct.Struct("<32sIIII16s")
+"""Chunk id, index in the pack table, offset, length, raw length, xxh3-128 of the raw bytes."""
+SEGMENT_SLOT_ZERO: Final = 0xFFFF
+SEGMENT_SIZE_MAX: Final = SEGMENT_HEADER.size + SEGMENT_CHUNKS * (16 + 2 + SEGMENT_ENTRY.size)
+
+INDEX_HEADER: Final = struct.Struct("<8sHHI")
+"""Magic, version, 0, pack count; then per pack its id and frame count and entries; then the BLAKE3 of all before."""
+INDEX_MAGIC: Final = b"vsINDX\r\n"
+INDEX_PACK: Final = struct.Struct("<16sI")
+INDEX_OBJECT_ENTRIES: Final = 65_536
+"""Entries after which a writer closes an index object (about 4 MB)."""
+INDEX_SIZE_MAX: Final = 64 * 1024 * 1024
+
+MANIFEST_SIZE_MAX: Final = 256 * 1024 * 1024
+DOCUMENT_SIZE_MAX: Final = 1024 * 1024
+"""Bound for the small checked documents: store description, pins, claims, leases."""
+
+COMPRESSION: Final = "lz4-block"
+HASH: Final = "blake3-256"
+STORE_FORMAT: Final = "vmfs-stub store"
+
+
+@dataclass(frozen=True, slots=True)
+class StoreDescription:
+    """What ``vmfs-store.json`` says: fixed for the life of a store."""
+
+    store_id: StoreId
+    chunk_size: int
+
+
+def check_chunk_size(chunk_size: int) -> None:
+    """Refuse a chunk size that no store may have.
+
+    Raises: ConfigError.
+    """
+    if not CHUNK_SIZE_MIN <= chunk_size <= CHUNK_SIZE_MAX or chunk_size & (chunk_size - 1):
+        msg = f"a chunk size of {chunk_size} bytes is not a power of two from {CHUNK_SIZE_MIN} to {CHUNK_SIZE_MAX}"
+        raise ConfigError(msg)
+
+
+def encode_description(description: StoreDescription) -> bytes:
+    """The bytes of ``vmfs-store.json``."""
+    return documents.encode(
+        STORE_FORMAT,
+        FORMAT_VERSION,
+        {
+            "store_id": description.store_id,
+            "chunk_size": description.chunk_size,
+            "compression": COMPRESSION,
+            "hash": HASH,
+        },
+    )
+
+
+def decode_description(data: bytes) -> StoreDescription:
+    """Parse ``vmfs-store.json``.
+
+    Raises: CorruptStoreObject when it is damaged; UnknownFormat when this version cannot use the store.
+    """
+    fields = documents.decode(data, STORE_KEY, STORE_FORMAT, version=FORMAT_VERSION, features=FEATURES_KNOWN)
+    for name, known in (("compression", COMPRESSION), ("hash", HASH)):
+        found = fields.text(name)
+        if found != known:
+            msg = f"{STORE_KEY}: {name} {found!r} is not known to this version; a newer vmfs-stub may read the store"
+            raise UnknownFormat(msg)
+    chunk_size = fields.integer("chunk_size")
+    try:
+        check_chunk_size(chunk_size)
+    except ConfigError as exc:
+        msg = f"{STORE_KEY}: {exc}"
+        raise CorruptStoreObject(msg) from exc
+    return StoreDescription(StoreId(fields.hex_id("store_id")), chunk_size)

@@ -1,0 +1,121 @@
+"""Names of the objects on secondary storage, and which error their damage raises.
+
+Purpose: every key is built and taken apart here.  A key never comes from data unchecked: ids are validated before
+they become part of a key, so a hostile manifest cannot name an object outside its own kind.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from vmfs_stub.core.errors import (
+    ConfigError,
+    CorruptManifest,
+    CorruptPack,
+    CorruptSegment,
+    CorruptStoreObject,
+    IntegrityError,
+)
+from vmfs_stub.core.ids import PackId, PlaceholderId, PointId, SegmentId, VmId
+
+STORE_KEY: Final = "vmfs-store.json"
+PACKS: Final = "packs/"
+SEGMENTS: Final = "segments/"
+MANIFESTS: Final = "manifests/"
+INDEX: Final = "index/"
+PINS: Final = "pins/"
+CONDEMNED: Final = "condemned/"
+CONDEMNED_PACKS: Final = "condemned/packs/"
+CONDEMNED_SEGMENTS: Final = "condemned/segments/"
+PENDING_SUFFIX: Final = ".pending"
+
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}(?:/[A-Za-z0-9][A-Za-z0-9._-]{0,199}){0,7}\Z")
+_PREFIX = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]{0,199}/){0,7}\Z")
+_ID = re.compile(r"[0-9a-f]{32}\Z")
+_SEGMENT_ID = re.compile(r"[0-9a-f]{64}\Z")
+
+
+def check_key(key: str) -> str:
+    """Return ``key`` when it is a relative path of plain names (no traversal, at most 8 deep).
+
+    Raises: ConfigError.
+    """
+    if not _KEY.match(key):
+        msg = f"{key!r} is not a valid object name"
+        raise ConfigError(msg)
+    return key
+
+
+def check_prefix(prefix: str) -> str:
+    """Return ``prefix`` when it is empty or a folder name that ends with ``/``.
+
+    Raises: ConfigError.
+    """
+    if not _PREFIX.match(prefix):
+        msg = f"{prefix!r} is not a valid folder of objects"
+        raise ConfigError(msg)
+    return prefix
+
+
+def is_id(text: str) -> bool:
+    """Whether ``text`` is 32 lower-case hex digits."""
+    return _ID.match(text) is not None
+
+
+def is_segment_id(text: str) -> bool:
+    """Whether ``text`` is 64 lower-case hex digits."""
+    return _SEGMENT_ID.match(text) is not None
+
+
+def pack_key(pack_id: PackId) -> str:
+    """Name of a pack; spread over 256 folders so that none of them grows very large."""
+    return f"{PACKS}{pack_id[:2]}/{pack_id}"
+
+
+def segment_key(segment_id: SegmentId) -> str:
+    """Name of a segment."""
+    return f"{SEGMENTS}{segment_id[:2]}/{segment_id}"
+
+
+def manifests_of(vm_id: VmId) -> str:
+    """Folder of a VM's manifests."""
+    return f"{MANIFESTS}{_checked(vm_id)}/"
+
+
+def manifest_key(vm_id: VmId, point_id: PointId) -> str:
+    """Name of a committed manifest."""
+    return f"{manifests_of(vm_id)}{_checked(point_id)}"
+
+
+def pending_key(vm_id: VmId, point_id: PointId) -> str:
+    """Name of a manifest that is not committed yet."""
+    return manifest_key(vm_id, point_id) + PENDING_SUFFIX
+
+
+def pins_of(vm_id: VmId, point_id: PointId) -> str:
+    """Folder of a restore point's pins."""
+    return f"{PINS}{_checked(vm_id)}/{_checked(point_id)}/"
+
+
+def pin_key(vm_id: VmId, point_id: PointId, placeholder_id: PlaceholderId) -> str:
+    """Name of a pin."""
+    return f"{pins_of(vm_id, point_id)}{_checked(placeholder_id)}"
+
+
+def damage(key: str) -> type[IntegrityError]:
+    """The error that says: the object ``key`` is not what was written."""
+    if key.startswith(PACKS):
+        return CorruptPack
+    if key.startswith(SEGMENTS):
+        return CorruptSegment
+    if key.startswith(MANIFESTS):
+        return CorruptManifest
+    return CorruptStoreObject
+
+
+def _checked(an_id: str) -> str:
+    if not is_id(an_id):
+        msg = f"{an_id!r} is not an id (32 hex digits)"
+        raise ConfigError(msg)
+    return an_id

@@ -1,0 +1,93 @@
+"""The object store that everything else in ``store`` is built on: six blocking calls.
+
+Purpose: one interface for a local directory, memory and S3-compatible stores.  Implementations are thread-safe and
+translate every foreign exception.  tests/contract runs one suite over all of them.
+
+Contract: an object that ``put`` has acknowledged is durable and readable at once; objects are never changed in place,
+only replaced whole or deleted.  This module must not know what the objects mean (only whose damage is which error).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, Protocol, TypeAlias, runtime_checkable
+
+from vmfs_stub.core.errors import IntegrityError
+from vmfs_stub.store.keys import damage
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+OBJECT_SIZE_MAX: Final = 256 * 1024 * 1024
+"""Default bound of a whole-object read, so that a damaged store cannot exhaust memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One listed object; ``size`` in bytes."""
+
+    key: str
+    size: int
+
+
+class ObjectStore(Protocol):
+    """Named, immutable byte strings; blocking and thread-safe.
+
+    All calls may raise StoreUnavailable or StoreDenied, and ConfigError for an invalid key.
+    """
+
+    def get(self, key: str, *, size_max: int = OBJECT_SIZE_MAX) -> bytes:
+        """Read a whole object.
+
+        Raises: ObjectMissing; the integrity error of the key when it is larger than ``size_max`` bytes.
+        """
+        ...
+
+    def get_range(self, key: str, *, offset: int, length: int) -> bytes:
+        """Read exactly ``length`` bytes.
+
+        Raises: ObjectMissing; the integrity error of the key when the object ends before that.
+        """
+        ...
+
+    def put(self, key: str, data: Buffer, *, if_absent: bool = True) -> None:
+        """Store an object, durably when this returns.
+
+        With ``if_absent`` an object of that name is left alone and ObjectExists raised; otherwise it is replaced,
+        and readers see the old or the new one whole.  Raises: StoreFull.
+        """
+        ...
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """All objects under a folder (empty, or a name that ends with ``/``), at any depth, in no order."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove an object; a missing one is fine."""
+        ...
+
+    def size(self, key: str) -> int:
+        """Size in bytes.
+
+        Raises: ObjectMissing.
+        """
+        ...
+
+
+@runtime_checkable
+class CacheDropping(Protocol):
+    """A store whose reads may be answered from a cache that proves nothing about the medium."""
+
+    def drop_cache(self, key: str) -> None:
+        """Make the next read of ``key`` come from the medium, as far as the system allows; never fails."""
+        ...
+
+
+def truncated(key: str, *, offset: int, length: int) -> IntegrityError:
+    """The error for an object that ends before ``offset + length``."""
+    return damage(key)(f"{key}: ends before byte {offset + length}: the object is cut short; run verify")
+
+
+def oversized(key: str, *, size: int, size_max: int) -> IntegrityError:
+    """The error for an object larger than anything vmfs-stub writes under that name."""
+    return damage(key)(f"{key}: has {size} bytes where at most {size_max} are valid: the object is damaged")

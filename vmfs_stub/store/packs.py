@@ -1,0 +1,142 @@
+"""Packs: objects of many frames, with a footer that lists them.
+
+Layout: frames back to back from byte 0, then one entry per frame, then a trailer whose BLAKE3 covers entries and
+trailer.  The trailer names the pack, so a pack stored under another name is found.  The footer alone rebuilds the
+chunk index.  Layout: docs/FORMAT.md.  This module must not know how packs are transported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from blake3 import blake3
+
+from vmfs_stub.core.chunking import CHUNK_SIZE_MAX, FrameRef
+from vmfs_stub.core.errors import CorruptPack, UnknownFormat
+from vmfs_stub.core.ids import ChunkId, PackId
+from vmfs_stub.store.format import (
+    FORMAT_VERSION,
+    FRAME_HEADER,
+    FRAME_LENGTH_MAX,
+    PACK_ENTRY,
+    PACK_FRAMES_MAX,
+    PACK_MAGIC,
+    PACK_SIZE,
+    PACK_SIZE_MAX,
+    PACK_TAIL_SIZE,
+    PACK_TRAILER,
+)
+from vmfs_stub.store.frames import EncodedChunk
+from vmfs_stub.store.keys import pack_key
+from vmfs_stub.store.objects import ObjectStore
+
+BUFFER_SIZE = PACK_SIZE + PACK_FRAMES_MAX * PACK_ENTRY.size + PACK_TAIL_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class SealedPack:
+    """A whole pack, ready to be put; ``buffer`` is ``data``'s memory and is reused once it is put."""
+
+    pack_id: PackId
+    data: memoryview
+    refs: tuple[FrameRef, ...]
+    buffer: bytearray
+
+
+class OpenPack:
+    """A pack being filled, in one preallocated buffer.  Not thread-safe."""
+
+    def __init__(self, pack_id: PackId, buffer: bytearray | None = None) -> None:
+        self.pack_id = pack_id
+        self._buffer = bytearray(BUFFER_SIZE) if buffer is None else buffer
+        self._view = memoryview(self._buffer)
+        self._end = 0
+        self._refs: list[FrameRef] = []
+
+    def has_room(self, length: int) -> bool:
+        """Whether a frame of ``length`` bytes still fits."""
+        return self._end + length <= PACK_SIZE and len(self._refs) < PACK_FRAMES_MAX
+
+    def add(self, chunk: EncodedChunk) -> FrameRef:
+        """Copy a frame in; the caller has asked ``has_room``."""
+        start = self._end
+        payload_at = start + FRAME_HEADER.size
+        end = payload_at + len(chunk.payload)
+        self._view[start:payload_at] = chunk.header
+        self._view[payload_at:end] = chunk.payload
+        self._end = end
+        ref = FrameRef(chunk.chunk_id, self.pack_id, start, end - start, chunk.raw_length, chunk.checksum)
+        self._refs.append(ref)
+        return ref
+
+    def seal(self) -> SealedPack:
+        """Write footer and trailer; the pack takes no more frames."""
+        end = self._end
+        for ref in self._refs:
+            PACK_ENTRY.pack_into(self._buffer, end, ref.chunk_id, ref.offset, ref.length, ref.raw_length, ref.checksum)
+            end += PACK_ENTRY.size
+        footer_length = end - self._end
+        PACK_TRAILER.pack_into(
+            self._buffer,
+            end,
+            bytes.fromhex(self.pack_id),
+            self._end,
+            footer_length,
+            len(self._refs),
+            FORMAT_VERSION,
+            0,
+        )
+        end += PACK_TRAILER.size
+        tail = blake3(self._view[self._end : end]).digest() + PACK_MAGIC
+        self._view[end : end + len(tail)] = tail
+        return SealedPack(self.pack_id, self._view[: end + len(tail)], tuple(self._refs), self._buffer)
+
+
+def read_footer(objects: ObjectStore, pack_id: PackId) -> list[FrameRef]:
+    """The frames of a stored pack, by its footer.
+
+    Raises: ObjectMissing, CorruptPack, UnknownFormat.
+    """
+    key = pack_key(pack_id)
+    size = objects.size(key)
+    if not PACK_TAIL_SIZE <= size <= PACK_SIZE_MAX:
+        msg = f"{key}: has an impossible size of {size} bytes"
+        raise CorruptPack(msg)
+    tail = objects.get_range(key, offset=size - PACK_TAIL_SIZE, length=PACK_TAIL_SIZE)
+    if not tail.endswith(PACK_MAGIC):
+        msg = f"{key}: does not end as a pack does: cut short or not a pack"
+        raise CorruptPack(msg)
+    named, offset, length, count, version, zero = PACK_TRAILER.unpack_from(tail)
+    if offset + length + PACK_TAIL_SIZE != size or length != count * PACK_ENTRY.size or count > PACK_FRAMES_MAX:
+        msg = f"{key}: its trailer does not fit its size"
+        raise CorruptPack(msg)
+    footer = objects.get_range(key, offset=offset, length=length)
+    digest = blake3(footer + tail[: PACK_TRAILER.size]).digest()
+    if digest != tail[PACK_TRAILER.size : PACK_TRAILER.size + 32]:
+        msg = f"{key}: the checksum of its footer does not match"
+        raise CorruptPack(msg)
+    if version != FORMAT_VERSION or zero:
+        msg = f"{key}: pack version {version} is not known to this version; use a newer vmfs-stub"
+        raise UnknownFormat(msg)
+    if named.hex() != pack_id:
+        msg = f"{key}: is pack {named.hex()} under another name"
+        raise CorruptPack(msg)
+    return decode_entries(footer, pack_id, frames_end=offset)
+
+
+def decode_entries(entries: bytes | memoryview, pack_id: PackId, *, frames_end: int) -> list[FrameRef]:
+    """Parse the entries of one pack; its frames must fill bytes 0 to ``frames_end`` without a gap.
+
+    Raises: CorruptPack.
+    """
+    refs: list[FrameRef] = []
+    end = 0
+    for chunk_id, offset, length, raw_length, checksum in PACK_ENTRY.iter_unpack(entries):
+        if offset != end or not FRAME_HEADER.size < length <= FRAME_LENGTH_MAX or not 0 < raw_length <= CHUNK_SIZE_MAX:
+            break
+        refs.append(FrameRef(ChunkId(chunk_id), pack_id, offset, length, raw_length, checksum))
+        end = offset + length
+    if end != frames_end or len(refs) * PACK_ENTRY.size != len(entries):
+        msg = f"{pack_key(pack_id)}: its footer lists frames that do not fit together"
+        raise CorruptPack(msg)
+    return refs

@@ -1,0 +1,63 @@
+"""Pins: "a placeholder depends on this restore point", so it is never pruned.
+
+A pin is a checked document under ``pins/<vm id>/<point id>/<placeholder id>``.  Its name is never used again: a
+placeholder id is fresh for each archive.  ``nonce`` tells a retried put from somebody else's.
+This module must not know how pins are transported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
+from vmfs_stub.store import documents
+from vmfs_stub.store.format import FEATURES_KNOWN, FORMAT_VERSION
+
+PIN_FORMAT = "vmfs-stub pin"
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """One placeholder's dependence; ``created_s`` is Unix time, ``datastore`` and ``host`` say where it lies."""
+
+    placeholder_id: PlaceholderId
+    host: str
+    datastore: str
+    created_s: float
+    nonce: str = ""
+
+
+def encode_pin(pin: Pin, vm_id: VmId, point_id: PointId) -> bytes:
+    """The bytes of a pin."""
+    return documents.encode(
+        PIN_FORMAT,
+        FORMAT_VERSION,
+        {
+            "vm_id": vm_id,
+            "point_id": point_id,
+            "placeholder_id": pin.placeholder_id,
+            "host": pin.host,
+            "datastore": pin.datastore,
+            "created_s": pin.created_s,
+            "nonce": pin.nonce,
+        },
+    )
+
+
+def decode_pin(data: bytes, key: str) -> Pin:
+    """Parse the pin that was read from ``key``.
+
+    Raises: CorruptStoreObject; UnknownFormat.
+    """
+    fields = documents.decode(data, key, PIN_FORMAT, version=FORMAT_VERSION, features=FEATURES_KNOWN)
+    pin = Pin(
+        placeholder_id=PlaceholderId(fields.hex_id("placeholder_id")),
+        host=fields.text("host"),
+        datastore=fields.text("datastore"),
+        created_s=fields.number("created_s"),
+        nonce=fields.text("nonce"),
+    )
+    named = f"pins/{fields.hex_id('vm_id')}/{fields.hex_id('point_id')}/{pin.placeholder_id}"
+    if named != key:
+        raise fields.error("placeholder_id", f"belongs to {named}, not here")
+    return pin

@@ -1,0 +1,135 @@
+"""Segments: pieces of a file's chunk table, 4,096 chunks each, named by the BLAKE3 of their bytes.
+
+A segment says for each of its chunks where the frame lies and what it must decode to, so that a recall needs no
+index.  Chunks of zeros take two bytes; a segment of nothing but zeros is not stored at all (None in the manifest).
+Equal chunks share an entry.  Equal tables have equal names, so restore points share segments.
+
+Entries are taken apart when asked for, not when read: a recall's first read must not wait for 4,096 objects.
+Layout: docs/FORMAT.md.  This module must not know how segments are transported.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from blake3 import blake3
+
+from vmfs_stub.core.chunking import FrameRef
+from vmfs_stub.core.errors import CorruptSegment, UnknownFormat
+from vmfs_stub.core.ids import ChunkId, PackId, SegmentId
+from vmfs_stub.store.format import (
+    FORMAT_VERSION,
+    FRAME_HEADER,
+    FRAME_LENGTH_MAX,
+    PACK_SIZE_MAX,
+    SEGMENT_CHUNKS,
+    SEGMENT_ENTRY,
+    SEGMENT_HEADER,
+    SEGMENT_MAGIC,
+    SEGMENT_SIZE_MAX,
+    SEGMENT_SLOT_ZERO,
+)
+from vmfs_stub.store.keys import segment_key
+
+
+@dataclass(frozen=True, slots=True)
+class SealedSegment:
+    """A segment ready to be put; ``packs`` are those that it refers to."""
+
+    segment_id: SegmentId
+    data: bytes
+    packs: frozenset[PackId]
+
+
+def seal_segment(entries: Sequence[FrameRef | None], chunk_size: int) -> SealedSegment | None:
+    """Make the segment of up to 4,096 chunks in file order; None when all of them are zeros."""
+    assert 0 < len(entries) <= SEGMENT_CHUNKS
+    packs: dict[PackId, int] = {}
+    places: dict[tuple[ChunkId, PackId, int], int] = {}
+    slots: list[int] = []
+    rows: list[bytes] = []
+    for ref in entries:
+        if ref is None:
+            slots.append(SEGMENT_SLOT_ZERO)
+            continue
+        place = (ref.chunk_id, ref.pack_id, ref.offset)
+        row = places.get(place)
+        if row is None:
+            row = places[place] = len(rows)
+            pack = packs.setdefault(ref.pack_id, len(packs))
+            rows.append(SEGMENT_ENTRY.pack(ref.chunk_id, pack, ref.offset, ref.length, ref.raw_length, ref.checksum))
+        slots.append(row)
+    if not rows:
+        return None
+    header = SEGMENT_HEADER.pack(SEGMENT_MAGIC, FORMAT_VERSION, 0, chunk_size, len(slots), len(rows), len(packs))
+    table = b"".join(bytes.fromhex(pack_id) for pack_id in packs)
+    data = b"".join((header, table, struct.pack(f"<{len(slots)}H", *slots), *rows))
+    return SealedSegment(SegmentId(blake3(data).hexdigest()), data, frozenset(packs))
+
+
+class Segment:
+    """A segment that was read and proven to be the one that was asked for.  Immutable, so thread-safe.
+
+    Attributes: ``slot_count`` chunks are described; ``packs`` is the pack table.
+    """
+
+    __slots__ = ("_data", "_entries_at", "_entry_count", "_key", "_slots", "chunk_size", "packs", "slot_count")
+
+    def __init__(self, data: bytes, segment_id: SegmentId) -> None:
+        """Check name, header and sizes.
+
+        Raises: CorruptSegment; UnknownFormat.
+        """
+        self._key = segment_key(segment_id)
+        if len(data) > SEGMENT_SIZE_MAX or blake3(data).hexdigest() != segment_id:
+            raise self._corrupt("does not match its name")
+        if len(data) < SEGMENT_HEADER.size:
+            raise self._corrupt("is too short")
+        magic, version, zero, chunk_size, slots, entries, packs = SEGMENT_HEADER.unpack_from(data)
+        if magic != SEGMENT_MAGIC or version != FORMAT_VERSION or zero:
+            msg = f"{self._key}: segment version {version} is not known to this version; use a newer vmfs-stub"
+            raise UnknownFormat(msg)
+        slots_at = SEGMENT_HEADER.size + packs * 16
+        entries_at = slots_at + slots * 2
+        if (
+            slots > SEGMENT_CHUNKS
+            or entries > slots
+            or packs > entries
+            or len(data) != entries_at + entries * SEGMENT_ENTRY.size
+        ):
+            raise self._corrupt("has sizes that do not fit together")
+        self._data = data
+        self._entries_at = entries_at
+        self._entry_count = entries
+        self._slots: tuple[int, ...] = struct.unpack_from(f"<{slots}H", data, slots_at)
+        self.chunk_size: int = chunk_size
+        self.slot_count: int = slots
+        table = data[SEGMENT_HEADER.size : slots_at].hex()
+        self.packs = tuple(PackId(table[at : at + 32]) for at in range(0, len(table), 32))
+
+    def ref(self, slot: int) -> FrameRef | None:
+        """Where the chunk in ``slot`` lies; None for a chunk of zeros.
+
+        Raises: CorruptSegment.
+        """
+        row = self._slots[slot]
+        if row == SEGMENT_SLOT_ZERO:
+            return None
+        if row >= self._entry_count:
+            raise self._corrupt(f"has no entry for its chunk {slot}")
+        chunk_id, pack, offset, length, raw_length, checksum = SEGMENT_ENTRY.unpack_from(
+            self._data, self._entries_at + row * SEGMENT_ENTRY.size
+        )
+        if (
+            pack >= len(self.packs)
+            or not FRAME_HEADER.size < length <= FRAME_LENGTH_MAX
+            or offset + length > PACK_SIZE_MAX
+            or not 0 < raw_length <= self.chunk_size
+        ):
+            raise self._corrupt(f"has an impossible entry for its chunk {slot}")
+        return FrameRef(ChunkId(chunk_id), self.packs[pack], offset, length, raw_length, checksum)
+
+    def _corrupt(self, problem: str) -> CorruptSegment:
+        return CorruptSegment(f"{self._key}: {problem}")

@@ -1,0 +1,267 @@
+"""One secondary store: its description, VMs, restore points, pins and frames.
+
+Purpose: the facade that services use.  Thread-safe and blocking; all state that matters is in the objects, what is
+kept in memory is bounded and immutable.  This module must not know primary storage, nor when anything is done.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from vmfs_stub.core.chunking import FrameRef
+from vmfs_stub.core.errors import (
+    AlreadyExists,
+    CorruptManifest,
+    ObjectExists,
+    ObjectMissing,
+    PointNotFound,
+    UnknownFormat,
+)
+from vmfs_stub.core.ids import PlaceholderId, PointId, StoreId, VmId
+from vmfs_stub.store import frames
+from vmfs_stub.store.backup_writer import BackupWriter
+from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.chunk_table import RestorePoint, SegmentCache
+from vmfs_stub.store.format import (
+    DEFAULT_CHUNK_SIZE,
+    DOCUMENT_SIZE_MAX,
+    MANIFEST_SIZE_MAX,
+    PACK_SIZE_MAX,
+    StoreDescription,
+    check_chunk_size,
+    decode_description,
+    encode_description,
+)
+from vmfs_stub.store.keys import (
+    MANIFESTS,
+    STORE_KEY,
+    is_id,
+    manifest_key,
+    manifests_of,
+    pack_key,
+    pin_key,
+    pins_of,
+)
+from vmfs_stub.store.manifest import Manifest, decode_manifest
+from vmfs_stub.store.objects import ObjectStore
+from vmfs_stub.store.pins import Pin, decode_pin, encode_pin
+
+SUMMARIES_KEPT: Final = 100_000
+"""Summaries of immutable manifests kept in memory: 2,000 VMs with 30 points and room to spare."""
+
+
+@dataclass(frozen=True, slots=True)
+class PointSummary:
+    """A committed restore point in short; ``created_s`` is Unix time, ``size_bytes`` logical.
+
+    ``damaged`` says what is wrong with a manifest that cannot be read; all but the ids is then empty.
+    """
+
+    vm_id: VmId
+    point_id: PointId
+    vm_name: str
+    created_s: float
+    host: str
+    file_count: int
+    size_bytes: int
+    damaged: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredVm:
+    """A VM that the store has restore points of, oldest first; ``name`` is that of the newest readable one."""
+
+    vm_id: VmId
+    name: str
+    points: tuple[PointSummary, ...]
+
+
+class Store:
+    """Thread-safe facade over one secondary store."""
+
+    def __init__(self, objects: ObjectStore, description: StoreDescription) -> None:
+        self.objects = objects
+        self.id: StoreId = description.store_id
+        self.chunk_size = description.chunk_size
+        self.segments = SegmentCache(objects)
+        self._summaries: OrderedDict[str, PointSummary] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def create(cls, objects: ObjectStore, *, chunk_size: int = DEFAULT_CHUNK_SIZE) -> Store:
+        """Make a store where there is none.
+
+        Raises: AlreadyExists, ConfigError, StoreUnavailable, StoreDenied, StoreFull.
+        """
+        check_chunk_size(chunk_size)
+        description = StoreDescription(StoreId(secrets.token_hex(16)), chunk_size)
+        try:
+            objects.put(STORE_KEY, encode_description(description))
+        except ObjectExists as exc:
+            msg = "there is a vmfs-stub store at this place already; use it, or choose another place"
+            raise AlreadyExists(msg) from exc
+        return cls(objects, description)
+
+    @classmethod
+    def open(cls, objects: ObjectStore) -> Store:
+        """Open an existing store.
+
+        Raises: ObjectMissing when there is none; UnknownFormat, CorruptStoreObject, StoreUnavailable, StoreDenied.
+        """
+        return cls(objects, decode_description(objects.get(STORE_KEY, size_max=DOCUMENT_SIZE_MAX)))
+
+    @classmethod
+    def open_or_create(cls, objects: ObjectStore, *, chunk_size: int = DEFAULT_CHUNK_SIZE) -> Store:
+        """Open the store, or make it; two hosts that do so at once get the same one."""
+        try:
+            return cls.open(objects)
+        except ObjectMissing:
+            try:
+                return cls.create(objects, chunk_size=chunk_size)
+            except AlreadyExists:
+                return cls.open(objects)
+
+    def vms(self) -> list[StoredVm]:
+        """All VMs with committed restore points, by name."""
+        by_vm: dict[VmId, list[PointSummary]] = {}
+        for vm_id, point_id in self._point_ids(MANIFESTS):
+            summary = self._summary(vm_id, point_id)
+            if summary is not None:
+                by_vm.setdefault(vm_id, []).append(summary)
+        vms = []
+        for vm_id, found in by_vm.items():
+            points = _oldest_first(found)
+            name = next((point.vm_name for point in reversed(points) if point.damaged is None), "")
+            vms.append(StoredVm(vm_id, name, points))
+        return sorted(vms, key=lambda vm: (vm.name, vm.vm_id))
+
+    def points(self, vm_id: VmId, *, with_damaged: bool = False) -> list[PointSummary]:
+        """Committed restore points of a VM, oldest first; those whose manifest is damaged only when asked for."""
+        found = [self._summary(vm_id, point_id) for _, point_id in self._point_ids(manifests_of(vm_id))]
+        known = [summary for summary in found if summary is not None]
+        return list(_oldest_first([point for point in known if with_damaged or point.damaged is None]))
+
+    def open_point(self, vm_id: VmId, point_id: PointId) -> RestorePoint:
+        """Open a committed restore point.
+
+        Raises: PointNotFound, CorruptManifest, UnknownFormat, StoreUnavailable.
+        """
+        return RestorePoint(self._manifest(vm_id, point_id), self.segments)
+
+    def fetch(self, refs: Sequence[FrameRef]) -> list[bytes]:
+        """The verified raw bytes of frames of one pack, by one range read.
+
+        ``refs`` ascend in the pack and lie next to each other or nearly so: what lies between is read too.
+        Raises: ObjectMissing, CorruptPack, CorruptFrame, StoreUnavailable.
+        """
+        if not refs:
+            return []
+        pack_id = refs[0].pack_id
+        start = refs[0].offset
+        length = refs[-1].end - start
+        if not 0 < length <= PACK_SIZE_MAX:
+            msg = f"frames of pack {pack_id} are not in ascending order"
+            raise ValueError(msg)
+        view = memoryview(self.objects.get_range(pack_key(pack_id), offset=start, length=length))
+        found = []
+        for ref in refs:
+            if ref.pack_id != pack_id or ref.offset < start:
+                msg = "frames of several packs, or not ascending, in one fetch"
+                raise ValueError(msg)
+            found.append(frames.decode(view[ref.offset - start : ref.end - start], ref))
+        return found
+
+    def add_pin(self, vm_id: VmId, point_id: PointId, pin: Pin) -> None:
+        """Make a restore point one that a placeholder needs; adding the same pin again is fine.
+
+        Raises: ObjectExists when another pin has the name; StoreUnavailable, StoreDenied, StoreFull.
+        """
+        key = pin_key(vm_id, point_id, pin.placeholder_id)
+        data = encode_pin(pin, vm_id, point_id)
+        try:
+            self.objects.put(key, data)
+        except ObjectExists:
+            if self.objects.get(key, size_max=DOCUMENT_SIZE_MAX) != data:
+                raise
+
+    def remove_pin(self, vm_id: VmId, point_id: PointId, placeholder_id: PlaceholderId) -> None:
+        """Take a pin away; only when the placeholder's unlink is durable.  A missing one is fine."""
+        self.objects.delete(pin_key(vm_id, point_id, placeholder_id))
+
+    def pins(self, vm_id: VmId, point_id: PointId) -> list[Pin]:
+        """All pins of a restore point.
+
+        Raises: CorruptStoreObject, UnknownFormat: an unreadable pin is not an absent one.
+        """
+        found = []
+        for info in self.objects.list(pins_of(vm_id, point_id)):
+            try:
+                found.append(decode_pin(self.objects.get(info.key, size_max=DOCUMENT_SIZE_MAX), info.key))
+            except ObjectMissing:
+                continue  # removed since the listing
+        return found
+
+    def is_pinned(self, vm_id: VmId, point_id: PointId) -> bool:
+        """Whether any placeholder needs the point; an unreadable pin counts."""
+        return any(True for _ in self.objects.list(pins_of(vm_id, point_id)))
+
+    def begin_backup(self, *, index: ChunkIndex) -> BackupWriter:
+        """Start a backup job of one VM; brings ``index`` up to date first."""
+        index.sync(self.objects)
+        return BackupWriter(self.objects, self.fetch, index, chunk_size=self.chunk_size, clock=time.time)
+
+    def _point_ids(self, prefix: str) -> Iterator[tuple[VmId, PointId]]:
+        for info in self.objects.list(prefix):
+            _, vm_id, point_id = (*info.key.split("/"), "", "")[:3]
+            if is_id(vm_id) and is_id(point_id):  # neither pending ones nor foreign files
+                yield VmId(vm_id), PointId(point_id)
+
+    def _manifest(self, vm_id: VmId, point_id: PointId) -> Manifest:
+        key = manifest_key(vm_id, point_id)
+        try:
+            data = self.objects.get(key, size_max=MANIFEST_SIZE_MAX)
+        except ObjectMissing as exc:
+            msg = f"VM {vm_id} has no restore point {point_id} in this store"
+            raise PointNotFound(msg) from exc
+        manifest = decode_manifest(data, key)
+        if (manifest.vm_id, manifest.point_id, manifest.chunk_size) != (vm_id, point_id, self.chunk_size):
+            msg = f"{key}: is the manifest of another restore point or store"
+            raise CorruptManifest(msg)
+        return manifest
+
+    def _summary(self, vm_id: VmId, point_id: PointId) -> PointSummary | None:
+        key = manifest_key(vm_id, point_id)
+        with self._lock:
+            kept = self._summaries.get(key)
+        if kept is not None:
+            return kept
+        try:
+            manifest = self._manifest(vm_id, point_id)
+        except PointNotFound:
+            return None  # pruned since the listing
+        except (CorruptManifest, UnknownFormat) as exc:
+            return PointSummary(vm_id, point_id, "", 0.0, "", 0, 0, damaged=str(exc))
+        summary = PointSummary(
+            vm_id,
+            point_id,
+            manifest.vm_name,
+            manifest.created_s,
+            manifest.host,
+            len(manifest.files),
+            manifest.size,
+        )
+        with self._lock:
+            self._summaries[key] = summary
+            if len(self._summaries) > SUMMARIES_KEPT:
+                self._summaries.popitem(last=False)
+        return summary
+
+
+def _oldest_first(points: Sequence[PointSummary]) -> tuple[PointSummary, ...]:
+    return tuple(sorted(points, key=lambda point: (point.created_s, point.point_id)))
