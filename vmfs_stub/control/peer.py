@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import struct
 from dataclasses import dataclass
+from typing import Protocol
 
 _CREDENTIALS = struct.Struct("3i")
 
@@ -21,7 +22,11 @@ class Peer:
     gid: int
 
 
-def peer_of(connection: socket.socket) -> Peer:
+class _Socket(Protocol):
+    def getsockopt(self, level: int, optname: int, buflen: int, /) -> bytes: ...
+
+
+def peer_of(connection: _Socket) -> Peer:
     """Credentials of a connected unix socket's other end; raises OSError."""
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     return Peer(*_CREDENTIALS.unpack(raw))

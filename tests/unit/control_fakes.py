@@ -1,0 +1,165 @@
+"""A daemon without a datastore: answers the control API from memory."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from vmfs_stub.control import messages
+from vmfs_stub.control.jobs import JobProgress, Jobs, open_jobs
+from vmfs_stub.control.metrics import Metrics
+from vmfs_stub.control.peer import Peer
+from vmfs_stub.control.server import open_control
+from vmfs_stub.core.errors import CorruptFrame, InUse, VmNotFound
+from vmfs_stub.core.ids import JobId
+
+KNOWN_VMS = ("db", "web")
+
+
+class FakeHistory:
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.started: list[JobId] = []
+        self.ended: list[tuple[JobId, str]] = []
+
+    def start_job(self, job_id: JobId, **fields: Any) -> None:
+        self.started.append(job_id)
+
+    def end_job(self, job_id: JobId, *, state: str, **fields: Any) -> None:
+        self.ended.append((job_id, state))
+
+    def forget_jobs(self, *, keep: int) -> None:
+        pass
+
+
+class FakeTarget:
+    """A ControlTarget with two VMs; `busy` refuses the shutdown, `broken` raises a bug."""
+
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
+        self.calls: list[tuple[Any, ...]] = []
+        self.held = False
+        self.busy = False
+        self.broken = False
+        self.healthy = True
+        self.stopping = trio.Event()
+        self.may_finish = trio.Event()
+        self.may_finish.set()
+
+    async def list_disks(self, vm: str | None) -> list[messages.DiskRow]:
+        if self.broken:
+            raise ValueError("a bug")
+        if vm is not None and vm not in KNOWN_VMS:
+            raise VmNotFound(f"no VM is called {vm!r}")
+        return [
+            messages.DiskRow(
+                vm=name,
+                disk="disk.raw",
+                path=f"/srv/vms/{name}/disk.raw",
+                state="placeholder" if name == "db" else "resident",
+                size_bytes=1 << 30,
+                resident_bytes=4096,
+                restore_points=2,
+                last_access=None if name == "db" else 1_790_000_000.0,
+            )
+            for name in KNOWN_VMS
+            if vm in (None, name)
+        ]
+
+    async def status(self) -> messages.Status:
+        finding = messages.Finding(severity="problem", subject="store", message="gone", remedy="bring it back")
+        return messages.Status(
+            healthy=self.healthy,
+            daemon=messages.DaemonStatus(pid=os.getpid(), version="0", started=1.0, held=self.held),
+            mount=messages.MountStatus(mountpoint="/srv/vms", backing="/srv/backing", mounted=True),
+            store=messages.StoreStatus(url="file:///srv/store", store_id=None, reachable=self.healthy),
+            jobs=[job for job in self._jobs.list() if job.state == "running"],
+            findings=[] if self.healthy else [finding],
+        )
+
+    async def hold(self, *, peer: Peer) -> None:
+        self.calls.append(("hold", peer))
+        self.held = True
+
+    async def unhold(self, *, peer: Peer) -> None:
+        self.calls.append(("unhold", peer))
+        self.held = False
+
+    async def shutdown(self, *, force: bool, peer: Peer) -> None:
+        self.calls.append(("shutdown", force, peer))
+        if self.busy and not force:
+            raise InUse("db/disk.raw is open in process 7")
+        self.stopping.set()
+
+    async def start_backup(self, vms: Sequence[str], *, archive: bool, peer: Peer) -> JobId:
+        self.calls.append(("backup", tuple(vms), archive, peer))
+        return self._jobs.start("backup", vms, self._work(vms), peer=peer)
+
+    async def start_archive(self, vms: Sequence[str], *, peer: Peer) -> JobId:
+        self.calls.append(("archive", tuple(vms), peer))
+        return self._jobs.start("archive", vms, self._work(vms), peer=peer)
+
+    async def start_recall(self, vms: Sequence[str], *, peer: Peer) -> JobId:
+        self.calls.append(("recall", tuple(vms), peer))
+        return self._jobs.start("recall", vms, self._work(vms), peer=peer)
+
+    async def job(self, job_id: JobId) -> messages.JobInfo:
+        return self._jobs.get(job_id)
+
+    async def jobs(self) -> list[messages.JobInfo]:
+        return self._jobs.list()
+
+    def _work(self, vms: Sequence[str]) -> Any:
+        async def work(progress: JobProgress) -> dict[str, Any]:
+            progress.update(done_bytes=1, total_bytes=2, doing="copying db")
+            await self.may_finish.wait()
+            if "damaged" in vms:
+                raise CorruptFrame("a frame of 'damaged' does not decode")
+            if "bug" in vms:
+                raise ValueError("a bug")
+            return {"vms": list(vms)}
+
+        return work
+
+
+@asynccontextmanager
+async def open_fake_daemon(socket_path: Path) -> AsyncIterator[FakeTarget]:
+    """A fake daemon that answers on ``socket_path``."""
+    async with open_jobs(FakeHistory(), running_max=4, kept=10) as jobs:
+        target = FakeTarget(jobs)
+        async with open_control(target, Metrics(), socket_path=socket_path, connections_max=8, idle_s=0.2):
+            yield target
+
+
+async def serve(socket_path: Path, *, healthy: bool, busy: bool, broken: bool) -> None:
+    """Run until a shutdown or SIGTERM; prints a line when it answers."""
+    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        async with open_fake_daemon(socket_path) as target, trio.open_nursery() as nursery:
+            target.healthy, target.busy, target.broken = healthy, busy, broken
+
+            async def stop_on_signal() -> None:
+                async for _ in signals:
+                    target.stopping.set()
+
+            nursery.start_soon(stop_on_signal)
+            print("ready", flush=True)
+            await target.stopping.wait()
+            nursery.cancel_scope.cancel()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("socket", type=Path)
+    parser.add_argument("--unhealthy", action="store_true")
+    parser.add_argument("--busy", action="store_true")
+    parser.add_argument("--broken", action="store_true")
+    options = parser.parse_args()
+    trio.run(lambda: serve(options.socket, healthy=not options.unhealthy, busy=options.busy, broken=options.broken))

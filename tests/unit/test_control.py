@@ -1,0 +1,298 @@
+# ruff: noqa: ASYNC240 - what these tests look at is on a local disk
+"""Commands and errors cross the control socket, with the caller that the kernel names."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import stat
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+import trio
+import trio.testing
+from control_fakes import FakeHistory, FakeTarget, open_fake_daemon
+from pytest import RaisesExc, RaisesGroup
+
+from vmfs_stub.control import messages
+from vmfs_stub.control.client import ControlClient
+from vmfs_stub.control.jobs import JobProgress, open_jobs
+from vmfs_stub.control.metrics import Metrics
+from vmfs_stub.control.peer import Peer
+from vmfs_stub.control.server import open_control
+from vmfs_stub.core import errors
+
+T = TypeVar("T")
+
+ME = Peer(pid=os.getpid(), uid=os.geteuid(), gid=os.getegid())
+
+
+@pytest.fixture
+def socket_path(tmp_path: Path) -> Path:
+    return tmp_path / "control.sock"
+
+
+async def ask(path: Path, question: Callable[[ControlClient], T]) -> T:
+    def run() -> T:
+        return question(ControlClient(path, timeout_s=10))
+
+    return await trio.to_thread.run_sync(run)
+
+
+async def eventually_answers(path: Path) -> None:
+    """Until the server has seen that connections are closed, it may refuse new ones."""
+    with trio.fail_after(10):
+        while True:
+            with suppress(errors.DaemonUnreachable):
+                await ask(path, lambda client: client.status())
+                return
+            await trio.sleep(0.01)
+
+
+async def test_disks_and_status(socket_path: Path) -> None:
+    async with open_fake_daemon(socket_path):
+        rows = await ask(socket_path, lambda client: client.list_disks())
+        assert [(row.vm, row.state, row.last_access) for row in rows] == [
+            ("db", "placeholder", None),
+            ("web", "resident", 1_790_000_000.0),
+        ]
+        assert [row.vm for row in await ask(socket_path, lambda client: client.list_disks("web"))] == ["web"]
+        status = await ask(socket_path, lambda client: client.status())
+        assert status.daemon.pid == os.getpid()
+        assert status.healthy
+
+
+async def test_changing_commands_carry_and_log_the_caller(socket_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with open_fake_daemon(socket_path) as target:
+        with caplog.at_level(logging.INFO, logger="vmfs_stub"):
+            await ask(socket_path, lambda client: client.hold())
+            await ask(socket_path, lambda client: client.unhold())
+            await ask(socket_path, lambda client: client.start_backup(["db"], archive=False))
+            await ask(socket_path, lambda client: client.start_archive(["db", "web"]))
+            await ask(socket_path, lambda client: client.start_recall(["db"]))
+            await ask(socket_path, lambda client: client.shutdown(force=True))
+        assert target.calls == [
+            ("hold", ME),
+            ("unhold", ME),
+            ("backup", ("db",), False, ME),
+            ("archive", ("db", "web"), ME),
+            ("recall", ("db",), ME),
+            ("shutdown", True, ME),
+        ]
+        assert [record.getMessage() for record in caplog.records if "commanded" in record.getMessage()] == [
+            f"{what} commanded by uid {ME.uid} (pid {ME.pid})"
+            for what in (
+                "hold",
+                "unhold",
+                "backup of 'db' archive=False",
+                "archive of 'db', 'web'",
+                "recall of 'db'",
+                "unmount force=True",
+            )
+        ]
+
+
+async def test_the_peer_is_another_process_and_user(socket_path: Path, tmp_path: Path) -> None:
+    """The pid is the caller's; a user that is neither root nor ours is refused even past the file's mode."""
+    script = (
+        "import os, sys, socket\n"
+        "os.setuid(int(sys.argv[2]))\n"
+        "s = socket.socket(socket.AF_UNIX); s.settimeout(10); s.connect(sys.argv[1])\n"
+        "s.sendall(b'POST /v1/hold HTTP/1.1\\r\\nhost: x\\r\\ncontent-length: 0\\r\\nconnection: close\\r\\n\\r\\n')\n"
+        "print(os.getpid(), s.recv(100).split(b'\\r\\n')[0].decode())\n"
+    )
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        parent.chmod(0o755)
+    async with open_fake_daemon(socket_path) as target:
+        run = partial(trio.run_process, capture_stdout=True, capture_stderr=True, check=False)
+        ours = await run([sys.executable, "-c", script, str(socket_path), str(os.geteuid())])
+        pid, reply = ours.stdout.decode().split(maxsplit=1)
+        assert reply.split()[1] == "204"
+        assert target.calls == [("hold", Peer(pid=int(pid), uid=ME.uid, gid=ME.gid))]
+        refused = await run([sys.executable, "-c", script, str(socket_path), "65534"])
+        assert b"PermissionError" in refused.stderr
+        socket_path.chmod(0o666)
+        past_the_mode = await run([sys.executable, "-c", script, str(socket_path), "65534"])
+        assert b"204" not in past_the_mode.stdout
+        assert len(target.calls) == 1
+
+
+async def test_the_socket_is_private(socket_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        async with open_fake_daemon(socket_path):
+            assert stat.S_IMODE(socket_path.stat().st_mode) == 0o600
+    finally:
+        os.umask(before)
+    assert list(socket_path.parent.iterdir()) == []
+
+
+async def test_errors_keep_their_class_and_message(socket_path: Path) -> None:
+    async with open_fake_daemon(socket_path) as target:
+        with pytest.raises(errors.VmNotFound, match="no VM is called 'x&y/z'"):
+            await ask(socket_path, lambda client: client.list_disks("x&y/z"))
+        target.busy = True
+        with pytest.raises(errors.InUse, match="process 7"):
+            await ask(socket_path, lambda client: client.shutdown(force=False))
+        with pytest.raises(errors.ConfigError, match="at least one VM"):
+            await ask(socket_path, lambda client: client.start_recall([]))
+        with pytest.raises(errors.NotFound, match="no job"):
+            await ask(socket_path, lambda client: client.job(messages.JobId("f" * 32)))
+
+
+def test_every_error_crosses_as_itself() -> None:
+    for error in _tree(errors.VmfsStubError):
+        received = messages.error_of(messages.error_info(error("why")))
+        assert type(received) is error
+        assert str(received) == "why"
+    strange = messages.error_of(messages.ErrorInfo(error="annotations", message="m"))
+    assert type(strange) is errors.VmfsStubError
+
+
+async def test_a_bug_in_a_handler_is_an_answer(socket_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with open_fake_daemon(socket_path) as target:
+        target.broken = True
+        with pytest.raises(errors.VmfsStubError, match="ValueError: a bug"):
+            await ask(socket_path, lambda client: client.list_disks())
+        assert "Traceback" in caplog.text
+        assert (await ask(socket_path, lambda client: client.status())).healthy
+
+
+async def test_jobs_report_progress_and_outcome(socket_path: Path) -> None:
+    async with open_fake_daemon(socket_path) as target:
+        target.may_finish = trio.Event()
+        job_id = await ask(socket_path, lambda client: client.start_backup(["db"], archive=True))
+        running = await ask(socket_path, lambda client: client.job(job_id))
+        assert (running.state, running.caller_uid) == ("running", ME.uid)
+        assert (running.progress.done_bytes, running.progress.total_bytes) == (1, 2)
+        assert [job.id for job in (await ask(socket_path, lambda client: client.status())).jobs] == [job_id]
+        target.may_finish.set()
+        seen: list[messages.JobInfo] = []
+        done = await ask(socket_path, lambda client: client.wait_job(job_id, seen.append))
+        assert (done.state, done.result) == ("done", {"vms": ["db"]})
+        assert seen[-1] == done
+        damaged = await ask(socket_path, lambda client: client.start_archive(["damaged"]))
+        failed = await ask(socket_path, lambda client: client.wait_job(damaged, seen.append))
+        assert failed.error == messages.ErrorInfo(error="CorruptFrame", message="a frame of 'damaged' does not decode")
+        bug = await ask(socket_path, lambda client: client.start_archive(["bug"]))
+        unexpected = await ask(socket_path, lambda client: client.wait_job(bug, seen.append))
+        assert unexpected.error is not None
+        assert "ValueError" in unexpected.error.message
+        listed = await ask(socket_path, lambda client: client.jobs())
+        assert [job.id for job in listed] == [bug, damaged, job_id]
+
+
+async def test_jobs_are_bounded_recorded_and_interrupted() -> None:
+    history = FakeHistory()
+
+    async def for_ever(progress: JobProgress) -> dict[str, object]:
+        await trio.sleep_forever()
+        return {}
+
+    async def at_once(progress: JobProgress) -> dict[str, object]:
+        return {}
+
+    async with open_jobs(history, running_max=2, kept=3) as jobs:
+        first = [jobs.start("recall", ["a"], for_ever, peer=ME) for _ in range(2)]
+        with pytest.raises(errors.Refused, match="2 jobs run already"):
+            jobs.start("recall", ["b"], for_ever, peer=ME)
+    assert sorted(history.ended) == sorted((job_id, "interrupted") for job_id in first)
+    async with open_jobs(history, running_max=2, kept=3) as jobs:
+        for _ in range(5):
+            job_id = jobs.start("backup", [], at_once, peer=ME)
+            while jobs.get(job_id).state == "running":
+                await trio.testing.wait_all_tasks_blocked(0.001)
+        assert len(jobs.list()) == 3
+
+
+async def test_metrics_are_scraped(socket_path: Path) -> None:
+    metrics = Metrics()
+    metrics.gauge("open_disks", "Open disks", lambda: 3.0)
+    async with (
+        open_jobs(FakeHistory(), running_max=1, kept=1) as jobs,
+        open_control(FakeTarget(jobs), metrics, socket_path=socket_path),
+    ):
+        await ask(socket_path, lambda client: client.status())
+        text = await ask(socket_path, lambda client: client.metrics())
+    assert "vmfs_stub_open_disks 3.0" in text
+    assert 'vmfs_stub_control_requests_total{outcome="ok",route="/v1/status"} 1.0' in text
+
+
+async def test_a_stale_socket_is_replaced_and_a_live_one_is_not(socket_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(socket_path))
+    async with open_fake_daemon(socket_path):
+        with RaisesGroup(RaisesExc(errors.DatastoreLocked, match="another daemon"), flatten_subgroups=True):
+            async with open_fake_daemon(socket_path):
+                pass
+        assert (await ask(socket_path, lambda client: client.status())).healthy
+    socket_path.write_text("precious")
+    with RaisesGroup(RaisesExc(errors.AlreadyExists, match="no socket"), flatten_subgroups=True):
+        async with open_fake_daemon(socket_path):
+            pass
+    assert socket_path.read_text() == "precious"
+
+
+async def test_a_path_too_long_for_a_socket(tmp_path: Path) -> None:
+    directory = tmp_path / ("d" * 100)
+    directory.mkdir()
+    with RaisesGroup(RaisesExc(errors.ConfigError, match="too long"), flatten_subgroups=True):
+        async with open_fake_daemon(directory / "control.sock"):
+            pass
+    assert list(directory.iterdir()) == []
+
+
+async def test_connections_are_bounded(socket_path: Path) -> None:
+    async with open_fake_daemon(socket_path):
+        streams = [await trio.open_unix_socket(socket_path) for _ in range(8)]
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        with pytest.raises(errors.DaemonUnreachable):
+            await ask(socket_path, lambda client: client.status())
+        for stream in streams:
+            await stream.aclose()
+        await eventually_answers(socket_path)
+
+
+async def test_a_connection_ends_with_its_reply(socket_path: Path) -> None:
+    """Otherwise a script that runs `ls` in a loop would use all connections up."""
+    async with open_jobs(FakeHistory(), running_max=1, kept=1) as jobs:
+        target = FakeTarget(jobs)
+        async with open_control(target, Metrics(), socket_path=socket_path, connections_max=2, idle_s=60):
+            for _ in range(10):
+                await ask(socket_path, lambda client: client.status())
+
+
+async def test_the_reply_to_unmount_arrives_while_the_daemon_stops(socket_path: Path) -> None:
+    async with open_fake_daemon(socket_path) as target, trio.open_nursery() as nursery:
+        nursery.start_soon(ask, socket_path, lambda client: client.shutdown(force=False))
+        await target.stopping.wait()  # leaves the server at once, with the reply still to be sent
+    assert target.calls[-1][0] == "shutdown"
+    with pytest.raises(errors.DaemonUnreachable, match="no daemon answers"):
+        await ask(socket_path, lambda client: client.status())
+
+
+async def test_what_is_not_our_daemon(socket_path: Path) -> None:
+    async def rude(stream: trio.SocketStream) -> None:
+        await stream.receive_some(4096)
+        await stream.send_all(b"HTTP/1.1 404 Nope\r\ncontent-length: 2\r\n\r\nhi")
+        await stream.aclose()
+
+    sock = trio.socket.socket(trio.socket.AF_UNIX)
+    await sock.bind(str(socket_path))
+    sock.listen(1)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, rude, [trio.SocketListener(sock)])
+        with pytest.raises(errors.DaemonUnreachable, match="does not speak"):
+            await ask(socket_path, lambda client: client.status())
+        nursery.cancel_scope.cancel()
+    sock.close()
+
+
+def _tree(error: type[errors.VmfsStubError]) -> list[type[errors.VmfsStubError]]:
+    return [error, *(leaf for child in error.__subclasses__() for leaf in _tree(child))]

@@ -1,0 +1,174 @@
+"""The control API as an ASGI application: HTTP on one side, a ControlTarget on the other.
+
+Every reply is JSON but that of /metrics.  A failure is an ErrorInfo with a status of 4xx or 5xx; the client goes by
+the class name in it, never by the status.  Every command that changes something is logged with its caller.
+Must not know sockets: the caller's Peer is in the request's scope, put there by the server.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar, cast
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from vmfs_stub.control import messages
+from vmfs_stub.control.metrics import CONTENT_TYPE, Metrics
+from vmfs_stub.control.peer import Peer
+from vmfs_stub.control.target import ControlTarget
+from vmfs_stub.core.errors import ConfigError, NotFound, Refused, VmfsStubError
+from vmfs_stub.core.groups import unwrapped
+from vmfs_stub.core.ids import JobId
+
+PEER_KEY = "vmfs_stub.peer"
+REQUEST_BYTES_MAX = 16 << 20
+
+DISKS = TypeAdapter(list[messages.DiskRow])
+JOBS = TypeAdapter(list[messages.JobInfo])
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+M = TypeVar("M", bound=BaseModel)
+
+log = logging.getLogger(__name__)
+
+
+class ControlApi:
+    """Handlers of all routes; `application` makes the ASGI application."""
+
+    def __init__(self, target: ControlTarget, metrics: Metrics) -> None:
+        self._target = target
+        self._metrics = metrics
+        self._requests = metrics.counter("control_requests", "Requests to the control socket", ("route", "outcome"))
+
+    def application(self) -> Starlette:
+        """All routes, each behind the error boundary."""
+        get, post = ["GET"], ["POST"]
+        routes: list[tuple[str, Endpoint, list[str]]] = [
+            ("/v1/disks", self._disks, get),
+            ("/v1/status", self._status, get),
+            ("/v1/hold", self._hold, post),
+            ("/v1/unhold", self._unhold, post),
+            ("/v1/shutdown", self._shutdown, post),
+            ("/v1/backup", self._backup, post),
+            ("/v1/archive", self._archive, post),
+            ("/v1/recall", self._recall, post),
+            ("/v1/jobs", self._jobs, get),
+            ("/v1/jobs/{job_id}", self._job, get),
+            ("/metrics", self._metrics_text, get),
+        ]
+        return Starlette(routes=[Route(path, self._bounded(path, end), methods=how) for path, end, how in routes])
+
+    def _bounded(self, route: str, endpoint: Endpoint) -> Endpoint:
+        """Turn every failure of ``endpoint`` into a reply; nothing may reach, and stop, the daemon."""
+
+        async def handle(request: Request) -> Response:
+            try:
+                response = await endpoint(request)
+            except Exception as exc:
+                return self._failed(route, exc)
+            self._requests.labels(route, "ok").inc()
+            return response
+
+        return handle
+
+    def _failed(self, route: str, error: Exception) -> Response:
+        cause = unwrapped(error)
+        if isinstance(cause, VmfsStubError):
+            self._requests.labels(route, type(cause).__name__).inc()
+            return _json(messages.error_info(cause), status=_status_of(cause))
+        log.error("control request %s failed unexpectedly", route, exc_info=error)
+        self._requests.labels(route, "unexpected").inc()
+        text = f"the daemon failed unexpectedly ({type(cause).__name__}: {cause}); its log has the traceback"
+        return _json(messages.ErrorInfo(error=VmfsStubError.__name__, message=text), status=500)
+
+    async def _disks(self, request: Request) -> Response:
+        rows = await self._target.list_disks(request.query_params.get("vm"))
+        return Response(DISKS.dump_json(rows), media_type="application/json")
+
+    async def _status(self, request: Request) -> Response:
+        return _json(await self._target.status())
+
+    async def _hold(self, request: Request) -> Response:
+        await self._target.hold(peer=_logged(request, "hold"))
+        return Response(status_code=204)
+
+    async def _unhold(self, request: Request) -> Response:
+        await self._target.unhold(peer=_logged(request, "unhold"))
+        return Response(status_code=204)
+
+    async def _shutdown(self, request: Request) -> Response:
+        body = await _body(request, messages.ShutdownRequest)
+        await self._target.shutdown(force=body.force, peer=_logged(request, "unmount", force=body.force))
+        return Response(status_code=204)
+
+    async def _backup(self, request: Request) -> Response:
+        body = await _body(request, messages.JobRequest)
+        peer = _logged(request, "backup", body.vms, archive=body.archive)
+        return _started(await self._target.start_backup(body.vms, archive=body.archive, peer=peer))
+
+    async def _archive(self, request: Request) -> Response:
+        body = await _body(request, messages.JobRequest)
+        _require_vms(body)
+        return _started(await self._target.start_archive(body.vms, peer=_logged(request, "archive", body.vms)))
+
+    async def _recall(self, request: Request) -> Response:
+        body = await _body(request, messages.JobRequest)
+        _require_vms(body)
+        return _started(await self._target.start_recall(body.vms, peer=_logged(request, "recall", body.vms)))
+
+    async def _jobs(self, request: Request) -> Response:
+        return Response(JOBS.dump_json(await self._target.jobs()), media_type="application/json")
+
+    async def _job(self, request: Request) -> Response:
+        return _json(await self._target.job(JobId(request.path_params["job_id"])))
+
+    async def _metrics_text(self, request: Request) -> Response:
+        return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE})
+
+
+def _logged(request: Request, command: str, vms: Sequence[str] = (), **options: bool) -> Peer:
+    """The caller, after logging what it commands."""
+    peer = cast(Peer, request.scope[PEER_KEY])
+    details = "".join(f" {name}={value}" for name, value in options.items())
+    names = f" of {', '.join(map(repr, vms))}" if vms else ""
+    log.info("%s%s%s commanded by uid %d (pid %d)", command, names, details, peer.uid, peer.pid)
+    return peer
+
+
+async def _body(request: Request, model: type[M]) -> M:
+    received = bytearray()
+    async for part in request.stream():
+        received += part
+        if len(received) > REQUEST_BYTES_MAX:
+            raise ConfigError(f"the request is larger than {REQUEST_BYTES_MAX} bytes")
+    try:
+        return model.model_validate_json(bytes(received) or b"{}")
+    except ValidationError as exc:
+        raise ConfigError(f"the request cannot be used: {exc.errors()[0]['msg']}") from exc
+
+
+def _require_vms(body: messages.JobRequest) -> None:
+    if not body.vms:
+        raise ConfigError("name at least one VM")
+
+
+def _json(message: BaseModel, *, status: int = 200) -> Response:
+    return Response(message.model_dump_json(), status_code=status, media_type="application/json")
+
+
+def _started(job_id: JobId) -> Response:
+    return _json(messages.JobStarted(job_id=job_id), status=202)
+
+
+def _status_of(error: VmfsStubError) -> int:
+    if isinstance(error, NotFound):
+        return 404
+    if isinstance(error, Refused):
+        return 409
+    return 400 if isinstance(error, ConfigError) else 500

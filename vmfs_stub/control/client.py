@@ -1,0 +1,154 @@
+"""The daemon's control API as seen by the CLI: blocking calls that return messages and raise the daemon's errors.
+
+Must not know what is printed.  Every request has a time limit; waiting for a job goes on as long as the daemon says
+that it runs.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import quote, urlencode
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from vmfs_stub.control import messages
+from vmfs_stub.core.errors import DaemonUnreachable
+from vmfs_stub.core.ids import JobId
+
+T = TypeVar("T")
+
+_POLL_S_MIN, _POLL_S_MAX = 0.05, 1.0
+
+_DISKS = TypeAdapter(list[messages.DiskRow])
+_JOBS = TypeAdapter(list[messages.JobInfo])
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    status: int
+    content: bytes
+
+
+class _UnixConnection(HTTPConnection):
+    """HTTP over a unix socket."""
+
+    def __init__(self, path: Path, *, timeout_s: float) -> None:
+        super().__init__("vmfs-stub", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+class ControlClient:
+    """Commands for the daemon at ``socket_path``; each makes a connection of its own, which costs nothing here.
+
+    Every method raises DaemonUnreachable, and what the daemon raised.
+    """
+
+    def __init__(
+        self, socket_path: Path, *, timeout_s: float = 60.0, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self._path = socket_path
+        self._timeout_s = timeout_s
+        self._sleep = sleep
+
+    def list_disks(self, vm: str | None = None) -> list[messages.DiskRow]:
+        """Rows of all disks, or of those of one VM."""
+        query = "" if vm is None else "?" + urlencode({"vm": vm}, errors="replace")
+        return self._parsed(_DISKS, self._send("GET", f"/v1/disks{query}"))
+
+    def status(self) -> messages.Status:
+        """What the daemon knows about itself."""
+        return self._parsed(TypeAdapter(messages.Status), self._send("GET", "/v1/status"))
+
+    def hold(self) -> None:
+        """Refuse new recalls."""
+        self._send("POST", "/v1/hold")
+
+    def unhold(self) -> None:
+        """Allow recalls again."""
+        self._send("POST", "/v1/unhold")
+
+    def shutdown(self, *, force: bool) -> None:
+        """Unmount and stop the daemon; when this returns it is unmounted, but the process may still be ending."""
+        self._send("POST", "/v1/shutdown", messages.ShutdownRequest(force=force))
+
+    def start_backup(self, vms: Sequence[str], *, archive: bool) -> JobId:
+        """Start a backup of these VMs, or of all."""
+        return self._start("/v1/backup", messages.JobRequest(vms=list(vms), archive=archive))
+
+    def start_archive(self, vms: Sequence[str]) -> JobId:
+        """Start to make placeholders of these VMs."""
+        return self._start("/v1/archive", messages.JobRequest(vms=list(vms)))
+
+    def start_recall(self, vms: Sequence[str]) -> JobId:
+        """Start to bring these VMs back in full."""
+        return self._start("/v1/recall", messages.JobRequest(vms=list(vms)))
+
+    def job(self, job_id: JobId) -> messages.JobInfo:
+        """State of one job."""
+        return self._parsed(TypeAdapter(messages.JobInfo), self._send("GET", f"/v1/jobs/{quote(job_id, safe='')}"))
+
+    def jobs(self) -> list[messages.JobInfo]:
+        """Running and recent jobs, newest first."""
+        return self._parsed(_JOBS, self._send("GET", "/v1/jobs"))
+
+    def metrics(self) -> str:
+        """The daemon's metrics as text."""
+        return self._send("GET", "/metrics").content.decode("utf-8")
+
+    def wait_job(self, job_id: JobId, on_progress: Callable[[messages.JobInfo], None]) -> messages.JobInfo:
+        """Poll until the job is no longer running; ``on_progress`` sees every poll.  A failed job is returned."""
+        poll_s = _POLL_S_MIN
+        while True:
+            info = self.job(job_id)
+            on_progress(info)
+            if info.state != "running":
+                return info
+            self._sleep(poll_s)
+            poll_s = min(poll_s * 1.5, _POLL_S_MAX)
+
+    def _start(self, path: str, request: messages.JobRequest) -> JobId:
+        reply = self._send("POST", path, request)
+        return self._parsed(TypeAdapter(messages.JobStarted), reply).typed()
+
+    def _send(self, method: str, path: str, body: BaseModel | None = None) -> _Reply:
+        connection = _UnixConnection(self._path, timeout_s=self._timeout_s)
+        try:
+            content = None if body is None else body.model_dump_json()
+            connection.request(method, path, body=content, headers={"connection": "close"})
+            response = connection.getresponse()
+            reply = _Reply(response.status, response.read())
+        except TimeoutError as exc:
+            raise DaemonUnreachable(
+                f"the daemon on {self._path} gave no answer within {self._timeout_s:g} s; look at its log"
+            ) from exc
+        except (FileNotFoundError, ConnectionRefusedError, PermissionError) as exc:
+            raise DaemonUnreachable(
+                f"no daemon answers on {self._path} ({exc.strerror}); start it with `vmfs-stub mount`"
+            ) from exc
+        except (OSError, HTTPException) as exc:
+            raise DaemonUnreachable(f"the daemon on {self._path} broke off ({exc}); look at its log") from exc
+        finally:
+            connection.close()
+        if 200 <= reply.status < 300:
+            return reply
+        raise messages.error_of(self._parsed(TypeAdapter(messages.ErrorInfo), reply))
+
+    def _parsed(self, adapter: TypeAdapter[T], reply: _Reply) -> T:
+        try:
+            return adapter.validate_json(reply.content)
+        except ValidationError as exc:
+            raise DaemonUnreachable(
+                f"what answers on {self._path} does not speak this version's API (status {reply.status}); "
+                "restart the daemon after an upgrade"
+            ) from exc

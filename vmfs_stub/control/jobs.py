@@ -1,0 +1,182 @@
+"""Jobs: work that outlives the request that started it.
+
+A job belongs to `open_jobs`, not to the connection: a client that goes away stops nothing.  How many run and how
+many are remembered is bounded.  Must not know what a job does; it runs an async function and keeps its report.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
+
+import trio
+
+from vmfs_stub.control.messages import ErrorInfo, JobInfo, JobKind, Progress, error_info
+from vmfs_stub.control.peer import Peer
+from vmfs_stub.core.errors import NotFound, Refused, VmfsStubError
+from vmfs_stub.core.groups import unwrapped
+from vmfs_stub.core.ids import JobId
+
+log = logging.getLogger(__name__)
+
+
+class JobHistory(Protocol):
+    """Where jobs are recorded; blocking.  The catalog is one."""
+
+    def start_job(self, job_id: JobId, *, kind: str, vms: Sequence[str], caller_uid: int, now: float) -> None:
+        """Record a job that begins."""
+        ...
+
+    def end_job(
+        self,
+        job_id: JobId,
+        *,
+        state: str,
+        report: Mapping[str, Any] | None,
+        error: Mapping[str, str] | None,
+        now: float,
+    ) -> None:
+        """Record how it ended."""
+        ...
+
+    def forget_jobs(self, *, keep: int) -> None:
+        """Remove all but the newest."""
+        ...
+
+
+class JobProgress:
+    """What a running job says of itself; may be called from the event loop and from threads."""
+
+    def __init__(self) -> None:
+        self._progress = Progress()
+
+    def update(self, *, done_bytes: int = 0, total_bytes: int = 0, doing: str = "") -> None:
+        """Replace what is shown; ``total_bytes`` of 0 is unknown."""
+        self._progress = Progress(done_bytes=done_bytes, total_bytes=total_bytes, doing=doing)
+
+    @property
+    def current(self) -> Progress:
+        """The newest."""
+        return self._progress
+
+
+JobWork = Callable[[JobProgress], Awaitable[dict[str, Any]]]
+"""Does the work and returns its report, a JSON object."""
+
+
+class Jobs:
+    """Running and recent jobs of this daemon; made by `open_jobs`."""
+
+    def __init__(
+        self, nursery: trio.Nursery, history: JobHistory, *, running_max: int, kept: int, clock: Callable[[], float]
+    ) -> None:
+        self._nursery = nursery
+        self._history = history
+        self._running_max = running_max
+        self._kept = kept
+        self._clock = clock
+        self._jobs: dict[JobId, JobInfo] = {}  # oldest first
+        self._progress: dict[JobId, JobProgress] = {}  # of running jobs only
+        self._history_limiter = trio.CapacityLimiter(1)  # records of one job stay in order
+
+    def start(self, kind: JobKind, vms: Sequence[str], work: JobWork, *, peer: Peer) -> JobId:
+        """Run ``work`` in the background; raises Refused when too many jobs run already."""
+        if len(self._progress) >= self._running_max:
+            raise Refused(
+                f"{len(self._progress)} jobs run already, and control.jobs_running_max allows no more; try again when "
+                "one is done"
+            )
+        job_id = JobId(uuid.uuid4().hex)
+        progress = JobProgress()
+        self._progress[job_id] = progress
+        self._jobs[job_id] = JobInfo(
+            id=job_id, kind=kind, state="running", vms=list(vms), caller_uid=peer.uid, started=self._clock()
+        )
+        self._forget_old()
+        self._nursery.start_soon(self._run, job_id, work, progress, name=f"{kind} job {job_id}")
+        return job_id
+
+    def get(self, job_id: JobId) -> JobInfo:
+        """A running or recent job; raises NotFound."""
+        info = self._jobs.get(job_id)
+        if info is None:
+            raise NotFound(f"no job {job_id} is known to this daemon; `vmfs-stub status` lists running ones")
+        progress = self._progress.get(job_id)
+        return info if progress is None else info.model_copy(update={"progress": progress.current})
+
+    def list(self) -> list[JobInfo]:
+        """Running and recent jobs, newest first."""
+        return [self.get(job_id) for job_id in reversed(self._jobs)]
+
+    async def _run(self, job_id: JobId, work: JobWork, progress: JobProgress) -> None:
+        info = self._jobs[job_id]
+        await self._record(
+            lambda: self._history.start_job(
+                job_id, kind=info.kind, vms=info.vms, caller_uid=info.caller_uid, now=info.started
+            )
+        )
+        outcome: dict[str, Any] = {"state": "interrupted"}
+        try:
+            outcome = {"state": "done", "result": await work(progress)}
+        except Exception as exc:  # whatever it is, one job must not end the mount
+            outcome = {"state": "failed", "error": _logged(f"{info.kind} job {job_id}", exc)}
+        finally:
+            ended = info.model_copy(update={**outcome, "ended": self._clock(), "progress": progress.current})
+            self._jobs[job_id] = ended
+            del self._progress[job_id]
+            await self._record(lambda: self._record_end(ended))
+
+    def _record_end(self, info: JobInfo) -> None:
+        error = None if info.error is None else info.error.model_dump()
+        self._history.end_job(
+            JobId(info.id), state=info.state, report=info.result, error=error, now=info.ended or info.started
+        )
+        self._history.forget_jobs(keep=self._kept)
+
+    async def _record(self, write: Callable[[], None]) -> None:
+        """History is worth a warning, never a failed backup; bounded by the catalog's own time-out."""
+        try:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(write, limiter=self._history_limiter)
+        except VmfsStubError as exc:
+            log.warning("a job could not be recorded: %s", exc)
+
+    def _forget_old(self) -> None:
+        for job_id in [job_id for job_id in self._jobs if job_id not in self._progress]:
+            if len(self._jobs) <= self._kept:
+                break
+            del self._jobs[job_id]
+
+
+def _logged(what: str, error: Exception) -> ErrorInfo:
+    """How a job's failure is told, after logging it; a failure that nobody foresaw with its traceback."""
+    cause = unwrapped(error)
+    if isinstance(cause, VmfsStubError):
+        log.warning("%s failed: %s", what, cause)
+        return error_info(cause)
+    log.error("%s failed unexpectedly", what, exc_info=error)
+    return ErrorInfo(
+        error=VmfsStubError.__name__,
+        message=f"unexpected {type(cause).__name__}: {cause}; the daemon's log has the traceback",
+    )
+
+
+@asynccontextmanager
+async def open_jobs(
+    history: JobHistory, *, running_max: int, kept: int, clock: Callable[[], float] = time.time
+) -> AsyncIterator[Jobs]:
+    """Jobs live inside this; leaving it cancels those that run, and waits until each has stopped.
+
+    ``running_max`` and ``kept`` are counts of jobs; ``clock`` gives seconds since the epoch.
+    """
+    async with trio.open_nursery() as nursery:
+        jobs = Jobs(nursery, history, running_max=running_max, kept=kept, clock=clock)
+        try:
+            yield jobs
+        finally:
+            nursery.cancel_scope.deadline = -math.inf

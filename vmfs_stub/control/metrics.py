@@ -1,0 +1,39 @@
+"""Metrics of one daemon, in the text format that Prometheus scrapes.
+
+The registry is the daemon's own, not the library's global one.  Services do not know this module: the daemon gives
+them plain callables (``metrics.counter(...).inc``) or lets a gauge read their state when it is scraped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_PREFIX = "vmfs_stub_"
+_RECALL_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30)
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+
+class Metrics:
+    """Makes metrics and renders them; names get the prefix ``vmfs_stub_``."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+
+    def counter(self, name: str, what: str, labels: tuple[str, ...] = ()) -> Counter:
+        """A number that only grows."""
+        return Counter(_PREFIX + name, what, labels, registry=self._registry)
+
+    def gauge(self, name: str, what: str, read: Callable[[], float]) -> None:
+        """A number that ``read`` tells at each scrape; it must not block."""
+        Gauge(_PREFIX + name, what, registry=self._registry).set_function(read)
+
+    def seconds(self, name: str, what: str, labels: tuple[str, ...] = ()) -> Histogram:
+        """A distribution of durations in seconds, from milliseconds to a guest's time-out."""
+        return Histogram(_PREFIX + name, what, labels, buckets=_RECALL_BUCKETS_S, registry=self._registry)
+
+    def render(self) -> bytes:
+        """All of them as text."""
+        return generate_latest(self._registry)
