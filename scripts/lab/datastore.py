@@ -1,0 +1,282 @@
+"""A datastore in a temporary directory, used as an operator uses one: by the command line, the mount and the API.
+
+Cleaning up is part of it: at the end of ``temporary_datastore`` the mount is gone, the daemon has ended and the
+directory is removed, also after a failure.  Nothing is ever removed while something is still mounted there.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ParamSpec
+
+from scripts.lab.failure import LabError, run
+
+PROGRAM = Path(sys.executable).with_name("vmfs-stub")
+COMMAND_DEADLINE_S = 900.0
+_END_DEADLINE_S = 30.0
+
+P = ParamSpec("P")
+Setting = bool | int | float | str
+Settings = Mapping[str, Mapping[str, Setting]]
+"""Section → key → value of the configuration, as far as it differs from what ``init`` writes."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskState:
+    """One line of ``ls --json``."""
+
+    vm: str
+    disk: str
+    state: str
+    size_bytes: int
+    resident_bytes: int
+
+
+@dataclass(slots=True)
+class Datastore:
+    """Backing directory, mountpoint, store and configuration under ``home``; ``daemon_pid`` is 0 when not mounted."""
+
+    home: Path
+    daemon_pid: int = 0
+
+    @property
+    def backing(self) -> Path:
+        """The backing directory."""
+        return self.home / "backing"
+
+    @property
+    def mountpoint(self) -> Path:
+        """Where the disks are seen."""
+        return self.home / "mount"
+
+    @property
+    def store(self) -> Path:
+        """Secondary storage: a directory."""
+        return self.home / "store"
+
+    @property
+    def config(self) -> Path:
+        """The configuration file."""
+        return self.home / "config.toml"
+
+    def vmfs(self, *words: str) -> str:
+        """Run ``vmfs-stub --config … WORDS`` and return its stdout; raises LabError."""
+        return run([PROGRAM, "--config", self.config, *words], deadline_s=COMMAND_DEADLINE_S)
+
+    def init(self, settings: Settings) -> None:
+        """Create it by ``vmfs-stub init``, then change the configuration's ``settings``."""
+        self.backing.mkdir()
+        self.mountpoint.mkdir()
+        self.store.mkdir()
+        where = ["--backing", str(self.backing), "--mountpoint", str(self.mountpoint), "--store", self.store.as_uri()]
+        self.vmfs("init", *where)
+        own: Settings = {"datastore": {"runtime_dir": str(self.home / "run")}}
+        self.config.write_text(with_settings(with_settings(self.config.read_text(), own), settings))
+
+    def mount(self) -> None:
+        """Start the daemon in the background; returns when the mount answers."""
+        self.vmfs("mount", "--background")
+        self.daemon_pid = int(self.status()["daemon"]["pid"])
+
+    def unmount(self) -> None:
+        """Unmount and wait until the daemon has ended."""
+        self.vmfs("unmount")
+        if not _ended(self.daemon_pid, deadline_s=_END_DEADLINE_S):
+            raise LabError(f"the daemon (process {self.daemon_pid}) is still there after 'unmount'")
+        self.daemon_pid = 0
+
+    def status(self) -> dict[str, dict[str, str | int | float | bool]]:
+        """``status --json``."""
+        found: dict[str, dict[str, str | int | float | bool]] = json.loads(self.vmfs("status", "--json"))
+        return found
+
+    def disks(self) -> list[DiskState]:
+        """``ls --json``."""
+        keys = ("vm", "disk", "state", "size_bytes", "resident_bytes")
+        return [DiskState(**{key: row[key] for key in keys}) for row in json.loads(self.vmfs("ls", "--json"))]
+
+    def metrics(self) -> dict[str, float]:
+        """The daemon's metrics by name with labels, from its control socket."""
+        connection = _UnixConnection(self.home / "run" / "control.sock")
+        try:
+            connection.request("GET", "/metrics")
+            text = connection.getresponse().read().decode()
+        except OSError as exc:
+            raise LabError(f"the daemon does not tell its metrics: {exc}") from exc
+        finally:
+            connection.close()
+        lines = [line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#")]
+        return {name: float(value) for name, _, value in lines}
+
+    def recalled_bytes(self) -> int:
+        """Bytes that came back from the store because somebody waited for them, since the daemon started."""
+        return int(self.metrics()["vmfs_stub_recall_demand_bytes_total"])
+
+    def store_bytes(self) -> int:
+        """Bytes that the store occupies."""
+        return allocated_bytes(self.store)
+
+    def end(self) -> None:
+        """Unmount in whatever state it is; the daemon has ended when this returns.  Raises LabError if it cannot."""
+        if not self.daemon_pid and os.path.ismount(self.mountpoint):
+            with suppress(LabError):
+                self.daemon_pid = int(self.status()["daemon"]["pid"])
+        if self.daemon_pid and not _ended(self.daemon_pid, deadline_s=0):
+            with suppress(LabError):
+                run([PROGRAM, "--config", self.config, "unmount", "--force"], deadline_s=_END_DEADLINE_S)
+        if os.path.ismount(self.mountpoint):
+            run(["umount", "-l", self.mountpoint], deadline_s=_END_DEADLINE_S)
+        if self.daemon_pid and not _ended(self.daemon_pid, deadline_s=_END_DEADLINE_S):
+            os.kill(self.daemon_pid, signal.SIGKILL)
+            _ended(self.daemon_pid, deadline_s=_END_DEADLINE_S)
+        self.daemon_pid = 0
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=30)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+@contextmanager
+def temporary_datastore(settings: Settings | None = None) -> Iterator[Datastore]:
+    """A datastore that was initialised and not mounted yet, in a fresh temporary directory."""
+    with working_directory() as home, datastore_in(home, settings) as datastore:
+        yield datastore
+
+
+@contextmanager
+def datastore_in(home: Path, settings: Settings | None = None) -> Iterator[Datastore]:
+    """A datastore in the existing directory ``home``; unmounted at the end, the directory stays."""
+    datastore = Datastore(home)
+    try:
+        datastore.init(settings or {})
+        yield datastore
+    finally:
+        datastore.end()
+
+
+@contextmanager
+def working_directory(parent: Path | None = None) -> Iterator[Path]:
+    """A temporary directory, in ``parent`` if given; removed at the end, unless something is still mounted in it."""
+    home = Path(tempfile.mkdtemp(prefix="vmfs-stub-", dir=parent))
+    try:
+        yield home
+    finally:
+        if any(
+            line.split()[4].startswith(f"{home}/") for line in Path("/proc/self/mountinfo").read_text().splitlines()
+        ):
+            print(f"{home} was not removed: something is still mounted in it", file=sys.stderr)
+        else:
+            shutil.rmtree(home, ignore_errors=True)
+
+
+def end_on_signals() -> None:
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does, so that everything is cleaned up."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGHUP, interrupt)
+
+
+def with_settings(text: str, settings: Settings) -> str:
+    """The TOML ``text`` with these values in these sections; a value that was there is replaced."""
+    for section, values in settings.items():
+        for key, value in values.items():
+            text = _with_setting(text, section, key, value)
+    return text
+
+
+def _with_setting(text: str, section: str, key: str, value: Setting) -> str:
+    line = f"{key} = {json.dumps(value)}"
+    parts = re.split(rf"(?m)^(\[{re.escape(section)}\][^\n]*\n)", text, maxsplit=1)
+    if len(parts) != 3:
+        return f"{text}\n[{section}]\n{line}\n"
+    before, header, rest = parts
+    following = re.search(r"(?m)^\[", rest)
+    end = following.start() if following else len(rest)
+    body = re.sub(rf"(?m)^{re.escape(key)}\s*=.*\n", "", rest[:end])
+    return f"{before}{header}{line}\n{body}{rest[end:]}"
+
+
+def allocated_bytes(path: Path) -> int:
+    """Bytes that a file, or all files below a directory, occupy."""
+    if not path.is_dir():
+        return path.stat().st_blocks * 512
+    total = 0
+    for directory, _, names in os.walk(path):
+        total += sum(os.lstat(os.path.join(directory, name)).st_blocks * 512 for name in names)
+    return total
+
+
+def pss_bytes(pid: int) -> int:
+    """Proportional set size of a process and all its descendants: shared pages count by their share."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+    total, pending = 0, [pid]
+    while pending:
+        current = pending.pop()
+        pending += children.get(current, [])
+        with suppress(OSError):
+            found = re.search(r"(?m)^Pss:\s+(\d+) kB", Path(f"/proc/{current}/smaps_rollup").read_text())
+            total += int(found[1]) * 1024 if found else 0
+    return total
+
+
+def drop_caches() -> None:
+    """Write out everything dirty and forget all clean cached pages; raises LabError where that is not allowed."""
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3\n")
+    except OSError as exc:
+        raise LabError(f"caches cannot be dropped here ({exc.strerror}), so nothing cold can be measured") from exc
+
+
+def copy_sparse(source: Path, target: Path) -> None:
+    """Copy a disk image with its holes, durable on return."""
+    run(["cp", "--sparse=always", "--reflink=never", source, target], deadline_s=COMMAND_DEADLINE_S)
+    run(["sync", target], deadline_s=COMMAND_DEADLINE_S)
+
+
+def seconds(action: Callable[P, object], *args: P.args, **keywords: P.kwargs) -> float:
+    """How long ``action(*args, **keywords)`` takes."""
+    started_s = time.perf_counter()
+    action(*args, **keywords)
+    return time.perf_counter() - started_s
+
+
+def _ended(pid: int, *, deadline_s: float) -> bool:
+    until_s = time.monotonic() + deadline_s
+    while True:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        if time.monotonic() >= until_s:
+            return False
+        time.sleep(0.05)
