@@ -134,6 +134,7 @@ class ControlConfig(_Section):
 
     socket: Path | None = None
     request_timeout_s: float = Field(default=60, gt=0, le=3600)
+    start_timeout_s: float = Field(default=120, gt=0, le=86400)
     connections_max: int = Field(default=64, ge=4, le=4096)
     jobs_running_max: int = Field(default=64, ge=1, le=4096)
     jobs_kept: int = Field(default=1000, ge=10, le=1_000_000)

@@ -17,7 +17,7 @@ from vmfs_stub.control.jobs import JobProgress, Jobs, open_jobs
 from vmfs_stub.control.metrics import Metrics
 from vmfs_stub.control.peer import Peer
 from vmfs_stub.control.server import open_control
-from vmfs_stub.core.errors import CorruptFrame, InUse, VmNotFound
+from vmfs_stub.core.errors import CorruptFrame, InUse, StoreFull, VmNotFound
 from vmfs_stub.core.ids import JobId
 
 KNOWN_VMS = ("db", "web")
@@ -118,14 +118,21 @@ class FakeTarget:
         return self._jobs.list()
 
     def _work(self, vms: Sequence[str]) -> Any:
-        async def work(progress: JobProgress) -> dict[str, Any]:
+        async def work(progress: JobProgress) -> messages.JobReport:
             progress.update(done_bytes=1, total_bytes=2, doing="copying db")
             await self.may_finish.wait()
             if "damaged" in vms:
                 raise CorruptFrame("a frame of 'damaged' does not decode")
             if "bug" in vms:
                 raise ValueError("a bug")
-            return {"vms": list(vms)}
+            return messages.JobReport(
+                vms=[
+                    messages.VmOutcome(vm=vm, outcome="failed", error=messages.error_info(StoreFull("no room")))
+                    if vm == "big"
+                    else messages.VmOutcome(vm=vm, outcome="done", message="2 bytes")
+                    for vm in vms
+                ]
+            )
 
         return work
 

@@ -175,7 +175,8 @@ async def test_jobs_report_progress_and_outcome(socket_path: Path) -> None:
         target.may_finish.set()
         seen: list[messages.JobInfo] = []
         done = await ask(socket_path, lambda client: client.wait_job(job_id, seen.append))
-        assert (done.state, done.result) == ("done", {"vms": ["db"]})
+        assert done.state == "done"
+        assert done.result == {"vms": [{"vm": "db", "outcome": "done", "message": "2 bytes", "error": None}]}
         assert seen[-1] == done
         damaged = await ask(socket_path, lambda client: client.start_archive(["damaged"]))
         failed = await ask(socket_path, lambda client: client.wait_job(damaged, seen.append))
@@ -186,17 +187,21 @@ async def test_jobs_report_progress_and_outcome(socket_path: Path) -> None:
         assert "ValueError" in unexpected.error.message
         listed = await ask(socket_path, lambda client: client.jobs())
         assert [job.id for job in listed] == [bug, damaged, job_id]
+        partly = await ask(socket_path, lambda client: client.start_backup(["db", "big"], archive=False))
+        partly_failed = await ask(socket_path, lambda client: client.wait_job(partly, seen.append))
+        assert (partly_failed.state, partly_failed.result is None) == ("failed", False)
+        assert partly_failed.error == messages.ErrorInfo(error="StoreFull", message="no room")
 
 
 async def test_jobs_are_bounded_recorded_and_interrupted() -> None:
     history = FakeHistory()
 
-    async def for_ever(progress: JobProgress) -> dict[str, object]:
+    async def for_ever(progress: JobProgress) -> messages.JobReport:
         await trio.sleep_forever()
-        return {}
+        raise AssertionError
 
-    async def at_once(progress: JobProgress) -> dict[str, object]:
-        return {}
+    async def at_once(progress: JobProgress) -> messages.JobReport:
+        return messages.JobReport()
 
     async with open_jobs(history, running_max=2, kept=3) as jobs:
         first = [jobs.start("recall", ["a"], for_ever, peer=ME) for _ in range(2)]

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import trio
 
-from vmfs_stub.control.messages import ErrorInfo, JobInfo, JobKind, Progress, error_info
+from vmfs_stub.control.messages import ErrorInfo, JobInfo, JobKind, JobReport, Progress, error_info
 from vmfs_stub.control.peer import Peer
 from vmfs_stub.core.errors import NotFound, Refused, VmfsStubError
 from vmfs_stub.core.groups import unwrapped
@@ -65,8 +65,8 @@ class JobProgress:
         return self._progress
 
 
-JobWork = Callable[[JobProgress], Awaitable[dict[str, Any]]]
-"""Does the work and returns its report, a JSON object."""
+JobWork = Callable[[JobProgress], Awaitable[JobReport]]
+"""Does the work and returns its report; an error of one VM in it makes the job a failed one."""
 
 
 class Jobs:
@@ -122,7 +122,10 @@ class Jobs:
         )
         outcome: dict[str, Any] = {"state": "interrupted"}
         try:
-            outcome = {"state": "done", "result": await work(progress)}
+            report = await work(progress)
+            failed = next((vm.error for vm in report.vms if vm.error is not None), None)
+            state = "done" if failed is None else "failed"
+            outcome = {"state": state, "result": report.model_dump(mode="json"), "error": failed}
         except Exception as exc:  # whatever it is, one job must not end the mount
             outcome = {"state": "failed", "error": _logged(f"{info.kind} job {job_id}", exc)}
         finally:

@@ -100,8 +100,30 @@ class ErrorInfo(_Message):
     message: str
 
 
+class VmOutcome(BaseModel):
+    """What a job did to one VM; ``outcome`` is a word or two, ``message`` a detail; more fields may come."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    vm: str
+    outcome: str
+    message: str = ""
+    error: ErrorInfo | None = None
+
+
+class JobReport(BaseModel):
+    """The report that a job's work returns (``model_dump()`` of it); more fields may come."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    vms: list[VmOutcome] = []
+
+
 class JobInfo(_Message):
-    """One job; ``result`` is its report when it is done, ``error`` why it failed."""
+    """One job; ``result`` is a JobReport when its work came to an end.
+
+    ``error`` is why it failed: what the work raised, or the first error in its report.
+    """
 
     id: str
     kind: JobKind

@@ -1,0 +1,16 @@
+"""`archive`: back up and stub out now."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vmfs_stub.cli.context import argument_names, client_of, load_config_of
+from vmfs_stub.cli.job_progress import follow_job
+
+
+def archive(ctx: typer.Context, vms: Annotated[list[str], typer.Argument(metavar="VM...")]) -> None:
+    """Back up VMs and make placeholders of them, whatever the policy says; a VM in use is refused."""
+    client = client_of(load_config_of(ctx))
+    follow_job(client, client.start_archive(argument_names(vms)))

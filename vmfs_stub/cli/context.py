@@ -1,0 +1,68 @@
+"""What every command needs: the configuration, the daemon's client, the store; each made only when asked for.
+
+Heavy imports happen in here, inside the functions, so that `--help` stays quick.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vmfs_stub.cli.output import warn
+
+if TYPE_CHECKING:
+    import typer
+
+    from vmfs_stub.config import Config
+    from vmfs_stub.control.client import ControlClient
+    from vmfs_stub.store.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """The options given before the command."""
+
+    config_option: Path | None
+
+
+def config_path_of(ctx: typer.Context) -> Path:
+    """The configuration file that the options and the environment name."""
+    from vmfs_stub.config import config_path
+
+    invocation: Invocation = ctx.obj
+    return config_path(invocation.config_option)
+
+
+def load_config_of(ctx: typer.Context) -> Config:
+    """The configuration; its warnings go to stderr.  Raises ConfigError."""
+    from vmfs_stub.config import load_config
+
+    config = load_config(config_path_of(ctx))
+    for warning in config.warnings:
+        warn(f"warning: {warning}")
+    return config
+
+
+def client_of(config: Config) -> ControlClient:
+    """A client of this datastore's daemon; whether one answers shows at the first call."""
+    from vmfs_stub.control.client import ControlClient
+
+    return ControlClient(config.socket_path, timeout_s=config.control.request_timeout_s)
+
+
+def open_store(url: str) -> Store:
+    """The secondary store at ``url``; raises StoreError, ConfigError, UnknownFormat."""
+    from vmfs_stub.core.errors import ObjectMissing
+    from vmfs_stub.store.objects_url import open_objects
+    from vmfs_stub.store.store import Store
+
+    try:
+        return Store.open(open_objects(url))
+    except ObjectMissing as exc:
+        raise ObjectMissing(f"there is no vmfs-stub store at {url}; `vmfs-stub init` makes one") from exc
+
+
+def argument_names(names: list[str] | None) -> list[str]:
+    """VM names as they are shown: bytes that are not UTF-8 become escapes, as `ls` prints them."""
+    return [name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for name in names or []]

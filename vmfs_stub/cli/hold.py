@@ -1,0 +1,20 @@
+"""`hold` and `unhold`: whether this host accepts new recalls."""
+
+from __future__ import annotations
+
+import typer
+
+from vmfs_stub.cli.context import client_of, load_config_of
+from vmfs_stub.cli.output import say
+
+
+def hold(ctx: typer.Context) -> None:
+    """Refuse new recalls on this host until `unhold`."""
+    client_of(load_config_of(ctx)).hold()
+    say("new recalls are refused; `vmfs-stub unhold` allows them again")
+
+
+def unhold(ctx: typer.Context) -> None:
+    """Allow recalls again."""
+    client_of(load_config_of(ctx)).unhold()
+    say("recalls are allowed")

@@ -1,0 +1,286 @@
+"""What `doctor` looks at on this host; each check yields findings with their remedies.
+
+A check never changes anything and never calls into the mount.  A check that itself fails is a finding, not an error.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from vmfs_stub.cli.context import open_store
+from vmfs_stub.cli.init import probe_xattrs
+from vmfs_stub.cli.inode_flags import is_immutable
+from vmfs_stub.cli.mounts import is_mounted, mount_of
+from vmfs_stub.cli.output import bytes_text
+from vmfs_stub.core.errors import DaemonUnreachable, VmfsStubError
+
+if TYPE_CHECKING:
+    from vmfs_stub.config import Config
+
+Severity = Literal["ok", "note", "warning", "problem"]
+
+_KERNEL_PASSTHROUGH = (6, 9)
+_KERNEL_PRE_CONTENT = (6, 14)
+_CAP_SYS_ADMIN = 21
+_UNSTABLE = frozenset({"tmpfs", "ramfs", "overlay", "aufs"})
+_FUSE_TIMEOUT = Path("/proc/sys/fs/fuse/max_request_timeout")
+_PROBE = "doctor-probe"
+
+
+@dataclass(frozen=True, slots=True)
+class HostFinding:
+    """One thing looked at; ``remedy`` says what to do unless it is ok."""
+
+    severity: Severity
+    subject: str
+    message: str
+    remedy: str = ""
+
+
+Check = Callable[["Config"], Iterator[HostFinding]]
+
+
+def examine(config: Config) -> list[HostFinding]:
+    """All checks, in the order in which one would set a host up."""
+    found: list[HostFinding] = []
+    for check in CHECKS:
+        try:
+            found += check(config)
+        except (OSError, VmfsStubError) as exc:
+            found.append(HostFinding("problem", check.__name__, f"could not be looked at: {exc}", "see the message"))
+    return found
+
+
+def configuration(config: Config) -> Iterator[HostFinding]:
+    """Allowed, but most likely not meant."""
+    for warning in config.warnings:
+        yield HostFinding("warning", "configuration", warning, "change it in the configuration file")
+
+
+def fuse_device(config: Config, path: Path = Path("/dev/fuse")) -> Iterator[HostFinding]:
+    """The device; fusermount3 is not needed, since the daemon mounts as root itself."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as exc:
+        yield HostFinding("problem", "fuse", f"{path} cannot be opened: {exc.strerror}", "modprobe fuse; be root")
+    else:
+        yield HostFinding("ok", "fuse", f"{path} can be opened")
+
+
+def kernel(config: Config) -> Iterator[HostFinding]:
+    """What this kernel gives."""
+    release = platform.release()
+    match = re.match(r"(\d+)\.(\d+)", release)
+    version = (int(match[1]), int(match[2])) if match else (0, 0)
+    if version < (5, 4):
+        yield HostFinding("problem", "kernel", f"{release} is too old", "use 5.4 or later")
+        return
+    passthrough = "has" if version >= _KERNEL_PASSTHROUGH else "has no"
+    pre_content = "has" if version >= _KERNEL_PRE_CONTENT else "has no"
+    yield HostFinding(
+        "ok", "kernel", f"{release} {passthrough} FUSE passthrough (6.9), {pre_content} pre-access events (6.14)"
+    )
+
+
+def privileges(config: Config) -> Iterator[HostFinding]:
+    """CAP_SYS_ADMIN is what mount(2) and trusted.* attributes need."""
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    match = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)
+    if match and int(match[1], 16) >> _CAP_SYS_ADMIN & 1:
+        yield HostFinding("ok", "privileges", "this process has CAP_SYS_ADMIN")
+    else:
+        yield HostFinding("problem", "privileges", "CAP_SYS_ADMIN is missing", "run vmfs-stub as root")
+
+
+def backing(config: Config) -> Iterator[HostFinding]:
+    """The backing directory: mode, filesystem, attributes, room."""
+    path = config.datastore.backing
+    if not path.is_dir():
+        yield HostFinding("problem", "backing", f"{path} is no directory", "make it, or run `vmfs-stub init`")
+        return
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        yield HostFinding(
+            "problem",
+            "backing",
+            f"{path} has mode {mode:04o}: others could take a sparse placeholder for a disk",
+            f"chmod 0700 {path}",
+        )
+    here = mount_of(Path(os.path.realpath(path)))
+    if here.kind in _UNSTABLE or here.kind.startswith("fuse"):
+        yield HostFinding(
+            "problem",
+            "backing",
+            f"{path} is on {here.kind} ({here.mountpoint}): inodes, attributes or data do not last there",
+            "use a filesystem on a disk, such as ext4, XFS or Btrfs",
+        )
+    try:
+        probe_xattrs(path)
+    except VmfsStubError as exc:
+        yield HostFinding("problem", "backing", str(exc), "see the message")
+    else:
+        yield HostFinding("ok", "backing", f"{path} ({here.kind}) has trusted.* attributes")
+    yield from _room(path, config.primary.free_floor_percent)
+
+
+def _room(path: Path, floor_percent: float) -> Iterator[HostFinding]:
+    room = os.statvfs(path)
+    free, size = room.f_bavail * room.f_frsize, room.f_blocks * room.f_frsize
+    percent = 100 * free / size if size else 0.0
+    text = f"{bytes_text(free)} of {bytes_text(size)} free ({percent:.0f} %)"
+    if percent <= floor_percent:
+        yield HostFinding(
+            "problem",
+            "free space",
+            f"{text}, the floor is {floor_percent:g} %: recalls are refused",
+            "free space in the backing filesystem, or archive idle VMs",
+        )
+    elif percent <= 2 * floor_percent:
+        yield HostFinding("warning", "free space", f"{text}, the floor is {floor_percent:g} %", "free space soon")
+    else:
+        yield HostFinding("ok", "free space", text)
+    if room.f_files and room.f_favail * 100 < room.f_files:
+        yield HostFinding("problem", "inodes", "fewer than 1 % of the inodes are free", "remove files")
+
+
+def mountpoint(config: Config) -> Iterator[HostFinding]:
+    """With no daemon, the mountpoint must be empty and unwritable."""
+    path = config.datastore.mountpoint
+    if is_mounted(path):
+        yield HostFinding("ok", "mountpoint", f"{path} is mounted")
+        return
+    if not path.is_dir():
+        yield HostFinding("problem", "mountpoint", f"{path} is no directory", f"mkdir {path}")
+        return
+    with os.scandir(path) as entries:
+        if any(True for _ in entries):
+            yield HostFinding("problem", "mountpoint", f"{path} is not empty", "move what is in it elsewhere")
+    immutable = is_immutable(path)
+    if immutable is None:
+        yield HostFinding(
+            "warning",
+            "mountpoint",
+            f"{path} is on a filesystem without immutable directories: root can write into it while not mounted",
+            "put the mountpoint on ext4, XFS or Btrfs",
+        )
+    elif not immutable:
+        yield HostFinding("warning", "mountpoint", f"{path} can be written to while not mounted", f"chattr +i {path}")
+    else:
+        yield HostFinding("ok", "mountpoint", f"{path} is empty and immutable")
+
+
+def runtime_dir(config: Config) -> Iterator[HostFinding]:
+    """Volatile maps are quick on tmpfs; elsewhere they are still right."""
+    path = config.datastore.runtime_dir
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    kind = mount_of(Path(os.path.realpath(existing))).kind
+    if kind == "tmpfs":
+        yield HostFinding("ok", "runtime_dir", f"{path} is on tmpfs")
+    else:
+        yield HostFinding(
+            "note",
+            "runtime_dir",
+            f"{path} is on {kind}: setting residency bits writes to that disk",
+            "use a directory on tmpfs, such as below /run",
+        )
+    if path.is_dir() and stat.S_IMODE(path.stat().st_mode) & 0o077:
+        yield HostFinding("problem", "runtime_dir", f"{path} is open to other users", f"chmod 0700 {path}")
+
+
+def control_socket(config: Config) -> Iterator[HostFinding]:
+    """Who may connect to the socket may command the daemon."""
+    path = config.socket_path
+    try:
+        st = path.lstat()
+    except FileNotFoundError:
+        yield HostFinding("note", "control", f"no daemon runs ({path} is not there)", "`vmfs-stub mount` starts one")
+        return
+    if not stat.S_ISSOCK(st.st_mode):
+        yield HostFinding("problem", "control", f"{path} is no socket", "move it away")
+    elif stat.S_IMODE(st.st_mode) != 0o600:
+        mode = stat.S_IMODE(st.st_mode)
+        yield HostFinding("problem", "control", f"{path} has mode {mode:04o} instead of 0600", f"chmod 0600 {path}")
+    else:
+        yield from _daemon(config)
+
+
+def _daemon(config: Config) -> Iterator[HostFinding]:
+    from vmfs_stub.cli.context import client_of
+
+    try:
+        status = client_of(config).status()
+    except DaemonUnreachable as exc:
+        yield HostFinding("problem", "control", str(exc), "`vmfs-stub mount` starts a daemon")
+        return
+    yield HostFinding("ok", "control", f"the daemon (pid {status.daemon.pid}) answers")
+    for finding in status.findings:
+        yield HostFinding(finding.severity, finding.subject, finding.message, finding.remedy)
+
+
+def request_timeout(config: Config, path: Path = _FUSE_TIMEOUT) -> Iterator[HostFinding]:
+    """The kernel aborts the whole mount when one request takes longer than this."""
+    try:
+        limit_s = int(path.read_text(encoding="ascii"))
+    except FileNotFoundError:
+        return
+    deadline_s = config.recall.recall_deadline_s
+    if 0 < limit_s <= deadline_s:
+        yield HostFinding(
+            "problem",
+            "fuse",
+            f"{path} is {limit_s} s, not above recall.recall_deadline_s ({deadline_s:g} s): a slow recall would end "
+            "the whole mount",
+            f"set it to 0, or well above {deadline_s:g}",
+        )
+
+
+def protected_files(config: Config, directory: Path = Path("/proc/sys/fs")) -> Iterator[HostFinding]:
+    """Links that a guest's user plants in a shared directory must not lead root astray."""
+    for name in ("protected_symlinks", "protected_hardlinks"):
+        path = directory / name
+        if path.exists() and path.read_text(encoding="ascii").strip() == "0":
+            yield HostFinding("note", "sysctl", f"fs.{name} is off", f"sysctl fs.{name}=1")
+
+
+def store(config: Config) -> Iterator[HostFinding]:
+    """Reachable, of a known format, and writable."""
+    import secrets
+
+    from vmfs_stub.store.objects_url import open_objects
+
+    url = config.store.url
+    try:
+        found = open_store(url)
+        key = f"{_PROBE}/{secrets.token_hex(8)}"
+        objects = open_objects(url)
+        try:
+            objects.put(key, b"probe")
+            objects.get(key)
+        finally:
+            objects.delete(key)
+    except VmfsStubError as exc:
+        yield HostFinding("problem", "store", f"{url}: {exc}", "bring the store back, or correct store.url")
+        return
+    yield HostFinding("ok", "store", f"{url} (store {found.id}) can be read and written")
+
+
+CHECKS: tuple[Check, ...] = (
+    configuration,
+    fuse_device,
+    kernel,
+    privileges,
+    backing,
+    mountpoint,
+    runtime_dir,
+    control_socket,
+    request_timeout,
+    protected_files,
+    store,
+)

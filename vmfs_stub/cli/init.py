@@ -1,0 +1,188 @@
+"""`init`: makes a datastore: configuration, directories, and the store (or a place in one that exists).
+
+What can be refused by looking is refused before anything is made; the configuration is written last, so that a failed
+`init` can simply be repeated.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+from urllib.parse import unquote, urlsplit
+
+import typer
+
+from vmfs_stub.cli.context import config_path_of
+from vmfs_stub.cli.inode_flags import set_immutable
+from vmfs_stub.cli.mounts import mounts
+from vmfs_stub.cli.output import say, warn
+from vmfs_stub.core.errors import AlreadyExists, ConfigError, ObjectMissing, PrimaryIOError, Unsupported
+from vmfs_stub.core.names import XATTR_PREFIX
+
+if TYPE_CHECKING:
+    from vmfs_stub.config import Config
+    from vmfs_stub.store.objects import ObjectStore
+
+
+def init(
+    ctx: typer.Context,
+    backing: Annotated[Path, typer.Option(help="Directory for the image files themselves, on one filesystem.")],
+    mountpoint: Annotated[Path, typer.Option(help="Directory where hypervisors see them.")],
+    store: Annotated[str, typer.Option(help="Secondary storage: file:///absolute/path")],
+    name: Annotated[str | None, typer.Option(help="Name of the datastore; else made from the mountpoint.")] = None,
+    runtime_dir: Annotated[
+        Path | None, typer.Option(help="Control socket, volatile maps and log; else /run/vmfs-stub/NAME.")
+    ] = None,
+) -> None:
+    """Write a commented configuration, make the directories, create or join the store; overwrites nothing."""
+    from vmfs_stub.store.objects_url import open_objects
+
+    target = config_path_of(ctx)
+    if os.path.lexists(target):
+        raise AlreadyExists(f"{target} exists already; it was not changed: name another file with --config")
+    text = _config_text(
+        name=name or _name_of(mountpoint),
+        backing=_real(backing),
+        mountpoint=_real(mountpoint),
+        runtime_dir=None if runtime_dir is None else _real(runtime_dir),
+        store=_store_url(store),
+    )
+    config = _checked(text, target)
+    objects = open_objects(config.store.url)
+    _make_backing(config.datastore.backing)
+    _make_mountpoint(config.datastore.mountpoint)
+    _join_store(objects, config.store.url)
+    _write_new(target, text)
+    say(f"wrote {target}; look at it, then run `vmfs-stub mount`")
+
+
+def _real(path: Path) -> Path:
+    """Symlinks resolved, so that directories that are really nested are seen to be."""
+    return Path(os.path.realpath(path))
+
+
+def _name_of(mountpoint: Path) -> str:
+    cleaned = re.sub(r"[^A-Za-z0-9._-]+", "-", _real(mountpoint).name).lstrip("._-")[:64]
+    return cleaned or "datastore"
+
+
+def _store_url(store: str) -> str:
+    return Path(store).absolute().as_uri() if store.startswith("/") else store
+
+
+def _config_text(*, name: str, backing: Path, mountpoint: Path, runtime_dir: Path | None, store: str) -> str:
+    from vmfs_stub.config import RUNTIME_ROOT
+
+    values = {
+        "NAME": name,
+        "BACKING": str(backing),
+        "MOUNTPOINT": str(mountpoint),
+        "RUNTIME_DIR": str(runtime_dir or RUNTIME_ROOT / name),
+        "STORE": store,
+    }
+    template = files("vmfs_stub.cli").joinpath("config.toml.in").read_text(encoding="utf-8")
+    # JSON's strings are TOML's basic strings, but for DEL
+    quoted = {key: json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") for key, value in values.items()}
+    return re.sub(r"@([A-Z_]+)@", lambda match: quoted[match[1]], template)
+
+
+def _checked(text: str, target: Path) -> Config:
+    from vmfs_stub.config import parse_config, refuse_nesting
+
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as exc:
+        raise ConfigError("a path is not UTF-8: TOML cannot hold it; use another directory") from exc
+    config = parse_config(text, origin=str(target))
+    datastore = config.datastore
+    directory = _store_directory(config.store.url)
+    if directory is not None:
+        try:
+            refuse_nesting({"backing": datastore.backing, "mountpoint": datastore.mountpoint, "store": directory})
+        except ValueError as exc:
+            raise ConfigError(str(exc)) from exc
+    return config
+
+
+def _store_directory(url: str) -> Path | None:
+    parts = urlsplit(url)
+    return _real(Path(unquote(parts.path))) if parts.scheme == "file" else None
+
+
+def _make_backing(backing: Path) -> None:
+    try:
+        backing.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if backing.stat().st_uid == os.geteuid():
+            backing.chmod(0o700)
+    except OSError as exc:
+        raise PrimaryIOError(f"cannot make the backing directory {backing}: {exc.strerror}") from exc
+    probe_xattrs(backing)
+
+
+def probe_xattrs(backing: Path) -> None:
+    """Prove that trusted.* attributes can be set on files of ``backing``; raises Unsupported, PrimaryIOError."""
+    try:
+        with tempfile.TemporaryFile(dir=backing) as file:
+            os.setxattr(file.fileno(), f"{XATTR_PREFIX}probe", b"1")
+    except OSError as exc:
+        if exc.errno in (errno.EOPNOTSUPP, errno.EPERM):
+            raise Unsupported(
+                f"files in {backing} cannot have trusted.* attributes ({exc.strerror}): be root (CAP_SYS_ADMIN), and "
+                "use a filesystem that has them, such as ext4, XFS or Btrfs"
+            ) from exc
+        raise PrimaryIOError(f"cannot make files in the backing directory {backing}: {exc.strerror}") from exc
+
+
+def _make_mountpoint(mountpoint: Path) -> None:
+    if any(mount.mountpoint == mountpoint for mount in mounts()):
+        raise AlreadyExists(f"something is mounted on {mountpoint} already: unmount it, or use another directory")
+    try:
+        mountpoint.mkdir(mode=0o755, parents=True, exist_ok=True)
+        with os.scandir(mountpoint) as entries:
+            if any(True for _ in entries):
+                raise AlreadyExists(
+                    f"the mountpoint {mountpoint} is not empty: the mount would hide what is in it; use an empty one"
+                )
+    except OSError as exc:
+        raise PrimaryIOError(f"cannot make the mountpoint {mountpoint}: {exc.strerror}") from exc
+    try:
+        set_immutable(mountpoint, immutable=True)
+    except OSError as exc:
+        warn(
+            f"warning: the mountpoint {mountpoint} cannot be made immutable ({exc.strerror}): while it is not mounted, "
+            "root can write into it"
+        )
+    else:
+        say(f"{mountpoint} is immutable now: nothing can be written there while it is not mounted (see chattr(1))")
+
+
+def _join_store(objects: ObjectStore, url: str) -> None:
+    from vmfs_stub.store.store import Store
+
+    try:
+        store = Store.open(objects)
+    except ObjectMissing:
+        store = Store.open_or_create(objects)
+        say(f"made the store {store.id} at {url}")
+    else:
+        say(f"joined the store {store.id} at {url}")
+
+
+def _write_new(target: Path, text: str) -> None:
+    try:
+        target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError as exc:
+        raise AlreadyExists(f"{target} exists already; it was not changed") from exc
+    except OSError as exc:
+        raise ConfigError(f"cannot write {target}: {exc.strerror}") from exc
+    with os.fdopen(fd, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

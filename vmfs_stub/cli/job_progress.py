@@ -1,0 +1,94 @@
+"""Following a job of the daemon to its end: a bar on a terminal, a line per step otherwise, and its report.
+
+The job is the daemon's: whoever stops following stops nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+
+from vmfs_stub.cli.exit_codes import ExitCode, exit_code_of
+from vmfs_stub.cli.output import bytes_text, say, warn
+from vmfs_stub.core.errors import Refused
+
+if TYPE_CHECKING:
+    from vmfs_stub.control.client import ControlClient
+    from vmfs_stub.control.messages import JobInfo, Progress
+    from vmfs_stub.core.ids import JobId
+
+    Show = Callable[[Progress], None]
+
+
+def follow_job(client: ControlClient, job_id: JobId) -> None:
+    """Show the job until it ends, print its report, and raise what it failed with (or exit with its code)."""
+    try:
+        with progress_shown() as show:
+            info = client.wait_job(job_id, lambda job: show(job.progress))
+    except KeyboardInterrupt:
+        warn(f"job {job_id} goes on in the daemon; `vmfs-stub status` shows it")
+        raise typer.Exit(ExitCode.INTERRUPTED) from None
+    _report(info)
+
+
+def _report(info: JobInfo) -> None:
+    from vmfs_stub.control.messages import JobReport, error_of
+
+    report = JobReport.model_validate(info.result or {})
+    for vm in report.vms:
+        if vm.error is None:
+            say(f"{vm.vm}: {vm.outcome}{f' ({vm.message})' if vm.message else ''}")
+        else:
+            warn(f"{vm.vm}: {vm.outcome}: {vm.error.message}")
+    if info.state == "interrupted":
+        raise Refused(f"the {info.kind} job {info.id} was interrupted: the daemon stopped")
+    if info.error is None:
+        return
+    error = error_of(info.error)
+    if any(vm.error is not None for vm in report.vms):  # each was told above
+        raise typer.Exit(exit_code_of(error))
+    raise error
+
+
+@contextmanager
+def progress_shown() -> Iterator[Show]:
+    """A function that shows progress while inside; also for work of this process (restore, verify)."""
+    if not sys.stdout.isatty():
+        yield _lines()
+        return
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(progress: Progress) -> None:
+            total = progress.total_bytes or None
+            bar.update(task, description=progress.doing, completed=progress.done_bytes, total=total)
+
+        yield show
+
+
+def _lines() -> Show:
+    """One line per step, on stderr: stdout is for the outcome."""
+    said = ""
+
+    def show(progress: Progress) -> None:
+        nonlocal said
+        if progress.doing and progress.doing != said:
+            said = progress.doing
+            size = f" ({bytes_text(progress.total_bytes)})" if progress.total_bytes else ""
+            print(f"{said}{size}", file=sys.stderr, flush=True)
+
+    return show

@@ -1,0 +1,53 @@
+"""What is mounted where, asked without touching the mount: a call into a mount whose daemon is stuck would hang."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+_MNT_DETACH = 2
+_MOUNTINFO = Path("/proc/self/mountinfo")
+_OCTAL = re.compile(r"\\([0-7]{3})")
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of mountinfo: where, and of which type."""
+
+    mountpoint: Path
+    kind: str
+
+
+def mounts() -> list[Mount]:
+    """All mounts of this process's namespace, the topmost of a mountpoint last."""
+    found = []
+    for line in _MOUNTINFO.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        before, _, after = line.partition(" - ")
+        path = _OCTAL.sub(lambda match: chr(int(match[1], 8)), before.split(" ")[4])
+        found.append(Mount(Path(path), after.split(" ")[0]))
+    return found
+
+
+def is_mounted(path: Path) -> bool:
+    """Whether a FUSE filesystem is what one sees at ``path``."""
+    here = [mount for mount in mounts() if mount.mountpoint == path]
+    return bool(here) and here[-1].kind.startswith("fuse")
+
+
+def mount_of(path: Path) -> Mount:
+    """The mount that ``path`` (absolute, no symlinks) lies on."""
+    return max(
+        (mount for mount in mounts() if path.is_relative_to(mount.mountpoint)),
+        key=lambda mount: len(mount.mountpoint.parts),
+    )
+
+
+def detach(path: Path) -> None:
+    """umount2(2) with MNT_DETACH; raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.umount2(os.fsencode(path), _MNT_DETACH) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(path))

@@ -1,0 +1,44 @@
+"""`restore`: a restore point as ordinary files, elsewhere; needs nothing but the store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vmfs_stub.cli.context import argument_names, load_config_of, open_store
+from vmfs_stub.cli.job_progress import progress_shown
+from vmfs_stub.cli.output import bytes_text, say, warn
+from vmfs_stub.cli.stored_vms import find_stored
+
+
+def restore(
+    ctx: typer.Context,
+    vm: Annotated[str, typer.Argument(metavar="VM[@POINT]", help="A VM's newest restore point, or the one named.")],
+    to: Annotated[Path, typer.Option(help="Directory to write into; nothing in it is overwritten.")],
+    store: Annotated[str | None, typer.Option(help="URL of a store; no configuration is needed then.")] = None,
+) -> None:
+    """Write a restore point out as ordinary files."""
+    from vmfs_stub.control.messages import Progress
+    from vmfs_stub.services.restore import restore_point
+
+    found = open_store(store or load_config_of(ctx).store.url)
+    stored, summary = find_stored(found.vms(), argument_names([vm])[0])
+    name = stored.name or stored.vm_id
+    point = found.open_point(stored.vm_id, summary.point_id)
+    done = 0
+    with progress_shown() as show:
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            show(Progress(done_bytes=done, total_bytes=summary.size_bytes, doing=f"restoring {name}"))
+
+        report = restore_point(found, point, to, progress=advance)
+    for warning in report.warnings:
+        warn(f"warning: {warning}")
+    say(
+        f"{name}@{summary.point_id}: {report.file_count} files, {bytes_text(report.size_bytes)} "
+        f"({bytes_text(report.written_bytes)} written) in {to}"
+    )

@@ -1,0 +1,51 @@
+"""`status`: what the daemon says of itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vmfs_stub.cli.context import client_of, load_config_of
+from vmfs_stub.cli.exit_codes import ExitCode
+from vmfs_stub.cli.output import bytes_text, say, say_json, time_text
+
+if TYPE_CHECKING:
+    from vmfs_stub.control.messages import Status
+
+
+def status(
+    ctx: typer.Context,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+) -> None:
+    """Show daemon, mount, store, jobs, recalls and findings; exit code 8 when an operator has to act."""
+    found = client_of(load_config_of(ctx)).status()
+    if json:
+        say_json(found.model_dump(mode="json"))
+    else:
+        _say_status(found)
+    if not found.healthy:
+        raise typer.Exit(ExitCode.UNHEALTHY)
+
+
+def _say_status(found: Status) -> None:
+    say("healthy" if found.healthy else "UNHEALTHY")
+    held = ", recalls are held" if found.daemon.held else ""
+    say(
+        f"daemon: pid {found.daemon.pid}, version {found.daemon.version}, since {time_text(found.daemon.started)}{held}"
+    )
+    mount = found.mount
+    state = "mounted" if mount.mounted else "NOT mounted"
+    free = f", {bytes_text(mount.free_bytes)} of {bytes_text(mount.size_bytes)} free" if mount.size_bytes else ""
+    say(f"mount: {mount.mountpoint} {state} on {mount.backing}, {mount.open_disks} disks open{free}")
+    store = found.store
+    say(f"store: {store.url} {'reachable' if store.reachable else f'NOT reachable: {store.last_error}'}")
+    for job in found.jobs:
+        names = ", ".join(job.vms) or "all VMs"
+        done, total = bytes_text(job.progress.done_bytes), bytes_text(job.progress.total_bytes)
+        say(f"job: {job.id} {job.kind} of {names}, {job.state}: {job.progress.doing} {done} of {total}")
+    for recall in found.recalls:
+        done, total = bytes_text(recall.done_bytes), bytes_text(recall.total_bytes)
+        say(f"recall: {recall.vm} {recall.disk}, {done} of {total}, {recall.waiting} requests wait")
+    for finding in found.findings:
+        say(f"{finding.severity}: {finding.subject}: {finding.message}{f' - {finding.remedy}' * bool(finding.remedy)}")

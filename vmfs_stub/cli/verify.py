@@ -1,0 +1,52 @@
+"""`verify`: proves that restore points can be restored, by reading all that they need."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vmfs_stub.cli.context import argument_names, load_config_of, open_store
+from vmfs_stub.cli.exit_codes import ExitCode
+from vmfs_stub.cli.job_progress import progress_shown
+from vmfs_stub.cli.output import bytes_text, say, warn
+from vmfs_stub.cli.stored_vms import named_points
+
+
+def verify(
+    ctx: typer.Context,
+    vm: Annotated[
+        str | None,
+        typer.Argument(metavar="[VM[@POINT]]", help="All points of a VM, or one point; all of the store without."),
+    ] = None,
+    store: Annotated[str | None, typer.Option(help="URL of a store; no configuration is needed then.")] = None,
+) -> None:
+    """Check restore points; exit code 6 when one could not be restored."""
+    from vmfs_stub.control.messages import Progress
+    from vmfs_stub.services import verify as verification
+
+    found = open_store(store or load_config_of(ctx).store.url)
+    points = named_points(found.vms(), None if vm is None else argument_names([vm])[0])
+    one = points.only
+    done = 0
+    with progress_shown() as show:
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            show(Progress(done_bytes=done, total_bytes=points.size_bytes, doing=f"verifying {points.what}"))
+
+        report = verification.verify(
+            found, vm_id=points.vm_id, point_id=None if one is None else one.point_id, progress=advance
+        )
+    for finding in report.findings:
+        place = f"{finding.vm_name or finding.vm_id}@{finding.point_id}"
+        part = f" {finding.path}" if finding.path else ""
+        chunk = "" if finding.chunk is None else f" chunk {finding.chunk}"
+        warn(f"{place}{part}{chunk}: {finding.problem}")
+    say(
+        f"{points.what}: {report.point_count} restore points, {report.file_count} files, "
+        f"{bytes_text(report.read_bytes)} read, {len(report.findings)} findings"
+    )
+    if report.findings:
+        raise typer.Exit(ExitCode.INTEGRITY)
