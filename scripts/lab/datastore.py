@@ -78,13 +78,9 @@ class Datastore:
 
     def init(self, settings: Settings) -> None:
         """Create it by ``vmfs-stub init``, then change the configuration's ``settings``."""
-        self.backing.mkdir()
-        self.mountpoint.mkdir()
-        self.store.mkdir()
         where = ["--backing", str(self.backing), "--mountpoint", str(self.mountpoint), "--store", self.store.as_uri()]
-        self.vmfs("init", *where)
-        own: Settings = {"datastore": {"runtime_dir": str(self.home / "run")}}
-        self.config.write_text(with_settings(with_settings(self.config.read_text(), own), settings))
+        self.vmfs("init", *where, "--runtime-dir", str(self.home / "run"))
+        self.config.write_text(with_settings(self.config.read_text(), settings))
 
     def mount(self) -> None:
         """Start the daemon in the background; returns when the mount answers."""
@@ -143,6 +139,14 @@ class Datastore:
             os.kill(self.daemon_pid, signal.SIGKILL)
             _ended(self.daemon_pid, deadline_s=_END_DEADLINE_S)
         self.daemon_pid = 0
+        with suppress(LabError):  # `init` makes it immutable, where the filesystem can do that
+            run(["chattr", "-i", self.mountpoint], deadline_s=_END_DEADLINE_S)
+
+    def kill(self) -> None:
+        """End the daemon as a crash does; the mount stays behind, dead, until the next ``mount`` takes it over."""
+        os.kill(self.daemon_pid, signal.SIGKILL)
+        if not _ended(self.daemon_pid, deadline_s=_END_DEADLINE_S):
+            raise LabError(f"the daemon (process {self.daemon_pid}) does not die")
 
 
 class _UnixConnection(http.client.HTTPConnection):
