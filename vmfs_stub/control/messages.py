@@ -38,12 +38,14 @@ class DiskRow(_Message):
 
 
 class DaemonStatus(_Message):
-    """The daemon's process."""
+    """The daemon's process; ``recalled_*`` count raw bytes since it started, of whole chunks."""
 
     pid: int
     version: str
     started: float
     held: bool = False
+    recalled_bytes: int = 0
+    recalled_on_demand_bytes: int = 0
 
 
 class MountStatus(_Message):

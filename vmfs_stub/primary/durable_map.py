@@ -21,7 +21,7 @@ from pathlib import Path
 import xxhash
 
 from vmfs_stub.core.errors import CorruptMap, UnknownFormat
-from vmfs_stub.core.ids import PlaceholderId, VmId
+from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
 from vmfs_stub.core.residency import block_count
 from vmfs_stub.primary.envelope import Damaged, NewerVersion, seal, unseal
 from vmfs_stub.primary.files import FileCalls, sync_directory, write_fully
@@ -65,6 +65,7 @@ class MapHeader:
 
     placeholder_id: PlaceholderId
     vm_id: VmId
+    point_id: PointId
     identity: InodeIdentity
     state: MapState
     size: int

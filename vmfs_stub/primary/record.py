@@ -12,12 +12,10 @@ from dataclasses import asdict, dataclass
 
 from vmfs_stub.core.errors import CorruptRecord, IdentityMismatch, UnknownFormat
 from vmfs_stub.core.ids import PlaceholderId, PointId, StoreId, VmId
+from vmfs_stub.core.names import PLACEHOLDER_XATTR
 from vmfs_stub.primary.envelope import Damaged, NewerVersion, seal, unseal
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.identity import InodeIdentity
-
-PRIVATE_XATTR_PREFIX = "trusted.vmfs-stub."
-RECORD_XATTR = PRIVATE_XATTR_PREFIX + "placeholder"
 
 _MAGIC = b"VSPHREC\0"
 _VERSION = 1
@@ -68,7 +66,7 @@ def decode_record(raw: bytes, *, label: str) -> PlaceholderRecord:
 def read_record(files: FileCalls, site: str, fd: int | str, *, label: str) -> PlaceholderRecord | None:
     """The record of a file, None where there is none.  Raises CorruptRecord, UnknownFormat, OSError."""
     try:
-        raw = files.call(site, os.getxattr, fd, RECORD_XATTR)
+        raw = files.call(site, os.getxattr, fd, PLACEHOLDER_XATTR)
     except OSError as exc:
         if exc.errno == errno.ENODATA:
             return None

@@ -1,0 +1,350 @@
+"""The datastore as the control API sees it: lists disks, runs jobs, tells its state.
+
+Purpose: turns requests into calls of services and their results into messages.  It decides nothing about bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+
+import trio
+
+from vmfs_stub.catalog.catalog import Catalog
+from vmfs_stub.config import Config
+from vmfs_stub.control.jobs import JobProgress, Jobs
+from vmfs_stub.control.messages import (
+    DaemonStatus,
+    DiskRow,
+    DiskState,
+    Finding,
+    JobInfo,
+    JobKind,
+    JobReport,
+    MountStatus,
+    RecallStatus,
+    Status,
+    StoreStatus,
+    VmOutcome,
+    error_info,
+)
+from vmfs_stub.control.peer import Peer
+from vmfs_stub.core.errors import InUse, RecallsHeld, StoreError, VmfsStubError
+from vmfs_stub.core.ids import JobId, VmId
+from vmfs_stub.inventory.directory import DirectoryInventory
+from vmfs_stub.inventory.vm import Vm, VmFile, find_vm
+from vmfs_stub.mount.serving import Mount
+from vmfs_stub.primary.tree import open_beneath
+from vmfs_stub.services.archive import Archiver
+from vmfs_stub.services.disks import Disks
+from vmfs_stub.services.hydration import HydrationService
+from vmfs_stub.services.placeholder import Placeholder
+from vmfs_stub.services.recall import RecallService
+from vmfs_stub.services.threads import Threads
+from vmfs_stub.store.keys import STORE_KEY
+from vmfs_stub.store.store import Store
+
+log = logging.getLogger(__name__)
+
+PROBE_INTERVAL_S = 15.0
+"""How often the store is asked whether it is there."""
+FINDINGS_MAX = 1000
+POINT_COUNT_WAIT_S = 2.0
+"""How long `ls` waits for the store to count restore points; after that it shows what it knew before."""
+
+
+class Datastore:
+    """Implements what control.target describes; wired together by the daemon."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        threads: Threads,
+        inventory: DirectoryInventory,
+        catalog: Catalog,
+        store: Store,
+        disks: Disks,
+        recall: RecallService,
+        hydration: HydrationService,
+        archiver: Archiver,
+        jobs: Jobs,
+        mount: Mount,
+        stop: trio.Event,
+    ) -> None:
+        self._config = config
+        self._threads = threads
+        self._inventory = inventory
+        self._catalog = catalog
+        self._store = store
+        self._disks = disks
+        self._recall = recall
+        self._hydration = hydration
+        self._archiver = archiver
+        self._jobs = jobs
+        self._mount = mount
+        self._stop = stop
+        self._started_s = time.time()
+        self._findings: dict[tuple[str, str], Finding] = {}
+        self._point_counts: dict[VmId, int] = {}
+        self._store_error: str | None = None
+        self._backing_fd = os.open(config.datastore.backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Give back the descriptor of the backing directory."""
+        os.close(self._backing_fd)
+
+    # Listing
+
+    async def list_disks(self, vm: str | None) -> list[DiskRow]:
+        """One row per disk, of all VMs or of the one named; raises VmNotFound, AmbiguousName."""
+        vms = await self._scan()
+        if vm is not None:
+            vms = [find_vm(vms, vm)]
+        await self._count_points(vms)
+        accesses = await self._threads.files(self._catalog.last_accesses)
+        return await self._threads.files(self._rows, vms, accesses)
+
+    async def _scan(self) -> list[Vm]:
+        vms = await self._threads.files(self._inventory.scan)
+        await self._threads.files(self._catalog.see_vms, [(vm.id, vm.name) for vm in vms], now=time.time())
+        return vms
+
+    async def _count_points(self, vms: Sequence[Vm]) -> None:
+        with trio.move_on_after(POINT_COUNT_WAIT_S):
+            try:
+                for vm in vms:
+                    self._point_counts[vm.id] = len(await self._threads.store(self._store.points, vm.id))
+            except VmfsStubError as exc:
+                log.warning("restore points could not be counted: %s", exc)
+
+    def _rows(self, vms: Sequence[Vm], accesses: dict[tuple[VmId, str], float]) -> list[DiskRow]:
+        rows = []
+        for vm in vms:
+            for file in vm.files:
+                try:
+                    st = os.stat(file.path, dir_fd=self._backing_fd, follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                disk = self._disks.get(st.st_ino)
+                last = max(accesses.get((vm.id, file.relative), 0.0), disk.last_access_s if disk else 0.0)
+                rows.append(
+                    DiskRow(
+                        vm=vm.name,
+                        disk=file.relative,
+                        path=str(self._config.datastore.mountpoint / file.path),
+                        state=self._state(st.st_ino),
+                        size_bytes=st.st_size,
+                        resident_bytes=min(st.st_size, st.st_blocks * 512),
+                        restore_points=self._point_counts.get(vm.id, 0),
+                        last_access=last or None,
+                    )
+                )
+        return rows
+
+    def _state(self, ino: int) -> DiskState:
+        if self._disks.index.get(ino) is None:
+            return "resident"
+        disk = self._disks.get(ino)
+        placeholder = None if disk is None else disk.placeholder
+        busy = self._hydration.is_hydrating(ino) or (placeholder is not None and self._recall.is_recalling(placeholder))
+        return "recalling" if busy else "placeholder"
+
+    # State
+
+    async def status(self) -> Status:
+        """What the daemon knows about itself; ``healthy`` is false when an operator has to act."""
+        vfs = os.statvfs(self._backing_fd)
+        datastore = self._config.datastore
+        findings = list(self._findings.values())
+        mounted = not self._mount.ended.is_set()
+        healthy = mounted and self._store_error is None and all(f.severity != "problem" for f in findings)
+        counters = self._recall.counters
+        return Status(
+            healthy=healthy,
+            daemon=DaemonStatus(
+                pid=os.getpid(),
+                version=version("vmfs-stub"),
+                started=self._started_s,
+                held=self._recall.held,
+                recalled_bytes=counters.demand_bytes + counters.background_bytes,
+                recalled_on_demand_bytes=counters.demand_bytes,
+            ),
+            mount=MountStatus(
+                mountpoint=str(datastore.mountpoint),
+                backing=str(datastore.backing),
+                mounted=mounted,
+                open_disks=len(self._disks.open_disks()),
+                free_bytes=vfs.f_bavail * vfs.f_frsize,
+                size_bytes=vfs.f_blocks * vfs.f_frsize,
+            ),
+            store=StoreStatus(
+                url=self._config.store.url,
+                store_id=self._store.id,
+                reachable=self._store_error is None,
+                last_error=self._store_error,
+            ),
+            jobs=[job for job in self._jobs.list() if job.state == "running"],
+            recalls=self._recalls(),
+            findings=findings,
+        )
+
+    def _recalls(self) -> list[RecallStatus]:
+        rows = []
+        for ino, _known in self._disks.index.items():
+            disk = self._disks.get(ino)
+            if disk is None or disk.placeholder is None or self._state(ino) != "recalling":
+                continue
+            total, absent = disk.placeholder.maps.record.size, disk.placeholder.absent_bytes()
+            rows.append(
+                RecallStatus(
+                    vm=disk.label.partition(",")[0].removeprefix("VM "),
+                    disk=disk.label.rpartition("disk ")[2],
+                    waiting=self._recall.counters.waiting,
+                    done_bytes=max(0, total - absent),
+                    total_bytes=total,
+                )
+            )
+        return rows
+
+    def found(self, subject: str, error: VmfsStubError, *, problem: bool = True) -> None:
+        """Remember something that an operator should know; the newest of each kind and subject is kept."""
+        if len(self._findings) >= FINDINGS_MAX:
+            self._findings.pop(next(iter(self._findings)))
+        finding = Finding(severity="problem" if problem else "warning", subject=subject, message=str(error))
+        self._findings[subject, type(error).__name__] = finding
+
+    def recall_failed(self, placeholder: Placeholder, error: VmfsStubError) -> None:
+        """A recall failed: what a store that is down does is a warning, damaged data a problem."""
+        self.found(placeholder.label, error, problem=not isinstance(error, StoreError))
+
+    async def watch_store(self) -> None:
+        """Ask the store now and then whether it is there, for `status`."""
+        while True:
+            try:
+                await self._threads.store(self._store.objects.size, STORE_KEY)
+                self._store_error = None
+            except VmfsStubError as exc:
+                self._store_error = str(exc)
+            await trio.sleep(PROBE_INTERVAL_S)
+
+    async def hold(self, *, peer: Peer) -> None:
+        """Refuse new recalls until `unhold`."""
+        log.warning("uid %d: recalls are held", peer.uid)
+        self._recall.held = True
+
+    async def unhold(self, *, peer: Peer) -> None:
+        """Allow recalls again."""
+        log.warning("uid %d: recalls are allowed again", peer.uid)
+        self._recall.held = False
+
+    async def shutdown(self, *, force: bool, peer: Peer) -> None:
+        """Flush, unmount and stop; raises InUse, and changes nothing, while disks are open and not ``force``."""
+        log.warning("uid %d: unmount%s", peer.uid, " by force" if force else "")
+        if disks := self._disks.open_disks():
+            names = ", ".join(disk.label for disk in disks[:5])
+            if not force:
+                raise InUse(f"{len(disks)} disks are open ({names}); shut the VMs down, or use --force")
+        await self._mount.unmount(force=force)
+        self._stop.set()
+
+    # Jobs
+
+    async def start_backup(self, vms: Sequence[str], *, archive: bool, peer: Peer) -> JobId:
+        """Back up the named VMs (none named: all)."""
+        found = await self._named(vms) if vms else await self._scan()
+        # Whether a VM is idle is decided from usage samples, and none are kept yet: none count as idle.
+        log.info("uid %d: backup of %d VMs, archive %s", peer.uid, len(found), archive)
+        step = partial(self._back_up, archive=False)
+        return self._start("backup", found, step, peer=peer, tolerant=not vms)
+
+    async def start_archive(self, vms: Sequence[str], *, peer: Peer) -> JobId:
+        """Back up the named VMs and make placeholders of them; raises InUse."""
+        found = await self._named(vms)
+        for vm in found:
+            for file in vm.files:
+                disk = self._disks.get(file.ino)
+                if disk is not None and disk.open_count:
+                    raise InUse(f"VM {vm.name} is in use: {disk.label} is open; shut it down first")
+        log.warning("uid %d: archive of %s", peer.uid, ", ".join(vm.name for vm in found))
+        return self._start("archive", found, partial(self._back_up, archive=True), peer=peer, tolerant=False)
+
+    async def start_recall(self, vms: Sequence[str], *, peer: Peer) -> JobId:
+        """Bring the named VMs back in full; raises RecallsHeld."""
+        found = await self._named(vms)
+        if self._recall.held:
+            raise RecallsHeld("recalls are held on this host; `vmfs-stub unhold` allows them again")
+        log.warning("uid %d: recall of %s", peer.uid, ", ".join(vm.name for vm in found))
+        return self._start("recall", found, self._bring_back, peer=peer, tolerant=False)
+
+    async def job(self, job_id: JobId) -> JobInfo:
+        """State of one job; raises NotFound."""
+        return self._jobs.get(job_id)
+
+    async def jobs(self) -> list[JobInfo]:
+        """Running and recent jobs, newest first."""
+        return self._jobs.list()
+
+    async def _named(self, names: Sequence[str]) -> list[Vm]:
+        vms = await self._scan()
+        return [find_vm(vms, name) for name in dict.fromkeys(names)]
+
+    def _start(
+        self,
+        kind: JobKind,
+        vms: Sequence[Vm],
+        step: Callable[[Vm, Callable[[int], None]], Awaitable[VmOutcome]],
+        *,
+        peer: Peer,
+        tolerant: bool,
+    ) -> JobId:
+        total = sum(file.size for vm in vms for file in vm.files)
+
+        async def work(progress: JobProgress) -> JobReport:
+            done = 0
+
+            def advance(count: int, doing: str) -> None:
+                nonlocal done
+                done += count
+                progress.update(done_bytes=min(done, total), total_bytes=total, doing=doing)
+
+            outcomes = []
+            for vm in vms:
+                doing = f"{kind} of {vm.name}"
+                advance(0, doing)
+                try:
+                    outcomes.append(await step(vm, partial(advance, doing=doing)))
+                except InUse as exc:
+                    error = None if tolerant else error_info(exc)
+                    outcomes.append(VmOutcome(vm=vm.name, outcome="skipped", message=str(exc), error=error))
+                except VmfsStubError as exc:
+                    log.warning("%s of VM %s failed: %s", kind, vm.name, exc)
+                    outcomes.append(VmOutcome(vm=vm.name, outcome="failed", message=str(exc), error=error_info(exc)))
+            return JobReport(vms=outcomes)
+
+        return self._jobs.start(kind, [vm.name for vm in vms], work, peer=peer)
+
+    async def _back_up(self, vm: Vm, progress: Callable[[int], None], *, archive: bool) -> VmOutcome:
+        for file in vm.files:
+            await self._hydration.stop(file.ino)
+        report = await self._archiver.run(vm, archive=archive, progress=progress)
+        outcome = "archived" if report.placeholders else "backed up"
+        return VmOutcome.model_validate({**asdict(report), "outcome": outcome, "message": report.abandoned})
+
+    async def _bring_back(self, vm: Vm, progress: Callable[[int], None]) -> VmOutcome:
+        for file in vm.files:
+            if self._disks.index.get(file.ino) is not None:
+                await self._bring_file_back(file, progress)
+        return VmOutcome(vm=vm.name, outcome="recalled")
+
+    async def _bring_file_back(self, file: VmFile, progress: Callable[[int], None]) -> None:
+        path_fd = await self._threads.files(open_beneath, self._backing_fd, file.path)
+        try:
+            await self._hydration.bring_back(path_fd, progress=progress)
+        finally:
+            os.close(path_fd)

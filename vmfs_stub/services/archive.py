@@ -1,0 +1,395 @@
+"""Backing a VM up, and turning it into placeholders in the same job: copy → verify → commit → placeholder → release.
+
+Order, and what a crash between any two steps leaves:
+1. every file of the VM is reserved (nobody has it open), its data synced;
+2. copied, every frame read back from the store;                 — crash: the full files, some garbage in the store
+3. pins, then the manifest;                                      — crash: the full files, one more restore point
+4. for each disk: the durable map, *prepared*;                   — crash: the map is undone at start-up
+5. size, times and lease looked at again, then the record set and synced: the commit point of that disk;
+                                                                 — crash: a placeholder; start-up finishes it
+6. the map *committed*, absent blocks punched, the map *punched*.
+An open before 5 wins: the job gives up, and whatever is not yet a placeholder stays as it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import secrets
+import stat
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import trio
+
+from vmfs_stub.core.chunking import BLOCK_SIZE
+from vmfs_stub.core.errors import Abandoned, NoSpace, PrimaryIOError, VmfsStubError
+from vmfs_stub.core.ids import PlaceholderId, PointId, SegmentId
+from vmfs_stub.core.names import PLACEHOLDER_XATTR, XATTR_PREFIX
+from vmfs_stub.core.residency import block_count, set_range
+from vmfs_stub.inventory.vm import Vm, VmFile
+from vmfs_stub.primary.durable_map import DurableMap, MapHeader, MapState
+from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.primary.identity import inode_identity
+from vmfs_stub.primary.placeholder import PrivateState, discard_maps, take_up
+from vmfs_stub.primary.record import PlaceholderRecord, encode_record
+from vmfs_stub.primary.tree import open_beneath
+from vmfs_stub.services.copying import open_copier
+from vmfs_stub.services.disk import Disk
+from vmfs_stub.services.disks import Disks, Reservation
+from vmfs_stub.services.groups import single_error
+from vmfs_stub.services.placeholder_index import KnownPlaceholder
+from vmfs_stub.services.recall import RecallService
+from vmfs_stub.services.retirement import Ended, Retirement
+from vmfs_stub.services.threads import Threads
+from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.manifest import FileKind, StoredFile
+from vmfs_stub.store.pins import Pin
+from vmfs_stub.store.store import Store
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveSettings:
+    """Sizes in bytes; ``host`` and ``datastore`` go into pins and manifests."""
+
+    resident_head_bytes: int
+    resident_tail_bytes: int
+    placeholder_bytes_min: int
+    workers: int
+    host: str
+    datastore: str
+
+
+@dataclass(slots=True)
+class BackupReport:
+    """What a backup of one VM did."""
+
+    vm: str
+    point_id: PointId
+    size_bytes: int = 0
+    new_bytes: int = 0
+    stored_bytes: int = 0
+    placeholders: list[str] = field(default_factory=list)
+    released_bytes: int = 0
+    abandoned: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """One reserved file, and what it looked like when it was reserved."""
+
+    file: VmFile
+    reservation: Reservation
+    st: os.stat_result
+    mtime_ns: int
+    xattrs: dict[str, bytes]
+    placeholder_id: PlaceholderId | None
+
+    @property
+    def disk(self) -> Disk:
+        return self.reservation.disk
+
+
+class Archiver:
+    """Runs backups of single VMs."""
+
+    def __init__(
+        self,
+        *,
+        files: FileCalls,
+        threads: Threads,
+        recall: RecallService,
+        retirement: Retirement,
+        disks: Disks,
+        store: Store,
+        index: ChunkIndex,
+        private: PrivateState,
+        backing: Path,
+        settings: ArchiveSettings,
+    ) -> None:
+        self._files = files
+        self._threads = threads
+        self._recall = recall
+        self._retirement = retirement
+        self._disks = disks
+        self._store = store
+        self._index = index
+        self._private = private
+        self._backing = backing
+        self._settings = settings
+
+    async def run(self, vm: Vm, *, archive: bool, progress: Callable[[int], None]) -> BackupReport:
+        """Make a restore point of ``vm``; with ``archive`` its disks become placeholders.
+
+        ``progress`` gets the number of bytes that were dealt with since it was last called.
+        Raises InUse, Abandoned (an open won before any disk was a placeholder), StoreError, IntegrityError,
+        PrimaryError; the VM is then as it was.
+        """
+        report = BackupReport(vm.name, PointId(secrets.token_hex(16)), sum(file.size for file in vm.files))
+        committed: list[Disk] = []
+        try:
+            with trio.CancelScope() as scope:
+                async with AsyncExitStack() as stack:
+                    sources = await self._reserve(vm, scope, stack, archive=archive)
+                    await self._back_up(vm, sources, report, progress)
+                    if archive:
+                        await self._make_placeholders(vm, sources, report, committed)
+            if scope.cancelled_caught:
+                report.abandoned = f"VM {vm.name} was opened while it was being backed up; it goes first"
+                if not committed:
+                    raise Abandoned(report.abandoned)
+        finally:
+            for disk in committed:
+                with trio.CancelScope(shield=True):
+                    await self._release_space(disk, report)
+        return report
+
+    # Reserve
+
+    async def _reserve(self, vm: Vm, scope: trio.CancelScope, stack: AsyncExitStack, *, archive: bool) -> list[_Source]:
+        sources = []
+        backing_fd = os.open(self._backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for file in vm.files:
+                path_fd = await self._threads.files(open_beneath, backing_fd, file.path)
+                try:
+                    reservation = await stack.enter_async_context(self._disks.reserve(path_fd, scope))
+                finally:
+                    os.close(path_fd)
+                sources.append(await self._threads.files(self._source, file, reservation, archive))
+        except OSError as exc:
+            raise PrimaryIOError(f"VM {vm.name}: cannot open its files: {exc}") from exc
+        finally:
+            os.close(backing_fd)
+        return sources
+
+    def _source(self, file: VmFile, reservation: Reservation, archive: bool) -> _Source:
+        disk = reservation.disk
+        self._files.call("archive.sync", os.fdatasync, disk.fd)
+        st = disk.fstat()
+        mtime_ns = st.st_mtime_ns if disk.placeholder is None else disk.placeholder.mtime_ns
+        stub_out = archive and st.st_size >= self._settings.placeholder_bytes_min
+        placeholder_id = PlaceholderId(secrets.token_hex(16)) if stub_out else None
+        return _Source(file, reservation, st, mtime_ns, _public_xattrs(disk.fd), placeholder_id)
+
+    # Copy, verify, commit to the store
+
+    async def _back_up(
+        self, vm: Vm, sources: Sequence[_Source], report: BackupReport, progress: Callable[[int], None]
+    ) -> None:
+        writer = await self._threads.transfer(self._store.begin_backup, index=self._index)
+        stored: list[StoredFile] = _directories(self._backing, vm)
+        segments: list[tuple[SegmentId | None, ...]] = []
+        try:
+            with single_error():
+                async with open_copier(
+                    files=self._files,
+                    threads=self._threads,
+                    recall=self._recall,
+                    writer=writer,
+                    workers=self._settings.workers,
+                    verify=any(source.placeholder_id for source in sources),
+                    progress=progress,
+                ) as copier:
+                    for source in sources:
+                        segments.append(await copier.copy(source.disk))
+            stored += [_stored_file(s, ids) for s, ids in zip(sources, segments, strict=True)]
+            pins = [self._pin(s.placeholder_id) for s in sources if s.placeholder_id is not None]
+            self._check_intact(vm, sources)
+            await self._threads.transfer(
+                writer.commit,
+                vm_id=vm.id,
+                point_id=report.point_id,
+                vm_name=vm.name,
+                host=self._settings.host,
+                files=stored,
+                metadata={"inventory": "directory", "path": vm.entry},
+                pins=pins,
+            )
+        except BaseException:
+            writer.abandon()
+            raise
+        report.new_bytes, report.stored_bytes = writer.counts.new_bytes, writer.counts.stored_bytes
+
+    def _pin(self, placeholder_id: PlaceholderId) -> Pin:
+        return Pin(placeholder_id, self._settings.host, self._settings.datastore, time.time(), secrets.token_hex(8))
+
+    @staticmethod
+    def _check_intact(vm: Vm, sources: Sequence[_Source]) -> None:
+        for source in sources:
+            if not source.reservation.is_intact:
+                raise Abandoned(f"VM {vm.name}: {source.file.path} was opened during the backup; nothing was changed")
+
+    # Placeholders
+
+    async def _make_placeholders(
+        self, vm: Vm, sources: Sequence[_Source], report: BackupReport, committed: list[Disk]
+    ) -> None:
+        first_file = len(_parents(vm))
+        wanted = {s.placeholder_id: s for s in sources if s.placeholder_id is not None}
+        try:
+            for number, source in enumerate(sources, start=first_file):
+                if source.placeholder_id is not None:
+                    # Short, and not to be cut in two by an open that arrives now: it waits, or comes next.
+                    with trio.CancelScope(shield=True):
+                        disk = await self._make_placeholder(vm, source, number, report.point_id)
+                    committed.append(disk)
+                    del wanted[source.placeholder_id]
+                    report.placeholders.append(source.file.path)
+                    await trio.lowlevel.checkpoint_if_cancelled()
+        finally:
+            with trio.CancelScope(shield=True):
+                for placeholder_id in wanted:
+                    await self._retirement.retire(Ended(placeholder_id, vm.id, report.point_id))
+
+    async def _make_placeholder(self, vm: Vm, source: _Source, file_index: int, point_id: PointId) -> Disk:
+        disk, before = source.disk, source.disk.placeholder
+        assert source.placeholder_id is not None
+        identity = inode_identity(disk.fd)
+        record = PlaceholderRecord(
+            placeholder_id=source.placeholder_id,
+            store_id=self._store.id,
+            vm_id=vm.id,
+            point_id=point_id,
+            file_index=file_index,
+            size=source.st.st_size,
+            mtime_ns=source.mtime_ns,
+            archived_ns=time.time_ns(),
+            filesystem=identity.filesystem,
+            ino=identity.ino,
+            generation=identity.generation,
+            replaces=None if before is None else before.maps.record.placeholder_id,
+        )
+        header = MapHeader(
+            placeholder_id=record.placeholder_id,
+            vm_id=vm.id,
+            point_id=point_id,
+            identity=identity,
+            state=MapState.PREPARED,
+            size=record.size,
+            chunk_size=self._store.chunk_size,
+            archived_limit=record.size,
+        )
+        try:
+            await self._threads.files(self._commit, source, record, header, self._resident_bits(disk, record.size))
+        except OSError as exc:
+            raise _primary_error(disk, "making its placeholder", exc) from exc
+        maps = await self._threads.files(take_up, self._files, disk.fd, self._private, label=disk.label)
+        if before is not None:
+            await self._supersede(before.maps.record)
+            before.ended = True
+            before.maps.live.close(discard=True)
+            before.maps.durable.close()
+        assert maps is not None
+        self._disks.attach(disk, maps)
+        log.info("%s: is a placeholder of restore point %s now", disk.label, point_id)
+        return self._disks.open_reserved(source.reservation)
+
+    def _resident_bits(self, disk: Disk, size: int) -> bytes:
+        """Which blocks stay: the ends of the disk, as far as they are here."""
+        count = block_count(size)
+        bits = bytearray(-(-count // 8))
+        head = min(count, -(-self._settings.resident_head_bytes // BLOCK_SIZE))
+        tail = max(0, count - -(-self._settings.resident_tail_bytes // BLOCK_SIZE))
+        for first, end in ((0, head), (tail, count)):
+            if disk.placeholder is None or disk.placeholder.is_resident(first * BLOCK_SIZE, (end - first) * BLOCK_SIZE):
+                set_range(bits, first, end)
+        return bytes(bits)
+
+    def _commit(self, source: _Source, record: PlaceholderRecord, header: MapHeader, bits: bytes) -> None:
+        """Steps 4 and 5, and the map *committed*; what fails before the record is set is undone.
+
+        Raises OSError, Abandoned.
+        """
+        disk = source.disk
+        path = self._private.durable_path(record.placeholder_id)
+        durable = DurableMap.create(self._files, path, header, bits)
+        try:
+            try:
+                st = disk.fstat()
+                same = (st.st_size, st.st_mtime_ns) == (source.st.st_size, source.st.st_mtime_ns)
+                if not source.reservation.is_intact or not (same or disk.placeholder is not None):
+                    raise Abandoned(f"{disk.label}: was opened or changed during the backup; it stays as it is")
+                self._files.call("archive.record", os.setxattr, disk.fd, PLACEHOLDER_XATTR, encode_record(record))
+            except BaseException:
+                discard_maps(self._files, self._private, record.placeholder_id)
+                raise
+            # From here on it is a placeholder, whatever happens next: stat and open must know.
+            known = KnownPlaceholder(record, disk.label, record.mtime_ns)
+            self._disks.index.add(disk.ino, known)
+            self._files.call("archive.record_sync", os.fsync, disk.fd)
+            durable.set_state(MapState.COMMITTED)
+        finally:
+            durable.close()
+
+    async def _supersede(self, old: PlaceholderRecord) -> None:
+        await self._retirement.retire(Ended(old.placeholder_id, old.vm_id, old.point_id))
+
+    async def _release_space(self, disk: Disk, report: BackupReport) -> None:
+        try:
+            if disk.placeholder is not None:
+                before = disk.fstat().st_blocks
+                await disk.placeholder.punch_absent()
+                report.released_bytes += max(0, before - disk.fstat().st_blocks) * 512
+        except (OSError, VmfsStubError) as exc:
+            log.exception("%s: releasing its space failed; the next start goes on", disk.label)
+            report.abandoned = report.abandoned or f"{disk.label}: releasing its space failed: {exc}"
+        finally:
+            await self._disks.let_go(disk)
+
+
+def _primary_error(disk: Disk, doing: str, exc: OSError) -> VmfsStubError:
+    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(f"{disk.label}: {doing} failed: the backing filesystem is full")
+    return PrimaryIOError(f"{disk.label}: {doing} failed: {exc.strerror}")
+
+
+def _public_xattrs(fd: int) -> dict[str, bytes]:
+    return {name: os.getxattr(fd, name) for name in os.listxattr(fd) if not name.startswith(XATTR_PREFIX)}
+
+
+def _stored_file(source: _Source, segments: tuple[SegmentId | None, ...]) -> StoredFile:
+    st = source.st
+    return StoredFile(
+        path=source.file.relative,
+        kind=FileKind.FILE,
+        size=st.st_size,
+        mode=stat.S_IMODE(st.st_mode),
+        uid=st.st_uid,
+        gid=st.st_gid,
+        mtime_ns=source.mtime_ns,
+        atime_ns=st.st_atime_ns,
+        xattrs=source.xattrs,
+        segments=segments,
+    )
+
+
+def _parents(vm: Vm) -> list[str]:
+    """Directories below the VM's top that hold files of it, outermost first."""
+    found = {str(parent) for file in vm.files for parent in PurePosixPath(file.relative).parents} - {"."}
+    return sorted(found)
+
+
+def _directories(backing: Path, vm: Vm) -> list[StoredFile]:
+    stored = []
+    for relative in _parents(vm):
+        st = (backing / vm.path / relative).lstat()
+        stored.append(
+            StoredFile(
+                path=relative,
+                kind=FileKind.DIRECTORY,
+                size=0,
+                mode=stat.S_IMODE(st.st_mode),
+                uid=st.st_uid,
+                gid=st.st_gid,
+                mtime_ns=st.st_mtime_ns,
+                atime_ns=st.st_atime_ns,
+            )
+        )
+    return stored

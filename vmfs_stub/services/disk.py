@@ -1,0 +1,144 @@
+"""One open disk: reads and writes of guests on a backing file that may be a placeholder.
+
+A read makes its range resident first; a write of whole blocks needs nothing, a write that covers a block partly makes
+that block resident first.  Every handle of an inode shares this object and its one descriptor.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vmfs_stub.core.chunking import BLOCK_SIZE
+from vmfs_stub.core.errors import PrimaryIOError
+from vmfs_stub.core.residency import blocks_merged
+from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.services.placeholder import Placeholder
+from vmfs_stub.services.recall import RecallService
+from vmfs_stub.services.threads import Threads
+
+
+def _nothing(disk: Disk) -> None:
+    """No hydration: nobody asked for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who opened a disk: process id, user id, executable and control group (None where they cannot be told)."""
+
+    pid: int
+    uid: int
+    executable: str | None
+    cgroup: str | None
+
+
+class Disk:
+    """An open regular file of the backing directory.
+
+    ``fd`` is its only descriptor here; ``placeholder`` is None once everything is back; ``open_count`` counts guests'
+    handles, ``kept`` our own reasons to keep it open; ``writable`` is false where the file can only be read.
+    """
+
+    def __init__(
+        self, *, files: FileCalls, threads: Threads, recall: RecallService, fd: int, label: str, writable: bool
+    ) -> None:
+        self._files = files
+        self._threads = threads
+        self._recall = recall
+        self.fd = fd
+        self.ino = os.fstat(fd).st_ino
+        self.label = label
+        self.writable = writable
+        self.placeholder: Placeholder | None = None
+        self.open_count = 0
+        self.kept = 0
+        self.last_access_s = 0.0
+        self.last_caller: Caller | None = None
+        self.on_recall: Callable[[Disk], None] = _nothing
+        """Called after a guest's read had to recall something."""
+
+    def fstat(self) -> os.stat_result:
+        """stat of the backing file; an open file's inode is in memory, so this does not block."""
+        return os.fstat(self.fd)
+
+    async def read(self, offset: int, size: int) -> bytes | bytearray:
+        """Up to ``size`` bytes at ``offset``, fewer only at end of file.
+
+        Raises RecallError, IntegrityError, PrimaryError.
+        """
+        placeholder = self.placeholder
+        if placeholder is not None:
+            placeholder.check()
+            length = min(size, self.fstat().st_size - offset)
+            if length <= 0:
+                return b""
+            if not placeholder.is_resident(offset, length):
+                await self._recall.make_resident(placeholder, offset, length)
+                self.on_recall(self)
+        return await self._read_backing(offset, size)
+
+    async def _read_backing(self, offset: int, size: int) -> bytes | bytearray:
+        buffer = bytearray(size)
+        try:
+            # What the page cache has is read here and now: a hop to a thread costs more than the read.
+            if os.preadv(self.fd, [buffer], offset, os.RWF_NOWAIT) == size:
+                return buffer
+        except OSError as exc:
+            if exc.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+                raise PrimaryIOError(f"{self.label}: reading the backing file failed: {exc.strerror}") from exc
+        try:
+            return await self._threads.files(self._files.call, "read.data", os.pread, self.fd, size, offset)
+        except OSError as exc:
+            raise PrimaryIOError(f"{self.label}: reading the backing file failed: {exc.strerror}") from exc
+
+    async def write(self, offset: int, data: bytes) -> int:
+        """Write ``data`` at ``offset``; the number of bytes written.  Raises RecallError, IntegrityError, OSError."""
+        while (placeholder := self.placeholder) is not None:
+            placeholder.check()
+            await self._recall_merged(placeholder, offset, len(data))
+            if self.placeholder is not placeholder:
+                continue
+            written = await placeholder.write(offset, data)
+            if written is not None:
+                return written
+        return await self._threads.files(self._files.call, "write.data", os.pwrite, self.fd, data, offset)
+
+    async def _recall_merged(self, placeholder: Placeholder, offset: int, length: int) -> None:
+        """Make the blocks resident that a write covers only partly; whole blocks do not need the store."""
+        size = self.fstat().st_size
+        for block in blocks_merged(offset, length, size=size):
+            if not placeholder.is_resident(block * BLOCK_SIZE, 1):
+                await self._recall.make_resident(placeholder, block * BLOCK_SIZE, 1)
+
+    async def truncate(self, size: int) -> None:
+        """Cut or extend the file to ``size`` bytes.  Raises OSError, MapFrozen."""
+        if self.placeholder is None or not await self.placeholder.truncate(size):
+            await self._threads.files(self._files.call, "write.truncate", os.ftruncate, self.fd, size)
+
+    async def sync(self, *, data_only: bool) -> None:
+        """Make all that was written durable.  Raises MapFrozen, OSError."""
+        placeholder = self.placeholder
+        if placeholder is not None:
+            await placeholder.sync()
+            if data_only and self.placeholder is placeholder:
+                return
+        function = os.fdatasync if data_only else os.fsync
+        await self._threads.files(self._files.call, "sync.file", function, self.fd)
+
+    async def set_times(self, *, atime_ns: int | None, mtime_ns: int | None) -> None:
+        """Set the given times (nanoseconds since the epoch), leave the others.  Raises OSError."""
+        now = self.fstat()
+        atime_ns = now.st_atime_ns if atime_ns is None else atime_ns
+        placeholder = self.placeholder
+        if placeholder and mtime_ns is not None and await placeholder.set_times(atime_ns=atime_ns, mtime_ns=mtime_ns):
+            return
+        mtime_ns = now.st_mtime_ns if mtime_ns is None else mtime_ns
+        await self._threads.files(self._files.call, "write.times", os.utime, self.fd, ns=(atime_ns, mtime_ns))
+
+    def accessed(self, caller: Caller) -> None:
+        """Remember that somebody opened this disk now, and who."""
+        self.last_access_s = time.time()
+        self.last_caller = caller

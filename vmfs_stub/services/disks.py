@@ -1,0 +1,406 @@
+"""All open disks of a datastore: who has them open, and who may archive them.
+
+Invariants:
+* one Disk, one descriptor per inode, however many handles guests have;
+* a reservation (archive, backup) and an open exclude each other: an open before the commit point makes the reservation
+  give up, waits until it is gone, and then finds the file as it was;
+* a reservation also holds a write lease on the file, which the kernel grants only while nobody at all has it open, a
+  program outside the mount and one left over from an earlier mount included.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from vmfs_stub.core.errors import InUse, PrimaryIOError, RecordMissing, VmfsStubError
+from vmfs_stub.primary.durable_map import MapState
+from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.primary.placeholder import PlaceholderMaps, PrivateState, mark_removed, open_durable, take_up
+from vmfs_stub.services.disk import Caller, Disk
+from vmfs_stub.services.placeholder import Placeholder
+from vmfs_stub.services.placeholder_index import KnownPlaceholder, PlaceholderIndex, StatOverride, disk_label
+from vmfs_stub.services.recall import RecallService
+from vmfs_stub.services.retirement import Ended, Retirement
+from vmfs_stub.services.threads import Threads
+
+log = logging.getLogger(__name__)
+
+
+class Reservation:
+    """The exclusive use of one disk for an archive or a backup, until somebody opens it.
+
+    ``disk`` is not known to anyone else; ``scope`` is cancelled when an open wins.
+    """
+
+    def __init__(self, disk: Disk, scope: trio.CancelScope) -> None:
+        self.disk = disk
+        self.scope = scope
+        self.lost = False
+        self.ended = trio.Event()
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether still nobody else has opened the file; asks the kernel, does not block."""
+        return not self.lost and fcntl.fcntl(self.disk.fd, fcntl.F_GETLEASE) == fcntl.F_WRLCK
+
+
+class Disks:
+    """The registry of open disks."""
+
+    def __init__(
+        self,
+        *,
+        files: FileCalls,
+        threads: Threads,
+        recall: RecallService,
+        retirement: Retirement,
+        private: PrivateState,
+        backing: Path,
+        index: PlaceholderIndex,
+    ) -> None:
+        self._files = files
+        self._threads = threads
+        self._recall = recall
+        self._retirement = retirement
+        self._private = private
+        self._backing = backing
+        self.index = index
+        self._open: dict[int, Disk] = {}
+        self._reservations: dict[int, Reservation] = {}
+        self._ino_locks: dict[int, trio.Lock] = {}
+        self._states_before: dict[int, MapState] = {}
+        self.on_recall: Callable[[Disk], None] | None = None
+        """What every disk calls after a guest's read had to recall something; hydration sets it."""
+
+    # Opening and closing
+
+    async def open(self, path_fd: int, *, writable: bool, caller: Caller) -> Disk:
+        """Open the regular file of an O_PATH descriptor for a guest; each `open` owes one `release`.
+
+        Wins over an archive that has not committed.  Raises IntegrityError kinds, PrimaryIOError, OSError.
+        """
+        disk = await self._acquire(path_fd, guests=1, kept=0)
+        if writable and not disk.writable:
+            await self.release(disk)
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        disk.accessed(caller)
+        return disk
+
+    async def keep(self, path_fd: int) -> Disk:
+        """Open a file for our own work; each `keep` owes one `let_go`.  Raises as `open`."""
+        return await self._acquire(path_fd, guests=0, kept=1)
+
+    async def release(self, disk: Disk) -> None:
+        """A guest's handle is closed; the last one closes the disk, at a point where nothing is unsynced."""
+        await self._give_back(disk, guests=1, kept=0)
+
+    async def let_go(self, disk: Disk) -> None:
+        """The end of a `keep`, or of what `open_reserved` gave."""
+        await self._give_back(disk, guests=0, kept=1)
+
+    async def _acquire(self, path_fd: int, *, guests: int, kept: int) -> Disk:
+        ino = os.fstat(path_fd).st_ino
+        while True:
+            await self._win_over_reservation(ino)
+            async with self._ino_lock(ino):
+                if ino in self._reservations:
+                    continue
+                disk = self._open.get(ino)
+                if disk is None:
+                    disk = self._open[ino] = await self._load(path_fd)
+                disk.open_count += guests
+                disk.kept += kept
+            return disk
+
+    async def _give_back(self, disk: Disk, *, guests: int, kept: int) -> None:
+        with trio.CancelScope(shield=True):
+            async with self._ino_lock(disk.ino):
+                disk.open_count -= guests
+                disk.kept -= kept
+                if disk.open_count + disk.kept == 0 and self._open.pop(disk.ino, None) is not None:
+                    await self._close(disk)
+
+    async def _win_over_reservation(self, ino: int) -> None:
+        reservation = self._reservations.get(ino)
+        if reservation is not None:
+            reservation.lost = True
+            reservation.scope.cancel()
+            await reservation.ended.wait()
+
+    @asynccontextmanager
+    async def _ino_lock(self, ino: int) -> AsyncIterator[None]:
+        lock = self._ino_locks.setdefault(ino, trio.Lock())
+        async with lock:
+            yield
+        if not lock.locked() and ino not in self._open:
+            self._ino_locks.pop(ino, None)
+
+    async def _load(self, path_fd: int) -> Disk:
+        label = self.label(path_fd)
+        fd, writable, maps = await self._threads.files(self._open_backing, path_fd, label)
+        try:
+            disk = Disk(
+                files=self._files, threads=self._threads, recall=self._recall, fd=fd, label=label, writable=writable
+            )
+            self._compare_with_index(disk, maps)
+        except BaseException:
+            if maps is not None:
+                maps.live.close(discard=False)
+                maps.durable.close()
+            os.close(fd)
+            raise
+        if maps is not None:
+            self.attach(disk, maps)
+        return disk
+
+    def _open_backing(self, path_fd: int, label: str) -> tuple[int, bool, PlaceholderMaps | None]:
+        path, writable = f"/proc/self/fd/{path_fd}", True
+        try:
+            fd = self._files.call("open.file", os.open, path, os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY)
+        except OSError as exc:
+            if exc.errno not in (errno.EROFS, errno.EPERM, errno.ETXTBSY, errno.EACCES):
+                raise
+            # An immutable file or one that is being executed: it can still be read.
+            writable = False
+            fd = self._files.call("open.file", os.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
+        try:
+            return fd, writable, take_up(self._files, fd, self._private, label=label)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def _compare_with_index(self, disk: Disk, maps: PlaceholderMaps | None) -> None:
+        known = self.index.get(disk.ino)
+        if known is not None and maps is None:
+            raise known.problem or RecordMissing(
+                f"{disk.label}: its placeholder record is gone, so that its absent blocks would read as zeros; "
+                "the restore point is untouched (`vmfs-stub restore`)"
+            )
+        if maps is not None and not disk.writable:
+            raise PrimaryIOError(f"{disk.label}: is a placeholder, but its backing file cannot be opened for writing")
+
+    def attach(self, disk: Disk, maps: PlaceholderMaps) -> None:
+        """Make ``disk`` the placeholder whose maps these are."""
+        disk.placeholder = Placeholder(
+            files=self._files, threads=self._threads, fd=disk.fd, maps=maps, label=disk.label
+        )
+        if self.on_recall is not None:
+            disk.on_recall = self.on_recall
+        mtime_ns = maps.live.guest_mtime_ns or maps.record.mtime_ns
+        self.index.add(disk.ino, KnownPlaceholder(maps.record, disk.label, mtime_ns))
+
+    async def _close(self, disk: Disk) -> None:
+        placeholder = disk.placeholder
+        try:
+            if placeholder is not None:
+                if not placeholder.is_frozen and placeholder.next_absent(0) is None and disk.fstat().st_nlink:
+                    await self.graduate(disk)
+                else:
+                    await self._lay_down(disk, placeholder)
+        except (VmfsStubError, OSError):
+            # The volatile map stays for the next opening; nothing is lost but time.
+            log.exception("%s: could not be closed cleanly", disk.label)
+        finally:
+            os.close(disk.fd)
+
+    async def _lay_down(self, disk: Disk, placeholder: Placeholder) -> None:
+        record, removed = placeholder.maps.record, disk.fstat().st_nlink == 0
+        self._recall.forget(placeholder)
+        known = self.index.get(disk.ino)
+        if known is not None:
+            known.mtime_ns = placeholder.mtime_ns
+        await placeholder.lay_down()
+        if removed:
+            self.index.remove(disk.ino)
+            await self._retirement.retire(Ended(record.placeholder_id, record.vm_id, record.point_id))
+
+    async def graduate(self, disk: Disk) -> None:
+        """Turn a wholly resident placeholder into an ordinary file, with nothing left behind.
+
+        Raises MapFrozen, OSError.
+        """
+        placeholder = disk.placeholder
+        if placeholder is None:
+            return
+        record = placeholder.maps.record
+        await placeholder.graduate()
+        disk.placeholder = None
+        self.index.remove(disk.ino)
+        self._recall.forget(placeholder)
+        log.info("%s: is an ordinary file again", disk.label)
+        await self._retirement.retire(Ended(record.placeholder_id, record.vm_id, record.point_id))
+
+    # Reservations
+
+    @asynccontextmanager
+    async def reserve(self, path_fd: int, scope: trio.CancelScope) -> AsyncIterator[Reservation]:
+        """Have a closed disk for oneself within the block; ``scope`` is cancelled when an open wins.
+
+        Raises InUse when anybody has it open.
+        """
+        ino = os.fstat(path_fd).st_ino
+        async with self._ino_lock(ino):
+            if ino in self._open or ino in self._reservations:
+                raise InUse(f"{self.label(path_fd)} is open; shut the VM down first")
+            disk = await self._load(path_fd)
+            try:
+                self._take_lease(disk)
+            except BaseException:
+                await self._close(disk)
+                raise
+            reservation = self._reservations[ino] = Reservation(disk, scope)
+        try:
+            yield reservation
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._end(reservation)
+
+    def _take_lease(self, disk: Disk) -> None:
+        try:
+            fcntl.fcntl(disk.fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        except OSError as exc:
+            if exc.errno == errno.EAGAIN:
+                raise InUse(
+                    f"{disk.label} is open in some program, perhaps one left from an earlier mount or outside the "
+                    f"mount (`fuser -v {self._backing}/...` finds it)"
+                ) from exc
+            raise PrimaryIOError(f"{disk.label}: the backing filesystem grants no lease: {exc.strerror}") from exc
+
+    async def _end(self, reservation: Reservation) -> None:
+        ino = reservation.disk.ino
+        async with self._ino_lock(ino):
+            if self._reservations.pop(ino, None) is not None:
+                fcntl.fcntl(reservation.disk.fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+                await self._close(reservation.disk)
+            reservation.ended.set()
+
+    def open_reserved(self, reservation: Reservation) -> Disk:
+        """The commit point is passed: from now on the disk is an open one, with one `let_go` owed."""
+        disk = reservation.disk
+        del self._reservations[disk.ino]
+        disk.kept += 1
+        self._open[disk.ino] = disk
+        fcntl.fcntl(disk.fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        reservation.ended.set()
+        return disk
+
+    # Operations by path
+
+    def stat_override(self, st: os.stat_result) -> StatOverride | None:
+        """What stat reports for a placeholder; None for an ordinary file.  Does not block."""
+        disk = self._open.get(st.st_ino)
+        if disk is not None and disk.placeholder is not None and not disk.placeholder.ended:
+            known = self.index.get(st.st_ino)
+            if known is not None:
+                known.mtime_ns = disk.placeholder.mtime_ns
+        return self.index.stat_override(st)
+
+    async def truncate(self, path_fd: int, size: int) -> None:
+        """Truncate by path.  Raises as `open`, MapFrozen."""
+        disk = await self.keep(path_fd)
+        try:
+            await disk.truncate(size)
+        finally:
+            await self.let_go(disk)
+
+    async def set_times(self, path_fd: int, *, atime_ns: int | None, mtime_ns: int | None) -> None:
+        """Set times of a regular file by path (nanoseconds since the epoch, None leaves one).  Raises as `open`."""
+        st = os.fstat(path_fd)
+        if self.index.get(st.st_ino) is None:
+            ns = (st.st_atime_ns if atime_ns is None else atime_ns, st.st_mtime_ns if mtime_ns is None else mtime_ns)
+            await self._threads.files(self._files.call, "write.times", os.utime, f"/proc/self/fd/{path_fd}", ns=ns)
+            return
+        disk = await self.keep(path_fd)
+        try:
+            await disk.set_times(atime_ns=atime_ns, mtime_ns=mtime_ns)
+        finally:
+            await self.let_go(disk)
+
+    async def removing(self, path_fd: int) -> None:
+        """Before a link of a regular file goes: if it is the last of a placeholder, note that durably.
+
+        An open-unlinked placeholder stays usable until its last release.  Raises IntegrityError kinds, OSError.
+        """
+        st = os.fstat(path_fd)
+        known = self.index.get(st.st_ino)
+        await self._win_over_reservation(st.st_ino)
+        if known is None or known.record is None or known.problem is not None or st.st_nlink > 1:
+            return
+        async with self._ino_lock(st.st_ino):
+            disk = self._open.get(st.st_ino)
+            if disk is not None and disk.placeholder is not None:
+                self._states_before[st.st_ino] = disk.placeholder.maps.durable.header.state
+                await disk.placeholder.set_state(MapState.REMOVED)
+            elif disk is None:
+                self._states_before[st.st_ino] = await self._threads.files(
+                    mark_removed, self._files, self._private, known.record, label=known.label
+                )
+
+    async def removed(self, path_fd: int) -> None:
+        """After the attempt: if the file is gone and closed, its placeholder ends; if not, it is as before."""
+        st = os.fstat(path_fd)
+        before = self._states_before.pop(st.st_ino, None)
+        known = self.index.get(st.st_ino)
+        if before is None or known is None or known.record is None:
+            return
+        record = known.record
+        async with self._ino_lock(st.st_ino):
+            disk = self._open.get(st.st_ino)
+            if st.st_nlink:
+                await self._unmark(disk, known, before)
+            elif disk is None:
+                self.index.remove(st.st_ino)
+                await self._threads.files(os.sync)
+                await self._retirement.retire(Ended(record.placeholder_id, record.vm_id, record.point_id))
+
+    async def _unmark(self, disk: Disk | None, known: KnownPlaceholder, before: MapState) -> None:
+        if disk is not None and disk.placeholder is not None:
+            await disk.placeholder.set_state(before)
+        elif known.record is not None:
+            durable = await self._threads.files(
+                open_durable, self._files, self._private, known.record, label=known.label
+            )
+            try:
+                await self._threads.files(durable.set_state, before)
+            finally:
+                durable.close()
+
+    # Looking around
+
+    def label(self, path_fd: int) -> str:
+        """How messages name a file: its path below the backing directory, and so its VM."""
+        path = str(Path(f"/proc/self/fd/{path_fd}").readlink()).removeprefix(f"{self._backing}/")
+        return disk_label(path)
+
+    def get(self, ino: int) -> Disk | None:
+        """The open disk of that inode, if it is open."""
+        return self._open.get(ino)
+
+    def open_disks(self) -> list[Disk]:
+        """Disks that guests have open."""
+        return [disk for disk in self._open.values() if disk.open_count]
+
+    async def sync_dirty(self) -> None:
+        """Make durable what changed in the maps; called every few seconds.  A disk whose sync fails is frozen."""
+        for disk in list(self._open.values()):
+            placeholder = disk.placeholder
+            if placeholder is not None and placeholder.is_dirty:
+                try:
+                    await placeholder.sync()
+                except (VmfsStubError, OSError):
+                    log.exception("%s: the periodic sync failed", disk.label)
+
+    async def close_all(self) -> None:
+        """At the daemon's end: lay every disk down, so that the next start finds nothing unsynced."""
+        for disk in list(self._open.values()):
+            async with self._ino_lock(disk.ino):
+                if self._open.pop(disk.ino, None) is not None:
+                    await self._close(disk)

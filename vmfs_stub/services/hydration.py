@@ -1,0 +1,190 @@
+"""Hydration: bringing back the rest of a placeholder in the background, until it is an ordinary file again.
+
+It starts when a guest's access had to recall something, or when an operator asks; it is noted in the durable map, so
+that it goes on after a restart.  It stays below demand: before each step it waits while a guest waits for a recall.  It
+stops above a floor of free space on primary, which is kept for what guests write.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from vmfs_stub.core.errors import NoSpace, RecallsHeld, VmfsStubError
+from vmfs_stub.services.disk import Disk
+from vmfs_stub.services.disks import Disks
+from vmfs_stub.services.groups import single_error
+from vmfs_stub.services.placeholder import Placeholder
+from vmfs_stub.services.recall import RecallService
+from vmfs_stub.services.threads import Threads
+
+log = logging.getLogger(__name__)
+
+STEP_BYTES = 4 << 20
+"""How much one step brings back: one range read where the frames lie together."""
+STEPS_AT_ONCE = 3
+RETRY_INTERVAL_S = 30.0
+"""After an error, a hold or too little space, how long until the next try."""
+
+
+@dataclass(slots=True)
+class Course:
+    """One placeholder that is coming back as a whole."""
+
+    disk: Disk
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    ended: trio.Event = field(default_factory=trio.Event)
+
+
+class HydrationService:
+    """Runs one course per placeholder."""
+
+    def __init__(
+        self,
+        *,
+        nursery: trio.Nursery,
+        threads: Threads,
+        disks: Disks,
+        recall: RecallService,
+        backing: Path,
+        enabled: bool,
+        bytes_per_s_max: int,
+        free_floor_percent: float,
+    ) -> None:
+        self._nursery = nursery
+        self._threads = threads
+        self._disks = disks
+        self._recall = recall
+        self._backing = backing
+        self._enabled = enabled
+        self._bytes_per_s_max = bytes_per_s_max
+        self._free_floor_percent = free_floor_percent
+        self._courses: dict[int, Course] = {}
+
+    def after_access(self, disk: Disk) -> None:
+        """A guest's access to this disk had to recall something: bring the rest back too, if that is wanted."""
+        if self._enabled and disk.ino not in self._courses:
+            self._start(disk)
+
+    async def resume(self, path_fd: int) -> None:
+        """Go on with a placeholder that was coming back when the daemon ended.  Raises as `Disks.keep`."""
+        disk = await self._disks.keep(path_fd)
+        try:
+            if disk.placeholder is not None and disk.ino not in self._courses:
+                self._start(disk)
+        finally:
+            await self._disks.let_go(disk)
+
+    async def bring_back(self, path_fd: int, *, progress: Callable[[int], None]) -> None:
+        """Make a placeholder an ordinary file, at full speed; ``progress`` gets bytes as they arrive.
+
+        Raises NoSpace at once when it does not fit, RecallsHeld, StoreError, IntegrityError.
+        """
+        disk = await self._disks.keep(path_fd)
+        try:
+            placeholder = disk.placeholder
+            if placeholder is None:
+                return
+            if self._recall.held:
+                raise RecallsHeld(f"{disk.label}: recalls are held on this host; `vmfs-stub unhold` allows them")
+            self._check_space(disk, placeholder.absent_bytes())
+            await self.stop(disk.ino)
+            course = self._courses[disk.ino] = Course(disk)
+            try:
+                await placeholder.set_hydrate()
+                await self._hydrate(course, progress, bytes_per_s_max=0)
+            finally:
+                self._courses.pop(disk.ino, None)
+                course.ended.set()
+        finally:
+            await self._disks.let_go(disk)
+
+    async def stop(self, ino: int) -> None:
+        """End the background course of this inode, if there is one, and wait until it has let go."""
+        course = self._courses.get(ino)
+        if course is not None:
+            course.scope.cancel()
+            await course.ended.wait()
+
+    def is_hydrating(self, ino: int) -> bool:
+        return ino in self._courses
+
+    def _start(self, disk: Disk) -> None:
+        course = self._courses[disk.ino] = Course(disk)
+        disk.kept += 1
+        self._nursery.start_soon(self._run, course)
+
+    async def _run(self, course: Course) -> None:
+        disk = course.disk
+        try:
+            with course.scope:
+                if disk.placeholder is not None:
+                    await disk.placeholder.set_hydrate()
+                while not await self._try(course):  # noqa: ASYNC110 - nothing tells when space or the store is back
+                    await trio.sleep(RETRY_INTERVAL_S)
+        except Exception:
+            log.exception("%s: hydration met a programming error", disk.label)
+        finally:
+            self._courses.pop(disk.ino, None)
+            await self._disks.let_go(disk)
+            course.ended.set()
+
+    async def _try(self, course: Course) -> bool:
+        """Whether the course is over; false when it should be tried again later."""
+        try:
+            await self._hydrate(course, lambda count: None, bytes_per_s_max=self._bytes_per_s_max)
+        except (VmfsStubError, OSError) as exc:
+            log.warning("%s: hydration pauses: %s", course.disk.label, exc)
+            return False
+        return True
+
+    async def _hydrate(self, course: Course, progress: Callable[[int], None], *, bytes_per_s_max: int) -> None:
+        placeholder = course.disk.placeholder
+        if placeholder is None:
+            return
+        started, done, chunk = trio.current_time(), 0, 0
+        step = max(1, STEP_BYTES // placeholder.chunk_size)
+        slots = trio.CapacityLimiter(STEPS_AT_ONCE)
+        with single_error():
+            async with trio.open_nursery() as nursery:
+                while (found := placeholder.next_absent(chunk)) is not None:
+                    await self._recall.wait_quiet()
+                    self._check_space(course.disk, STEP_BYTES)
+                    chunk = found + step
+                    size = step * placeholder.chunk_size
+                    token = object()
+                    await slots.acquire_on_behalf_of(token)
+                    nursery.start_soon(self._step, placeholder, found * placeholder.chunk_size, size, slots, token)
+                    done += size
+                    progress(size)
+                    if bytes_per_s_max:
+                        await trio.sleep(max(0.0, started + done / bytes_per_s_max - trio.current_time()))
+        if placeholder.next_absent(0) is None and course.disk.fstat().st_nlink:
+            await self._disks.graduate(course.disk)
+
+    async def _step(
+        self, placeholder: Placeholder, offset: int, size: int, slots: trio.CapacityLimiter, token: object
+    ) -> None:
+        try:
+            while chunks := placeholder.absent_chunks(offset, size):
+                if self._recall.held:
+                    raise RecallsHeld(f"{placeholder.label}: recalls are held on this host")
+                await self._recall.recall_chunks(placeholder, chunks, demand=False)
+        finally:
+            slots.release_on_behalf_of(token)
+
+    def _check_space(self, disk: Disk, needed_bytes: int) -> None:
+        # statvfs of a mounted local filesystem does not wait for the disk.
+        vfs = os.statvfs(self._backing)
+        floor = vfs.f_blocks * vfs.f_frsize * self._free_floor_percent / 100
+        free = vfs.f_bavail * vfs.f_frsize
+        if free - needed_bytes < floor:
+            raise NoSpace(
+                f"{disk.label}: {needed_bytes >> 20} MiB more would leave less than {self._free_floor_percent:g} % of "
+                f"the backing filesystem free ({free >> 20} MiB are); make room, or lower [primary] free_floor_percent"
+            )

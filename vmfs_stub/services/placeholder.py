@@ -1,0 +1,284 @@
+"""A placeholder that is open: which of its blocks are here, and the order in which that changes.
+
+Invariants:
+* a bit is set after the data is in the file, while the chunk is locked, with no await in between the last look at the
+  bits and the file call that relies on it;
+* a fill writes only blocks whose bit is clear, and never beyond the archived limit or the end of the file;
+* after a failed sync everything is an error: what it covered is not known any more.
+Knows nothing of the store: whoever has the bytes of a chunk calls `fill`.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import trio
+
+from vmfs_stub.core.chunking import BLOCK_SIZE
+from vmfs_stub.core.errors import MapFrozen
+from vmfs_stub.core.extents import Extent
+from vmfs_stub.core.names import PLACEHOLDER_XATTR
+from vmfs_stub.core.residency import block_count, blocks_merged, blocks_replaced, blocks_touched
+from vmfs_stub.primary.durable_map import MapState
+from vmfs_stub.primary.files import FileCalls, punch_hole, write_fully
+from vmfs_stub.primary.placeholder import PlaceholderMaps
+from vmfs_stub.services.locks import RangeLock, SharedSync
+from vmfs_stub.services.threads import Threads
+
+log = logging.getLogger(__name__)
+
+_ANY_CHUNK = 1 << 62
+"""End of a range that holds every chunk."""
+
+PUNCH_BYTES_MAX = 256 << 20
+"""How much of a file one punch releases, so that a chunk is not locked for long."""
+
+
+class Placeholder:
+    """Residency of one open disk.
+
+    ``chunk_blocks`` is the number of blocks of a chunk; ``maps`` its record and maps; ``label`` names it in messages.
+    """
+
+    def __init__(self, *, files: FileCalls, threads: Threads, fd: int, maps: PlaceholderMaps, label: str) -> None:
+        self._files = files
+        self._threads = threads
+        self._fd = fd
+        self._locks = RangeLock()
+        self.maps = maps
+        self.label = label
+        self.chunk_size = maps.durable.header.chunk_size
+        self.chunk_blocks = self.chunk_size // BLOCK_SIZE
+        self.sync = SharedSync(self._sync)
+        self._maps_lock = trio.Lock()
+        self.ended = False
+        """Graduated or laid down: the maps are closed, and nothing here may touch them."""
+
+    # What is here
+
+    def check(self) -> None:
+        """Raises MapFrozen after a failed sync."""
+        if not self.ended and self.maps.live.frozen:
+            raise MapFrozen(f"{self.label}: a sync of this disk failed; what it covered is not certain any more")
+
+    def is_resident(self, offset: int, length: int) -> bool:
+        """Whether ``length`` bytes at ``offset`` can be read from the backing file."""
+        touched = blocks_touched(offset, length)
+        return self.ended or self.maps.live.is_resident(touched.start, touched.end)
+
+    def absent_chunks(self, offset: int, length: int) -> list[int]:
+        """Indexes of the chunks that hold absent blocks of this byte range, ascending."""
+        touched = blocks_touched(offset, length)
+        chunks: list[int] = []
+        for run in () if self.ended else self.maps.live.absent_runs(touched.start, touched.end):
+            first = run.start // self.chunk_blocks
+            if chunks and chunks[-1] == first:
+                first += 1
+            chunks.extend(range(first, (run.end - 1) // self.chunk_blocks + 1))
+        return chunks
+
+    def is_wholly_absent(self, chunk: int, *, size: int) -> bool:
+        """Whether a chunk is as it was archived, with no byte of it here, so that a reference stands for it.
+
+        ``size`` is the file's size now: a chunk that was cut or extended since differs from the archived one.
+        """
+        live, first, end = self.maps.live, chunk * self.chunk_blocks, (chunk + 1) * self.chunk_size
+        archived_end = min(end, self.maps.record.size)
+        if archived_end != min(end, size) or live.archived_limit < archived_end:
+            return False
+        blocks = block_count(archived_end) - first
+        return sum(run.length for run in live.absent_runs(first, first + blocks)) == blocks > 0
+
+    def absent_bytes(self) -> int:
+        """Bytes that are still to come back, in whole blocks."""
+        return self.maps.live.absent_count() * BLOCK_SIZE
+
+    def next_absent(self, chunk: int) -> int | None:
+        """The first chunk from ``chunk`` on that holds an absent block; None when there is none."""
+        if self.ended:
+            return None
+        first = chunk * self.chunk_blocks
+        run = next(self.maps.live.absent_runs(first, block_count(self.maps.record.size)), None)
+        return None if run is None else run.start // self.chunk_blocks
+
+    # Changes
+
+    async def fill(self, first_chunk: int, raws: Sequence[bytes | None]) -> None:
+        """Put recalled chunks where blocks are still absent; None is a chunk of zeros.
+
+        ``raws`` are the archived bytes of consecutive chunks from ``first_chunk`` on.  Raises OSError.
+        """
+        end_chunk = first_chunk + len(raws)
+        async with self._locks.hold(first_chunk, end_chunk):
+            if self.ended:
+                return
+            live = self.maps.live
+            runs = list(live.absent_runs(first_chunk * self.chunk_blocks, end_chunk * self.chunk_blocks))
+            if not runs:
+                return
+            await self._threads.files(self._write_runs, runs, first_chunk, raws, live.archived_limit)
+            for run in runs:
+                live.set_resident(run.start, run.end)
+
+    def _write_runs(self, runs: Sequence[Extent], first_chunk: int, raws: Sequence[bytes | None], limit: int) -> None:
+        for run in runs:
+            at, run_end = run.start * BLOCK_SIZE, min(run.end * BLOCK_SIZE, limit)
+            while at < run_end:
+                index = at // self.chunk_size - first_chunk
+                chunk_start = (first_chunk + index) * self.chunk_size
+                end = min(run_end, chunk_start + self.chunk_size)
+                raw = raws[index]
+                if raw is None:
+                    while end < run_end and raws[end // self.chunk_size - first_chunk] is None:
+                        end = min(run_end, end + self.chunk_size)
+                    # Not only left alone: a guest's write that failed half way may have left bytes here.
+                    self._files.call("recall.fill_zeros", punch_hole, self._fd, at, end - at)
+                else:
+                    part = memoryview(raw)[at - chunk_start : end - chunk_start]
+                    if len(part) != end - at:
+                        raise OSError(errno.EIO, "a recalled chunk is shorter than what was archived")
+                    self._files.call("recall.fill", write_fully, self._fd, part, at)
+                at = end
+
+    async def write(self, offset: int, data: bytes) -> int | None:
+        """Write guest data; the number of bytes written, or None when it could not be done as things are now.
+
+        That is: a block that is only partly covered is absent, or this placeholder has ended.  Whole blocks need
+        nothing of what was archived.  Raises MapFrozen, OSError.
+        """
+        first, end = offset // self.chunk_size, -(-(offset + len(data)) // self.chunk_size)
+        async with self._locks.hold(first, end):
+            if self.ended:
+                return None
+            live, size = self.maps.live, os.fstat(self._fd).st_size
+            if not all(live.is_resident(b, b + 1) for b in blocks_merged(offset, len(data), size=size)):
+                return None
+            if offset + len(data) > size:
+                await self._keep_limit()
+            written = await self._threads.files(self._files.call, "write.data", os.pwrite, self._fd, data, offset)
+            # A short write leaves its last block as it was, unless all of it was resident before.
+            replaced = blocks_replaced(offset, written, size=size)
+            live.set_resident(replaced.start, replaced.end)
+            live.set_guest_mtime(time.time_ns())
+        return written
+
+    async def truncate(self, size: int) -> bool:
+        """Cut or extend the file to ``size`` bytes; false when this has ended.  Raises MapFrozen, OSError."""
+        async with self._locks.hold(0, _ANY_CHUNK):
+            if self.ended:
+                return False
+            if size > os.fstat(self._fd).st_size:
+                await self._keep_limit()
+            await self._threads.files(self._files.call, "write.truncate", os.ftruncate, self._fd, size)
+            self.maps.live.lower_archived_limit(size)
+            self.maps.live.set_guest_mtime(time.time_ns())
+        return True
+
+    async def _keep_limit(self) -> None:
+        """Before the file grows: the limit is durable, or a power loss could bring back what was cut off."""
+        if self.maps.durable.header.archived_limit != self.maps.live.archived_limit:
+            await self.sync()
+
+    async def set_times(self, *, atime_ns: int, mtime_ns: int) -> bool:
+        """Set both times (nanoseconds since the epoch); false when this has ended.  Raises OSError."""
+        async with self._locks.hold(0, _ANY_CHUNK):
+            if self.ended:
+                return False
+            await self._threads.files(self._files.call, "write.times", os.utime, self._fd, ns=(atime_ns, mtime_ns))
+            self.maps.live.set_guest_mtime(mtime_ns)
+        return True
+
+    async def punch_absent(self) -> None:
+        """Release the space of all absent blocks, then note that this is done.  Raises OSError, MapFrozen."""
+        chunk, step = 0, max(1, PUNCH_BYTES_MAX // self.chunk_size)
+        while (found := self.next_absent(chunk)) is not None:
+            chunk = found + step
+            async with self._locks.hold(found, chunk):
+                runs = list(self.maps.live.absent_runs(found * self.chunk_blocks, chunk * self.chunk_blocks))
+                await self._threads.files(self._punch, runs)
+        if not self.ended:
+            await self.set_state(MapState.PUNCHED)
+
+    def _punch(self, runs: Sequence[Extent]) -> None:
+        for run in runs:
+            self._files.call("archive.punch", punch_hole, self._fd, run.start * BLOCK_SIZE, run.length * BLOCK_SIZE)
+
+    # Making it durable
+
+    async def _sync(self) -> None:
+        async with self._maps_lock:
+            if self.ended:
+                return
+            self.check()
+            # The bits are taken before the data is synced: a bit that is set meanwhile waits for the next sync.
+            pages, header = self.maps.live.take_dirty(), self.maps.current_header()
+            try:
+                await self._threads.files(self.maps.sync, self._files, self._fd, pages, header)
+            except OSError as exc:
+                self.maps.live.freeze()
+                log.exception("%s: syncing failed; the disk is frozen", self.label)
+                raise MapFrozen(
+                    f"{self.label}: syncing failed ({exc.strerror}); the disk gives errors until reboot"
+                ) from exc
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether a sync failed in this boot."""
+        return not self.ended and self.maps.live.frozen
+
+    @property
+    def mtime_ns(self) -> int:
+        """The modification time that stat reports: the archived one until a guest changes the file."""
+        return self.maps.live.guest_mtime_ns or self.maps.record.mtime_ns
+
+    @property
+    def is_dirty(self) -> bool:
+        """Whether a sync would have anything to write to the durable map."""
+        return not self.ended and self.maps.live.is_dirty and not self.maps.live.frozen
+
+    async def set_state(self, state: MapState) -> None:
+        """Durably move to another state of its life.  Raises OSError."""
+        async with self._maps_lock:
+            await self._threads.files(self.maps.durable.set_state, state)
+
+    async def set_hydrate(self) -> None:
+        """Durably note that this placeholder is coming back as a whole, also after a restart.  Raises OSError."""
+        async with self._maps_lock:
+            if not self.maps.durable.header.hydrate:
+                header = replace(self.maps.durable.header, hydrate=True)
+                await self._threads.files(self.maps.durable.update, {}, header)
+
+    async def lay_down(self) -> None:
+        """Sync, and give up the volatile map; nobody uses this object afterwards.  Raises OSError."""
+        async with self._locks.hold(0, _ANY_CHUNK), self._maps_lock:
+            self.ended = True
+            await self._threads.files(self.maps.lay_down, self._files, self._fd)
+
+    async def graduate(self) -> None:
+        """Turn the file into an ordinary one; every block is resident.  Raises MapFrozen, OSError.
+
+        Order: data and bits durable, state noted, times set, record removed and that durable.  The map goes last, by
+        the caller, after the pin.
+        """
+        async with self._locks.hold(0, _ANY_CHUNK):
+            if self.maps.live.absent_count():
+                raise AssertionError(f"{self.label}: graduation with absent blocks")
+            await self.sync()
+            await self.set_state(MapState.GRADUATING)
+            async with self._maps_lock:
+                await self._threads.files(self._remove_record)
+                self.ended = True
+                self.maps.live.close(discard=True)
+                self.maps.durable.close()
+
+    def _remove_record(self) -> None:
+        mtime_ns = self.maps.live.guest_mtime_ns or self.maps.record.mtime_ns
+        atime_ns = os.fstat(self._fd).st_atime_ns
+        self._files.call("graduate.times", os.utime, self._fd, ns=(atime_ns, mtime_ns))
+        self._files.call("graduate.record", os.removexattr, self._fd, PLACEHOLDER_XATTR)
+        self._files.call("graduate.sync", os.fsync, self._fd)

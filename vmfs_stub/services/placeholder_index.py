@@ -1,0 +1,74 @@
+"""What is known of the placeholders of a datastore without opening them: for stat, `ls` and error messages.
+
+Filled by the walk at start-up and kept by whoever makes, opens, closes or ends a placeholder.  In memory only; the
+truth is on the files, and an opening compares with it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vmfs_stub.core.errors import VmfsStubError
+from vmfs_stub.primary.record import PlaceholderRecord
+
+
+@dataclass(slots=True)
+class KnownPlaceholder:
+    """One placeholder: its record (None when that is what is damaged), what stat reports, and what is wrong with it.
+
+    ``label`` names file and VM for people; ``mtime_ns`` is the record's time until a guest writes.
+    """
+
+    record: PlaceholderRecord | None
+    label: str
+    mtime_ns: int
+    problem: VmfsStubError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StatOverride:
+    """What stat reports instead of what the backing file says: ``blocks`` of 512 bytes, ``mtime_ns``."""
+
+    blocks: int
+    mtime_ns: int
+
+
+_BLOCKS_MIN = 8
+"""Never 0: tar -S archives a file of 0 blocks as one hole, without reading it."""
+
+
+class PlaceholderIndex:
+    """Known placeholders by inode number."""
+
+    def __init__(self) -> None:
+        self._by_ino: dict[int, KnownPlaceholder] = {}
+
+    def get(self, ino: int) -> KnownPlaceholder | None:
+        return self._by_ino.get(ino)
+
+    def add(self, ino: int, known: KnownPlaceholder) -> None:
+        self._by_ino[ino] = known
+
+    def remove(self, ino: int) -> None:
+        self._by_ino.pop(ino, None)
+
+    def items(self) -> Iterator[tuple[int, KnownPlaceholder]]:
+        yield from self._by_ino.items()
+
+    def __len__(self) -> int:
+        return len(self._by_ino)
+
+    def stat_override(self, st: os.stat_result) -> StatOverride | None:
+        """What to report for a placeholder; None for an ordinary file."""
+        known = self._by_ino.get(st.st_ino)
+        if known is None:
+            return None
+        return StatOverride(max(st.st_blocks, _BLOCKS_MIN), known.mtime_ns or st.st_mtime_ns)
+
+
+def disk_label(path: str) -> str:
+    """How messages name a file by its path below the backing directory: with the VM that it belongs to."""
+    vm, slash, _ = path.partition("/")
+    return f"VM {vm if slash else vm.rsplit('.', 1)[0]}, disk {path}"

@@ -1,0 +1,279 @@
+"""Recall: bringing absent chunks back from the store, once each, however many wait for them.
+
+Invariants:
+* a chunk is fetched once at a time (single-flight); everyone who waits gets the same outcome, also when whoever asked
+  first has given up;
+* a recall runs in this service's nursery, never in the task of a reader: giving up abandons the wait, not the fetch;
+* every wait has a limit: the caller's deadline, the store's time-out, the number of recalls that may wait.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import trio
+
+from vmfs_stub.core.chunking import FrameRef
+from vmfs_stub.core.errors import (
+    IntegrityError,
+    ObjectMissing,
+    PrimaryIOError,
+    RecallOverload,
+    RecallsHeld,
+    RecallTimeout,
+    StoreError,
+    VmfsStubError,
+)
+from vmfs_stub.core.recall_plan import Fetch, plan_fetches
+from vmfs_stub.services.placeholder import Placeholder
+from vmfs_stub.services.threads import Threads
+from vmfs_stub.store.chunk_table import ChunkTable
+from vmfs_stub.store.store import Store
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """One chunk on its way; ``error`` is set before ``landed`` when it did not arrive."""
+
+    landed: trio.Event = field(default_factory=trio.Event)
+    error: VmfsStubError | None = None
+
+    def land(self, error: VmfsStubError | None = None) -> None:
+        if not self.landed.is_set():
+            self.error = error
+            self.landed.set()
+
+
+@dataclass(slots=True)
+class RecallCounters:
+    """What this daemon has recalled since it started; ``*_bytes`` are raw bytes of whole chunks."""
+
+    demand_bytes: int = 0
+    background_bytes: int = 0
+    fetches: int = 0
+    failures: int = 0
+    waiting: int = 0
+
+
+class RecallService:
+    """Fetches, verifies and fills chunks of placeholders."""
+
+    def __init__(
+        self,
+        *,
+        nursery: trio.Nursery,
+        store: Store,
+        threads: Threads,
+        deadline_s: float,
+        concurrency_max: int,
+        waiting_max: int,
+        fetch_bytes_max: int,
+        on_failure: Callable[[Placeholder, VmfsStubError], None],
+    ) -> None:
+        self._nursery = nursery
+        self._store = store
+        self._threads = threads
+        self._deadline_s = deadline_s
+        self._slots = trio.Semaphore(concurrency_max)
+        self._waiting_max = waiting_max
+        self._fetch_bytes_max = fetch_bytes_max
+        self._on_failure = on_failure
+        self._flights: dict[tuple[str, int], Flight] = {}
+        self._tables: dict[str, ChunkTable] = {}
+        self._quiet = trio.lowlevel.ParkingLot()
+        self.held = False
+        self.counters = RecallCounters()
+
+    # For those who wait
+
+    async def make_resident(self, placeholder: Placeholder, offset: int, length: int) -> None:
+        """Return when ``length`` bytes at ``offset`` are on primary; a guest waits for it.
+
+        Raises RecallTimeout at the deadline, RecallsHeld, RecallOverload, or what went wrong (StoreError,
+        IntegrityError, PrimaryIOError).
+        """
+        if self.held:
+            raise RecallsHeld(f"{placeholder.label}: recalls are held on this host; `vmfs-stub unhold` allows them")
+        if self.counters.waiting >= self._waiting_max:
+            raise RecallOverload(f"{placeholder.label}: {self._waiting_max} recalls wait already")
+        self.counters.waiting += 1
+        try:
+            with trio.move_on_after(self._deadline_s):
+                while chunks := placeholder.absent_chunks(offset, length):
+                    await self.recall_chunks(placeholder, chunks, demand=True)
+                return
+            raise RecallTimeout(f"{placeholder.label}: the store did not return its bytes in {self._deadline_s:g} s")
+        finally:
+            self.counters.waiting -= 1
+            if self.counters.waiting == 0:
+                self._quiet.unpark_all()
+
+    async def recall_chunks(self, placeholder: Placeholder, chunks: Sequence[int], *, demand: bool) -> None:
+        """Fetch these chunks, or join whoever fetches them already.  Raises as `make_resident`, but has no deadline."""
+        placeholder.check()
+        flights = self._take_off(placeholder, chunks, demand=demand)
+        for flight in flights:
+            await flight.landed.wait()
+        for flight in flights:
+            if flight.error is not None:
+                raise flight.error
+
+    async def wait_quiet(self) -> None:
+        """Wait while a guest waits for a recall: background work goes below demand."""
+        while self.counters.waiting:
+            await self._quiet.park()
+
+    def is_recalling(self, placeholder: Placeholder) -> bool:
+        """Whether any chunk of it is on its way."""
+        return any(owner == placeholder.maps.record.placeholder_id for owner, _ in self._flights)
+
+    def forget(self, placeholder: Placeholder) -> None:
+        """Drop what is cached for a placeholder that is closed."""
+        self._tables.pop(placeholder.maps.record.placeholder_id, None)
+
+    # The recall itself
+
+    def _take_off(self, placeholder: Placeholder, chunks: Iterable[int], *, demand: bool) -> list[Flight]:
+        owner = placeholder.maps.record.placeholder_id
+        flights: list[Flight] = []
+        new: dict[int, Flight] = {}
+        for chunk in chunks:
+            flight = self._flights.get((owner, chunk))
+            if flight is None:
+                flight = self._flights[owner, chunk] = new[chunk] = Flight()
+            flights.append(flight)
+        if new:
+            self._nursery.start_soon(self._fly, placeholder, new, demand)
+        return flights
+
+    async def _fly(self, placeholder: Placeholder, flights: dict[int, Flight], demand: bool) -> None:
+        try:
+            with self._outcome(placeholder, flights.values()):
+                table = await self.table(placeholder)
+                found = await self._locate(table, sorted(flights))
+                zeros = [chunk for chunk, frame in found if frame is None]
+                frames = [(chunk, frame) for chunk, frame in found if frame is not None]
+                async with trio.open_nursery() as nursery:
+                    if zeros:
+                        nursery.start_soon(self._fill_zeros, placeholder, zeros, flights)
+                    for fetch in plan_fetches(frames, fetch_bytes_max=self._fetch_bytes_max):
+                        nursery.start_soon(self._fetch, placeholder, fetch, flights, demand)
+        finally:
+            owner = placeholder.maps.record.placeholder_id
+            for chunk, flight in flights.items():
+                self._flights.pop((owner, chunk), None)
+                flight.land(RecallTimeout(f"{placeholder.label}: the recall was cancelled"))
+
+    async def table(self, placeholder: Placeholder) -> ChunkTable:
+        """The chunk table of the restore point that the placeholder stands for.  Raises StoreError, IntegrityError."""
+        record = placeholder.maps.record
+        table = self._tables.get(record.placeholder_id)
+        if table is None:
+            point = await self._threads.store(self._store.open_point, record.vm_id, record.point_id)
+            table = point.chunks(record.file_index)
+            if table.size != record.size or table.chunk_size != placeholder.chunk_size:
+                raise IntegrityError(
+                    f"restore point {record.point_id} has a file of {table.size} bytes where the placeholder stands "
+                    f"for {record.size}"
+                )
+            self._tables[record.placeholder_id] = table
+        return table
+
+    async def _locate(self, table: ChunkTable, chunks: Sequence[int]) -> list[tuple[int, FrameRef | None]]:
+        frames = await self._threads.store(table.locate, chunks[0], chunks[-1] + 1)
+        return [(chunk, frames[chunk - chunks[0]]) for chunk in chunks]
+
+    async def _fetch(self, placeholder: Placeholder, fetch: Fetch, flights: dict[int, Flight], demand: bool) -> None:
+        with self._outcome(placeholder, [flights[chunk] for chunk in fetch.chunks]):
+            async with self._slots:
+                try:
+                    raws = await self._threads.store(self._store.fetch, fetch.frames)
+                except (IntegrityError, ObjectMissing):
+                    if len(fetch.chunks) == 1:
+                        raise
+                    raws = []
+                for first, run in _consecutive(fetch.chunks, raws) if raws else ():
+                    await placeholder.fill(first, run)
+            if not raws:
+                # One of them is damaged: alone, the others still arrive.
+                for chunk, frame in zip(fetch.chunks, fetch.frames, strict=True):
+                    await self._fetch(placeholder, Fetch((chunk,), (frame,)), flights, demand)
+                return
+            self.counters.fetches += 1
+            size = sum(frame.raw_length for frame in fetch.frames)
+            if demand:
+                self.counters.demand_bytes += size
+            else:
+                self.counters.background_bytes += size
+
+    async def _fill_zeros(self, placeholder: Placeholder, chunks: Sequence[int], flights: dict[int, Flight]) -> None:
+        with self._outcome(placeholder, [flights[chunk] for chunk in chunks]):
+            nothing: list[bytes | None] = [None] * len(chunks)
+            for first, run in _consecutive(chunks, nothing):
+                await placeholder.fill(first, run)
+
+    def _outcome(self, placeholder: Placeholder, flights: Iterable[Flight]) -> _Outcome:
+        return _Outcome(self, placeholder, flights)
+
+    def failed(self, placeholder: Placeholder, error: VmfsStubError) -> None:
+        """Count and report a recall that failed."""
+        self.counters.failures += 1
+        log.error("recall of %s failed: %s", placeholder.label, error)
+        self._on_failure(placeholder, error)
+
+
+class _Outcome:
+    """Gives flights their outcome: landed when the block ends well, else the error, which names the disk."""
+
+    def __init__(self, service: RecallService, placeholder: Placeholder, flights: Iterable[Flight]) -> None:
+        self._service = service
+        self._placeholder = placeholder
+        self._flights = flights
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: object) -> bool:
+        error: VmfsStubError | None = None
+        if value is None:
+            pass
+        elif isinstance(value, (StoreError, IntegrityError)):
+            error = type(value)(f"{self._placeholder.label}: {value}")
+        elif isinstance(value, VmfsStubError):
+            error = value
+        elif isinstance(value, OSError):
+            error = PrimaryIOError(f"{self._placeholder.label}: writing recalled bytes failed: {value.strerror}")
+        elif isinstance(value, Exception):
+            log.exception("%s: a recall met a programming error", self._placeholder.label, exc_info=value)
+            error = PrimaryIOError(f"{self._placeholder.label}: internal error, see the log")
+        else:
+            return False
+        if error is not None:
+            self._service.failed(self._placeholder, error)
+        for flight in self._flights:
+            flight.land(error)
+        return value is not None
+
+
+def _consecutive(chunks: Sequence[int], raws: Sequence[bytes | None]) -> list[tuple[int, list[bytes | None]]]:
+    """Group chunks (in any order) with their bytes into runs of consecutive indexes."""
+    runs: list[tuple[int, list[bytes | None]]] = []
+    for chunk, raw in sorted(zip(chunks, raws, strict=True), key=lambda pair: pair[0]):
+        if runs and runs[-1][0] + len(runs[-1][1]) == chunk:
+            runs[-1][1].append(raw)
+        else:
+            runs.append((chunk, [raw]))
+    return runs
+
+
+@asynccontextmanager
+async def open_recall_service(**settings: object) -> AsyncIterator[RecallService]:
+    """Run a recall service within the block; what it does not finish is cancelled at the end."""
+    async with trio.open_nursery() as nursery:
+        yield RecallService(nursery=nursery, **settings)  # type: ignore[arg-type]
+        nursery.cancel_scope.cancel()

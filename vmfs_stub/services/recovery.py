@@ -1,0 +1,182 @@
+"""Start-up: look at every placeholder and every map, finish or undo what a crash left, and say what was found.
+
+| record on the file | durable map        | what it means                   | what is done                    |
+|--------------------|--------------------|---------------------------------|---------------------------------|
+| names the map      | prepared           | crash after the commit point    | committed; punch                |
+| names the map      | committed          | crash while punching            | punch                           |
+| names the map      | punched            | a placeholder                   | nothing (hydrate if it was)     |
+| names the map      | graduating         | crash before the record went    | graduates                       |
+| names the map      | removed            | the unlink did not happen       | committed; punch                |
+| names no map       |                    | the map is lost or damaged      | finding; the file gives errors  |
+| another inode's    |                    | a copy of a placeholder         | finding; the file gives errors  |
+| none               | prepared           | crash before the commit point   | map and pin removed             |
+| none               | graduating         | crash after the record went     | map and pin removed             |
+| none               | removed, no inode  | the unlink happened             | map and pin removed             |
+| of a newer archive |                    | archived again, cut short       | old map and pin removed         |
+| none               | committed, punched | the record is lost              | finding; the file gives errors  |
+
+Nothing here reads the store.  Blocking; runs before the first open is answered.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vmfs_stub.core.errors import RecordMissing, VmfsStubError
+from vmfs_stub.core.ids import PlaceholderId
+from vmfs_stub.core.names import PRIVATE_DIR
+from vmfs_stub.primary.durable_map import DurableMap, MapHeader, MapState
+from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.primary.identity import inode_generation, inode_identity
+from vmfs_stub.primary.placeholder import PrivateState, open_durable
+from vmfs_stub.primary.record import PlaceholderRecord, check_identity, read_record
+from vmfs_stub.services.placeholder_index import KnownPlaceholder, PlaceholderIndex, disk_label
+from vmfs_stub.services.retirement import Ended
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Recovered:
+    """What start-up found: paths (relative to the backing directory) to go on with, and placeholders that ended."""
+
+    punch: list[str] = field(default_factory=list)
+    graduate: list[str] = field(default_factory=list)
+    hydrate: list[str] = field(default_factory=list)
+    ended: list[Ended] = field(default_factory=list)
+    findings: list[tuple[str, VmfsStubError]] = field(default_factory=list)
+
+
+class Recovery:
+    """One pass over a datastore; fills ``index``."""
+
+    def __init__(self, *, files: FileCalls, backing: Path, private: PrivateState, index: PlaceholderIndex) -> None:
+        self._files = files
+        self._backing = backing
+        self._private = private
+        self._index = index
+        self._result = Recovered()
+        self._matched: set[PlaceholderId] = set()
+        self._superseded: set[PlaceholderId] = set()
+        self._inodes: dict[int, str] = {}
+        """Every regular file found, by inode number."""
+
+    def run(self) -> Recovered:
+        """Look at everything once.  Raises OSError when the backing directory itself cannot be read."""
+        for path, st in _regular_files(self._backing):
+            self._inodes[st.st_ino] = path
+            try:
+                self._look_at_file(path, st)
+            except OSError as exc:
+                log.warning("%s: cannot be looked at: %s", path, exc)
+        for map_path in sorted(self._private.maps.glob("*.map")):
+            placeholder_id = PlaceholderId(map_path.stem)
+            if placeholder_id not in self._matched:
+                self._look_at_lone_map(map_path, placeholder_id)
+        return self._result
+
+    def _look_at_file(self, path: str, st: os.stat_result) -> None:
+        label, full = disk_label(path), str(self._backing / path)
+        record: PlaceholderRecord | None = None
+        try:
+            record = read_record(self._files, "recovery.record", full, label=label)
+            if record is None:
+                return
+            fd = os.open(full, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                check_identity(record, inode_identity(fd), label=label)
+            finally:
+                os.close(fd)
+            header = self._take_up_map(path, record, label)
+        except VmfsStubError as exc:
+            self._problem(path, st.st_ino, record, exc)
+            return
+        self._index.add(st.st_ino, KnownPlaceholder(record, label, header.guest_mtime_ns or record.mtime_ns))
+
+    def _take_up_map(self, path: str, record: PlaceholderRecord, label: str) -> MapHeader:
+        durable = open_durable(self._files, self._private, record, label=label)
+        try:
+            self._matched.add(record.placeholder_id)
+            if record.replaces is not None:
+                self._superseded.add(record.replaces)
+            state = durable.header.state
+            if state in (MapState.PREPARED, MapState.REMOVED):
+                log.warning("%s: a crash left it %s; it is a placeholder", label, state.name.lower())
+                durable.set_state(MapState.COMMITTED)
+            if durable.header.state == MapState.COMMITTED:
+                log.info("%s: releasing its space was cut short; going on", label)
+                self._result.punch.append(path)
+            elif state == MapState.GRADUATING:
+                self._result.graduate.append(path)
+            if durable.header.hydrate:
+                self._result.hydrate.append(path)
+            return durable.header
+        finally:
+            durable.close()
+
+    def _look_at_lone_map(self, map_path: Path, placeholder_id: PlaceholderId) -> None:
+        label = f"map {placeholder_id}"
+        try:
+            durable = DurableMap.open(self._files, map_path, label=label)
+        except VmfsStubError as exc:
+            self._result.findings.append((label, exc))
+            return
+        header = durable.header
+        durable.close()
+        path = self._inodes.get(header.identity.ino)
+        present = path is not None and self._is_same_inode(path, header)
+        over = header.state in (MapState.PREPARED, MapState.GRADUATING) or placeholder_id in self._superseded
+        if over or (header.state == MapState.REMOVED and not present):
+            log.info(
+                "placeholder %s ended (%s); removing what is left of it", placeholder_id, header.state.name.lower()
+            )
+            self._result.ended.append(Ended(placeholder_id, header.vm_id, header.point_id))
+        elif present and path is not None:
+            self._problem(path, header.identity.ino, None, _record_missing(path))
+        else:
+            log.warning(
+                "placeholder %s: its file is not in the backing directory; its restore point stays", placeholder_id
+            )
+            self._result.findings.append((label, RecordMissing(f"the file of placeholder {placeholder_id} is gone")))
+
+    def _is_same_inode(self, path: str, header: MapHeader) -> bool:
+        fd = os.open(self._backing / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            return inode_generation(fd) == header.identity.generation
+        finally:
+            os.close(fd)
+
+    def _problem(self, path: str, ino: int, record: PlaceholderRecord | None, error: VmfsStubError) -> None:
+        log.error("%s", error)
+        self._index.add(ino, KnownPlaceholder(record, disk_label(path), 0, problem=error))
+        self._result.findings.append((path, error))
+
+
+def _record_missing(path: str) -> RecordMissing:
+    return RecordMissing(
+        f"{disk_label(path)}: its placeholder record is gone, so that its absent blocks would read as zeros; it gives "
+        "errors. The restore point is untouched: write it out elsewhere with `vmfs-stub restore`"
+    )
+
+
+def _regular_files(backing: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Path (relative) and stat of every regular file of the datastore; other filesystems are not entered."""
+    device = backing.stat().st_dev
+    waiting = [""]
+    while waiting:
+        directory = waiting.pop()
+        with os.scandir(backing / directory) as entries:
+            for entry in entries:
+                path = f"{directory}/{entry.name}" if directory else entry.name
+                st = entry.stat(follow_symlinks=False)
+                if path == PRIVATE_DIR or st.st_dev != device:
+                    continue
+                if stat.S_ISDIR(st.st_mode):
+                    waiting.append(path)
+                elif stat.S_ISREG(st.st_mode):
+                    yield path, st

@@ -1,0 +1,64 @@
+"""The end of a placeholder that nothing needs any more: its pin goes, then its maps.
+
+The pin goes first and the map last, because the map is what remembers that this is still to be done: with a store
+that is down it stays, and is tried again.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import trio
+
+from vmfs_stub.core.errors import VmfsStubError
+from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
+from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.primary.placeholder import PrivateState, discard_maps
+from vmfs_stub.services.threads import Threads
+from vmfs_stub.store.store import Store
+
+log = logging.getLogger(__name__)
+
+RETRY_INTERVAL_S = 30.0
+"""How often the store is asked again to remove pins that it did not remove before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A placeholder that has ended, and the restore point it pinned."""
+
+    placeholder_id: PlaceholderId
+    vm_id: VmId
+    point_id: PointId
+
+
+class Retirement:
+    """Removes pins and maps; what fails is tried again until it works or the daemon ends (then at its next start)."""
+
+    def __init__(self, *, files: FileCalls, threads: Threads, store: Store, private: PrivateState) -> None:
+        self._files = files
+        self._threads = threads
+        self._store = store
+        self._private = private
+        self._waiting: list[Ended] = []
+
+    async def retire(self, ended: Ended) -> None:
+        """Remove pin and maps, or remember to; the end of the file or of its record is durable already."""
+        try:
+            await self._retire(ended)
+        except (VmfsStubError, OSError) as exc:
+            log.warning("the pin of placeholder %s stays for now: %s", ended.placeholder_id, exc)
+            self._waiting.append(ended)
+
+    async def _retire(self, ended: Ended) -> None:
+        await self._threads.store(self._store.remove_pin, ended.vm_id, ended.point_id, ended.placeholder_id)
+        await self._threads.files(discard_maps, self._files, self._private, ended.placeholder_id)
+
+    async def run(self) -> None:
+        """Try again what failed, for ever."""
+        while True:
+            await trio.sleep(RETRY_INTERVAL_S)
+            waiting, self._waiting = self._waiting, []
+            for ended in waiting:
+                await self.retire(ended)
