@@ -146,7 +146,7 @@ async def open_fake_daemon(socket_path: Path) -> AsyncIterator[FakeTarget]:
             yield target
 
 
-async def serve(socket_path: Path, *, healthy: bool, busy: bool, broken: bool) -> None:
+async def serve(socket_path: Path, *, healthy: bool = True, busy: bool = False, broken: bool = False) -> None:
     """Run until a shutdown or SIGTERM; prints a line when it answers."""
     with trio.open_signal_receiver(signal.SIGTERM) as signals:
         async with open_fake_daemon(socket_path) as target, trio.open_nursery() as nursery:

@@ -1,0 +1,482 @@
+"""The command line: output, exit codes, and what `mount --background` and `init` promise."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from vmfs_stub.cli import host_checks, mounts
+from vmfs_stub.cli import main as cli
+from vmfs_stub.cli.exit_codes import ExitCode
+from vmfs_stub.cli.inode_flags import is_immutable, set_immutable
+from vmfs_stub.cli.output import bytes_text
+from vmfs_stub.config import load_config
+from vmfs_stub.control.client import ControlClient
+from vmfs_stub.core.errors import DaemonUnreachable
+
+HERE = Path(__file__).parent
+LS_FIELDS = ["vm", "disk", "path", "state", "size_bytes", "resident_bytes", "restore_points", "last_access"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs a command in this process, as the installed program would."""
+
+    def call(*arguments: str | Path) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["vmfs-stub", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return Outcome(int(ended.value.code or 0), captured.out, captured.err)
+
+    monkeypatch.setenv("VMFS_STUB_CONFIG", str(tmp_path / "config.toml"))
+    return call
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A configuration whose directories are all in tmp_path; nothing but the store directory's parent exists."""
+    path = tmp_path / "config.toml"
+    path.write_text(
+        f'[datastore]\nname = "t"\nbacking = "{tmp_path}/backing"\nmountpoint = "{tmp_path}/vms"\n'
+        f'runtime_dir = "{tmp_path}/run"\n[store]\nurl = "file://{tmp_path}/store"\n'
+        "[control]\nrequest_timeout_s = 20\nstart_timeout_s = 20\n"
+    )
+    return path
+
+
+StartDaemon = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start_daemon(config: Path, tmp_path: Path) -> Iterator[StartDaemon]:
+    """Starts fake daemons in processes of their own; all are ended."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*flags: str) -> subprocess.Popen[str]:
+        (tmp_path / "run").mkdir(exist_ok=True, mode=0o700)
+        command = [sys.executable, str(HERE / "control_fakes.py"), str(tmp_path / "run/control.sock"), *flags]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield start
+    for process in started:
+        process.terminate()
+        process.wait(10)
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+COMMANDS = (
+    *("init", "mount", "unmount", "ls", "backup", "archive", "recall", "restore", "points", "verify"),
+    *("hold", "unhold", "status", "doctor"),
+)
+HEAVY = ("pydantic", "starlette", "hypercorn", "trio", "prometheus_client", "obstore", "blake3", "rich.progress")
+
+
+def test_help_names_all_commands_and_imports_little() -> None:
+    result = CliRunner().invoke(cli.app, ["--help"])
+    assert result.exit_code == 0
+    for command in COMMANDS:
+        assert f"\n  {command} " in result.output
+    check = f"import sys, vmfs_stub.cli.main; print([name for name in {HEAVY} if name in sys.modules])"
+    imported = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert imported.stdout == "[]\n"
+
+
+def test_usage_errors_are_2(run: Run) -> None:
+    assert run("no-such-command").code == ExitCode.USAGE
+    assert run("recall").code == ExitCode.USAGE
+    missing = run("--config", "/nonexistent/x.toml", "ls")
+    assert (missing.code, missing.out) == (ExitCode.USAGE, "")
+    assert "/nonexistent/x.toml: no such file" in missing.err
+
+
+def test_no_daemon_is_7(run: Run, config: Path) -> None:
+    for command in (["ls"], ["status"], ["hold"], ["backup"], ["recall", "db"], ["unmount"]):
+        result = run(*command)
+        assert result.code == ExitCode.UNREACHABLE, result
+        assert "no daemon answers" in result.err
+
+
+def test_ls(run: Run, start_daemon: StartDaemon) -> None:
+    start_daemon()
+    rows = json.loads(run("ls", "--json").out)
+    assert [list(row) for row in rows] == [LS_FIELDS, LS_FIELDS]
+    assert (rows[0]["state"], rows[0]["last_access"]) == ("placeholder", None)
+    assert [row["vm"] for row in json.loads(run("ls", "web", "--json").out)] == ["web"]
+    lines = run("ls").out.splitlines()
+    assert lines[1] == "db\tdisk.raw\tplaceholder\t1.0 GiB\t4.0 KiB\t2\t-"
+    unknown = run("ls", "nope")
+    assert (unknown.code, unknown.out) == (ExitCode.NOT_FOUND, "")
+    assert "no VM is called 'nope'" in unknown.err
+    assert run("ls", os.fsdecode(b"bad\xff")).code == ExitCode.NOT_FOUND
+
+
+def test_jobs_are_followed_to_their_outcome(run: Run, start_daemon: StartDaemon) -> None:
+    start_daemon()
+    done = run("backup", "db", "web", "--no-archive")
+    assert (done.code, done.out) == (0, "db: done (2 bytes)\nweb: done (2 bytes)\n")
+    partly = run("backup", "db", "big")
+    assert (partly.code, partly.out) == (ExitCode.STORE, "db: done (2 bytes)\n")
+    assert "big: failed: no room" in partly.err
+    damaged = run("archive", "damaged")
+    assert damaged.code == ExitCode.INTEGRITY
+    assert "does not decode" in damaged.err
+    bug = run("archive", "bug")
+    assert bug.code == ExitCode.FAILED
+    assert "ValueError" in bug.err
+    started = run("recall", "db", "--no-wait")
+    assert started.code == 0
+    assert len(started.out.strip()) == 32
+    assert run("recall", "db").out == "db: done (2 bytes)\n"
+
+
+def test_status_and_hold(run: Run, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon()
+    status = json.loads(run("status", "--json").out)
+    assert status["daemon"]["pid"] == daemon.pid
+    assert set(status) == {"healthy", "daemon", "mount", "store", "jobs", "recalls", "findings"}
+    assert run("hold").code == 0
+    assert "recalls are held" in run("status").out
+    assert run("unhold").code == 0
+    assert "recalls are held" not in run("status").out
+
+
+def test_unhealthy_is_8(run: Run, start_daemon: StartDaemon) -> None:
+    start_daemon("--unhealthy")
+    result = run("status")
+    assert result.code == ExitCode.UNHEALTHY
+    assert "problem: store: gone - bring it back" in result.out
+    assert json.loads(run("status", "--json").out)["healthy"] is False
+
+
+def test_unmount_waits_for_the_end(run: Run, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon()
+    reaper = threading.Thread(target=daemon.wait)  # in real life the daemon is not our child
+    reaper.start()
+    result = run("unmount")
+    reaper.join(10)
+    assert (result.code, daemon.returncode) == (0, 0)
+    assert "is unmounted" in result.out
+
+
+def test_unmount_is_refused_while_disks_are_open(run: Run, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon("--busy")
+    refused = run("unmount")
+    assert refused.code == ExitCode.REFUSED
+    assert "open in process 7" in refused.err
+    assert daemon.poll() is None
+    assert run("unmount", "--force").code == 0
+
+
+def test_a_mount_left_by_a_dead_daemon(run: Run, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    detached: list[Path] = []
+    monkeypatch.setattr(mounts, "is_mounted", lambda path: True)
+    monkeypatch.setattr(mounts, "detach", detached.append)
+    result = run("unmount")
+    assert result.code == ExitCode.UNREACHABLE
+    assert "--force" in result.err
+    assert detached == []
+    assert run("unmount", "--force").code == 0
+    assert detached == [config.parent / "vms"]
+
+
+def test_as_a_real_process(config: Path, start_daemon: StartDaemon) -> None:
+    start_daemon("--broken")
+    command = [sys.executable, "-m", "vmfs_stub.cli.main", "--config", str(config)]
+    ls = subprocess.run([*command, "ls"], capture_output=True, text=True, check=False)
+    assert (ls.returncode, ls.stdout) == (ExitCode.FAILED, "")
+    assert "ValueError: a bug" in ls.stderr
+    assert "Traceback" not in ls.stderr
+    status = subprocess.run([*command, "status"], capture_output=True, text=True, check=False)
+    assert status.returncode == 0
+
+
+def test_a_closed_pipe_is_no_traceback(config: Path, start_daemon: StartDaemon) -> None:
+    start_daemon()
+    command = f"{sys.executable} -u -m vmfs_stub.cli.main --config {config} ls --json | true"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert result.stderr == ""
+
+
+# mount --background, with a daemon that is put in the place of the real one
+
+FAKE_DAEMON = """\
+import sys, types
+module = types.ModuleType("vmfs_stub.daemon")
+def run(config):
+    {body}
+module.run = run
+sys.modules["vmfs_stub.daemon"] = module
+"""
+SERVES = "import trio, control_fakes; trio.run(lambda: control_fakes.serve(config.socket_path))"
+
+
+@pytest.fixture
+def fake_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    def put(body: str) -> None:
+        directory = tmp_path / "site"
+        directory.mkdir(exist_ok=True)
+        (directory / "sitecustomize.py").write_text(FAKE_DAEMON.format(body=body))
+        monkeypatch.setenv("PYTHONPATH", f"{directory}:{HERE}")
+
+    monkeypatch.setattr(mounts, "is_mounted", lambda path: True)
+    return put
+
+
+def test_background_returns_when_the_mount_answers(run: Run, config: Path, fake_daemon: Callable[[str], None]) -> None:
+    fake_daemon(SERVES)
+    result = run("mount", "--background")
+    assert result.code == 0, result
+    client = ControlClient(load_config(config).socket_path)
+    pid = client.status().daemon.pid
+    assert f"pid {pid}" in result.out
+    assert stat.S_IMODE((config.parent / "run").stat().st_mode) == 0o700
+    again = run("mount", "--background")
+    assert again.code == ExitCode.REFUSED
+    assert "answers on" in again.err
+    client.shutdown(force=True)
+    os.waitpid(pid, 0)
+    with pytest.raises(DaemonUnreachable):
+        client.status()
+
+
+def test_background_passes_the_daemons_error_on(run: Run, config: Path, fake_daemon: Callable[[str], None]) -> None:
+    (config.parent / "run").mkdir()
+    (config.parent / "run/daemon.log").write_text("an old line\n")
+    fake_daemon("from vmfs_stub.core.errors import DatastoreLocked; raise DatastoreLocked('pid 7 has it')")
+    result = run("mount", "--background")
+    assert result.code == ExitCode.REFUSED
+    assert "pid 7 has it" in result.err
+    assert "an old line" not in result.err
+    fake_daemon("raise ExceptionGroup('g', [ValueError('a bug')])")
+    crashed = run("mount", "--background")
+    assert crashed.code == ExitCode.FAILED
+    assert "a bug" in crashed.err
+
+
+def test_background_gives_up_on_a_silent_daemon(run: Run, config: Path, fake_daemon: Callable[[str], None]) -> None:
+    config.write_text(config.read_text().replace("start_timeout_s = 20", "start_timeout_s = 0.5"))
+    fake_daemon(f"import os, time; open('{config.parent}/pid', 'w').write(str(os.getpid())); time.sleep(60)")
+    result = run("mount", "--background")
+    assert result.code == ExitCode.UNREACHABLE
+    assert "start_timeout_s" in result.err
+    with suppress(FileNotFoundError):  # it may have been stopped before it wrote its pid
+        assert not Path(f"/proc/{(config.parent / 'pid').read_text()}").exists()
+
+
+# init
+
+
+@pytest.fixture
+def mountpoint(tmp_path: Path) -> Iterator[Path]:
+    """A mountpoint that `init` may make immutable; the flag would stop the clean-up."""
+    path = tmp_path / "vms"
+    yield path
+    if path.is_dir():
+        with suppress(OSError):
+            set_immutable(path, immutable=False)
+
+
+def init_arguments(tmp_path: Path, mountpoint: Path, **changes: str | Path) -> list[str | Path]:
+    options: dict[str, str | Path] = {
+        "backing": tmp_path / "backing",
+        "mountpoint": mountpoint,
+        "store": f"file://{tmp_path}/store",
+        "runtime-dir": tmp_path / "run",
+    }
+    return ["init", *(part for name, value in (options | changes).items() for part in (f"--{name}", value))]
+
+
+def test_init_makes_a_datastore(run: Run, tmp_path: Path, mountpoint: Path) -> None:
+    path = tmp_path / "etc/config.toml"
+    result = run("--config", path, *init_arguments(tmp_path, mountpoint))
+    assert result.code == 0, result
+    config = load_config(path)
+    assert (config.datastore.name, config.datastore.backing) == ("vms", tmp_path / "backing")
+    assert config.store.url == f"file://{tmp_path}/store"
+    assert config.datastore.runtime_dir == tmp_path / "run"
+    assert stat.S_IMODE((tmp_path / "backing").stat().st_mode) == 0o700
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert (tmp_path / "store/vmfs-store.json").exists()
+    assert list((tmp_path / "backing").iterdir()) == []
+    assert list(mountpoint.iterdir()) == []
+    if is_immutable(mountpoint):
+        with pytest.raises(PermissionError):
+            (mountpoint / "x").touch()
+    else:
+        assert "cannot be made immutable" in result.err
+    before = path.read_bytes()
+    again = run("--config", path, *init_arguments(tmp_path, mountpoint))
+    assert again.code == ExitCode.REFUSED
+    assert path.read_bytes() == before
+    joined = run("--config", tmp_path / "second.toml", *init_arguments(tmp_path, mountpoint))
+    assert joined.code == 0
+    assert "joined the store" in joined.out
+
+
+def test_the_template_shows_the_defaults(run: Run, tmp_path: Path, mountpoint: Path) -> None:
+    """Every key of the configuration is in the template, and what is commented out is the default."""
+    path = tmp_path / "config.toml"
+    assert run(*init_arguments(tmp_path, mountpoint)).code == 0
+    plain = load_config(path)
+    text = path.read_text()
+    lines = [
+        line.removeprefix("# ") if line.startswith("# ") and line.split()[2:3] == ["="] else line
+        for line in text.splitlines()
+        if "socket =" not in line
+    ]
+    path.write_text("\n".join(lines))
+    assert load_config(path) == plain
+    for section in type(plain).model_fields:
+        for key in type(getattr(plain, section)).model_fields:
+            assert f"{key} = " in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backing": "vms"}, "must not be the same directory"),
+        ({"backing": "vms/inside"}, "must not lie in mountpoint"),
+        ({"store": "file://{tmp}/backing/store"}, "store .* must not lie in backing"),
+        ({"backing": "link/backing", "store": "file://{tmp}/real"}, "backing .* must not lie in store"),
+        ({"store": "ftp://x/y"}, "not a store URL"),
+        ({"name": "a/b"}, r"datastore\.name"),
+    ],
+)
+def test_init_refuses_before_it_makes_anything(
+    run: Run, tmp_path: Path, mountpoint: Path, changes: dict[str, str], message: str
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    before = sorted(tmp_path.rglob("*"))
+    resolved = {
+        name: tmp_path / value if name == "backing" else value.format(tmp=tmp_path) for name, value in changes.items()
+    }
+    result = run(*init_arguments(tmp_path, mountpoint, **resolved))
+    assert result.code == ExitCode.USAGE, result
+    assert re.search(message, result.err), result.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_init_refuses_a_mountpoint_in_use(run: Run, tmp_path: Path, mountpoint: Path) -> None:
+    mountpoint.mkdir()
+    (mountpoint / "precious.raw").touch()
+    result = run(*init_arguments(tmp_path, mountpoint))
+    assert result.code == ExitCode.REFUSED
+    assert "not empty" in result.err
+    assert not (tmp_path / "config.toml").exists()
+    mounted = run(*init_arguments(tmp_path, Path("/proc")))
+    assert mounted.code == ExitCode.REFUSED
+    assert "mounted on /proc already" in mounted.err
+
+
+def test_init_refuses_a_filesystem_without_attributes(run: Run, tmp_path: Path, mountpoint: Path) -> None:
+    result = run(*init_arguments(tmp_path, mountpoint, backing="/proc/1"))
+    assert result.code in (ExitCode.REFUSED, ExitCode.PRIMARY)
+    assert "/proc/1" in result.err
+
+
+# doctor
+
+
+def findings_of(run: Run, *, code: int | None = None) -> dict[str, list[dict[str, str]]]:
+    result = run("doctor", "--json")
+    assert code is None or result.code == code, result
+    found: dict[str, list[dict[str, str]]] = {}
+    for finding in json.loads(result.out):
+        found.setdefault(finding["subject"], []).append(finding)
+    return found
+
+
+def severities(findings: list[dict[str, str]]) -> set[str]:
+    return {finding["severity"] for finding in findings}
+
+
+def test_doctor_finds_what_is_planted(run: Run, config: Path, tmp_path: Path, start_daemon: StartDaemon) -> None:
+    nothing_made = findings_of(run, code=ExitCode.UNHEALTHY)
+    for subject in ("backing", "mountpoint", "store"):
+        assert "problem" in severities(nothing_made[subject])
+    config.unlink()
+    (tmp_path / "vms").mkdir()
+    assert run(*init_arguments(tmp_path, tmp_path / "vms")).code == 0
+    set_immutable(tmp_path / "vms", immutable=False)
+    start_daemon()
+    sound = findings_of(run)
+    for subject in ("backing", "store", "control", "privileges", "kernel", "fuse"):
+        assert "problem" not in severities(sound[subject]), sound[subject]
+    (tmp_path / "backing").chmod(0o755)
+    (tmp_path / "vms/stray").touch()
+    (tmp_path / "run/control.sock").chmod(0o666)
+    (tmp_path / "run").chmod(0o755)
+    planted = findings_of(run, code=ExitCode.UNHEALTHY)
+    for subject in ("backing", "mountpoint", "control", "runtime_dir"):
+        problems = [finding for finding in planted[subject] if finding["severity"] == "problem"]
+        assert problems, subject
+        assert all(finding["remedy"] for finding in problems)
+
+
+def test_doctor_checks_that_cannot_be_planted_on_this_host(config: Path, tmp_path: Path) -> None:
+    loaded = load_config(config)
+    limit = tmp_path / "max_request_timeout"
+    for seconds, severity in (("25", ["problem"]), ("10", ["problem"]), ("0", []), ("60", [])):
+        limit.write_text(seconds)
+        assert [found.severity for found in host_checks.request_timeout(loaded, limit)] == severity
+    assert [found.severity for found in host_checks.fuse_device(loaded, tmp_path / "none")] == ["problem"]
+    (tmp_path / "protected_symlinks").write_text("0\n")
+    (tmp_path / "protected_hardlinks").write_text("1\n")
+    assert [found.severity for found in host_checks.protected_files(loaded, tmp_path)] == ["note"]
+
+
+def test_a_check_that_fails_is_a_finding(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> Iterator[host_checks.HostFinding]:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(host_checks, "CHECKS", (broken,))
+    (found,) = host_checks.examine(load_config(config))
+    assert (found.severity, found.subject) == ("problem", "broken")
+
+
+def test_mounts_are_read_without_touching_them() -> None:
+    assert not mounts.is_mounted(Path("/proc"))  # mounted, but not by us
+    assert mounts.mount_of(Path("/proc/1")).kind == "proc"
+    assert not mounts.is_mounted(Path("/nowhere"))
+
+
+def test_sizes_for_people() -> None:
+    assert [bytes_text(size) for size in (0, 1023, 1024, 1536, 1 << 30, 5 << 50)] == [
+        "0 B",
+        "1023 B",
+        "1.0 KiB",
+        "1.5 KiB",
+        "1.0 GiB",
+        "5.0 PiB",
+    ]

@@ -1,0 +1,166 @@
+"""Commands that work on the store alone: `points`, `restore`, `verify`; no daemon, and no configuration either."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from vmfs_stub.cli import main as cli
+from vmfs_stub.cli.exit_codes import ExitCode
+from vmfs_stub.cli.stored_vms import find_point, find_stored, find_stored_vm, named_points, split_name
+from vmfs_stub.core.errors import AmbiguousName, PointNotFound, VmNotFound
+from vmfs_stub.core.ids import PointId, VmId
+from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.manifest import FileKind, StoredFile
+from vmfs_stub.store.objects_url import open_objects
+from vmfs_stub.store.store import PointSummary, Store, StoredVm
+
+CONTENT = bytes(range(256)) * 1024 + bytes(1 << 20) + b"end"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: str | Path) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["vmfs-stub", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return Outcome(int(ended.value.code or 0), captured.out, captured.err)
+
+    monkeypatch.setenv("VMFS_STUB_CONFIG", "/nonexistent/config.toml")
+    return call
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """A store with the VM "db" (two points) and the VM "web" (one)."""
+    where = f"file://{tmp_path}/store"
+    store = Store.create(open_objects(where))
+    add_point(store, "a" * 32, "db", "1111" + "0" * 28)
+    add_point(store, "a" * 32, "db", "2222" + "0" * 28)
+    add_point(store, "b" * 32, "web", "3333" + "0" * 28)
+    return where
+
+
+def add_point(store: Store, vm_id: str, name: str, point_id: str) -> None:
+    index = ChunkIndex(None, store.id)
+    writer = store.begin_backup(index=index)
+    appended = writer.append(writer.encode(CONTENT))
+    for pack in (*appended.sealed, writer.finish()):
+        if pack is not None:
+            writer.put_pack(pack)
+    disk = StoredFile(
+        path="disk.raw",
+        kind=FileKind.FILE,
+        size=len(CONTENT),
+        mode=0o640,
+        uid=0,
+        gid=0,
+        mtime_ns=10**18,
+        atime_ns=10**18,
+        segments=writer.add_file(appended.entries),
+    )
+    writer.commit(vm_id=VmId(vm_id), point_id=PointId(point_id), vm_name=name, host="host", files=[disk], metadata={})
+    index.close()
+
+
+def test_points(run: Run, url: str) -> None:
+    rows = json.loads(run("points", "--store", url, "--json").out)
+    assert [(row["vm"], row["point"][:4]) for row in rows] == [("db", "1111"), ("db", "2222"), ("web", "3333")]
+    assert rows[0]["size_bytes"] == len(CONTENT)
+    one = run("points", "web", "--store", url)
+    assert one.code == 0
+    assert [line.split("\t")[0] for line in one.out.splitlines()] == ["VM", "web"]
+    assert run("points", "nope", "--store", url).code == ExitCode.NOT_FOUND
+
+
+def test_restore_needs_only_the_store(run: Run, url: str, tmp_path: Path) -> None:
+    result = run("restore", "db", "--to", tmp_path / "out", "--store", url)
+    assert result.code == 0, result
+    assert (tmp_path / "out/disk.raw").read_bytes() == CONTENT
+    assert f"db@2222{'0' * 28}: 1 files" in result.out
+    taken = run("restore", "db@1111", "--to", tmp_path / "out", "--store", url)
+    assert taken.code == ExitCode.REFUSED
+    assert run("restore", "db@1111", "--to", tmp_path / "older", "--store", url).code == 0
+    assert run("restore", "db@latest", "--to", tmp_path / "newest", "--store", url).code == 0
+    assert run("restore", "db@9999", "--to", tmp_path / "x", "--store", url).code == ExitCode.NOT_FOUND
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_store_that_is_not_there(run: Run, tmp_path: Path) -> None:
+    result = run("points", "--store", f"file://{tmp_path}/no-store")
+    assert result.code == ExitCode.STORE
+    assert "there is no vmfs-stub store at" in result.err
+
+
+def test_verify_finds_planted_damage(run: Run, url: str, tmp_path: Path) -> None:
+    sound = run("verify", "--store", url)
+    assert sound.code == 0, sound
+    assert "3 restore points, 3 files" in sound.out
+    assert "2 restore points" in run("verify", "db", "--store", url).out
+    assert "1 restore points" in run("verify", "db@2222", "--store", url).out
+    for pack in (tmp_path / "store/packs").rglob("*"):
+        if pack.is_file():
+            content = bytearray(pack.read_bytes())
+            content[100] ^= 1
+            pack.chmod(0o600)
+            pack.write_bytes(content)
+    damaged = run("verify", "web", "--store", url)
+    assert damaged.code == ExitCode.INTEGRITY
+    assert f"web@3333{'0' * 28} disk.raw chunk 0" in damaged.err
+    restored = run("restore", "web", "--to", tmp_path / "out", "--store", url)
+    assert restored.code == ExitCode.INTEGRITY
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def stored(vm_id: str, name: str, *points: str, damaged: str = "") -> StoredVm:
+    summaries = tuple(
+        PointSummary(VmId(vm_id), PointId(point), name, 1.0, "h", 1, 10, damaged="bad" if point == damaged else None)
+        for point in points
+    )
+    return StoredVm(VmId(vm_id), name, summaries)
+
+
+def test_names_of_points() -> None:
+    vms = [
+        stored("a" * 32, "db", "aaaa1", "aaaa2", "bbbb1", damaged="bbbb1"),
+        stored("b" * 32, "twin", "cccc1"),
+        stored("c" * 32, "twin", "dddd1"),
+        stored("d" * 32, "user@host", "eeee1"),
+    ]
+    assert split_name("db") == ("db", "latest")
+    assert split_name("a@b@c") == ("a@b", "c")
+    assert find_stored(vms, "db")[1].point_id == "aaaa2"  # the newest that can be read
+    assert find_stored(vms, "db@bbbb")[1].point_id == "bbbb1"
+    assert find_stored(vms, f"{'c' * 32}@dddd1")[1].point_id == "dddd1"
+    assert find_stored(vms, "user@host")[1].point_id == "eeee1"
+    assert find_stored(vms, "user@host@eeee1")[1].point_id == "eeee1"
+    assert named_points(vms, None).size_bytes == 60
+    assert named_points(vms, "user@host").only is None
+    with pytest.raises(AmbiguousName, match="b" * 32):
+        find_stored_vm(vms, "twin")
+    with pytest.raises(AmbiguousName, match="2 restore points"):
+        find_point(vms[0], "aaaa")
+    with pytest.raises(PointNotFound):
+        find_point(vms[0], "aaa")  # too short to be meant
+    with pytest.raises(VmNotFound):
+        find_stored(vms, "nope@aaaa1")
+    with pytest.raises(PointNotFound, match="can be read"):
+        find_stored([stored("a" * 32, "db", "x", damaged="x")], "db")
