@@ -66,7 +66,7 @@ async def obey(words: list[str], disks: PlainDisks, mount: Mount, files: SiteFau
                 await mount.unmount(force=bool(force))
             except VmfsStubError as exc:
                 return type(exc).__name__
-            return "unmounted"
+            await trio.sleep_forever()  # the end of serving is the answer
         case _:
             return "unknown command"
     return None

@@ -22,6 +22,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def name_of(fd: int) -> str:
+    return Path(f"/proc/self/fd/{fd}").readlink().name
+
+
 class PlainThreads:
     def __init__(self) -> None:
         self._limiter = trio.CapacityLimiter(16)
@@ -39,7 +43,7 @@ class PlainDisk:
 
     @property
     def name(self) -> str:
-        return Path(f"/proc/self/fd/{self.fd}").readlink().name
+        return name_of(self.fd)
 
     async def read(self, offset: int, size: int) -> bytes:
         await self._disks.obey(self.name)
@@ -123,7 +127,7 @@ class PlainDisks:
         syscalls.change_times(path_fd, atime_ns=atime_ns, mtime_ns=mtime_ns)
 
     async def removing(self, path_fd: int) -> None:
-        self.events.append(f"removing {Path(f'/proc/self/fd/{path_fd}').readlink().name}")
+        self.events.append(f"removing {name_of(path_fd)}")
 
     async def removed(self, path_fd: int) -> None:
         self.events.append(f"removed nlink={os.fstat(path_fd).st_nlink}")

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vmfs_stub.mount.attributes import Requester
 from vmfs_stub.services.disk import Caller
 
 
 def identify(*, pid: int, uid: int) -> Caller:
     """Look up the process ``pid`` (0: a kernel thread, or a process of another pid namespace)."""
     return Caller(pid=pid, uid=uid, executable=_executable(pid), cgroup=_cgroup(pid))
+
+
+def is_in_group(gid: int, requester: Requester) -> bool:
+    """Whether who asked is in a group; False when its process cannot be looked up any more."""
+    return gid == requester.gid or gid in groups_of(requester.pid)
 
 
 def groups_of(pid: int) -> frozenset[int]:

@@ -22,7 +22,7 @@ import trio
 
 from vmfs_stub.mount import entries, syscalls
 from vmfs_stub.mount.attributes import Attributes, Change, DirectoryEntry, Requester
-from vmfs_stub.mount.callers import identify
+from vmfs_stub.mount.callers import identify, is_in_group
 from vmfs_stub.mount.disks import Disks, DiskT, FileCalls, FileThreads, PathDisks, opener
 from vmfs_stub.mount.nodes import ROOT, DirectoryHandle, FileHandle, HandleTable, Node, NodeTable
 from vmfs_stub.mount.private import PRIVATE_NAME, check_component
@@ -180,8 +180,8 @@ class Filesystem:
         node = self.nodes[ino]
         if change.size is not None:
             await self._truncate(node, change.size, change.handle)
-            if requester.uid != 0:
-                await self._clear_setid(node)
+            if node.has_setid:
+                await self._clear_setid(node, requester)
         if change.uid is not None or change.gid is not None:
             uid, gid = (-1 if each is None else each for each in (change.uid, change.gid))
             await self._run("mount.chown", syscalls.change_owner, node.fd, uid=uid, gid=gid)
@@ -229,7 +229,7 @@ class Filesystem:
             raise OSError(errno.ENXIO, "not a regular file")
         caller = identify(pid=requester.pid, uid=requester.uid)
         opened = await self._open_disk(node.fd, flags & os.O_ACCMODE != os.O_RDONLY, caller)
-        return self.handles.add_file(FileHandle(node, opened, caller.uid))
+        return self.handles.add_file(FileHandle(node, opened, requester))
 
     async def create(self, parent: int, name: bytes, mode: int, flags: int, owner: Requester) -> tuple[int, Attributes]:
         """Make and open a regular file: handle and attributes, one lookup counted.
@@ -260,8 +260,8 @@ class Filesystem:
         """Write all of ``data``."""
         file = self.handles.files[handle]
         written = await file.opened.disk.write(offset, data)
-        if file.node.has_setid and file.uid != 0:
-            await self._clear_setid(file.node)
+        if file.node.has_setid:
+            await self._clear_setid(file.node, file.requester)
         return written
 
     async def fsync(self, handle: int, *, data_only: bool) -> None:
@@ -433,17 +433,19 @@ class Filesystem:
         else:
             await self._disks.truncate(node.fd, size)
 
-    async def _clear_setid(self, node: Node) -> None:
+    async def _clear_setid(self, node: Node, requester: Requester) -> None:
         """Take set-id bits from a file that somebody without privileges changed, as the kernel does elsewhere.
 
         The daemon writes as root, so the backing filesystem leaves them.
         """
-        mode = os.fstat(node.fd).st_mode
-        kept = mode & ~stat.S_ISUID
-        if mode & stat.S_IXGRP:
+        if requester.uid == 0:
+            return
+        st = os.fstat(node.fd)
+        kept = st.st_mode & ~stat.S_ISUID
+        if st.st_mode & stat.S_IXGRP or not is_in_group(st.st_gid, requester):
             kept &= ~stat.S_ISGID
         node.has_setid = kept & _SETID != 0
-        if kept != mode:
+        if kept != st.st_mode:
             await self._run("mount.chmod", os.chmod, node.proc_path, stat.S_IMODE(kept))
             self.attributes_changed(node.ino)
 

@@ -16,6 +16,7 @@ import stat
 from dataclasses import dataclass, field
 from typing import Final
 
+from vmfs_stub.mount.attributes import Requester
 from vmfs_stub.mount.disks import OpenedDisk
 
 ROOT: Final = 1
@@ -57,11 +58,11 @@ class Node:
 
 @dataclass(slots=True, eq=False)
 class FileHandle:
-    """One open of a regular file, by somebody with or without privileges (``uid``)."""
+    """One open of a regular file, by ``requester``."""
 
     node: Node
     opened: OpenedDisk
-    uid: int
+    requester: Requester
 
 
 @dataclass(slots=True, eq=False)

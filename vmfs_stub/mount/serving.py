@@ -38,7 +38,8 @@ class Mount:
     ``channel`` is what another process would need to take the mount over.
     """
 
-    def __init__(self, channel: session.KernelChannel, faults: Faults) -> None:
+    def __init__(self, channel: session.KernelChannel, filesystem: Filesystem, faults: Faults) -> None:
+        self._filesystem = filesystem
         self.channel = channel
         self.faults = faults
         self.ended = trio.Event()
@@ -57,7 +58,11 @@ class Mount:
         await self.ended.wait()
 
     def attributes_changed(self, ino: int) -> None:
-        """Tell the kernel that what it knows of an inode's attributes is out of date; does not sleep."""
+        """Say that attributes or xattrs of an inode changed behind the mount; does not sleep."""
+        node = self._filesystem.nodes.find(ino)
+        if node is None:
+            return
+        node.xattrs_changed()
         with _unknown_is_fine():
             pyfuse3.invalidate_inode(ino, attr_only=True)
 
@@ -127,7 +132,7 @@ class _Server:
         self._operations = FuseOperations(
             filesystem, negative_timeout_s=settings.attr_timeout_s, on_init=self._swap_descriptors
         )
-        self.mount = Mount(channel, self._operations.faults)
+        self.mount = Mount(channel, filesystem, self._operations.faults)
         filesystem.attributes_changed = self.mount.attributes_changed
 
     async def run(self, task_status: trio.TaskStatus[None]) -> None:

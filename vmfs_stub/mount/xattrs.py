@@ -15,7 +15,7 @@ from typing import Final, Protocol, TypeVar
 
 from vmfs_stub.mount import entries
 from vmfs_stub.mount.attributes import Requester
-from vmfs_stub.mount.callers import groups_of
+from vmfs_stub.mount.callers import is_in_group
 from vmfs_stub.mount.nodes import Node
 from vmfs_stub.mount.private import is_private_xattr
 
@@ -90,9 +90,7 @@ class Xattrs:
     async def _clear_setgid(self, node: Node, requester: Requester) -> None:
         """A new access ACL clears set-group-id for who is not in the group; the daemon's privileges hide that."""
         st = os.fstat(node.fd)
-        if requester.uid == 0 or not st.st_mode & stat.S_ISGID or requester.gid == st.st_gid:
-            return
-        if st.st_gid not in groups_of(requester.pid):
+        if requester.uid and st.st_mode & stat.S_ISGID and not is_in_group(st.st_gid, requester):
             await self._run("mount.chmod", os.chmod, node.proc_path, stat.S_IMODE(st.st_mode) & ~stat.S_ISGID)
 
 
