@@ -26,7 +26,7 @@ from vmfs_stub.core.errors import ObjectExists, ObjectMissing, StoreConflict, St
 from vmfs_stub.core.ids import ChunkId, PackId, PointId, SegmentId, VmId
 from vmfs_stub.store import frames
 from vmfs_stub.store.chunk_index import ChunkIndex
-from vmfs_stub.store.format import INDEX_OBJECT_ENTRIES, SEGMENT_CHUNKS
+from vmfs_stub.store.format import FRAME_HEADER, INDEX_OBJECT_ENTRIES, SEGMENT_CHUNKS
 from vmfs_stub.store.frames import EncodedChunk
 from vmfs_stub.store.index_objects import PackEntries, encode_index
 from vmfs_stub.store.keys import (
@@ -46,7 +46,8 @@ from vmfs_stub.store.packs import OpenPack, SealedPack
 from vmfs_stub.store.pins import Pin, encode_pin
 from vmfs_stub.store.segments import SealedSegment, seal_segment
 
-BUFFERS_KEPT: Final = 2
+BUFFERS_KEPT: Final = 4
+"""Buffers of packs, and of batches, kept for the next one: fresh memory costs more than the copy into it."""
 READ_BACK_BYTES: Final = 4 * 1024 * 1024
 """Bytes per read of ``read_back``: large enough for a disk, small enough to hold decoded."""
 READ_BACK_GAP: Final = 256 * 1024
@@ -55,9 +56,13 @@ READ_BACK_GAP: Final = 256 * 1024
 
 @dataclass(frozen=True, slots=True)
 class EncodedBatch:
-    """Consecutive chunks of a file: None is zeros, a FrameRef is stored already, an EncodedChunk is new."""
+    """Consecutive chunks of a file: None is zeros, a FrameRef is stored already, an EncodedChunk is new.
+
+    ``buffer`` is the memory of the new frames; ``append`` takes it back, so a batch is appended once.
+    """
 
     chunks: tuple[EncodedChunk | FrameRef | None, ...]
+    buffer: bytearray
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +138,7 @@ class BackupWriter:
         self._lock = threading.Lock()
         self._pack: OpenPack | None = None
         self._spare: list[bytearray] = []
+        self._spare_batches: list[bytearray] = []
         self._unput: dict[PackId, SealedPack] = {}
         self._unindexed: dict[ChunkId, FrameRef] = {}
         """Chunks of this job that the index does not know yet; bounded by the packs that are not put."""
@@ -155,13 +161,15 @@ class BackupWriter:
     def encode(self, data: Buffer) -> EncodedBatch:
         """Encode several whole chunks (the last of a file may be short); thread-safe, no store call.
 
-        ``data`` must start at a chunk boundary and, if it is a bytearray, must not change until ``append``.
-        bytes and bytearray are not copied; a memoryview is.  Raises: PrimaryIOError (chunk index).
+        ``data`` must start at a chunk boundary and may be used for something else when this returns.  bytes and
+        bytearray are read in place; a memoryview is copied first.  Raises: PrimaryIOError (chunk index).
         """
         raw = bytes(data) if isinstance(data, memoryview) else data
         ids = frames.identities(raw, self.chunk_size)
         known = self._known([chunk_id for chunk_id in ids if chunk_id is not None])
         view = memoryview(raw)
+        buffer = self._batch_buffer(len(raw) + len(ids) * FRAME_HEADER.size)
+        room = memoryview(buffer)
         chunks: list[EncodedChunk | FrameRef | None] = []
         for number, chunk_id in enumerate(ids):
             if chunk_id is None:
@@ -174,8 +182,10 @@ class BackupWriter:
             if ref is not None and frames.describes(ref, chunk):
                 chunks.append(ref)
             else:
-                chunks.append(frames.encode(chunk, chunk_id))
-        return EncodedBatch(tuple(chunks))
+                encoded = frames.encode(chunk, chunk_id, into=room)
+                chunks.append(encoded)
+                room = room[len(encoded.frame) :]
+        return EncodedBatch(tuple(chunks), buffer)
 
     def append(self, batch: EncodedBatch) -> Appended:
         """Lay the batch's new frames into packs; one call at a time, in file order."""
@@ -194,6 +204,8 @@ class BackupWriter:
                     entries.append(chunk)
                 else:
                     entries.append(self._place(chunk, sealed))
+            if len(self._spare_batches) < BUFFERS_KEPT:
+                self._spare_batches.append(batch.buffer)
         return Appended(entries, sealed)
 
     def finish(self) -> SealedPack | None:
@@ -310,6 +322,7 @@ class BackupWriter:
             self._unput.clear()
             self._unindexed.clear()
             self._spare.clear()
+            self._spare_batches.clear()
 
     def _known(self, ids: list[ChunkId]) -> dict[ChunkId, FrameRef]:
         # The job's own chunks last: put_pack enters them into the index before it forgets them here.
@@ -317,12 +330,18 @@ class BackupWriter:
             own = {chunk_id: ref for chunk_id in ids if (ref := self._unindexed.get(chunk_id)) is not None}
         return self._index.lookup([chunk_id for chunk_id in ids if chunk_id not in own]) | own
 
+    def _batch_buffer(self, size: int) -> bytearray:
+        with self._lock:
+            if self._spare_batches and len(self._spare_batches[-1]) >= size:
+                return self._spare_batches.pop()
+        return bytearray(size)
+
     def _place(self, chunk: EncodedChunk, sealed: list[SealedPack]) -> FrameRef:
         known = self._unindexed.get(chunk.chunk_id)
         if known is not None:
             self._counts[2] += 1
             return known
-        if self._pack is not None and not self._pack.has_room(chunk.length):
+        if self._pack is not None and not self._pack.has_room(len(chunk.frame)):
             full = self._seal()
             assert full is not None
             sealed.append(full)
@@ -336,7 +355,7 @@ class BackupWriter:
         counts = self._counts
         counts[3] += 1
         counts[4] += chunk.raw_length
-        counts[5] += chunk.length
+        counts[5] += len(chunk.frame)
         return ref
 
     def _seal(self) -> SealedPack | None:

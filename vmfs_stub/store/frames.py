@@ -30,18 +30,12 @@ _decompress = lz4.block.decompress
 
 @dataclass(frozen=True, slots=True)
 class EncodedChunk:
-    """A chunk ready to be laid into a pack: its identity, checksum and frame (header, then payload)."""
+    """A chunk ready to be laid into a pack: its identity, checksum and whole frame."""
 
     chunk_id: ChunkId
     checksum: bytes
     raw_length: int
-    header: bytes
-    payload: Buffer
-
-    @property
-    def length(self) -> int:
-        """Bytes of the frame."""
-        return _HEADER_SIZE + len(self.payload)
+    frame: memoryview
 
 
 def identities(data: bytes | bytearray, chunk_size: int) -> list[ChunkId | None]:
@@ -62,11 +56,11 @@ def identities(data: bytes | bytearray, chunk_size: int) -> list[ChunkId | None]
     return found
 
 
-def encode(raw: memoryview, chunk_id: ChunkId) -> EncodedChunk:
-    """Make the frame of one chunk.
+def encode(raw: memoryview, chunk_id: ChunkId, *, into: memoryview) -> EncodedChunk:
+    """Write the frame of one chunk to the start of ``into``, which has room for the header and the raw bytes.
 
-    The payload of a chunk that does not shrink is ``raw`` itself, not a copy: it must not change before the frame
-    is laid into a pack.
+    The copy keeps a pipeline of batches from holding one small allocation per chunk, and lets the caller use its own
+    buffer again at once.
     """
     checksum = xxh3_128_digest(raw)
     size = len(raw)
@@ -75,8 +69,10 @@ def encode(raw: memoryview, chunk_id: ChunkId) -> EncodedChunk:
     # Less than 1/16 saved is not worth a decompression at each recall.
     if len(payload) > size - size // 16:
         payload, flags = raw, 0
-    header = FRAME_HEADER.pack(FRAME_MAGIC, flags, size, len(payload), checksum)
-    return EncodedChunk(chunk_id, checksum, size, header, payload)
+    end = _HEADER_SIZE + len(payload)
+    FRAME_HEADER.pack_into(into, 0, FRAME_MAGIC, flags, size, len(payload), checksum)
+    into[_HEADER_SIZE:end] = payload
+    return EncodedChunk(chunk_id, checksum, size, into[:end])
 
 
 def decode(frame: memoryview, ref: FrameRef) -> bytes:

@@ -147,6 +147,9 @@ class LocalObjects:
             fd = os.open(key, _READ, dir_fd=self._root_fd)
             try:
                 status = os.fstat(fd)
+                if stat.S_ISDIR(status.st_mode):
+                    msg = f"{key}: is not in the store (a folder has that name)"
+                    raise ObjectMissing(msg)
                 if not stat.S_ISREG(status.st_mode):
                     msg = f"{key}: is not a regular file in {self.root}"
                     raise StoreDenied(msg)

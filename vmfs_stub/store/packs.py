@@ -60,10 +60,8 @@ class OpenPack:
     def add(self, chunk: EncodedChunk) -> FrameRef:
         """Copy a frame in; the caller has asked ``has_room``."""
         start = self._end
-        payload_at = start + FRAME_HEADER.size
-        end = payload_at + len(chunk.payload)
-        self._view[start:payload_at] = chunk.header
-        self._view[payload_at:end] = chunk.payload
+        end = start + len(chunk.frame)
+        self._view[start:end] = chunk.frame
         self._end = end
         ref = FrameRef(chunk.chunk_id, self.pack_id, start, end - start, chunk.raw_length, chunk.checksum)
         self._refs.append(ref)

@@ -1,0 +1,66 @@
+"""A small object store in a dict, with failures and latency on demand; held to the same contract as the real ones."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+from vmfs_stub.core.errors import ObjectExists, ObjectMissing
+from vmfs_stub.store.keys import check_key, check_prefix
+from vmfs_stub.store.objects import OBJECT_SIZE_MAX, Buffer, ObjectInfo, oversized, truncated
+
+
+class FakeObjects:
+    """``before`` is called with (call, key) ahead of every call and may raise; ``contents`` may be tampered with."""
+
+    def __init__(self, before: Callable[[str, str], None] = lambda call, key: None) -> None:
+        self.contents: dict[str, bytes] = {}
+        self.before = before
+        self.calls: list[tuple[str, str]] = []
+        self._lock = threading.Lock()
+
+    def get(self, key: str, *, size_max: int = OBJECT_SIZE_MAX) -> bytes:
+        data = self._found("get", key)
+        if len(data) > size_max:
+            raise oversized(key, size=len(data), size_max=size_max)
+        return data
+
+    def get_range(self, key: str, *, offset: int, length: int) -> bytes:
+        data = self._found("get_range", key)
+        if offset < 0 or length < 0 or offset + length > len(data):
+            raise truncated(key, offset=offset, length=length)
+        return data[offset : offset + length]
+
+    def put(self, key: str, data: Buffer, *, if_absent: bool = True) -> None:
+        self._called("put", key)
+        with self._lock:
+            if if_absent and key in self.contents:
+                raise ObjectExists(key)
+            self.contents[key] = bytes(data)
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        check_prefix(prefix)
+        self.before("list", prefix)
+        with self._lock:
+            found = [ObjectInfo(key, len(data)) for key, data in self.contents.items() if key.startswith(prefix)]
+        return iter(found)
+
+    def delete(self, key: str) -> None:
+        self._called("delete", key)
+        with self._lock:
+            self.contents.pop(key, None)
+
+    def size(self, key: str) -> int:
+        return len(self._found("size", key))
+
+    def _called(self, call: str, key: str) -> None:
+        check_key(key)
+        self.calls.append((call, key))
+        self.before(call, key)
+
+    def _found(self, call: str, key: str) -> bytes:
+        self._called(call, key)
+        with self._lock:
+            if key not in self.contents:
+                raise ObjectMissing(key)
+            return self.contents[key]
