@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -469,6 +470,42 @@ def test_mounts_are_read_without_touching_them() -> None:
     assert not mounts.is_mounted(Path("/proc"))  # mounted, but not by us
     assert mounts.mount_of(Path("/proc/1")).kind == "proc"
     assert not mounts.is_mounted(Path("/nowhere"))
+
+
+@pytest.fixture
+def dead_mount(config: Path) -> Iterator[Path]:
+    """A FUSE mount whose daemon is gone."""
+    path = load_config(config).datastore.mountpoint
+    path.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = os.open("/dev/fuse", os.O_RDWR)
+    try:
+        options = f"fd={fd},rootmode=40000,user_id=0,group_id=0".encode()
+        assert libc.mount(b"t", os.fsencode(path), b"fuse.vmfs-stub", 0, options) == 0, os.strerror(ctypes.get_errno())
+    finally:
+        os.close(fd)
+    yield path
+    with suppress(OSError):
+        mounts.detach(path)
+
+
+def test_a_dead_mount_is_replaced(
+    run: Run, dead_mount: Path, fake_daemon: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the real look at mounts
+    monkeypatch.setenv("VMFS_STUB_CONFIG", str(dead_mount.parent / "config.toml"))
+    fake_daemon("print('started')")
+    assert mounts.is_mounted(dead_mount)
+    assert mounts.is_dead(dead_mount)
+    found = findings_of(run, code=ExitCode.UNHEALTHY)
+    assert "daemon is gone" in found["mountpoint"][0]["message"]
+    result = subprocess.run(
+        [sys.executable, "-m", "vmfs_stub.cli.main", "mount"], capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout) == (0, "started\n")
+    assert "removed the mount" in result.stderr
+    assert not mounts.is_mounted(dead_mount)
+    assert not mounts.is_dead(dead_mount)
 
 
 def test_sizes_for_people() -> None:

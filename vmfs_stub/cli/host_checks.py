@@ -1,6 +1,7 @@
 """What `doctor` looks at on this host; each check yields findings with their remedies.
 
-A check never changes anything and never calls into the mount.  A check that itself fails is a finding, not an error.
+A check never changes anything, and calls into the mount only with a limit of time.  A check that itself fails is a
+finding, not an error.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from vmfs_stub.cli.context import open_store
 from vmfs_stub.cli.init import probe_xattrs
 from vmfs_stub.cli.inode_flags import is_immutable
-from vmfs_stub.cli.mounts import is_mounted, mount_of
+from vmfs_stub.cli.mounts import is_dead, is_mounted, mount_of
 from vmfs_stub.cli.output import bytes_text
 from vmfs_stub.core.errors import DaemonUnreachable, VmfsStubError
 
@@ -154,7 +155,11 @@ def mountpoint(config: Config) -> Iterator[HostFinding]:
     """With no daemon, the mountpoint must be empty and unwritable."""
     path = config.datastore.mountpoint
     if is_mounted(path):
-        yield HostFinding("ok", "mountpoint", f"{path} is mounted")
+        if is_dead(path):
+            remedy = "`vmfs-stub mount` replaces it"
+            yield HostFinding("problem", "mountpoint", f"{path} is a mount whose daemon is gone", remedy)
+        else:
+            yield HostFinding("ok", "mountpoint", f"{path} is mounted")
         return
     if not path.is_dir():
         yield HostFinding("problem", "mountpoint", f"{path} is no directory", f"mkdir {path}")

@@ -1,13 +1,17 @@
-"""What is mounted where, asked without touching the mount: a call into a mount whose daemon is stuck would hang."""
+"""What is mounted where; a mount whose daemon is stuck is never called into without a limit."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import queue
 import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+_ANSWER_S = 2.0
 _MNT_DETACH = 2
 _MOUNTINFO = Path("/proc/self/mountinfo")
 _OCTAL = re.compile(r"\\([0-7]{3})")
@@ -35,6 +39,28 @@ def is_mounted(path: Path) -> bool:
     """Whether a FUSE filesystem is what one sees at ``path``."""
     here = [mount for mount in mounts() if mount.mountpoint == path]
     return bool(here) and here[-1].kind.startswith("fuse")
+
+
+def is_dead(path: Path) -> bool:
+    """Whether the FUSE mount at ``path`` has lost its daemon: every call into it fails with ENOTCONN.
+
+    A mount whose daemon lives but does not answer is not dead; asking it is given up after a while.
+    """
+    answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            os.statvfs(path)  # never answered from a cache
+        except OSError as exc:
+            answers.put(exc.errno in (errno.ENOTCONN, errno.ECONNABORTED))
+        else:
+            answers.put(False)
+
+    threading.Thread(target=ask, name="statvfs of the mount", daemon=True).start()
+    try:
+        return answers.get(timeout=_ANSWER_S)
+    except queue.Empty:
+        return False
 
 
 def mount_of(path: Path) -> Mount:

@@ -59,7 +59,7 @@ def _without_daemon(config: Config, unreachable: DaemonUnreachable, *, force: bo
         raise DaemonUnreachable(f"{mountpoint} is not mounted, and {unreachable}") from unreachable
     if not force:
         raise DaemonUnreachable(
-            f"{unreachable}; {mountpoint} is still mounted: `vmfs-stub mount` takes it over, `vmfs-stub unmount "
+            f"{unreachable}; {mountpoint} is still mounted: `vmfs-stub mount` replaces it, `vmfs-stub unmount "
             "--force` removes it"
         ) from unreachable
     try:
