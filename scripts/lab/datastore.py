@@ -6,13 +6,11 @@ directory is removed, also after a failure.  Nothing is ever removed while somet
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -43,6 +41,18 @@ class DiskState:
     state: str
     size_bytes: int
     resident_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """Bytes that came back from the store: all of them, and those that somebody waited for."""
+
+    total: int = 0
+    on_demand: int = 0
+
+    def since(self, before: Recalled) -> Recalled:
+        """The difference to an earlier value."""
+        return Recalled(self.total - before.total, self.on_demand - before.on_demand)
 
 
 @dataclass(slots=True)
@@ -104,22 +114,10 @@ class Datastore:
         keys = ("vm", "disk", "state", "size_bytes", "resident_bytes")
         return [DiskState(**{key: row[key] for key in keys}) for row in json.loads(self.vmfs("ls", "--json"))]
 
-    def metrics(self) -> dict[str, float]:
-        """The daemon's metrics by name with labels, from its control socket."""
-        connection = _UnixConnection(self.home / "run" / "control.sock")
-        try:
-            connection.request("GET", "/metrics")
-            text = connection.getresponse().read().decode()
-        except OSError as exc:
-            raise LabError(f"the daemon does not tell its metrics: {exc}") from exc
-        finally:
-            connection.close()
-        lines = [line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#")]
-        return {name: float(value) for name, _, value in lines}
-
-    def recalled_bytes(self) -> int:
-        """Bytes that came back from the store because somebody waited for them, since the daemon started."""
-        return int(self.metrics()["vmfs_stub_recall_demand_bytes_total"])
+    def recalled(self) -> Recalled:
+        """What came back from the store since the daemon started."""
+        daemon = self.status()["daemon"]
+        return Recalled(int(daemon["recalled_bytes"]), int(daemon["recalled_on_demand_bytes"]))
 
     def store_bytes(self) -> int:
         """Bytes that the store occupies."""
@@ -147,17 +145,6 @@ class Datastore:
         os.kill(self.daemon_pid, signal.SIGKILL)
         if not _ended(self.daemon_pid, deadline_s=_END_DEADLINE_S):
             raise LabError(f"the daemon (process {self.daemon_pid}) does not die")
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=30)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
 
 
 @contextmanager

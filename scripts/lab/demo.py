@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -18,6 +18,7 @@ from rich.table import Table
 
 from scripts.lab.datastore import (
     Datastore,
+    Recalled,
     allocated_bytes,
     copy_sparse,
     datastore_in,
@@ -29,7 +30,7 @@ from scripts.lab.datastore import (
 from scripts.lab.disktrace import Extent, differing, read_trace
 from scripts.lab.failure import LabError, run
 from scripts.lab.guest import Guest, built_guest
-from scripts.lab.qemu import Boot, Machine, boot, usable_accelerator
+from scripts.lab.qemu import Machine, boot, usable_accelerator
 
 RAW_VM, QCOW2_VM = "debian-raw", "debian-qcow2"
 NOTE_FILE, NOTE = "note.txt", "written-while-archived"
@@ -44,9 +45,18 @@ class Figures:
     size: int = 0
     before: int = 0
     after: int = 0
-    recalled: int = 0
+    recalled: Recalled = field(default_factory=Recalled)
     resident_s: float = 0
     archived_s: float = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Booted:
+    """Seconds to the marker, what was recalled until then, and the files that the guest was asked for."""
+
+    marker_s: float
+    recalled: Recalled
+    files: dict[str, str]
 
 
 class Demo:
@@ -67,15 +77,20 @@ class Demo:
         """Where the bytes of a machine's disk really lie."""
         return self.datastore.backing / machine.disk.relative_to(self.datastore.mountpoint)
 
-    def boot_cold(self, machine: Machine, *parameters: str, fast: bool = False) -> Boot:
+    def boot_cold(self, machine: Machine, *parameters: str, fast: bool = False) -> Booted:
         """Boot with nothing cached on the host; remembers what the guest wrote."""
         with suppress(LabError):  # a container may forbid it; then the boot is measured warm
             drop_caches()
-        trace = self.datastore.home / "trace"
-        done = boot(machine, fast=fast, parameters=parameters, trace=trace)
+        trace, before, at_marker = self.datastore.home / "trace", self.datastore.recalled(), list[Recalled]()
+
+        def look() -> None:
+            at_marker.append(self.datastore.recalled())
+
+        with console.status(f"booting {machine.disk.parent.name}"):
+            done = boot(machine, fast=fast, parameters=parameters, trace=trace, at_marker=look)
         if machine is self.raw:
             self.written += read_trace(trace).writes
-        return done
+        return Booted(done.marker_s, at_marker[0].since(before), done.files)
 
 
 def tell(text: str) -> None:
@@ -155,12 +170,11 @@ def boot_archived(demo: Demo) -> None:
     """Boot both VMs again by the very same command lines."""
     step("4. Boot them again: the same command lines, nothing was restored by anybody")
     for machine, name, fast in ((demo.raw, RAW_VM, False), (demo.qcow2, QCOW2_VM, True)):
-        figures, before = demo.figures[name], demo.datastore.recalled_bytes()
-        parameters = [f"vmfs.write={NOTE_FILE}:{NOTE}"] if machine is demo.raw else []
-        done = demo.boot_cold(machine, *parameters, fast=fast)
-        figures.archived_s = done.marker_s
-        figures.recalled = demo.datastore.recalled_bytes() - before
-        tell(f"{name}: up after {done.marker_s:.1f} s; the guest waited for {mebibytes(figures.recalled)} of its disk")
+        figures = demo.figures[name]
+        done = demo.boot_cold(machine, *([f"vmfs.write={NOTE_FILE}:{NOTE}"] if machine is demo.raw else []), fast=fast)
+        figures.archived_s, figures.recalled = done.marker_s, done.recalled
+        recalled = f"{mebibytes(done.recalled.total)} came back, {mebibytes(done.recalled.on_demand)} of it awaited"
+        tell(f"{name}: up after {done.marker_s:.1f} s; {recalled}")
     tell(f"meanwhile the guest of {RAW_VM} wrote a file: {NOTE_FILE}")
     done = demo.boot_cold(demo.raw, f"vmfs.read={NOTE_FILE}", fast=True)
     check(done.files.get(NOTE_FILE) == NOTE, "the file that the guest wrote is there at its next boot")
@@ -204,7 +218,8 @@ def closing_table(demo: Demo, store_bytes: int) -> Table:
         "image size": [mebibytes(f.size) for f in demo.figures.values()],
         "on primary before archiving": [mebibytes(f.before) for f in demo.figures.values()],
         "on primary after archiving": [mebibytes(f.after) for f in demo.figures.values()],
-        "recalled on demand by the boot": [mebibytes(f.recalled) for f in demo.figures.values()],
+        "recalled until the marker": [mebibytes(f.recalled.total) for f in demo.figures.values()],
+        "  of it awaited by the guest": [mebibytes(f.recalled.on_demand) for f in demo.figures.values()],
         "seconds to the marker, resident": [f"{f.resident_s:.1f}" for f in demo.figures.values()],
         "seconds to the marker, archived": [f"{f.archived_s:.1f}" for f in demo.figures.values()],
     }

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,14 +152,17 @@ def boot(
     parameters: Sequence[str] = (),
     trace: Path | None = None,
     deadline_s: float = BOOT_DEADLINE_S,
+    at_marker: Callable[[], None] = lambda: None,
 ) -> Boot:
     """Boot a guest, let it do what ``parameters`` say, and wait until it has powered itself off.
 
-    ``vmfs.write=NAME:CONTENT`` writes a file in the guest, ``vmfs.read=NAME`` reads one back.  Raises LabError.
+    ``vmfs.write=NAME:CONTENT`` writes a file in the guest, ``vmfs.read=NAME`` reads one back; ``at_marker`` is called
+    as soon as the guest is up.  Raises LabError.
     """
     with running(machine, fast=fast, parameters=parameters, trace=trace) as vm:
         marker_s = vm.wait_for(MARKER, deadline_s=deadline_s)
         marker_at_s = time.time()
+        at_marker()
         vm.wait_for(DONE, deadline_s=deadline_s)
         total_s = vm.wait_off(deadline_s=deadline_s)
         return Boot(marker_s, total_s, marker_at_s, _answers(vm.console.decode(errors="replace")))

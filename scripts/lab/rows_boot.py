@@ -86,9 +86,9 @@ def _recalled(laboratory: Laboratory) -> Iterator[Measures]:
 
         def ours() -> float:
             _archive_afresh(datastore)
-            before = datastore.recalled_bytes()
+            before = datastore.recalled()
             replay(_disk(datastore, ARCHIVED), reads)
-            return datastore.recalled_bytes() - before
+            return datastore.recalled().since(before).total
 
         yield Measures(ours, lambda: float(unique_bytes(reads)))
 
