@@ -218,6 +218,7 @@ async def _open_datastore(config: Config) -> AsyncIterator[trio.Event]:
                             for subject, error in recovered.findings:
                                 datastore.found(subject, error)
                             nursery.start_soon(datastore.watch_store)
+                            nursery.start_soon(datastore.record_accesses)
                             nursery.start_soon(retirement.run)
                             nursery.start_soon(_sync_regularly, disks, config.primary.sync_interval_s)
                             nursery.start_soon(_end_on_signal, stop)
@@ -331,9 +332,9 @@ def _mount_settings(config: Config) -> MountSettings:
 
 def _metrics(recall: RecallService, disks: Disks) -> Metrics:
     metrics, counters = Metrics(), recall.counters
-    metrics.gauge("recalled_on_demand_bytes", "Raw bytes recalled for guests.", lambda: counters.demand_bytes)
-    metrics.gauge("recalled_in_background_bytes", "Raw bytes hydrated.", lambda: counters.background_bytes)
-    metrics.gauge("recall_failures", "Recalls that failed.", lambda: counters.failures)
+    metrics.total("recalled_on_demand_bytes", "Raw bytes recalled for guests.", lambda: counters.demand_bytes)
+    metrics.total("recalled_in_background_bytes", "Raw bytes hydrated.", lambda: counters.background_bytes)
+    metrics.total("recall_failures", "Recalls that failed.", lambda: counters.failures)
     metrics.gauge("recalls_waiting", "Reads that wait for a recall now.", lambda: counters.waiting)
     metrics.gauge("placeholders", "Placeholders of this datastore.", lambda: len(disks.index))
     metrics.gauge("open_disks", "Disks that guests have open.", lambda: len(disks.open_disks()))

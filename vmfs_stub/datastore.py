@@ -41,6 +41,7 @@ from vmfs_stub.inventory.vm import Vm, VmFile, find_vm
 from vmfs_stub.mount.serving import Mount
 from vmfs_stub.primary.tree import open_beneath
 from vmfs_stub.services.archive import Archiver
+from vmfs_stub.services.disk import Caller, Disk
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.hydration import HydrationService
 from vmfs_stub.services.placeholder import Placeholder
@@ -53,6 +54,8 @@ log = logging.getLogger(__name__)
 
 PROBE_INTERVAL_S = 15.0
 """How often the store is asked whether it is there."""
+ACCESS_INTERVAL_S = 10.0
+"""How often accesses go into the catalog."""
 FINDINGS_MAX = 1000
 POINT_COUNT_WAIT_S = 2.0
 """How long `ls` waits for the store to count restore points; after that it shows what it knew before."""
@@ -93,6 +96,8 @@ class Datastore:
         self._findings: dict[tuple[str, str], Finding] = {}
         self._point_counts: dict[VmId, int] = {}
         self._store_error: str | None = None
+        self._accessed: dict[int, tuple[Caller, float]] = {}
+        disks.on_open = self._opened
         self._backing_fd = os.open(config.datastore.backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def close(self) -> None:
@@ -106,7 +111,7 @@ class Datastore:
         vms = await self._scan()
         if vm is not None:
             vms = [find_vm(vms, vm)]
-        await self._count_points(vms)
+        await self._count_points()
         accesses = await self._threads.files(self._catalog.last_accesses)
         return await self._threads.files(self._rows, vms, accesses)
 
@@ -115,11 +120,10 @@ class Datastore:
         await self._threads.files(self._catalog.see_vms, [(vm.id, vm.name) for vm in vms], now=time.time())
         return vms
 
-    async def _count_points(self, vms: Sequence[Vm]) -> None:
+    async def _count_points(self) -> None:
         with trio.move_on_after(POINT_COUNT_WAIT_S):
             try:
-                for vm in vms:
-                    self._point_counts[vm.id] = len(await self._threads.store(self._store.points, vm.id))
+                self._point_counts = await self._threads.store(self._store.point_counts)
             except VmfsStubError as exc:
                 log.warning("restore points could not be counted: %s", exc)
 
@@ -131,8 +135,8 @@ class Datastore:
                     st = os.stat(file.path, dir_fd=self._backing_fd, follow_symlinks=False)
                 except FileNotFoundError:
                     continue
-                disk = self._disks.get(st.st_ino)
-                last = max(accesses.get((vm.id, file.relative), 0.0), disk.last_access_s if disk else 0.0)
+                pending = self._accessed.get(st.st_ino)
+                last = max(accesses.get((vm.id, file.relative), 0.0), pending[1] if pending else 0.0)
                 rows.append(
                     DiskRow(
                         vm=vm.name,
@@ -233,19 +237,38 @@ class Datastore:
                 self._store_error = str(exc)
             await trio.sleep(PROBE_INTERVAL_S)
 
+    def _opened(self, disk: Disk, caller: Caller) -> None:
+        self._accessed[disk.ino] = (caller, time.time())
+
+    async def record_accesses(self) -> None:
+        """Write to the catalog, now and then, who opened which disk."""
+        while True:
+            await trio.sleep(ACCESS_INTERVAL_S)
+            accessed, self._accessed = self._accessed, {}
+            if accessed:
+                try:
+                    await self._threads.files(self._record, await self._scan(), accessed)
+                except VmfsStubError as exc:
+                    log.warning("accesses could not be recorded: %s", exc)
+
+    def _record(self, vms: Sequence[Vm], accessed: dict[int, tuple[Caller, float]]) -> None:
+        for vm in vms:
+            for file in vm.files:
+                if file.ino in accessed:
+                    caller, at = accessed[file.ino]
+                    executable, uid = caller.executable, caller.uid
+                    self._catalog.record_access(vm.id, file.relative, executable=executable, uid=uid, now=at)
+
     async def hold(self, *, peer: Peer) -> None:
         """Refuse new recalls until `unhold`."""
-        log.warning("uid %d: recalls are held", peer.uid)
         self._recall.held = True
 
     async def unhold(self, *, peer: Peer) -> None:
         """Allow recalls again."""
-        log.warning("uid %d: recalls are allowed again", peer.uid)
         self._recall.held = False
 
     async def shutdown(self, *, force: bool, peer: Peer) -> None:
         """Flush, unmount and stop; raises InUse, and changes nothing, while disks are open and not ``force``."""
-        log.warning("uid %d: unmount%s", peer.uid, " by force" if force else "")
         if disks := self._disks.open_disks():
             names = ", ".join(disk.label for disk in disks[:5])
             if not force:
@@ -259,7 +282,6 @@ class Datastore:
         """Back up the named VMs (none named: all)."""
         found = await self._named(vms) if vms else await self._scan()
         # Whether a VM is idle is decided from usage samples, and none are kept yet: none count as idle.
-        log.info("uid %d: backup of %d VMs, archive %s", peer.uid, len(found), archive)
         step = partial(self._back_up, archive=False)
         return self._start("backup", found, step, peer=peer, tolerant=not vms)
 
@@ -271,7 +293,6 @@ class Datastore:
                 disk = self._disks.get(file.ino)
                 if disk is not None and disk.open_count:
                     raise InUse(f"VM {vm.name} is in use: {disk.label} is open; shut it down first")
-        log.warning("uid %d: archive of %s", peer.uid, ", ".join(vm.name for vm in found))
         return self._start("archive", found, partial(self._back_up, archive=True), peer=peer, tolerant=False)
 
     async def start_recall(self, vms: Sequence[str], *, peer: Peer) -> JobId:
@@ -279,7 +300,6 @@ class Datastore:
         found = await self._named(vms)
         if self._recall.held:
             raise RecallsHeld("recalls are held on this host; `vmfs-stub unhold` allows them again")
-        log.warning("uid %d: recall of %s", peer.uid, ", ".join(vm.name for vm in found))
         return self._start("recall", found, self._bring_back, peer=peer, tolerant=False)
 
     async def job(self, job_id: JobId) -> JobInfo:

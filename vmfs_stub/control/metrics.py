@@ -6,9 +6,11 @@ them plain callables (``metrics.counter(...).inc``) or lets a gauge read their s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 _PREFIX = "vmfs_stub_"
 _RECALL_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30)
@@ -30,6 +32,10 @@ class Metrics:
         """A number that ``read`` tells at each scrape; it must not block."""
         Gauge(_PREFIX + name, what, registry=self._registry).set_function(read)
 
+    def total(self, name: str, what: str, read: Callable[[], float]) -> None:
+        """A number that only grows and that somebody else keeps: ``read`` tells it at each scrape, without blocking."""
+        self._registry.register(_Total(_PREFIX + name, what, read))
+
     def seconds(self, name: str, what: str, labels: tuple[str, ...] = ()) -> Histogram:
         """A distribution of durations in seconds, from milliseconds to a guest's time-out."""
         return Histogram(_PREFIX + name, what, labels, buckets=_RECALL_BUCKETS_S, registry=self._registry)
@@ -37,3 +43,15 @@ class Metrics:
     def render(self) -> bytes:
         """All of them as text."""
         return generate_latest(self._registry)
+
+
+class _Total(Collector):
+    """A counter whose value lies elsewhere."""
+
+    def __init__(self, name: str, what: str, read: Callable[[], float]) -> None:
+        self._name = name
+        self._what = what
+        self._read = read
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        return [CounterMetricFamily(self._name, self._what, value=self._read())]

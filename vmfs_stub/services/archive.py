@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import trio
 
@@ -137,9 +137,9 @@ class Archiver:
             with trio.CancelScope() as scope:
                 async with AsyncExitStack() as stack:
                     sources = await self._reserve(vm, scope, stack, archive=archive)
-                    await self._back_up(vm, sources, report, progress)
+                    first_file = await self._back_up(vm, sources, report, progress)
                     if archive:
-                        await self._make_placeholders(vm, sources, report, committed)
+                        await self._make_placeholders(vm, sources, report, committed, first_file=first_file)
             if scope.cancelled_caught:
                 report.abandoned = f"VM {vm.name} was opened while it was being backed up; it goes first"
                 if not committed:
@@ -182,9 +182,10 @@ class Archiver:
 
     async def _back_up(
         self, vm: Vm, sources: Sequence[_Source], report: BackupReport, progress: Callable[[int], None]
-    ) -> None:
+    ) -> int:
+        """Returns where in the restore point's list of files the regular ones begin."""
         writer = await self._threads.transfer(self._store.begin_backup, index=self._index)
-        stored: list[StoredFile] = _directories(self._backing, vm)
+        stored = await self._threads.files(_tree, self._backing, vm)
         segments: list[tuple[SegmentId | None, ...]] = []
         try:
             with single_error():
@@ -199,6 +200,7 @@ class Archiver:
                 ) as copier:
                     for source in sources:
                         segments.append(await copier.copy(source.disk))
+            first_file = len(stored)
             stored += [_stored_file(s, ids) for s, ids in zip(sources, segments, strict=True)]
             pins = [self._pin(s.placeholder_id) for s in sources if s.placeholder_id is not None]
             self._check_intact(vm, sources)
@@ -216,6 +218,7 @@ class Archiver:
             writer.abandon()
             raise
         report.new_bytes, report.stored_bytes = writer.counts.new_bytes, writer.counts.stored_bytes
+        return first_file
 
     def _pin(self, placeholder_id: PlaceholderId) -> Pin:
         return Pin(placeholder_id, self._settings.host, self._settings.datastore, time.time(), secrets.token_hex(8))
@@ -229,9 +232,8 @@ class Archiver:
     # Placeholders
 
     async def _make_placeholders(
-        self, vm: Vm, sources: Sequence[_Source], report: BackupReport, committed: list[Disk]
+        self, vm: Vm, sources: Sequence[_Source], report: BackupReport, committed: list[Disk], *, first_file: int
     ) -> None:
-        first_file = len(_parents(vm))
         wanted = {s.placeholder_id: s for s in sources if s.placeholder_id is not None}
         try:
             for number, source in enumerate(sources, start=first_file):
@@ -370,26 +372,31 @@ def _stored_file(source: _Source, segments: tuple[SegmentId | None, ...]) -> Sto
     )
 
 
-def _parents(vm: Vm) -> list[str]:
-    """Directories below the VM's top that hold files of it, outermost first."""
-    found = {str(parent) for file in vm.files for parent in PurePosixPath(file.relative).parents} - {"."}
-    return sorted(found)
-
-
-def _directories(backing: Path, vm: Vm) -> list[StoredFile]:
-    stored = []
-    for relative in _parents(vm):
-        st = (backing / vm.path / relative).lstat()
-        stored.append(
-            StoredFile(
-                path=relative,
-                kind=FileKind.DIRECTORY,
-                size=0,
-                mode=stat.S_IMODE(st.st_mode),
-                uid=st.st_uid,
-                gid=st.st_gid,
-                mtime_ns=st.st_mtime_ns,
-                atime_ns=st.st_atime_ns,
-            )
-        )
+def _tree(backing: Path, vm: Vm) -> list[StoredFile]:
+    """Directories and symbolic links of a VM, outermost first; links are stored as they are, never followed."""
+    stored: list[StoredFile] = []
+    if not vm.is_directory:
+        return stored
+    top = backing / vm.path
+    for directory, folders, names, fd in os.fwalk(top, follow_symlinks=False):
+        for name in (*sorted(folders), *sorted(names)):
+            st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            if stat.S_ISDIR(st.st_mode) or stat.S_ISLNK(st.st_mode):
+                relative = str(Path(directory, name).relative_to(top))
+                target = os.readlink(name, dir_fd=fd) if stat.S_ISLNK(st.st_mode) else None
+                stored.append(_stored_entry(relative, st, target))
     return stored
+
+
+def _stored_entry(path: str, st: os.stat_result, target: str | None) -> StoredFile:
+    return StoredFile(
+        path=path,
+        kind=FileKind.DIRECTORY if target is None else FileKind.SYMLINK,
+        size=0,
+        mode=stat.S_IMODE(st.st_mode),
+        uid=st.st_uid,
+        gid=st.st_gid,
+        mtime_ns=st.st_mtime_ns,
+        atime_ns=st.st_atime_ns,
+        target=target,
+    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -55,8 +54,6 @@ class Disk:
         self.placeholder: Placeholder | None = None
         self.open_count = 0
         self.kept = 0
-        self.last_access_s = 0.0
-        self.last_caller: Caller | None = None
         self.on_recall: Callable[[Disk], None] = _nothing
         """Called after a guest's read had to recall something."""
 
@@ -137,8 +134,3 @@ class Disk:
             return
         mtime_ns = now.st_mtime_ns if mtime_ns is None else mtime_ns
         await self._threads.files(self._files.call, "write.times", os.utime, self.fd, ns=(atime_ns, mtime_ns))
-
-    def accessed(self, caller: Caller) -> None:
-        """Remember that somebody opened this disk now, and who."""
-        self.last_access_s = time.time()
-        self.last_caller = caller

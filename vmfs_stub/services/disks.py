@@ -79,6 +79,8 @@ class Disks:
         self._states_before: dict[int, MapState] = {}
         self.on_recall: Callable[[Disk], None] | None = None
         """What every disk calls after a guest's read had to recall something; hydration sets it."""
+        self.on_open: Callable[[Disk, Caller], None] | None = None
+        """Called when somebody opened a disk through the mount."""
 
     # Opening and closing
 
@@ -91,7 +93,8 @@ class Disks:
         if writable and not disk.writable:
             await self.release(disk)
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-        disk.accessed(caller)
+        if self.on_open is not None:
+            self.on_open(disk, caller)
         return disk
 
     async def keep(self, path_fd: int) -> Disk:

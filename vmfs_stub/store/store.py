@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -140,6 +140,10 @@ class Store:
             name = next((point.vm_name for point in reversed(points) if point.damaged is None), "")
             vms.append(StoredVm(vm_id, name, points))
         return sorted(vms, key=lambda vm: (vm.name, vm.vm_id))
+
+    def point_counts(self) -> dict[VmId, int]:
+        """Number of committed restore points of each VM, from the names alone.  Raises: StoreUnavailable."""
+        return dict(Counter(vm_id for vm_id, _ in self._point_ids(MANIFESTS)))
 
     def points(self, vm_id: VmId, *, with_damaged: bool = False) -> list[PointSummary]:
         """Committed restore points of a VM, oldest first; those whose manifest is damaged only when asked for."""
