@@ -181,13 +181,16 @@ def working_directory(parent: Path | None = None) -> Iterator[Path]:
 
 
 def end_on_signals() -> None:
-    """Let SIGTERM and SIGHUP end this process as Ctrl-C does, so that everything is cleaned up."""
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does; a second signal does not disturb the cleaning up."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def interrupt(number: int, frame: object) -> None:
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
-    signal.signal(signal.SIGHUP, interrupt)
+    for number in numbers:
+        signal.signal(number, interrupt)
 
 
 def with_settings(text: str, settings: Settings) -> str:
