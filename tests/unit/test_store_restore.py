@@ -64,7 +64,7 @@ def test_files_come_back_with_their_attributes(store: Store, tmp_path: Path) -> 
     assert _tree(out) == ["deep", "deep/er", "deep/er/empty", "disk.raw", "link", "nvram", "nvram/vars.fd"]
     assert (out / "disk.raw").read_bytes() == DISK
     assert (out / "nvram/vars.fd").read_bytes() == b"vars"
-    assert os.readlink(out / "link") == "disk.raw"
+    assert (out / "link").readlink() == Path("disk.raw")
     for path, mode in (("disk.raw", 0o640), ("nvram", 0o750)):
         status = (out / path).stat()
         assert stat.S_IMODE(status.st_mode) == mode
@@ -181,6 +181,6 @@ def _plant(objects: FakeObjects, hostile: manifests.Manifest) -> None:
 
 @pytest.fixture(autouse=True)
 def _nothing_left_open() -> Iterator[None]:
-    before = set(os.listdir("/proc/self/fd"))
+    before = set(Path("/proc/self/fd").iterdir())
     yield
-    assert len(set(os.listdir("/proc/self/fd"))) <= len(before)
+    assert len(set(Path("/proc/self/fd").iterdir())) <= len(before)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from vmfs_stub.core.chunking import FrameRef
-from vmfs_stub.core.errors import ObjectExists, ObjectMissing, StoreConflict, StoreError
+from vmfs_stub.core.errors import IntegrityError, ObjectExists, ObjectMissing, StoreConflict, StoreError
 from vmfs_stub.core.ids import ChunkId, PackId, PointId, SegmentId, VmId
 from vmfs_stub.store import frames
 from vmfs_stub.store.chunk_index import ChunkIndex
@@ -254,15 +254,16 @@ class BackupWriter:
             self._read_back_run(run, dropped)
 
     def put_segment(self, segment: SealedSegment) -> None:
-        """Store a segment durably, or reuse the one that is there; from any thread.
+        """Store a segment durably, or reuse the one that is there (a damaged one is replaced); from any thread.
 
         Raises: StoreUnavailable, StoreDenied, StoreFull.
         """
+        key = segment_key(segment.segment_id)
         try:
-            self._objects.put(segment_key(segment.segment_id), segment.data)
+            self._objects.put(key, segment.data)
         except ObjectExists:
-            if self._objects.size(segment_key(segment.segment_id)) != len(segment.data):
-                self._objects.put(segment_key(segment.segment_id), segment.data, if_absent=False)
+            if not self._holds(key, segment.data):
+                self._objects.put(key, segment.data, if_absent=False)
         with self._lock:
             self._segments.add(segment.segment_id)
             self._used.update(segment.packs)
@@ -395,6 +396,12 @@ class BackupWriter:
                 "removed from the store by garbage collection; run the backup again"
             )
             raise StoreConflict(msg)
+
+    def _holds(self, key: str, data: bytes) -> bool:
+        try:
+            return self._objects.get(key, size_max=len(data)) == data
+        except (IntegrityError, ObjectMissing):
+            return False
 
     def _exists(self, key: str) -> bool:
         try:

@@ -104,6 +104,8 @@ class LocalObjects:
                 else:
                     os.rename(temporary, key, src_dir_fd=self._temporary_fd, dst_dir_fd=self._root_fd)
             except FileExistsError as exc:
+                # Whoever made it may not have synced its name yet, and the caller may be about to depend on it.
+                self._sync_folder(folder)
                 msg = f"{key}: exists already in {self.root}"
                 raise ObjectExists(msg) from exc
             except FileNotFoundError:
@@ -112,7 +114,13 @@ class LocalObjects:
             finally:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary, dir_fd=self._temporary_fd)
-            self._sync_folder(folder)
+            try:
+                self._sync_folder(folder)
+            except OSError:
+                if if_absent:  # a retry must not take a name that may not be durable for its own success
+                    with contextlib.suppress(OSError):
+                        os.unlink(key, dir_fd=self._root_fd)
+                raise
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """All objects under a folder; see ObjectStore."""
