@@ -178,6 +178,11 @@ class Config(_Section):
         return self.private_dir / "index.sqlite"
 
     @property
+    def hold_path(self) -> Path:
+        """Exists while recalls are held."""
+        return self.private_dir / "hold"
+
+    @property
     def catalog_path(self) -> Path:
         """Local catalog of VMs, jobs and accesses."""
         return self.private_dir / "catalog.sqlite"

@@ -98,6 +98,7 @@ class Datastore:
         self._store_error: str | None = None
         self._accessed: dict[int, tuple[Caller, float]] = {}
         disks.on_open = self._opened
+        recall.held = config.hold_path.exists()
         self._backing_fd = os.open(config.datastore.backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def close(self) -> None:
@@ -260,11 +261,13 @@ class Datastore:
                     self._catalog.record_access(vm.id, file.relative, executable=executable, uid=uid, now=at)
 
     async def hold(self, *, peer: Peer) -> None:
-        """Refuse new recalls until `unhold`."""
+        """Refuse new recalls until `unhold`, also after a restart."""
+        await self._threads.files(self._config.hold_path.touch)
         self._recall.held = True
 
     async def unhold(self, *, peer: Peer) -> None:
         """Allow recalls again."""
+        await self._threads.files(partial(self._config.hold_path.unlink, missing_ok=True))
         self._recall.held = False
 
     async def shutdown(self, *, force: bool, peer: Peer) -> None:

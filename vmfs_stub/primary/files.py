@@ -48,6 +48,13 @@ def write_fully(fd: int, data: bytes | memoryview, offset: int) -> None:
         offset += count
 
 
+def sync_filesystem(fd: int) -> None:
+    """Make everything of the filesystem that ``fd`` lies on durable.  Raises OSError."""
+    if _libc.syncfs(fd) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
 def sync_directory(fd_or_path: int | str | os.PathLike[str]) -> None:
     """Make the entries of a directory durable.  Raises OSError."""
     if isinstance(fd_or_path, int):

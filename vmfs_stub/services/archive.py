@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -36,7 +37,7 @@ from vmfs_stub.primary.durable_map import DurableMap, MapHeader, MapState
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.identity import inode_identity
 from vmfs_stub.primary.placeholder import PrivateState, discard_maps, take_up
-from vmfs_stub.primary.record import PlaceholderRecord, encode_record
+from vmfs_stub.primary.record import PlaceholderRecord, encode_record, read_record
 from vmfs_stub.primary.tree import open_beneath
 from vmfs_stub.services.copying import open_copier
 from vmfs_stub.services.disk import Disk
@@ -234,7 +235,7 @@ class Archiver:
     async def _make_placeholders(
         self, vm: Vm, sources: Sequence[_Source], report: BackupReport, committed: list[Disk], *, first_file: int
     ) -> None:
-        wanted = {s.placeholder_id: s for s in sources if s.placeholder_id is not None}
+        wanted = [source for source in sources if source.placeholder_id is not None]
         try:
             for number, source in enumerate(sources, start=first_file):
                 if source.placeholder_id is not None:
@@ -242,13 +243,18 @@ class Archiver:
                     with trio.CancelScope(shield=True):
                         disk = await self._make_placeholder(vm, source, number, report.point_id)
                     committed.append(disk)
-                    del wanted[source.placeholder_id]
                     report.placeholders.append(source.file.path)
                     await trio.lowlevel.checkpoint_if_cancelled()
         finally:
             with trio.CancelScope(shield=True):
-                for placeholder_id in wanted:
-                    await self._retirement.retire(Ended(placeholder_id, vm.id, report.point_id))
+                for source in wanted:
+                    if source.placeholder_id is not None and not self._may_be_placeholder(source):
+                        await self._retirement.retire(Ended(source.placeholder_id, vm.id, report.point_id))
+
+    def _may_be_placeholder(self, source: _Source) -> bool:
+        """Whether the record was set, or may have been: its pin and map must then stay."""
+        known = self._disks.index.get(source.disk.ino)
+        return known is not None and known.record is not None and known.record.placeholder_id == source.placeholder_id
 
     async def _make_placeholder(self, vm: Vm, source: _Source, file_index: int, point_id: PointId) -> Disk:
         disk, before = source.disk, source.disk.placeholder
@@ -278,18 +284,23 @@ class Archiver:
             chunk_size=self._store.chunk_size,
             archived_limit=record.size,
         )
-        try:
-            await self._threads.files(self._commit, source, record, header, self._resident_bits(disk, record.size))
-        except OSError as exc:
-            raise _primary_error(disk, "making its placeholder", exc) from exc
-        maps = await self._threads.files(take_up, self._files, disk.fd, self._private, label=disk.label)
-        if before is not None:
-            await self._supersede(before.maps.record)
-            before.ended = True
-            before.maps.live.close(discard=True)
-            before.maps.durable.close()
+        async with AsyncExitStack() as stack:
+            if before is not None:
+                # A fill that is under way ends first: it would write over what a guest writes to the new placeholder.
+                is_superseded = partial(self._may_be_placeholder, source)
+                await stack.enter_async_context(before.superseding(is_superseded=is_superseded))
+            bits = self._resident_bits(disk, record.size)
+            try:
+                await self._threads.files(self._commit, source, record, header, bits)
+                maps = await self._threads.files(take_up, self._files, disk.fd, self._private, label=disk.label)
+            except OSError as exc:
+                raise _primary_error(disk, "making its placeholder", exc) from exc
         assert maps is not None
         self._disks.attach(disk, maps)
+        if before is not None:
+            old = before.maps.record
+            self._recall.forget(before)
+            await self._retirement.retire(Ended(old.placeholder_id, old.vm_id, old.point_id))
         log.info("%s: is a placeholder of restore point %s now", disk.label, point_id)
         return self._disks.open_reserved(source.reservation)
 
@@ -318,20 +329,31 @@ class Archiver:
                 same = (st.st_size, st.st_mtime_ns) == (source.st.st_size, source.st.st_mtime_ns)
                 if not source.reservation.is_intact or not (same or disk.placeholder is not None):
                     raise Abandoned(f"{disk.label}: was opened or changed during the backup; it stays as it is")
-                self._files.call("archive.record", os.setxattr, disk.fd, PLACEHOLDER_XATTR, encode_record(record))
+                self._set_record(disk, record)
             except BaseException:
-                discard_maps(self._files, self._private, record.placeholder_id)
+                if not self._may_be_placeholder(source):
+                    discard_maps(self._files, self._private, record.placeholder_id)
                 raise
-            # From here on it is a placeholder, whatever happens next: stat and open must know.
-            known = KnownPlaceholder(record, disk.label, record.mtime_ns)
-            self._disks.index.add(disk.ino, known)
             self._files.call("archive.record_sync", os.fsync, disk.fd)
             durable.set_state(MapState.COMMITTED)
         finally:
             durable.close()
 
-    async def _supersede(self, old: PlaceholderRecord) -> None:
-        await self._retirement.retire(Ended(old.placeholder_id, old.vm_id, old.point_id))
+    def _set_record(self, disk: Disk, record: PlaceholderRecord) -> None:
+        """The commit point.  From here on the file is a placeholder, whatever happens next: stat and open must know."""
+        known = KnownPlaceholder(record, disk.label, record.mtime_ns)
+        try:
+            self._files.call("archive.record", os.setxattr, disk.fd, PLACEHOLDER_XATTR, encode_record(record))
+        except OSError:
+            # A call that failed may have taken effect; what cannot be told counts as done, and the next start decides.
+            try:
+                found = read_record(self._files, "archive.record_check", disk.fd, label=disk.label)
+            except (OSError, VmfsStubError):
+                found = record
+            if found == record:
+                self._disks.index.add(disk.ino, known)
+            raise
+        self._disks.index.add(disk.ino, known)
 
     async def _release_space(self, disk: Disk, report: BackupReport) -> None:
         try:

@@ -22,7 +22,7 @@ import trio
 
 from vmfs_stub.core.errors import InUse, PrimaryIOError, RecordMissing, VmfsStubError
 from vmfs_stub.primary.durable_map import MapState
-from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.primary.files import FileCalls, sync_filesystem
 from vmfs_stub.primary.placeholder import PlaceholderMaps, PrivateState, mark_removed, open_durable, take_up
 from vmfs_stub.services.disk import Caller, Disk
 from vmfs_stub.services.placeholder import Placeholder
@@ -361,8 +361,16 @@ class Disks:
                 await self._unmark(disk, known, before)
             elif disk is None:
                 self.index.remove(st.st_ino)
-                await self._threads.files(os.sync)
+                # O_PATH descriptors cannot be synced: the maps lie on the same filesystem.
+                await self._threads.files(self._sync_filesystem)
                 await self._retirement.retire(Ended(record.placeholder_id, record.vm_id, record.point_id))
+
+    def _sync_filesystem(self) -> None:
+        fd = os.open(self._private.maps, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._files.call("remove.sync", sync_filesystem, fd)
+        finally:
+            os.close(fd)
 
     async def _unmark(self, disk: Disk | None, known: KnownPlaceholder, before: MapState) -> None:
         if disk is not None and disk.placeholder is not None:

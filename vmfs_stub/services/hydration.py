@@ -152,7 +152,7 @@ class HydrationService:
         slots = trio.CapacityLimiter(STEPS_AT_ONCE)
         with single_error():
             async with trio.open_nursery() as nursery:
-                while (found := placeholder.next_absent(chunk)) is not None:
+                while (found := placeholder.next_absent(chunk)) is not None and course.disk.fstat().st_nlink:
                     await self._recall.wait_quiet()
                     self._check_space(course.disk, STEP_BYTES)
                     chunk = found + step

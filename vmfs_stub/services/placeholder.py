@@ -14,7 +14,8 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import trio
@@ -201,8 +202,7 @@ class Placeholder:
             async with self._locks.hold(found, chunk):
                 runs = list(self.maps.live.absent_runs(found * self.chunk_blocks, chunk * self.chunk_blocks))
                 await self._threads.files(self._punch, runs)
-        if not self.ended:
-            await self.set_state(MapState.PUNCHED)
+        await self.set_state(MapState.PUNCHED)
 
     def _punch(self, runs: Sequence[Extent]) -> None:
         for run in runs:
@@ -242,16 +242,33 @@ class Placeholder:
         return not self.ended and self.maps.live.is_dirty and not self.maps.live.frozen
 
     async def set_state(self, state: MapState) -> None:
-        """Durably move to another state of its life.  Raises OSError."""
+        """Durably move to another state of its life, unless it has ended.  Raises OSError."""
         async with self._maps_lock:
+            if self.ended:
+                return
             await self._threads.files(self.maps.durable.set_state, state)
 
     async def set_hydrate(self) -> None:
         """Durably note that this placeholder is coming back as a whole, also after a restart.  Raises OSError."""
         async with self._maps_lock:
-            if not self.maps.durable.header.hydrate:
+            if not self.ended and not self.maps.durable.header.hydrate:
                 header = replace(self.maps.durable.header, hydrate=True)
                 await self._threads.files(self.maps.durable.update, {}, header)
+
+    @asynccontextmanager
+    async def superseding(self, *, is_superseded: Callable[[], bool]) -> AsyncIterator[None]:
+        """Within the block the file becomes another placeholder; nothing is filled or written by this one meanwhile.
+
+        If it did, as ``is_superseded`` tells at the end, this one ends and its maps are closed; else it goes on.
+        """
+        async with self._locks.hold(0, _ANY_CHUNK), self._maps_lock:
+            try:
+                yield
+            finally:
+                if is_superseded():
+                    self.ended = True
+                    self.maps.live.close(discard=True)
+                    self.maps.durable.close()
 
     async def lay_down(self) -> None:
         """Sync, and give up the volatile map; nobody uses this object afterwards.  Raises OSError."""
