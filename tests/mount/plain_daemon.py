@@ -53,7 +53,7 @@ async def obey(words: list[str], disks: PlainDisks, mount: Mount, files: SiteFau
         case ["bugs"]:
             return dict(mount.faults.bugs)
         case ["nodes"]:
-            return len(filesystem.nodes)
+            return len(filesystem.inodes.nodes)
         case ["open"]:
             return len(disks.open_disks)
         case ["plant", site, number]:

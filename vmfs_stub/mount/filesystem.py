@@ -16,34 +16,29 @@ import stat
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final, ParamSpec, TypeVar
+from typing import Final
 
 import trio
 
 from vmfs_stub.mount import entries, syscalls
-from vmfs_stub.mount.attributes import Attributes, Change, DirectoryEntry, Requester
+from vmfs_stub.mount.attributes import Attributes, Change, Requester
 from vmfs_stub.mount.callers import identify, is_in_group
 from vmfs_stub.mount.disks import Disks, DiskT, FileCalls, FileThreads, PathDisks, opener
-from vmfs_stub.mount.nodes import ROOT, DirectoryHandle, FileHandle, HandleTable, Node, NodeTable
-from vmfs_stub.mount.private import PRIVATE_NAME, check_component
+from vmfs_stub.mount.inodes import SETID, Inodes
+from vmfs_stub.mount.listing import Emit, read_directory
+from vmfs_stub.mount.nodes import DirectoryHandle, FileHandle, HandleTable, Node
+from vmfs_stub.mount.runner import Runner
 from vmfs_stub.mount.settings import MountSettings
 from vmfs_stub.mount.xattrs import Xattrs
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-_UNKNOWN_INO: Final = 0xFFFFFFFF
-"""Shown for ``..``, as other filesystems do that do not know the parent's number."""
-
 _REMOVED_TIMEOUT_S: Final = 30
-_SETID: Final = stat.S_ISUID | stat.S_ISGID
 
 
 class Filesystem:
     """Operations on one backing directory.
 
-    ``nodes`` and ``handles`` are what the kernel knows.  ``attributes_changed`` is called with a node number when
-    attributes change in a way that the kernel does not expect; the FUSE adapter sets it.
+    ``inodes`` and ``handles`` are what the kernel knows.  ``attributes_changed`` is called with a node number when
+    attributes change in a way that the kernel does not expect; who serves sets it.
     """
 
     def __init__(
@@ -52,98 +47,76 @@ class Filesystem:
         """Open the backing directory, whose private directory must exist by now if there is to be one."""
         self._disks: PathDisks = disks
         self._open_disk = opener(disks)
-        self._threads = threads
-        self._files = files
-        self._settings = settings
-        self._root_fd = os.open(backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._private_ino = _inode_number(self._root_fd, PRIVATE_NAME)
-        self.nodes = NodeTable(self._root_fd)
+        self._run = Runner(threads, files)
+        self.inodes = Inodes(backing, disks=disks, run=self._run, settings=settings)
         self.handles = HandleTable()
         self.attributes_changed: Callable[[int], None] = lambda _ino: None
-        self._xattrs = Xattrs(self._run, root_fd=self._root_fd)
+        self._xattrs = Xattrs(self._run, root_fd=self.inodes.root_fd)
+        self._node = self.inodes.nodes.__getitem__
 
     async def aclose(self) -> None:
         """Release what is still open and close all descriptors; no request may be in progress."""
         with trio.CancelScope(shield=True):
             while self.handles.files:
                 await self.release(next(iter(self.handles.files)))
-        self.nodes.close()
+        self.inodes.nodes.close()
 
     # Names
 
     async def lookup(self, parent: int, name: bytes) -> Attributes:
         """Find a name and count the lookup; OSError ENOENT when there is none."""
-        directory = self.nodes[parent]
-        check_component(name)
-        if parent == ROOT and name == PRIVATE_NAME:
-            raise FileNotFoundError(errno.ENOENT, "no such name")
-        return self._known(await self._find(directory, name))
-
-    def forget(self, ino: int, lookups: int) -> int | None:
-        """Take back lookups; the descriptor to close (by ``close_descriptors``) when those were the last."""
-        return self.nodes.forget(ino, lookups)
-
-    async def close_descriptors(self, fds: list[int]) -> None:
-        """Close descriptors of forgotten nodes.
-
-        The last close of an unlinked file frees its blocks, which takes long for a disk image: in a thread.
-        """
-        slow = []
-        for fd in fds:
-            if os.fstat(fd).st_nlink == 0:
-                slow.append(fd)
-            else:
-                os.close(fd)
-        for fd in slow:
-            await self._threads.files(os.close, fd)
+        return self.inodes.known(await self.inodes.find(self._node(parent), name))
 
     async def mkdir(self, parent: int, name: bytes, mode: int, owner: Requester) -> Attributes:
         """Make a directory."""
-        directory = self._directory_for_new(parent, name)
-        return self._known(await self._run("mount.mkdir", entries.make_directory, directory.fd, name, mode, owner))
+        directory = self.inodes.directory_for_new(parent, name)
+        return self.inodes.known(
+            await self._run("mount.mkdir", entries.make_directory, directory.fd, name, mode, owner)
+        )
 
     async def mknod(self, parent: int, name: bytes, mode: int, device: int, owner: Requester) -> Attributes:
         """Make a file, FIFO, socket or device."""
-        directory = self._directory_for_new(parent, name)
-        return self._known(await self._run("mount.mknod", entries.make_node, directory.fd, name, mode, device, owner))
+        directory = self.inodes.directory_for_new(parent, name)
+        return self.inodes.known(
+            await self._run("mount.mknod", entries.make_node, directory.fd, name, mode, device, owner)
+        )
 
     async def symlink(self, parent: int, name: bytes, target: bytes, owner: Requester) -> Attributes:
         """Make a symbolic link; its target is text, which only the kernel follows, through the mount."""
-        directory = self._directory_for_new(parent, name)
-        return self._known(await self._run("mount.symlink", entries.make_symlink, directory.fd, name, target, owner))
+        directory = self.inodes.directory_for_new(parent, name)
+        return self.inodes.known(
+            await self._run("mount.symlink", entries.make_symlink, directory.fd, name, target, owner)
+        )
 
     async def link(self, ino: int, parent: int, name: bytes) -> Attributes:
         """Give an inode another name."""
-        node, directory = self.nodes[ino], self._directory_for_new(parent, name)
+        node, directory = self._node(ino), self.inodes.directory_for_new(parent, name)
         # With a directory descriptor Python calls linkat with AT_SYMLINK_FOLLOW, which follows the procfs link to
         # the inode itself, and no further.
         await self._run("mount.link", os.link, node.proc_path, name, dst_dir_fd=directory.fd)
         node.unlinked = False
         node.lookups += 1
-        return self._attributes(node, os.fstat(node.fd))
+        return self.inodes.attributes(node)
 
     async def readlink(self, ino: int) -> bytes:
         """Target of a symbolic link."""
-        return await self._run("mount.readlink", os.readlink, b"", dir_fd=self.nodes[ino].fd)
+        return await self._run("mount.readlink", os.readlink, b"", dir_fd=self._node(ino).fd)
 
     async def unlink(self, parent: int, name: bytes) -> None:
         """Remove a name of what is not a directory."""
-        directory = self.nodes[parent]
-        check_component(name)
+        directory = self._node(parent)
         async with self._named(directory, name) as target, self._removal(target):
             await self._run("mount.unlink", os.unlink, name, dir_fd=directory.fd)
 
     async def rmdir(self, parent: int, name: bytes) -> None:
         """Remove an empty directory."""
-        directory = self.nodes[parent]
-        check_component(name)
+        directory = self._node(parent)
         async with self._named(directory, name):
             await self._run("mount.rmdir", os.rmdir, name, dir_fd=directory.fd)
 
     async def rename(self, old_parent: int, old_name: bytes, new_parent: int, new_name: bytes, *, flags: int) -> None:
         """Rename; ``flags`` are 0, RENAME_NOREPLACE or RENAME_EXCHANGE."""
-        old_directory, new_directory = self.nodes[old_parent], self._directory_for_new(new_parent, new_name)
-        check_component(old_name)
+        old_directory, new_directory = self._node(old_parent), self.inodes.directory_for_new(new_parent, new_name)
         if flags & ~(syscalls.RENAME_NOREPLACE | syscalls.RENAME_EXCHANGE):
             raise OSError(errno.EINVAL, "unknown flags")
 
@@ -154,7 +127,7 @@ class Filesystem:
 
         async with self._named(old_directory, old_name) as source:
             try:
-                replaced = await self._find(new_directory, new_name)
+                replaced = await self.inodes.find(new_directory, new_name)
             except FileNotFoundError:
                 await do()
                 return
@@ -165,19 +138,17 @@ class Filesystem:
                     async with self._removal(replaced):
                         await do()
             finally:
-                await self._put_away(replaced)
+                await self.inodes.close_descriptors([replaced.fd])
 
     # Attributes
 
     async def getattr(self, ino: int) -> Attributes:
         """Attributes of a node."""
-        node = self.nodes[ino]
-        # On the event loop: the descriptor holds the inode in memory, so nothing is read from a disk.
-        return self._attributes(node, os.fstat(node.fd))
+        return self.inodes.attributes(self._node(ino))
 
     async def setattr(self, ino: int, change: Change, requester: Requester) -> Attributes:
         """Change attributes: size first, which may fail; owner before mode, since it clears set-id bits."""
-        node = self.nodes[ino]
+        node = self._node(ino)
         if change.size is not None:
             await self._truncate(node, change.size, change.handle)
             if node.has_setid:
@@ -198,33 +169,33 @@ class Filesystem:
                     atime_ns=change.atime_ns,
                     mtime_ns=change.mtime_ns,
                 )
-        return self._attributes(node, os.fstat(node.fd))
+        return self.inodes.attributes(node)
 
     async def getxattr(self, ino: int, name: bytes) -> bytes:
         """Value of an xattr."""
-        return await self._xattrs.get(self.nodes[ino], name)
+        return await self._xattrs.get(self._node(ino), name)
 
     async def listxattr(self, ino: int) -> list[bytes]:
         """Names of the xattrs."""
-        return await self._xattrs.names(self.nodes[ino])
+        return await self._xattrs.names(self._node(ino))
 
     async def setxattr(self, ino: int, name: bytes, value: bytes, requester: Requester) -> None:
         """Set an xattr."""
-        await self._xattrs.set(self.nodes[ino], name, value, requester)
+        await self._xattrs.set(self._node(ino), name, value, requester)
 
     async def removexattr(self, ino: int, name: bytes) -> None:
         """Remove an xattr."""
-        await self._xattrs.remove(self.nodes[ino], name)
+        await self._xattrs.remove(self._node(ino), name)
 
     async def statfs(self) -> os.statvfs_result:
         """Space of the backing filesystem."""
-        return await self._run("mount.statfs", os.fstatvfs, self._root_fd)
+        return await self._run("mount.statfs", os.fstatvfs, self.inodes.root_fd)
 
     # Files
 
     async def open(self, ino: int, flags: int, requester: Requester) -> int:
         """Open a regular file; the number of the handle."""
-        node = self.nodes[ino]
+        node = self._node(ino)
         if not node.is_regular:
             raise OSError(errno.ENXIO, "not a regular file")
         caller = identify(pid=requester.pid, uid=requester.uid)
@@ -237,17 +208,17 @@ class Filesystem:
         The kernel asks for this when it believes that there is no such name.  Should there be one after all, it must
         look again and check permissions before it may be opened: ESTALE makes it do so.
         """
-        directory = self._directory_for_new(parent, name)
+        directory = self.inodes.directory_for_new(parent, name)
         kind_mode = stat.S_IFREG | stat.S_IMODE(mode)
         try:
             made = await self._run("mount.create", entries.make_node, directory.fd, name, kind_mode, 0, owner)
         except FileExistsError as exc:
             raise OSError(errno.EEXIST if flags & os.O_EXCL else errno.ESTALE, "exists") from exc
-        attributes = self._known(made)
+        attributes = self.inodes.known(made)
         try:
             return await self.open(attributes.ino, flags, owner), attributes
         except BaseException:
-            fd = self.forget(attributes.ino, 1)
+            fd = self.inodes.forget(attributes.ino, 1)
             if fd is not None:
                 os.close(fd)
             raise
@@ -277,31 +248,11 @@ class Filesystem:
 
     async def opendir(self, ino: int) -> int:
         """Open a directory; the number of the handle."""
-        return self.handles.add_directory(DirectoryHandle(self.nodes[ino]))
+        return self.handles.add_directory(DirectoryHandle(self._node(ino)))
 
-    async def readdir(self, handle: int, offset: int, emit: Callable[[DirectoryEntry], bool]) -> None:
-        """Give entries to ``emit`` until it answers False (entry not taken) or there are no more.
-
-        Names are those of the last read from the start, so none is shown twice or left out while others come and go;
-        one that is gone by now is not shown.  Counts a lookup for each entry taken.
-        """
-        directory = self.handles.directories[handle]
-        node = directory.node
-        if offset == 0:
-            names = await self._run("mount.readdir", entries.list_names, node.fd)
-            directory.names = [name for name in names if node.ino != ROOT or name != PRIVATE_NAME]
-        for at, (name, ino) in enumerate(((b".", node.ino), (b"..", _UNKNOWN_INO))):
-            if offset <= at and not emit(DirectoryEntry(name, at + 1, ino, None)):
-                return
-        index = max(offset - 2, 0)
-        while index < len(directory.names):
-            names = directory.names[index : index + directory.batch]
-            found = await self._run("mount.readdir", entries.open_entries, node.fd, names)
-            taken = self._emit(names, found, index, emit)
-            if taken < len(names):
-                directory.batch = max(taken + 1, 8)
-                return
-            index += taken
+    async def readdir(self, handle: int, offset: int, emit: Emit) -> None:
+        """Give entries to ``emit`` until it answers False or there are no more; see listing."""
+        await read_directory(self.inodes, self._run, self.handles.directories[handle], offset, emit)
 
     async def releasedir(self, handle: int) -> None:
         """Close a directory."""
@@ -313,101 +264,14 @@ class Filesystem:
 
     # Inside
 
-    async def _run(self, site: str, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await self._threads.files(self._files.call, site, function, *args, **kwargs)
-
-    def _directory_for_new(self, parent: int, name: bytes) -> Node:
-        """The directory for a new name; OSError EPERM for the one that is reserved."""
-        check_component(name)
-        if parent == ROOT and name == PRIVATE_NAME:
-            raise OSError(errno.EPERM, "reserved for vmfs-stub", name)
-        return self.nodes[parent]
-
-    async def _find(self, directory: Node, name: bytes) -> entries.Entry:
-        """Find a name, on the event loop when the kernel's name cache knows it, which takes no disk access."""
-        if directory.ino == ROOT and name == PRIVATE_NAME:
-            raise FileNotFoundError(errno.ENOENT, "no such name")
-        try:
-            fd = syscalls.open_path_cached(directory.fd, name)
-        except BlockingIOError:
-            entry = await self._run("mount.lookup", entries.open_entry, directory.fd, name)
-        else:
-            entry = entries.Entry(fd, os.fstat(fd), None)
-        # By number too: in a directory that ignores case the private one has other names.
-        if entry.st.st_ino == self._private_ino:
-            os.close(entry.fd)
-            raise FileNotFoundError(errno.ENOENT, "no such name")
-        return entry
-
-    def _known(self, entry: entries.Entry) -> Attributes:
-        """Enter what was found into the table and count a lookup."""
-        node = self._enter(entry)
-        node.lookups += 1
-        return self._attributes(node, entry.st)
-
-    def _enter(self, entry: entries.Entry) -> Node:
-        node = self.nodes.enter(entry.fd, entry.st)
-        if node.lookups == 0:
-            node.xattr_names = entry.xattr_names
-        return node
-
-    def _attributes(self, node: Node, st: os.stat_result) -> Attributes:
-        timeout_s = self._settings.attr_timeout_s
-        nlink, blocks, mtime_ns = st.st_nlink, st.st_blocks, st.st_mtime_ns
-        if node.is_regular:
-            node.has_setid = st.st_mode & _SETID != 0
-            override = self._disks.stat_override(st)
-            if override is not None:
-                blocks, mtime_ns = override.blocks, override.mtime_ns
-                timeout_s = self._settings.placeholder_attr_timeout_s
-            if node.unlinked:
-                nlink = 0
-        elif node.ino == ROOT and self._private_ino and nlink > 2:
-            nlink -= 1
-        return Attributes(node.ino, st, nlink, blocks, mtime_ns, timeout_s, self._settings.attr_timeout_s)
-
-    def _emit(
-        self,
-        names: list[bytes],
-        found: list[entries.Entry | None],
-        index: int,
-        emit: Callable[[DirectoryEntry], bool],
-    ) -> int:
-        """How many of ``found`` were taken, those that are gone included; closes what was not."""
-        for at, entry in enumerate(found):
-            if entry is None or entry.st.st_ino == self._private_ino:
-                if entry is not None:
-                    os.close(entry.fd)
-                continue
-            node = self._enter(entry)
-            taken = False
-            try:
-                attributes = self._attributes(node, entry.st)
-                taken = emit(DirectoryEntry(names[at], index + at + 3, node.ino, attributes))
-            finally:
-                if taken:
-                    node.lookups += 1
-                else:
-                    self.nodes.drop_unused(node)
-                    for rest in found[at + 1 :]:
-                        if rest is not None:
-                            os.close(rest.fd)
-            if not taken:
-                return at
-        return len(found)
-
     @asynccontextmanager
     async def _named(self, directory: Node, name: bytes) -> AsyncIterator[entries.Entry]:
         """What a name refers to now; the kernel holds the directory's lock, so it stays so."""
-        entry = await self._find(directory, name)
+        entry = await self.inodes.find(directory, name)
         try:
             yield entry
         finally:
-            await self._put_away(entry)
-
-    async def _put_away(self, entry: entries.Entry) -> None:
-        with trio.move_on_after(_REMOVED_TIMEOUT_S, shield=True):
-            await self.close_descriptors([entry.fd])
+            await self.inodes.close_descriptors([entry.fd])
 
     @asynccontextmanager
     async def _removal(self, target: entries.Entry) -> AsyncIterator[None]:
@@ -419,7 +283,7 @@ class Filesystem:
         await self._disks.removing(target.fd)
         try:
             yield
-            node = self.nodes.find(ino)
+            node = self.inodes.nodes.find(ino)
             if node is not None:
                 node.unlinked = True
         finally:
@@ -444,14 +308,7 @@ class Filesystem:
         kept = st.st_mode & ~stat.S_ISUID
         if st.st_mode & stat.S_IXGRP or not is_in_group(st.st_gid, requester):
             kept &= ~stat.S_ISGID
-        node.has_setid = kept & _SETID != 0
+        node.has_setid = kept & SETID != 0
         if kept != st.st_mode:
             await self._run("mount.chmod", os.chmod, node.proc_path, stat.S_IMODE(kept))
             self.attributes_changed(node.ino)
-
-
-def _inode_number(parent_fd: int, name: bytes) -> int | None:
-    try:
-        return os.stat(name, dir_fd=parent_fd, follow_symlinks=False).st_ino
-    except FileNotFoundError:
-        return None

@@ -104,8 +104,8 @@ class FuseOperations(pyfuse3.Operations):
 
     async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
         try:
-            fds = [self._fs.forget(ino, lookups) for ino, lookups in inode_list]
-            await self._fs.close_descriptors([fd for fd in fds if fd is not None])
+            fds = [self._fs.inodes.forget(ino, lookups) for ino, lookups in inode_list]
+            await self._fs.inodes.close_descriptors([fd for fd in fds if fd is not None])
         except Exception as exc:
             self.faults.answer("forget", exc, is_data=False)
 

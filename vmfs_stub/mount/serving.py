@@ -25,7 +25,7 @@ from vmfs_stub.mount.fuse import Faults, FuseOperations
 from vmfs_stub.mount.settings import MountSettings
 
 _log = logging.getLogger(__name__)
-_WORKERS_IDLE_MAX = 32
+_WORKERS_IDLE_MAX = 16
 """pyfuse3's tasks that wait for a request; each that ends frees a buffer of 1 MiB, which the next makes anew."""
 
 _serving = False
@@ -59,8 +59,8 @@ class Mount:
 
     def attributes_changed(self, ino: int) -> None:
         """Say that attributes or xattrs of an inode changed behind the mount; does not sleep."""
-        node = self._filesystem.nodes.find(ino)
-        if node is None:
+        node = self._filesystem.inodes.nodes.find(ino)
+        if node is None or self.ended.is_set():
             return
         node.xattrs_changed()
         with _unknown_is_fine():
@@ -68,11 +68,15 @@ class Mount:
 
     async def data_changed(self, ino: int) -> None:
         """Tell the kernel to drop an inode's cached pages and attributes."""
+        if self.ended.is_set():
+            return
         with _unknown_is_fine():
             await trio.to_thread.run_sync(pyfuse3.invalidate_inode, ino)
 
     async def entry_changed(self, parent_ino: int, name: bytes) -> None:
         """Tell the kernel that a name was made or removed behind the mount (its parent's number; 1 for the top)."""
+        if self.ended.is_set():
+            return
         with _unknown_is_fine():
             await trio.to_thread.run_sync(pyfuse3.invalidate_entry, parent_ino, name)
 

@@ -10,32 +10,24 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Awaitable, Callable
-from typing import Final, Protocol, TypeVar
+from typing import Final
 
 from vmfs_stub.mount import entries
 from vmfs_stub.mount.attributes import Requester
 from vmfs_stub.mount.callers import is_in_group
 from vmfs_stub.mount.nodes import Node
 from vmfs_stub.mount.private import is_private_xattr
-
-T = TypeVar("T")
+from vmfs_stub.mount.runner import Runner
 
 _ACCESS_ACL: Final = b"system.posix_acl_access"
 _LISTED: Final = (b"user.", b"trusted.", b"system.posix_acl_")
 _LISTED_WITHOUT_LABELS: Final = (*_LISTED, b"security.")
 
 
-class RunCall(Protocol):
-    """Runs a blocking file call in a worker thread, under a site tag."""
-
-    def __call__(self, site: str, function: Callable[..., T], /, *args: object) -> Awaitable[T]: ...
-
-
 class Xattrs:
     """Xattr operations on nodes; the program's own xattrs do not exist here."""
 
-    def __init__(self, run: RunCall, *, root_fd: int) -> None:
+    def __init__(self, run: Runner, *, root_fd: int) -> None:
         self._run = run
         self._listed = _LISTED if _has_unlisted_label(root_fd) else _LISTED_WITHOUT_LABELS
 
