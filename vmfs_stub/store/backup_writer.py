@@ -26,7 +26,7 @@ from vmfs_stub.core.errors import IntegrityError, ObjectExists, ObjectMissing, S
 from vmfs_stub.core.ids import ChunkId, PackId, PointId, SegmentId, VmId
 from vmfs_stub.store import frames
 from vmfs_stub.store.chunk_index import ChunkIndex
-from vmfs_stub.store.format import FRAME_HEADER, INDEX_OBJECT_ENTRIES, SEGMENT_CHUNKS
+from vmfs_stub.store.format import FRAME_HEADER, INDEX_OBJECT_ENTRIES
 from vmfs_stub.store.frames import EncodedChunk
 from vmfs_stub.store.index_objects import PackEntries, encode_index
 from vmfs_stub.store.keys import (
@@ -44,7 +44,7 @@ from vmfs_stub.store.manifest import Manifest, StoredFile, check_manifest, encod
 from vmfs_stub.store.objects import Buffer, CacheDropping, ObjectStore
 from vmfs_stub.store.packs import OpenPack, SealedPack
 from vmfs_stub.store.pins import Pin, encode_pin
-from vmfs_stub.store.segments import SealedSegment, seal_segment
+from vmfs_stub.store.segments import SealedSegment, SegmentTable
 
 BUFFERS_KEPT: Final = 4
 """Buffers of packs, and of batches, kept for the next one: fresh memory costs more than the copy into it."""
@@ -83,37 +83,6 @@ class WriterCounts:
     new_chunks: int
     new_bytes: int
     stored_bytes: int
-
-
-class SegmentTable:
-    """Collects one file's chunk entries and cuts them into segments.  Not thread-safe.
-
-    ``ids`` are the segments so far, in order; every SealedSegment handed out must be put.
-    """
-
-    def __init__(self, chunk_size: int) -> None:
-        self.ids: list[SegmentId | None] = []
-        self._chunk_size = chunk_size
-        self._open: list[FrameRef | None] = []
-
-    def extend(self, entries: Iterable[FrameRef | None]) -> list[SealedSegment]:
-        """Take the next chunks in file order; returns the segments that are full."""
-        self._open.extend(entries)
-        sealed = []
-        while len(self._open) >= SEGMENT_CHUNKS:
-            sealed.extend(self._seal(self._open[:SEGMENT_CHUNKS]))
-            del self._open[:SEGMENT_CHUNKS]
-        return sealed
-
-    def close(self) -> list[SealedSegment]:
-        """The file is complete; returns its last segment, if there is one to put."""
-        rest, self._open = self._open, []
-        return self._seal(rest) if rest else []
-
-    def _seal(self, entries: list[FrameRef | None]) -> list[SealedSegment]:
-        segment = seal_segment(entries, self._chunk_size)
-        self.ids.append(None if segment is None else segment.segment_id)
-        return [] if segment is None else [segment]
 
 
 class BackupWriter:

@@ -11,7 +11,7 @@ Layout: docs/FORMAT.md.  This module must not know how segments are transported.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from blake3 import blake3
@@ -67,6 +67,37 @@ def seal_segment(entries: Sequence[FrameRef | None], chunk_size: int) -> SealedS
     table = b"".join(bytes.fromhex(pack_id) for pack_id in packs)
     data = b"".join((header, table, struct.pack(f"<{len(slots)}H", *slots), *rows))
     return SealedSegment(SegmentId(blake3(data).hexdigest()), data, frozenset(packs))
+
+
+class SegmentTable:
+    """Collects one file's chunk entries and cuts them into segments.  Not thread-safe.
+
+    ``ids`` are the segments so far, in order; every SealedSegment handed out must be put.
+    """
+
+    def __init__(self, chunk_size: int) -> None:
+        self.ids: list[SegmentId | None] = []
+        self._chunk_size = chunk_size
+        self._open: list[FrameRef | None] = []
+
+    def extend(self, entries: Iterable[FrameRef | None]) -> list[SealedSegment]:
+        """Take the next chunks in file order; returns the segments that are full."""
+        self._open.extend(entries)
+        sealed = []
+        while len(self._open) >= SEGMENT_CHUNKS:
+            sealed.extend(self._seal(self._open[:SEGMENT_CHUNKS]))
+            del self._open[:SEGMENT_CHUNKS]
+        return sealed
+
+    def close(self) -> list[SealedSegment]:
+        """The file is complete; returns its last segment, if there is one to put."""
+        rest, self._open = self._open, []
+        return self._seal(rest) if rest else []
+
+    def _seal(self, entries: list[FrameRef | None]) -> list[SealedSegment]:
+        segment = seal_segment(entries, self._chunk_size)
+        self.ids.append(None if segment is None else segment.segment_id)
+        return [] if segment is None else [segment]
 
 
 class Segment:
