@@ -23,6 +23,7 @@ from vmfs_stub.core.errors import (
 )
 from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
 from vmfs_stub.store import packs
+from vmfs_stub.store.backup_writer import EncodedBatch
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.local import LocalObjects
 from vmfs_stub.store.pins import Pin
@@ -366,3 +367,22 @@ def test_fetch_reads_once_and_refuses_what_is_not_one_pack(objects: FakeObjects,
     assert store.fetch([]) == []
     with pytest.raises(ValueError, match="ascending"):
         store.fetch(refs[::-1])
+
+
+def test_batches_of_references_and_zeros_reuse_and_are_checked(objects: FakeObjects, store: Store) -> None:
+    """A caller that knows what is unchanged hands in references; they count as used at the commit."""
+    content = RANDOM.randbytes(2 * CHUNK)
+    first = back_up(store, {"disk": content})
+    refs = store.open_point(first.vm_id, first.point_id).chunks(0).locate(0, 2)
+    writer = store.begin_backup(index=ChunkIndex(None, store.id))
+    entries = writer.append(EncodedBatch((*refs, None))).entries
+    entries += write_chunks(writer, RANDOM.randbytes(3 * CHUNK), batch_chunks=1)
+    finish(writer)
+    made = _commit(store, writer, entries)
+    assert _read(store, made.vm_id, made.point_id)[: 3 * CHUNK] == content + bytes(CHUNK)
+    (pack_id,) = {ref.pack_id for ref in refs if ref}
+    writer = store.begin_backup(index=ChunkIndex(None, store.id))
+    entries = writer.append(EncodedBatch(tuple(refs))).entries
+    del objects.contents[f"packs/{pack_id[:2]}/{pack_id}"]
+    with pytest.raises(StoreConflict):
+        _commit(store, writer, entries)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from vmfs_stub.core.chunking import FrameRef
@@ -44,7 +44,8 @@ from vmfs_stub.store.manifest import Manifest, StoredFile, check_manifest, encod
 from vmfs_stub.store.objects import Buffer, CacheDropping, ObjectStore
 from vmfs_stub.store.packs import OpenPack, SealedPack
 from vmfs_stub.store.pins import Pin, encode_pin
-from vmfs_stub.store.segments import SealedSegment, SegmentTable
+from vmfs_stub.store.segments import SealedSegment
+from vmfs_stub.store.segments import SegmentTable as SegmentTable
 
 BUFFERS_KEPT: Final = 4
 """Buffers of packs, and of batches, kept for the next one: fresh memory costs more than the copy into it."""
@@ -58,11 +59,12 @@ READ_BACK_GAP: Final = 256 * 1024
 class EncodedBatch:
     """Consecutive chunks of a file: None is zeros, a FrameRef is stored already, an EncodedChunk is new.
 
-    ``buffer`` is the memory of the new frames; ``append`` takes it back, so a batch is appended once.
+    ``buffer`` is the memory of the new frames; ``append`` takes it back, so a batch is appended once.  A batch without
+    new frames needs none: EncodedBatch((None, ref, …)) reuses what a caller knows to be unchanged.
     """
 
     chunks: tuple[EncodedChunk | FrameRef | None, ...]
-    buffer: bytearray
+    buffer: bytearray = field(default_factory=bytearray)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +175,7 @@ class BackupWriter:
                     entries.append(chunk)
                 else:
                     entries.append(self._place(chunk, sealed))
-            if len(self._spare_batches) < BUFFERS_KEPT:
+            if batch.buffer and len(self._spare_batches) < BUFFERS_KEPT:
                 self._spare_batches.append(batch.buffer)
         return Appended(entries, sealed)
 
@@ -302,8 +304,9 @@ class BackupWriter:
 
     def _batch_buffer(self, size: int) -> bytearray:
         with self._lock:
-            if self._spare_batches and len(self._spare_batches[-1]) >= size:
-                return self._spare_batches.pop()
+            spare = self._spare_batches.pop() if self._spare_batches else bytearray()
+            if len(spare) >= size:
+                return spare  # one that is too small is not kept
         return bytearray(size)
 
     def _place(self, chunk: EncodedChunk, sealed: list[SealedPack]) -> FrameRef:
