@@ -5,14 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyfuse3
 import pytest
+import trio
 
 from vmfs_stub.core import errors
-from vmfs_stub.mount import handshake, mountpoint, syscalls
+from vmfs_stub.mount import handshake, mountpoint, serving, syscalls
 from vmfs_stub.mount.errno_table import ERRNO_BY_TYPE, data_errno, errno_of
+from vmfs_stub.mount.fuse import FuseOperations
 from vmfs_stub.mount.nodes import ROOT, NodeTable
 from vmfs_stub.mount.private import check_component, is_private_xattr
 from vmfs_stub.mount.settings import MountSettings
@@ -209,3 +213,59 @@ def test_times_can_be_set_one_by_one(tmp_path: Path) -> None:
     syscalls.change_times(fd, atime_ns=-1, mtime_ns=None)
     os.close(fd)
     assert (path.stat().st_atime_ns, path.stat().st_mtime_ns) == (-1, 3_000_000_004)
+
+
+async def test_a_request_that_is_taken_back_does_not_end_serving(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes = [BlockingIOError(errno.EAGAIN, ""), BlockingIOError(errno.EAGAIN, ""), None]
+
+    async def session_loop(*_args: object) -> None:
+        await trio.lowlevel.checkpoint()
+        outcome = outcomes.pop(0)
+        if outcome is not None:
+            raise outcome
+
+    monkeypatch.setattr(pyfuse3, "_session_loop", session_loop)
+    serving._survive_vanished_requests()
+    serving._survive_vanished_requests()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pyfuse3._session_loop, nursery, 1, 2)
+    assert outcomes == []
+
+
+async def test_other_failures_of_a_read_do_end_serving(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def session_loop(*_args: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise OSError(errno.EINVAL, "")
+
+    monkeypatch.setattr(pyfuse3, "_session_loop", session_loop)
+    serving._survive_vanished_requests()
+    with pytest.raises(OSError):
+        await pyfuse3._session_loop(None, 1, 2)
+
+
+async def test_a_mount_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(mountpoint, "prepare", lambda _path: release.wait(30))
+    try:
+        with pytest.raises(errors.InUse, match="does not answer"):
+            await serving._prepare(Path("/nowhere"), 0.05)
+    finally:
+        release.set()
+
+
+def test_cancellation_passes_the_error_boundary() -> None:
+    """Swallowing it would keep a cancelled request going; only ordinary exceptions are answered."""
+
+    class Slow:
+        async def read(self, *_args: object) -> bytes:
+            await trio.sleep_forever()
+            return b""
+
+    async def main() -> None:
+        operations = FuseOperations(Slow(), negative_timeout_s=1, on_init=lambda: None)  # type: ignore[arg-type]
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await operations.read(1, 0, 1)
+        assert scope.cancelled_caught
+
+    trio.run(main)

@@ -18,6 +18,7 @@ from pathlib import Path
 import pyfuse3
 import trio
 
+from vmfs_stub.core.errors import InUse
 from vmfs_stub.mount import mountpoint as mountpoints
 from vmfs_stub.mount import session
 from vmfs_stub.mount.filesystem import Filesystem
@@ -89,6 +90,7 @@ async def open_mount(filesystem: Filesystem, *, mountpoint: Path, settings: Moun
     still open fail from then on.  Raises InUse, AlreadyExists, ConfigError, Unsupported or PrimaryIOError when it
     cannot be mounted; what leaves the block comes in an ExceptionGroup, as from a nursery.
     """
+    await _prepare(mountpoint, settings.start_timeout_s)
     channel = await trio.to_thread.run_sync(session.mount_channel, mountpoint, settings)
     try:
         async with serve_channel(filesystem, channel, settings=settings) as mount:
@@ -120,6 +122,14 @@ async def serve_channel(
         finally:
             with trio.CancelScope(shield=True):
                 await server.stop()
+
+
+async def _prepare(mountpoint: Path, timeout_s: float) -> None:
+    # Abandoned in its thread at the end of the time: looking at a mount that does not answer cannot be interrupted.
+    with trio.move_on_after(timeout_s):
+        await trio.to_thread.run_sync(mountpoints.prepare, mountpoint, abandon_on_cancel=True)
+        return
+    raise InUse(f"{mountpoint} has a mount that does not answer: end what serves it, or detach it with umount -l")
 
 
 class _Server:

@@ -39,11 +39,10 @@ class KernelChannel:
 
 
 def mount_channel(target: Path, settings: MountSettings) -> KernelChannel:
-    """Mount at ``target`` and answer INIT.
+    """Mount at ``target``, which `mountpoint.prepare` has made ready, and answer INIT.
 
-    Raises InUse, AlreadyExists or ConfigError for the mountpoint, Unsupported where there is no (recent) FUSE.
+    Raises Unsupported where there is no (recent) FUSE, PrimaryIOError where it cannot be mounted.
     """
-    mountpoint.prepare(target)
     raise_descriptor_limit()
     try:
         fd = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
