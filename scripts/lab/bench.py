@@ -51,16 +51,14 @@ def measure(row: Row, laboratory: Laboratory, *, pairs: int | None) -> Result:
 
 
 def table_of(results: Sequence[Result]) -> Table:
-    """What people read."""
-    table = Table(title="Ours against a baseline: ratio of medians, 95 % interval")
-    for heading in ("row", "what", "baseline", "ours", "its", "ratio", "interval", "target", "verdict"):
-        table.add_column(heading, justify="right" if heading in {"ours", "its", "ratio"} else "left")
+    """What people read; the titles and baselines of the rows are in ``--list`` and beside each row while it runs."""
+    table = Table(title="Ours against a baseline: ratio of medians taken alternately")
+    for heading in ("row", "ours", "baseline", "ratio", "95 % interval", "target", "verdict"):
+        table.add_column(heading, justify="right" if heading in {"ours", "baseline", "ratio"} else "left", no_wrap=True)
     for result in results:
         row, found = result.row, result.found
         table.add_row(
             row.name,
-            row.title,
-            row.baseline,
             readable(median(found.ours), row.unit),
             readable(median(found.baseline), row.unit),
             f"{found.ratio:.2f}",
@@ -119,7 +117,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Run the bench."""
     options = parse()
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     if options.list:
         for row in ROWS:
             console.print(
@@ -133,7 +131,7 @@ def main() -> None:
         with working_directory() as home:
             laboratory = Laboratory(home, lambda text: console.print(f"[dim]{text}[/]", soft_wrap=True))
             for row in [row for row in ROWS if not options.row or row.name in options.row]:
-                console.print(f"[dim]measuring {row.name}: {row.title}[/]", soft_wrap=True)
+                console.print(f"[dim]measuring {row.name}: {row.title} / {row.baseline}[/]", soft_wrap=True)
                 try:
                     results.append(measure(row, laboratory, pairs=options.pairs))
                 except LabError as failure:
