@@ -183,6 +183,11 @@ class Config(_Section):
         return self.private_dir / "hold"
 
     @property
+    def store_copy_path(self) -> Path:
+        """The store's description as it was last seen."""
+        return self.private_dir / "store.json"
+
+    @property
     def catalog_path(self) -> Path:
         """Local catalog of VMs, jobs and accesses."""
         return self.private_dir / "catalog.sqlite"

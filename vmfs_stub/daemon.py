@@ -25,7 +25,7 @@ from vmfs_stub.config import Config
 from vmfs_stub.control.jobs import open_jobs
 from vmfs_stub.control.metrics import Metrics
 from vmfs_stub.control.server import open_control
-from vmfs_stub.core.errors import DatastoreLocked, ObjectMissing, PrimaryIOError, VmfsStubError
+from vmfs_stub.core.errors import DatastoreLocked, PrimaryIOError, StoreError, VmfsStubError
 from vmfs_stub.datastore import Datastore
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.mount.filesystem import Filesystem
@@ -45,6 +45,7 @@ from vmfs_stub.services.recovery import Recovered, Recovery
 from vmfs_stub.services.retirement import Retirement
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.format import decode_description, encode_description
 from vmfs_stub.store.objects_url import open_objects
 from vmfs_stub.store.store import Store
 
@@ -239,13 +240,23 @@ async def _leave(nursery: trio.Nursery, disks: Disks) -> None:
 
 
 def open_store(config: Config) -> Store:
-    """The configured store.  Raises StoreError, UnknownFormat, CorruptStoreObject."""
+    """The configured store; one that is away is taken for what it was when it was last seen.
+
+    Resident disks need no store, so a host must start without it.  Raises StoreError when it was never seen,
+    UnknownFormat, CorruptStoreObject.
+    """
+    objects = open_objects(config.store.url, retries_max=config.store.retries_max)
     try:
-        return Store.open(open_objects(config.store.url))
-    except ObjectMissing as exc:
-        raise ObjectMissing(
-            f"there is no vmfs-stub store at {config.store.url}: is it mounted? `vmfs-stub init` makes a new one"
-        ) from exc
+        store = Store.open(objects)
+    except StoreError as exc:
+        try:
+            kept = config.store_copy_path.read_bytes()
+        except FileNotFoundError:
+            raise exc from None
+        log.warning("the store is away (%s): starting without it; recalls fail until it is back", exc)
+        return Store(objects, decode_description(kept))
+    config.store_copy_path.write_bytes(encode_description(store.description))
+    return store
 
 
 async def _go_on(

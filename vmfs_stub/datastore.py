@@ -47,7 +47,6 @@ from vmfs_stub.services.hydration import HydrationService
 from vmfs_stub.services.placeholder import Placeholder
 from vmfs_stub.services.recall import RecallService
 from vmfs_stub.services.threads import Threads
-from vmfs_stub.store.keys import STORE_KEY
 from vmfs_stub.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -232,7 +231,7 @@ class Datastore:
         """Ask the store now and then whether it is there, for `status`."""
         while True:
             try:
-                await self._threads.store(self._store.objects.size, STORE_KEY)
+                await self._threads.store(self._store.check)
                 self._store_error = None
             except VmfsStubError as exc:
                 self._store_error = str(exc)

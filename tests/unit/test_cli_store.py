@@ -52,7 +52,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def url(tmp_path: Path) -> str:
     """A store with the VM "db" (two points) and the VM "web" (one)."""
     where = f"file://{tmp_path}/store"
-    store = Store.create(open_objects(where))
+    store = Store.create(open_objects(where, create=True))
     add_point(store, "a" * 32, "db", "1111" + "0" * 28)
     add_point(store, "a" * 32, "db", "2222" + "0" * 28)
     add_point(store, "b" * 32, "web", "3333" + "0" * 28)

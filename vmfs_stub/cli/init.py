@@ -54,7 +54,7 @@ def init(
         store=_store_url(store),
     )
     config = _checked(text, target)
-    objects = open_objects(config.store.url)
+    objects = open_objects(config.store.url, create=True)
     _make_backing(config.datastore.backing)
     _make_mountpoint(config.datastore.mountpoint)
     _join_store(objects, config.store.url)

@@ -23,8 +23,9 @@ from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.recall import RecallService
 from vmfs_stub.services.threads import Threads
-from vmfs_stub.store.backup_writer import BackupWriter, EncodedBatch, SegmentTable
+from vmfs_stub.store.backup_writer import BackupWriter, EncodedBatch
 from vmfs_stub.store.packs import SealedPack
+from vmfs_stub.store.segments import SegmentTable
 
 BATCH_BYTES = 2 << 20
 """How much is read and encoded at once; large enough that the hops between threads do not count."""

@@ -44,8 +44,7 @@ from vmfs_stub.store.manifest import Manifest, StoredFile, check_manifest, encod
 from vmfs_stub.store.objects import Buffer, CacheDropping, ObjectStore
 from vmfs_stub.store.packs import OpenPack, SealedPack
 from vmfs_stub.store.pins import Pin, encode_pin
-from vmfs_stub.store.segments import SealedSegment
-from vmfs_stub.store.segments import SegmentTable as SegmentTable
+from vmfs_stub.store.segments import SealedSegment, SegmentTable
 
 BUFFERS_KEPT: Final = 4
 """Buffers of packs, and of batches, kept for the next one: fresh memory costs more than the copy into it."""

@@ -30,7 +30,7 @@ from vmfs_stub.core.errors import (
     StoreFull,
     StoreUnavailable,
 )
-from vmfs_stub.store.keys import check_key, check_prefix
+from vmfs_stub.store.keys import STORE_KEY, check_key, check_prefix
 from vmfs_stub.store.objects import OBJECT_SIZE_MAX, Buffer, ObjectInfo, oversized, truncated
 
 TEMPORARY: Final = ".vmfs-stub-tmp"
@@ -49,10 +49,10 @@ class LocalObjects:
     entries are known to be on the medium; it only grows, by at most the fan-out of the format.
     """
 
-    def __init__(self, root: Path, *, clock: Callable[[], float] = time.time) -> None:
-        """Open ``root``, making it when absent (its parent must exist).
+    def __init__(self, root: Path, *, create: bool = True, clock: Callable[[], float] = time.time) -> None:
+        """Open ``root``, making it when absent (its parent must exist); without ``create`` it must hold a store.
 
-        Raises: StoreUnavailable, StoreDenied.
+        Raises: StoreUnavailable, StoreDenied; ObjectMissing where there is no store.
         """
         self.root = root
         self._clock = clock
@@ -62,6 +62,8 @@ class LocalObjects:
         self._durable: set[str] = set()
         self._lock = threading.Lock()
         with _translated(str(root), "open"):
+            if not create and not (root / STORE_KEY).exists():
+                raise ObjectMissing(f"there is no vmfs-stub store in {root}; is what belongs there mounted?")
             if not root.is_dir():
                 root.mkdir(mode=0o700)
                 _sync_folder(root.absolute().parent)

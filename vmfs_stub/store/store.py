@@ -21,6 +21,7 @@ from vmfs_stub.core.errors import (
     ObjectExists,
     ObjectMissing,
     PointNotFound,
+    StoreConflict,
     UnknownFormat,
 )
 from vmfs_stub.core.ids import PlaceholderId, PointId, StoreId, VmId
@@ -87,6 +88,7 @@ class Store:
 
     def __init__(self, objects: ObjectStore, description: StoreDescription) -> None:
         self.objects = objects
+        self.description = description
         self.id: StoreId = description.store_id
         self.chunk_size = description.chunk_size
         self.segments = SegmentCache(objects)
@@ -126,6 +128,17 @@ class Store:
                 return cls.create(objects, chunk_size=chunk_size)
             except AlreadyExists:
                 return cls.open(objects)
+
+    def check(self) -> None:
+        """See that this store is where it is expected, and is itself.
+
+        Raises: ObjectMissing, CorruptStoreObject, StoreUnavailable, StoreDenied; StoreConflict when another store
+        is in its place.
+        """
+        found = decode_description(self.objects.get(STORE_KEY, size_max=DOCUMENT_SIZE_MAX))
+        if found != self.description:
+            msg = f"store {found.store_id} lies where {self.id} is expected"
+            raise StoreConflict(msg)
 
     def vms(self) -> list[StoredVm]:
         """All VMs with committed restore points, by name."""
@@ -216,7 +229,8 @@ class Store:
         return any(True for _ in self.objects.list(pins_of(vm_id, point_id)))
 
     def begin_backup(self, *, index: ChunkIndex) -> BackupWriter:
-        """Start a backup job of one VM; brings ``index`` up to date first."""
+        """Start a backup job of one VM; brings ``index`` up to date first.  Raises: as `check`."""
+        self.check()
         index.sync(self.objects)
         return BackupWriter(self.objects, self.fetch, index, chunk_size=self.chunk_size, clock=time.time)
 
