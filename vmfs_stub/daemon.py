@@ -29,7 +29,7 @@ from vmfs_stub.core.errors import DatastoreLocked, PrimaryIOError, StoreError, V
 from vmfs_stub.datastore import Datastore
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.mount.filesystem import Filesystem
-from vmfs_stub.mount.serving import open_mount
+from vmfs_stub.mount.serving import Mount, open_mount
 from vmfs_stub.mount.settings import MountSettings
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PrivateState
@@ -209,10 +209,11 @@ async def _open_datastore(config: Config) -> AsyncIterator[trio.Event]:
                         stop=stop,
                     )
                     told.append(datastore)
+                    disks.attributes_changed = mount.attributes_changed
                     with _closing(datastore):
                         async with open_control(
                             datastore,
-                            _metrics(recall, disks),
+                            _metrics(recall, disks, mount),
                             socket_path=config.socket_path,
                             connections_max=config.control.connections_max,
                         ):
@@ -338,10 +339,12 @@ def _mount_settings(config: Config) -> MountSettings:
         allow_other=config.mount.allow_other,
         attr_timeout_s=config.mount.attr_timeout_s,
         max_background=config.mount.max_background,
+        # At the end, reads that wait for a recall get their answer.
+        shutdown_grace_s=config.recall.recall_deadline_s + 1,
     )
 
 
-def _metrics(recall: RecallService, disks: Disks) -> Metrics:
+def _metrics(recall: RecallService, disks: Disks, mount: Mount) -> Metrics:
     metrics, counters = Metrics(), recall.counters
     metrics.total("recalled_on_demand_bytes", "Raw bytes recalled for guests.", lambda: counters.demand_bytes)
     metrics.total("recalled_in_background_bytes", "Raw bytes hydrated.", lambda: counters.background_bytes)
@@ -349,6 +352,8 @@ def _metrics(recall: RecallService, disks: Disks) -> Metrics:
     metrics.gauge("recalls_waiting", "Reads that wait for a recall now.", lambda: counters.waiting)
     metrics.gauge("placeholders", "Placeholders of this datastore.", lambda: len(disks.index))
     metrics.gauge("open_disks", "Disks that guests have open.", lambda: len(disks.open_disks()))
+    metrics.total("request_errors", "Requests that were answered with an error.", mount.faults.errors.total)
+    metrics.total("request_bugs", "Requests that met a programming error.", mount.faults.bugs.total)
     return metrics
 
 

@@ -11,5 +11,8 @@ XATTR_PREFIX = "trusted.vmfs-stub."
 VM_XATTR = XATTR_PREFIX + "vm"
 """Identity of a VM, on its top directory or top file."""
 
+TOP_MODE_XATTR = XATTR_PREFIX + "mode"
+"""Mode that the top directory shows through the mount, as octal digits; the backing directory itself stays 0700."""
+
 PLACEHOLDER_XATTR = XATTR_PREFIX + "placeholder"
 """Record that makes a file a placeholder."""

@@ -12,6 +12,7 @@ class Attributes(NamedTuple):
 
     ino: int
     st: os.stat_result
+    mode: int
     nlink: int
     blocks: int
     mtime_ns: int

@@ -15,6 +15,7 @@ import os
 import stat
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -26,7 +27,7 @@ from vmfs_stub.mount.callers import identify, is_in_group
 from vmfs_stub.mount.disks import Disks, DiskT, FileCalls, FileThreads, PathDisks, opener
 from vmfs_stub.mount.inodes import SETID, Inodes
 from vmfs_stub.mount.listing import Emit, read_directory
-from vmfs_stub.mount.nodes import DirectoryHandle, FileHandle, HandleTable, Node
+from vmfs_stub.mount.nodes import ROOT, DirectoryHandle, FileHandle, HandleTable, Node
 from vmfs_stub.mount.runner import Runner
 from vmfs_stub.mount.settings import MountSettings
 from vmfs_stub.mount.xattrs import Xattrs
@@ -153,6 +154,9 @@ class Filesystem:
             await self._truncate(node, change.size, change.handle)
             if node.has_setid:
                 await self._clear_setid(node, requester)
+        if node.ino == ROOT:
+            await self.inodes.change_top(mode=change.mode, uid=change.uid, gid=change.gid)
+            change = replace(change, mode=None, uid=None, gid=None)
         if change.uid is not None or change.gid is not None:
             uid, gid = (-1 if each is None else each for each in (change.uid, change.gid))
             await self._run("mount.chown", syscalls.change_owner, node.fd, uid=uid, gid=gid)

@@ -315,12 +315,12 @@ def _bare_entry(ino: int) -> pyfuse3.EntryAttributes:
 
 
 def _entry(attributes: Attributes) -> pyfuse3.EntryAttributes:
-    ino, st, nlink, blocks, mtime_ns, attr_timeout_s, entry_timeout_s = attributes
+    ino, st, mode, nlink, blocks, mtime_ns, attr_timeout_s, entry_timeout_s = attributes
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = ino
     entry.attr_timeout = attr_timeout_s
     entry.entry_timeout = entry_timeout_s
-    entry.st_mode = st.st_mode
+    entry.st_mode = mode
     entry.st_nlink = nlink
     entry.st_uid = st.st_uid
     entry.st_gid = st.st_gid

@@ -13,6 +13,7 @@ from typing import Final
 
 import trio
 
+from vmfs_stub.core.names import TOP_MODE_XATTR
 from vmfs_stub.mount import entries, syscalls
 from vmfs_stub.mount.attributes import Attributes
 from vmfs_stub.mount.disks import PathDisks
@@ -22,6 +23,8 @@ from vmfs_stub.mount.runner import Runner
 from vmfs_stub.mount.settings import MountSettings
 
 SETID: Final = stat.S_ISUID | stat.S_ISGID
+TOP_MODE: Final = 0o755
+"""Mode of the top directory until somebody changes it: hypervisors' users must get at their disks."""
 
 
 class Inodes:
@@ -35,6 +38,7 @@ class Inodes:
         self._run = run
         self._settings = settings
         self._private_ino = _inode_number(self.root_fd, PRIVATE_NAME)
+        self._top_mode = _top_mode(self.root_fd)
 
     async def find(self, directory: Node, name: bytes) -> entries.Entry:
         """Find a name, on the event loop when the kernel's name cache knows it, which takes no disk access."""
@@ -84,7 +88,7 @@ class Inodes:
         if st is None:
             st = os.fstat(node.fd)
         timeout_s = self._settings.attr_timeout_s
-        nlink, blocks, mtime_ns = st.st_nlink, st.st_blocks, st.st_mtime_ns
+        mode, nlink, blocks, mtime_ns = st.st_mode, st.st_nlink, st.st_blocks, st.st_mtime_ns
         if node.is_regular:
             node.has_setid = st.st_mode & SETID != 0
             override = self._disks.stat_override(st)
@@ -93,9 +97,25 @@ class Inodes:
                 timeout_s = self._settings.placeholder_attr_timeout_s
             if node.unlinked:
                 nlink = 0
-        elif node.ino == ROOT and self._private_ino is not None and nlink > 2:
-            nlink -= 1
-        return Attributes(node.ino, st, nlink, blocks, mtime_ns, timeout_s, self._settings.attr_timeout_s)
+        elif node.ino == ROOT:
+            mode = stat.S_IFDIR | self._top_mode
+            if self._private_ino is not None and nlink > 2:
+                nlink -= 1
+        return Attributes(node.ino, st, mode, nlink, blocks, mtime_ns, timeout_s, self._settings.attr_timeout_s)
+
+    async def change_top(self, *, mode: int | None, uid: int | None, gid: int | None) -> None:
+        """Change what the top directory shows; the backing directory stays closed to all but root.
+
+        Raises OSError: EPERM for another owner, who could then open the backing directory itself.
+        """
+        st = os.fstat(self.root_fd)
+        if (st.st_uid if uid is None else uid, st.st_gid if gid is None else gid) != (st.st_uid, st.st_gid):
+            raise OSError(errno.EPERM, "the top directory belongs to root")
+        if mode is not None:
+            wanted = stat.S_IMODE(mode)
+            path = f"/proc/self/fd/{self.root_fd}"
+            await self._run("mount.top_mode", os.setxattr, path, TOP_MODE_XATTR, f"{wanted:o}".encode())
+            self._top_mode = wanted
 
     def forget(self, ino: int, lookups: int) -> int | None:
         """Take back lookups; the descriptor to close (by ``close_descriptors``) when those were the last."""
@@ -123,3 +143,10 @@ def _inode_number(parent_fd: int, name: bytes) -> int | None:
         return os.stat(name, dir_fd=parent_fd, follow_symlinks=False).st_ino
     except FileNotFoundError:
         return None
+
+
+def _top_mode(root_fd: int) -> int:
+    try:
+        return stat.S_IMODE(int(os.getxattr(f"/proc/self/fd/{root_fd}", TOP_MODE_XATTR), 8))
+    except (OSError, ValueError):
+        return TOP_MODE

@@ -15,7 +15,7 @@ from typing import Final
 from vmfs_stub.mount import entries
 from vmfs_stub.mount.attributes import Requester
 from vmfs_stub.mount.callers import is_in_group
-from vmfs_stub.mount.nodes import Node
+from vmfs_stub.mount.nodes import ROOT, Node
 from vmfs_stub.mount.private import is_private_xattr
 from vmfs_stub.mount.runner import Runner
 
@@ -53,6 +53,9 @@ class Xattrs:
         """Set an xattr; OSError EPERM for the program's own."""
         if is_private_xattr(name):
             raise OSError(errno.EPERM, "reserved")
+        if node.ino == ROOT and name.startswith(b"system."):
+            # An ACL would open the backing directory itself to others.
+            raise OSError(errno.EOPNOTSUPP, "not on the top directory")
         # Twice, so that a list read before or during the call is not kept.
         node.xattrs_changed()
         try:

@@ -81,6 +81,8 @@ class Disks:
         """What every disk calls after a guest's read had to recall something; hydration sets it."""
         self.on_open: Callable[[Disk, Caller], None] | None = None
         """Called when somebody opened a disk through the mount."""
+        self.attributes_changed: Callable[[int], object] = lambda ino: None
+        """Called with an inode number when stat of it changes without a request that changes it; the mount sets it."""
 
     # Opening and closing
 
@@ -238,6 +240,7 @@ class Disks:
         disk.placeholder = None
         self.index.remove(disk.ino)
         self._recall.forget(placeholder)
+        self.attributes_changed(disk.ino)
         log.info("%s: is an ordinary file again", disk.label)
         await self._retirement.retire(Ended(record.placeholder_id, record.vm_id, record.point_id))
 
@@ -293,6 +296,7 @@ class Disks:
         self._open[disk.ino] = disk
         fcntl.fcntl(disk.fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
         reservation.ended.set()
+        self.attributes_changed(disk.ino)
         return disk
 
     # Operations by path
