@@ -126,6 +126,7 @@ async def _open_datastore(config: Config) -> AsyncIterator[trio.Event]:
     recovered = Recovery(files=files, backing=backing, private=private, index=index).run()
     stop = trio.Event()
     with (
+        _closing(threads),
         _closing(Catalog.open(config.catalog_path)) as catalog,
         _closing(ChunkIndex(config.index_path, store.id)) as chunk_index,
     ):

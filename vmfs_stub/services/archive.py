@@ -163,6 +163,9 @@ class Archiver:
                     reservation = await stack.enter_async_context(self._disks.reserve(path_fd, scope))
                 finally:
                     os.close(path_fd)
+                placeholder = reservation.disk.placeholder
+                if placeholder is not None:
+                    await placeholder.sync()
                 sources.append(await self._threads.files(self._source, file, reservation, archive))
         except OSError as exc:
             raise PrimaryIOError(f"VM {vm.name}: cannot open its files: {exc}") from exc
@@ -172,7 +175,8 @@ class Archiver:
 
     def _source(self, file: VmFile, reservation: Reservation, archive: bool) -> _Source:
         disk = reservation.disk
-        self._files.call("archive.sync", os.fdatasync, disk.fd)
+        if disk.placeholder is None:
+            self._files.call("archive.sync", os.fdatasync, disk.fd)
         st = disk.fstat()
         mtime_ns = st.st_mtime_ns if disk.placeholder is None else disk.placeholder.mtime_ns
         stub_out = archive and st.st_size >= self._settings.placeholder_bytes_min
@@ -321,6 +325,12 @@ class Archiver:
         Raises OSError, Abandoned.
         """
         disk = source.disk
+        if disk.placeholder is not None:
+            # What the copy has recalled is not durable yet, and the new map is about to say that it is here.
+            try:
+                self._files.call("archive.sync", os.fdatasync, disk.fd)
+            except OSError as exc:
+                raise disk.placeholder.freeze(exc) from exc
         path = self._private.durable_path(record.placeholder_id)
         durable = DurableMap.create(self._files, path, header, bits)
         try:

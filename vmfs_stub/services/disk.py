@@ -123,7 +123,13 @@ class Disk:
             if data_only and self.placeholder is placeholder:
                 return
         function = os.fdatasync if data_only else os.fsync
-        await self._threads.files(self._files.call, "sync.file", function, self.fd)
+        try:
+            await self._threads.files(self._files.call, "sync.file", function, self.fd)
+        except OSError as exc:
+            # The kernel tells of lost data once: the next sync would believe that all is well.
+            if placeholder is not None and not placeholder.ended:
+                raise placeholder.freeze(exc) from exc
+            raise
 
     async def set_times(self, *, atime_ns: int | None, mtime_ns: int | None) -> None:
         """Set the given times (nanoseconds since the epoch), leave the others.  Raises OSError."""

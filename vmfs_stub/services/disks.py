@@ -24,6 +24,7 @@ from vmfs_stub.core.errors import InUse, PrimaryIOError, RecordMissing, VmfsStub
 from vmfs_stub.primary.durable_map import MapState
 from vmfs_stub.primary.files import FileCalls, sync_filesystem
 from vmfs_stub.primary.placeholder import PlaceholderMaps, PrivateState, mark_removed, open_durable, take_up
+from vmfs_stub.primary.record import PlaceholderRecord
 from vmfs_stub.services.disk import Caller, Disk
 from vmfs_stub.services.placeholder import Placeholder
 from vmfs_stub.services.placeholder_index import KnownPlaceholder, PlaceholderIndex, StatOverride, disk_label
@@ -155,6 +156,8 @@ class Disks:
             disk = Disk(
                 files=self._files, threads=self._threads, recall=self._recall, fd=fd, label=label, writable=writable
             )
+            if maps is None:
+                await self._forget_graduated(disk)
             self._compare_with_index(disk, maps)
         except BaseException:
             if maps is not None:
@@ -182,6 +185,24 @@ class Disks:
             os.close(fd)
             raise
 
+    async def _forget_graduated(self, disk: Disk) -> None:
+        """A graduation that failed after the record went is finished by the next opening."""
+        known = self.index.get(disk.ino)
+        if known is None or known.record is None or known.problem is not None:
+            return
+        record = known.record
+        if await self._threads.files(self._is_graduated, disk, record):
+            self.index.remove(disk.ino)
+            await self._retirement.retire(Ended(record.placeholder_id, record.vm_id, record.point_id))
+
+    def _is_graduated(self, disk: Disk, record: PlaceholderRecord) -> bool:
+        durable = open_durable(self._files, self._private, record, label=disk.label)
+        durable.close()
+        if durable.header.state != MapState.GRADUATING:
+            return False
+        self._files.call("graduate.sync", os.fsync, disk.fd)
+        return True
+
     def _compare_with_index(self, disk: Disk, maps: PlaceholderMaps | None) -> None:
         known = self.index.get(disk.ino)
         if known is not None and maps is None:
@@ -205,16 +226,22 @@ class Disks:
     async def _close(self, disk: Disk) -> None:
         placeholder = disk.placeholder
         try:
-            if placeholder is not None:
+            if placeholder is not None and not placeholder.ended:
                 if not placeholder.is_frozen and placeholder.next_absent(0) is None and disk.fstat().st_nlink:
-                    await self.graduate(disk)
-                else:
+                    await self._graduate_at_end(disk)
+                if not placeholder.ended:
                     await self._lay_down(disk, placeholder)
         except (VmfsStubError, OSError):
-            # The volatile map stays for the next opening; nothing is lost but time.
+            # The volatile map stays for the next opening, which refuses it when it is frozen.
             log.exception("%s: could not be closed cleanly", disk.label)
         finally:
             os.close(disk.fd)
+
+    async def _graduate_at_end(self, disk: Disk) -> None:
+        try:
+            await self.graduate(disk)
+        except (VmfsStubError, OSError):
+            log.exception("%s: could not be made an ordinary file; the next opening tries again", disk.label)
 
     async def _lay_down(self, disk: Disk, placeholder: Placeholder) -> None:
         record, removed = placeholder.maps.record, disk.fstat().st_nlink == 0

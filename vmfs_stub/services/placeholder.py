@@ -14,7 +14,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -162,11 +162,19 @@ class Placeholder:
             if offset + len(data) > size:
                 await self._keep_limit()
             written = await self._threads.files(self._files.call, "write.data", os.pwrite, self._fd, data, offset)
-            # A short write leaves its last block as it was, unless all of it was resident before.
             replaced = blocks_replaced(offset, written, size=size)
             live.set_resident(replaced.start, replaced.end)
             live.set_guest_mtime(time.time_ns())
-        return written
+            return self._kept_of(offset, written)
+
+    def _kept_of(self, offset: int, written: int) -> int:
+        """How much of a write counts: a short one may end in an absent block, which stays as it was archived."""
+        last = (offset + written - 1) // BLOCK_SIZE
+        if written == 0 or self.maps.live.is_resident(last, last + 1):
+            return written
+        if last * BLOCK_SIZE <= offset:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return last * BLOCK_SIZE - offset
 
     async def truncate(self, size: int) -> bool:
         """Cut or extend the file to ``size`` bytes; false when this has ended.  Raises MapFrozen, OSError."""
@@ -202,7 +210,7 @@ class Placeholder:
             async with self._locks.hold(found, chunk):
                 runs = list(self.maps.live.absent_runs(found * self.chunk_blocks, chunk * self.chunk_blocks))
                 await self._threads.files(self._punch, runs)
-        await self.set_state(MapState.PUNCHED)
+        await self.set_state(MapState.PUNCHED, only_from=(MapState.PREPARED, MapState.COMMITTED))
 
     def _punch(self, runs: Sequence[Extent]) -> None:
         for run in runs:
@@ -218,13 +226,18 @@ class Placeholder:
             # The bits are taken before the data is synced: a bit that is set meanwhile waits for the next sync.
             pages, header = self.maps.live.take_dirty(), self.maps.current_header()
             try:
-                await self._threads.files(self.maps.sync, self._files, self._fd, pages, header)
+                # Not to be cancelled between taking the bits and writing them: nobody would write them any more.
+                with trio.CancelScope(shield=True):
+                    await self._threads.files(self.maps.sync, self._files, self._fd, pages, header)
             except OSError as exc:
-                self.maps.live.freeze()
-                log.exception("%s: syncing failed; the disk is frozen", self.label)
-                raise MapFrozen(
-                    f"{self.label}: syncing failed ({exc.strerror}); the disk gives errors until reboot"
-                ) from exc
+                raise self.freeze(exc) from exc
+
+    def freeze(self, cause: OSError) -> MapFrozen:
+        """A sync of the file or its map failed: nothing is certain from here on; returns what to raise."""
+        if not self.ended:
+            self.maps.live.freeze()
+        log.error("%s: syncing failed (%s); the disk is frozen", self.label, cause)
+        return MapFrozen(f"{self.label}: syncing failed ({cause.strerror}); the disk gives errors until reboot")
 
     @property
     def is_frozen(self) -> bool:
@@ -241,10 +254,10 @@ class Placeholder:
         """Whether a sync would have anything to write to the durable map."""
         return not self.ended and self.maps.live.is_dirty and not self.maps.live.frozen
 
-    async def set_state(self, state: MapState) -> None:
-        """Durably move to another state of its life, unless it has ended.  Raises OSError."""
+    async def set_state(self, state: MapState, *, only_from: Collection[MapState] = tuple(MapState)) -> None:
+        """Durably move to another state of its life, if it is in one of these and has not ended.  Raises OSError."""
         async with self._maps_lock:
-            if self.ended:
+            if self.ended or self.maps.durable.header.state not in only_from:
                 return
             await self._threads.files(self.maps.durable.set_state, state)
 
@@ -286,8 +299,8 @@ class Placeholder:
             if self.maps.live.absent_count():
                 raise AssertionError(f"{self.label}: graduation with absent blocks")
             await self.sync()
-            await self.set_state(MapState.GRADUATING)
             async with self._maps_lock:
+                await self._threads.files(self.maps.durable.set_state, MapState.GRADUATING)
                 await self._threads.files(self._remove_record)
                 self.ended = True
                 self.maps.live.close(discard=True)
@@ -297,5 +310,10 @@ class Placeholder:
         mtime_ns = self.maps.live.guest_mtime_ns or self.maps.record.mtime_ns
         atime_ns = os.fstat(self._fd).st_atime_ns
         self._files.call("graduate.times", os.utime, self._fd, ns=(atime_ns, mtime_ns))
-        self._files.call("graduate.record", os.removexattr, self._fd, PLACEHOLDER_XATTR)
+        try:
+            self._files.call("graduate.record", os.removexattr, self._fd, PLACEHOLDER_XATTR)
+        except OSError as exc:
+            # An earlier try got this far, and failed in the sync.
+            if exc.errno != errno.ENODATA:
+                raise
         self._files.call("graduate.sync", os.fsync, self._fd)

@@ -12,7 +12,8 @@
 | none               | prepared           | crash before the commit point   | map and pin removed             |
 | none               | graduating         | crash after the record went     | map and pin removed             |
 | none               | removed, no inode  | the unlink happened             | map and pin removed             |
-| of a newer archive |                    | archived again, cut short       | old map and pin removed         |
+| names another map  | any                | archived again, cut short       | old map and pin removed         |
+| cannot be read     | any                | not known                       | finding; the file gives errors  |
 | none               | committed, punched | the record is lost              | finding; the file gives errors  |
 
 Nothing here reads the store.  Blocking; runs before the first open is answered.
@@ -27,13 +28,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vmfs_stub.core.errors import RecordMissing, VmfsStubError
+from vmfs_stub.core.errors import PrimaryIOError, RecordMissing, VmfsStubError
 from vmfs_stub.core.ids import PlaceholderId
 from vmfs_stub.core.names import PRIVATE_DIR
-from vmfs_stub.primary.durable_map import DurableMap, MapHeader, MapState
+from vmfs_stub.primary.durable_map import NEW_SUFFIX, DurableMap, MapHeader, MapState
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.identity import inode_generation, inode_identity
-from vmfs_stub.primary.placeholder import PrivateState, open_durable
+from vmfs_stub.primary.placeholder import PrivateState, live_guest_mtime_ns, open_durable
 from vmfs_stub.primary.record import PlaceholderRecord, check_identity, read_record
 from vmfs_stub.services.placeholder_index import KnownPlaceholder, PlaceholderIndex, disk_label
 from vmfs_stub.services.retirement import Ended
@@ -62,22 +63,27 @@ class Recovery:
         self._index = index
         self._result = Recovered()
         self._matched: set[PlaceholderId] = set()
-        self._superseded: set[PlaceholderId] = set()
+        self._settled: set[int] = set()
+        """Inodes whose record and map fit; any other map of theirs is of an earlier archive, or of a later that failed."""
+        self._unclear: set[int] = set()
+        """Inodes of which it is not known what they are; no map of theirs is removed."""
         self._inodes: dict[int, str] = {}
         """Every regular file found, by inode number."""
 
     def run(self) -> Recovered:
         """Look at everything once.  Raises OSError when the backing directory itself cannot be read."""
+        for unfinished in self._private.maps.glob(f"*{NEW_SUFFIX}"):
+            unfinished.unlink()
         for path, st in _regular_files(self._backing):
             self._inodes[st.st_ino] = path
-            try:
-                self._look_at_file(path, st)
-            except OSError as exc:
-                log.warning("%s: cannot be looked at: %s", path, exc)
+            self._look_at_file(path, st)
         for map_path in sorted(self._private.maps.glob("*.map")):
             placeholder_id = PlaceholderId(map_path.stem)
             if placeholder_id not in self._matched:
-                self._look_at_lone_map(map_path, placeholder_id)
+                try:
+                    self._look_at_lone_map(map_path, placeholder_id)
+                except (VmfsStubError, OSError) as exc:
+                    self._result.findings.append((f"map {placeholder_id}", _as_ours(map_path.name, exc)))
         return self._result
 
     def _look_at_file(self, path: str, st: os.stat_result) -> None:
@@ -90,23 +96,26 @@ class Recovery:
             fd = os.open(full, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 check_identity(record, inode_identity(fd), label=label)
+                guest_mtime_ns = self._take_up_map(path, fd, record, label)
             finally:
                 os.close(fd)
-            header = self._take_up_map(path, record, label)
-        except VmfsStubError as exc:
-            self._problem(path, st.st_ino, record, exc)
+        except (VmfsStubError, OSError) as exc:
+            self._unclear.add(st.st_ino)
+            self._problem(path, st.st_ino, record, _as_ours(label, exc))
             return
-        self._index.add(st.st_ino, KnownPlaceholder(record, label, header.guest_mtime_ns or record.mtime_ns))
+        self._settled.add(st.st_ino)
+        self._index.add(st.st_ino, KnownPlaceholder(record, label, guest_mtime_ns or record.mtime_ns))
 
-    def _take_up_map(self, path: str, record: PlaceholderRecord, label: str) -> MapHeader:
+    def _take_up_map(self, path: str, fd: int, record: PlaceholderRecord, label: str) -> int:
+        """Bring the map into a known state; returns when a guest last wrote (0: never)."""
         durable = open_durable(self._files, self._private, record, label=label)
         try:
             self._matched.add(record.placeholder_id)
-            if record.replaces is not None:
-                self._superseded.add(record.replaces)
             state = durable.header.state
             if state in (MapState.PREPARED, MapState.REMOVED):
                 log.warning("%s: a crash left it %s; it is a placeholder", label, state.name.lower())
+                # The record may be in memory only; without it, no space and no earlier placeholder is given up.
+                self._files.call("recovery.sync", os.fsync, fd)
                 durable.set_state(MapState.COMMITTED)
             if durable.header.state == MapState.COMMITTED:
                 log.info("%s: releasing its space was cut short; going on", label)
@@ -115,22 +124,21 @@ class Recovery:
                 self._result.graduate.append(path)
             if durable.header.hydrate:
                 self._result.hydrate.append(path)
-            return durable.header
+            return live_guest_mtime_ns(self._files, self._private, record, durable.header, label=label)
         finally:
             durable.close()
 
     def _look_at_lone_map(self, map_path: Path, placeholder_id: PlaceholderId) -> None:
         label = f"map {placeholder_id}"
-        try:
-            durable = DurableMap.open(self._files, map_path, label=label)
-        except VmfsStubError as exc:
-            self._result.findings.append((label, exc))
-            return
+        durable = DurableMap.open(self._files, map_path, label=label)
         header = durable.header
         durable.close()
         path = self._inodes.get(header.identity.ino)
         present = path is not None and self._is_same_inode(path, header)
-        over = header.state in (MapState.PREPARED, MapState.GRADUATING) or placeholder_id in self._superseded
+        if present and header.identity.ino in self._unclear:
+            return
+        over = header.state in (MapState.PREPARED, MapState.GRADUATING)
+        over = over or (present and header.identity.ino in self._settled)
         if over or (header.state == MapState.REMOVED and not present):
             log.info(
                 "placeholder %s ended (%s); removing what is left of it", placeholder_id, header.state.name.lower()
@@ -145,9 +153,13 @@ class Recovery:
             self._result.findings.append((label, RecordMissing(f"the file of placeholder {placeholder_id} is gone")))
 
     def _is_same_inode(self, path: str, header: MapHeader) -> bool:
+        """Whether that file is the map's; then what was last done to its record is durable, too."""
         fd = os.open(self._backing / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            return inode_generation(fd) == header.identity.generation
+            if inode_generation(fd) != header.identity.generation:
+                return False
+            self._files.call("recovery.sync", os.fsync, fd)
+            return True
         finally:
             os.close(fd)
 
@@ -155,6 +167,12 @@ class Recovery:
         log.error("%s", error)
         self._index.add(ino, KnownPlaceholder(record, disk_label(path), 0, problem=error))
         self._result.findings.append((path, error))
+
+
+def _as_ours(label: str, exc: VmfsStubError | OSError) -> VmfsStubError:
+    if isinstance(exc, VmfsStubError):
+        return exc
+    return PrimaryIOError(f"{label}: could not be looked at ({exc}); check the backing filesystem, then start again")
 
 
 def _record_missing(path: str) -> RecordMissing:

@@ -13,6 +13,7 @@ from typing import ParamSpec, TypeVar
 import trio
 
 from vmfs_stub.core.errors import StoreUnavailable
+from vmfs_stub.services.file_pool import FilePool
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,16 +28,20 @@ class Threads:
     def __init__(
         self, *, files_max: int, store_max: int, compute_max: int, store_timeout_s: float, transfer_timeout_s: float
     ) -> None:
-        self._files = trio.CapacityLimiter(files_max)
+        self._files = FilePool(files_max)
         self._store = trio.CapacityLimiter(store_max)
         self._transfers = trio.CapacityLimiter(TRANSFERS_MAX)
         self._compute = trio.CapacityLimiter(compute_max)
         self._store_timeout_s = store_timeout_s
         self._transfer_timeout_s = transfer_timeout_s
 
+    def close(self) -> None:
+        """Let the worker threads end."""
+        self._files.close()
+
     async def files(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """A call on the backing filesystem; never abandoned, since it may be changing a file."""
-        return await trio.to_thread.run_sync(partial(function, *args, **kwargs), limiter=self._files)
+        return await self._files.run(partial(function, *args, **kwargs))
 
     async def store(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """A short call on the store, for which perhaps a guest waits.  Raises StoreUnavailable at its time limit."""
