@@ -33,12 +33,14 @@ async def test_results_and_errors_reach_their_own_caller() -> None:
 
 async def test_no_more_threads_than_allowed_and_the_loop_goes_on() -> None:
     pool, gate, lock, running, most = FilePool(3), threading.Event(), threading.Lock(), 0, 0
+    started = threading.Semaphore(0)
 
     def call() -> None:
         nonlocal running, most
         with lock:
             running += 1
             most = max(most, running)
+        started.release()
         assert gate.wait(10)
         with lock:
             running -= 1
@@ -46,9 +48,8 @@ async def test_no_more_threads_than_allowed_and_the_loop_goes_on() -> None:
     async with trio.open_nursery() as nursery:
         for _ in range(20):
             nursery.start_soon(pool.run, call)
-        with trio.fail_after(5):
-            while most < 3:
-                await trio.sleep(0.001)
+        for _ in range(3):
+            await trio.to_thread.run_sync(started.acquire)
         await trio.sleep(0.01)
         gate.set()
     assert most == 3
