@@ -28,6 +28,7 @@ from vmfs_stub.primary.files import FileCalls, sync_directory, write_fully
 from vmfs_stub.primary.identity import BootIdentity, InodeIdentity
 
 UNIT = 4096
+NEW_SUFFIX = ".new"
 PAGE_BITS_SIZE = 4032
 """Bytes of bits in one page; with its header a page is one 4 KiB unit."""
 
@@ -92,15 +93,21 @@ class DurableMap:
 
     @classmethod
     def create(cls, files: FileCalls, path: Path, header: MapHeader, bits: bytes) -> DurableMap:
-        """Make a new map of ``bits`` (one bit per block of ``header.size``), durable on return.  Raises OSError."""
-        fd = files.call("map.create", os.open, path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        """Make a new map of ``bits`` (one bit per block of ``header.size``), durable on return.  Raises OSError.
+
+        It gets its name when it is whole: a crash leaves no damaged map, only a file named ``*.new``.
+        """
+        new = path.with_suffix(NEW_SUFFIX)
+        fd = files.call("map.create", os.open, new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         made = cls(files, fd, path, header, sequence=0)
         try:
             pages = {p: bits[p * PAGE_BITS_SIZE : (p + 1) * PAGE_BITS_SIZE] for p in range(header.page_count)}
             made.update(pages, header)
+            files.call("map.create_entry", os.rename, new, path)
             files.call("map.create_entry", sync_directory, path.parent)
         except BaseException:
             made.close()
+            new.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
             raise
         return made

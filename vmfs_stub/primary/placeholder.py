@@ -79,7 +79,7 @@ class PlaceholderMaps:
     def lay_down(self, files: FileCalls, fd: int) -> None:
         """Sync and give up the volatile map, so that a later opening starts from the durable one.  Raises OSError.
 
-        A frozen map stays: only a reboot makes certain again what is on the disk.
+        A frozen map stays, also one that freezes here: only a reboot makes certain again what is on the disk.
         """
         clean = False
         try:
@@ -87,6 +87,9 @@ class PlaceholderMaps:
                 pages = self.live.take_dirty()
                 self.sync(files, fd, pages, replace(self.current_header(), live=None))
                 clean = True
+        except OSError:
+            self.live.freeze()
+            raise
         finally:
             self.live.close(discard=clean)
             self.durable.close()
@@ -141,11 +144,14 @@ def _open_volatile(
 ) -> VolatileMap:
     path = private.volatile_path(record.placeholder_id)
     size = os.fstat(fd).st_size
-    if durable.header.live == private.boot:
+    expected = durable.header.live == private.boot
+    try:
         live = VolatileMap.open(
             files, path, placeholder_id=record.placeholder_id, boot=private.boot, size=record.size, label=label
         )
-    else:
+    except (MapMissing, CorruptMap):
+        if expected:
+            raise
         header = durable.header
         live = VolatileMap.create(
             files,
@@ -157,14 +163,33 @@ def _open_volatile(
             archived_limit=header.archived_limit,
             guest_mtime_ns=header.guest_mtime_ns,
         )
-        try:
-            durable.update({}, replace(header, live=private.boot))
-        except BaseException:
-            live.close(discard=True)
-            raise
+    try:
+        if not expected:
+            durable.update({}, replace(durable.header, live=private.boot))
+    except BaseException:
+        # It stays: the update may have got far enough that the next opening asks for it.
+        live.close(discard=False)
+        raise
     # A truncate that was cut short between the file and the limit: the file is the witness.
     live.lower_archived_limit(size)
     return live
+
+
+def live_guest_mtime_ns(
+    files: FileCalls, private: PrivateState, record: PlaceholderRecord, header: MapHeader, *, label: str
+) -> int:
+    """When a guest last wrote, 0 if never; of a volatile map that a killed daemon left, if there should be one.
+
+    Raises MapMissing, CorruptMap, OSError.
+    """
+    if header.live != private.boot:
+        return header.guest_mtime_ns
+    path = private.volatile_path(record.placeholder_id)
+    live = VolatileMap.open(
+        files, path, placeholder_id=record.placeholder_id, boot=private.boot, size=record.size, label=label
+    )
+    live.close(discard=False)
+    return live.guest_mtime_ns
 
 
 def discard_maps(files: FileCalls, private: PrivateState, placeholder_id: PlaceholderId) -> None:

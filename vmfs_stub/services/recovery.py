@@ -64,7 +64,7 @@ class Recovery:
         self._result = Recovered()
         self._matched: set[PlaceholderId] = set()
         self._settled: set[int] = set()
-        """Inodes whose record and map fit; any other map of theirs is of an earlier archive, or of a later that failed."""
+        """Inodes whose record and map fit; any other map of theirs is of an archive before, or of one that failed."""
         self._unclear: set[int] = set()
         """Inodes of which it is not known what they are; no map of theirs is removed."""
         self._inodes: dict[int, str] = {}
