@@ -35,6 +35,8 @@ BLOCK = 4096
 DEADLINE_S = 60.0
 """After this a test no longer believes that what it waits for will come."""
 
+LOG_SHOWN = 20_000
+
 SMALL_ENDS: Settings = {
     "archive": {"resident_head_bytes": 0, "resident_tail_bytes": 0, "placeholder_bytes_min": "1 MiB"},
 }
@@ -238,6 +240,8 @@ class LiveDatastore:
             self.daemon.kill()
             self.daemon.wait(timeout=DEADLINE_S)
         detach(self.mountpoint)
+        if self.log_path.exists():
+            print(self.log()[-LOG_SHOWN:])  # pytest shows it when the test failed
 
 
 def objects(folder: Path) -> list[Path]:
