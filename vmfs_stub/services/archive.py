@@ -17,7 +17,6 @@ import errno
 import logging
 import os
 import secrets
-import stat
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
@@ -30,7 +29,7 @@ import trio
 from vmfs_stub.core.chunking import BLOCK_SIZE
 from vmfs_stub.core.errors import Abandoned, NoSpace, PrimaryIOError, VmfsStubError
 from vmfs_stub.core.ids import PlaceholderId, PointId, SegmentId
-from vmfs_stub.core.names import PLACEHOLDER_XATTR, XATTR_PREFIX
+from vmfs_stub.core.names import PLACEHOLDER_XATTR
 from vmfs_stub.core.residency import block_count, set_range
 from vmfs_stub.inventory.vm import Vm, VmFile
 from vmfs_stub.primary.durable_map import DurableMap, MapHeader, MapState
@@ -41,14 +40,15 @@ from vmfs_stub.primary.record import PlaceholderRecord, encode_record, read_reco
 from vmfs_stub.primary.tree import open_beneath
 from vmfs_stub.services.copying import open_copier
 from vmfs_stub.services.disk import Disk
-from vmfs_stub.services.disks import Disks, Reservation
+from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.groups import single_error
 from vmfs_stub.services.placeholder_index import KnownPlaceholder
 from vmfs_stub.services.recall import RecallService
+from vmfs_stub.services.reservation import Reservation
 from vmfs_stub.services.retirement import Ended, Retirement
+from vmfs_stub.services.stored_files import other_entries, public_xattrs, stored_file
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.chunk_index import ChunkIndex
-from vmfs_stub.store.manifest import FileKind, StoredFile
 from vmfs_stub.store.pins import Pin
 from vmfs_stub.store.store import Store
 
@@ -181,7 +181,7 @@ class Archiver:
         mtime_ns = st.st_mtime_ns if disk.placeholder is None else disk.placeholder.mtime_ns
         stub_out = archive and st.st_size >= self._settings.placeholder_bytes_min
         placeholder_id = PlaceholderId(secrets.token_hex(16)) if stub_out else None
-        return _Source(file, reservation, st, mtime_ns, _public_xattrs(disk.fd), placeholder_id)
+        return _Source(file, reservation, st, mtime_ns, public_xattrs(disk.fd), placeholder_id)
 
     # Copy, verify, commit to the store
 
@@ -190,7 +190,7 @@ class Archiver:
     ) -> int:
         """Returns where in the restore point's list of files the regular ones begin."""
         writer = await self._threads.transfer(self._store.begin_backup, index=self._index)
-        stored = await self._threads.files(_tree, self._backing, vm)
+        stored = await self._threads.files(other_entries, self._backing, vm)
         segments: list[tuple[SegmentId | None, ...]] = []
         try:
             with single_error():
@@ -206,7 +206,10 @@ class Archiver:
                     for source in sources:
                         segments.append(await copier.copy(source.disk))
             first_file = len(stored)
-            stored += [_stored_file(s, ids) for s, ids in zip(sources, segments, strict=True)]
+            stored += [
+                stored_file(s.file.relative, s.st, mtime_ns=s.mtime_ns, xattrs=s.xattrs, segments=ids)
+                for s, ids in zip(sources, segments, strict=True)
+            ]
             pins = [self._pin(s.placeholder_id) for s in sources if s.placeholder_id is not None]
             self._check_intact(vm, sources)
             await self._threads.transfer(
@@ -382,53 +385,3 @@ def _primary_error(disk: Disk, doing: str, exc: OSError) -> VmfsStubError:
     if exc.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoSpace(f"{disk.label}: {doing} failed: the backing filesystem is full")
     return PrimaryIOError(f"{disk.label}: {doing} failed: {exc.strerror}")
-
-
-def _public_xattrs(fd: int) -> dict[str, bytes]:
-    return {name: os.getxattr(fd, name) for name in os.listxattr(fd) if not name.startswith(XATTR_PREFIX)}
-
-
-def _stored_file(source: _Source, segments: tuple[SegmentId | None, ...]) -> StoredFile:
-    st = source.st
-    return StoredFile(
-        path=source.file.relative,
-        kind=FileKind.FILE,
-        size=st.st_size,
-        mode=stat.S_IMODE(st.st_mode),
-        uid=st.st_uid,
-        gid=st.st_gid,
-        mtime_ns=source.mtime_ns,
-        atime_ns=st.st_atime_ns,
-        xattrs=source.xattrs,
-        segments=segments,
-    )
-
-
-def _tree(backing: Path, vm: Vm) -> list[StoredFile]:
-    """Directories and symbolic links of a VM, outermost first; links are stored as they are, never followed."""
-    stored: list[StoredFile] = []
-    if not vm.is_directory:
-        return stored
-    top = backing / vm.path
-    for directory, folders, names, fd in os.fwalk(top, follow_symlinks=False):
-        for name in (*sorted(folders), *sorted(names)):
-            st = os.stat(name, dir_fd=fd, follow_symlinks=False)
-            if stat.S_ISDIR(st.st_mode) or stat.S_ISLNK(st.st_mode):
-                relative = str(Path(directory, name).relative_to(top))
-                target = os.readlink(name, dir_fd=fd) if stat.S_ISLNK(st.st_mode) else None
-                stored.append(_stored_entry(relative, st, target))
-    return stored
-
-
-def _stored_entry(path: str, st: os.stat_result, target: str | None) -> StoredFile:
-    return StoredFile(
-        path=path,
-        kind=FileKind.DIRECTORY if target is None else FileKind.SYMLINK,
-        size=0,
-        mode=stat.S_IMODE(st.st_mode),
-        uid=st.st_uid,
-        gid=st.st_gid,
-        mtime_ns=st.st_mtime_ns,
-        atime_ns=st.st_atime_ns,
-        target=target,
-    )

@@ -11,7 +11,6 @@ Invariants:
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 from collections.abc import AsyncIterator, Callable
@@ -29,28 +28,11 @@ from vmfs_stub.services.disk import Caller, Disk
 from vmfs_stub.services.placeholder import Placeholder
 from vmfs_stub.services.placeholder_index import KnownPlaceholder, PlaceholderIndex, StatOverride, disk_label
 from vmfs_stub.services.recall import RecallService
+from vmfs_stub.services.reservation import Reservation, give_up_lease, take_lease
 from vmfs_stub.services.retirement import Ended, Retirement
 from vmfs_stub.services.threads import Threads
 
 log = logging.getLogger(__name__)
-
-
-class Reservation:
-    """The exclusive use of one disk for an archive or a backup, until somebody opens it.
-
-    ``disk`` is not known to anyone else; ``scope`` is cancelled when an open wins.
-    """
-
-    def __init__(self, disk: Disk, scope: trio.CancelScope) -> None:
-        self.disk = disk
-        self.scope = scope
-        self.lost = False
-        self.ended = trio.Event()
-
-    @property
-    def is_intact(self) -> bool:
-        """Whether still nobody else has opened the file; asks the kernel, does not block."""
-        return not self.lost and fcntl.fcntl(self.disk.fd, fcntl.F_GETLEASE) == fcntl.F_WRLCK
 
 
 class Disks:
@@ -285,7 +267,7 @@ class Disks:
                 raise InUse(f"{self.label(path_fd)} is open; shut the VM down first")
             disk = await self._load(path_fd)
             try:
-                self._take_lease(disk)
+                take_lease(disk)
             except BaseException:
                 await self._close(disk)
                 raise
@@ -296,22 +278,11 @@ class Disks:
             with trio.CancelScope(shield=True):
                 await self._end(reservation)
 
-    def _take_lease(self, disk: Disk) -> None:
-        try:
-            fcntl.fcntl(disk.fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-        except OSError as exc:
-            if exc.errno == errno.EAGAIN:
-                raise InUse(
-                    f"{disk.label} is open in some program, perhaps one left from an earlier mount or outside the "
-                    f"mount (`fuser -v {self._backing}/...` finds it)"
-                ) from exc
-            raise PrimaryIOError(f"{disk.label}: the backing filesystem grants no lease: {exc.strerror}") from exc
-
     async def _end(self, reservation: Reservation) -> None:
         ino = reservation.disk.ino
         async with self._ino_lock(ino):
             if self._reservations.pop(ino, None) is not None:
-                fcntl.fcntl(reservation.disk.fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+                give_up_lease(reservation.disk)
                 await self._close(reservation.disk)
             reservation.ended.set()
 
@@ -321,7 +292,7 @@ class Disks:
         del self._reservations[disk.ino]
         disk.kept += 1
         self._open[disk.ino] = disk
-        fcntl.fcntl(disk.fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        give_up_lease(disk)
         reservation.ended.set()
         self.attributes_changed(disk.ino)
         return disk

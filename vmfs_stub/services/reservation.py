@@ -1,0 +1,51 @@
+"""The exclusive use of one disk for an archive or a backup, until somebody opens it.
+
+It rests on a write lease (F_SETLEASE): the kernel grants one only while nobody else has the file open, a program
+outside the mount and one left over from an earlier mount included, and tells when somebody wants to open it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+
+import trio
+
+from vmfs_stub.core.errors import InUse, PrimaryIOError
+from vmfs_stub.services.disk import Disk
+
+
+class Reservation:
+    """The exclusive use of one disk for an archive or a backup, until somebody opens it.
+
+    ``disk`` is not known to anyone else; ``scope`` is cancelled when an open wins.
+    """
+
+    def __init__(self, disk: Disk, scope: trio.CancelScope) -> None:
+        self.disk = disk
+        self.scope = scope
+        self.lost = False
+        self.ended = trio.Event()
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether still nobody else has opened the file; asks the kernel, does not block."""
+        return not self.lost and fcntl.fcntl(self.disk.fd, fcntl.F_GETLEASE) == fcntl.F_WRLCK
+
+
+def take_lease(disk: Disk) -> None:
+    """Take the write lease on a disk that nobody has open.  Raises InUse, PrimaryIOError."""
+    try:
+        fcntl.fcntl(disk.fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except OSError as exc:
+        if exc.errno == errno.EAGAIN:
+            raise InUse(
+                f"{disk.label} is open in some program, perhaps one left from an earlier mount or outside the mount; "
+                "`fuser -v` on the file in the backing directory finds it"
+            ) from exc
+        raise PrimaryIOError(f"{disk.label}: the backing filesystem grants no lease: {exc.strerror}") from exc
+
+
+def give_up_lease(disk: Disk) -> None:
+    """Let those in who wait for the lease."""
+    fcntl.fcntl(disk.fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
