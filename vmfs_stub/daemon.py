@@ -34,6 +34,7 @@ from vmfs_stub.mount.settings import MountSettings
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.primary.tree import open_beneath
+from vmfs_stub.services import memory
 from vmfs_stub.services.archive import Archiver, ArchiveSettings
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.groups import single_error
@@ -78,6 +79,7 @@ def run(config: Config) -> None:
 
 
 async def _main(config: Config) -> None:
+    memory.limit_arenas()
     _raise_descriptor_limit()
     # The kernel tells of a lease that somebody wants broken by this signal, which would end the process; the lease
     # is asked for instead.

@@ -40,6 +40,7 @@ from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.vm import Vm, VmFile, find_vm
 from vmfs_stub.mount.serving import Mount
 from vmfs_stub.primary.tree import open_beneath
+from vmfs_stub.services import memory
 from vmfs_stub.services.archive import Archiver
 from vmfs_stub.services.disk import Caller, Disk
 from vmfs_stub.services.disks import Disks
@@ -347,6 +348,7 @@ class Datastore:
                 except VmfsStubError as exc:
                     log.warning("%s of VM %s failed: %s", kind, vm.name, exc)
                     outcomes.append(VmOutcome(vm=vm.name, outcome="failed", message=str(exc), error=error_info(exc)))
+            await self._threads.files(memory.give_back)
             return JobReport(vms=outcomes)
 
         return self._jobs.start(kind, [vm.name for vm in vms], work, peer=peer)

@@ -57,7 +57,7 @@ _PLACE = struct.Struct("<III16sQ")
 _CHECKED = struct.Struct("<32s16sIII16s")
 _LOOKUP_MAX: Final = 500
 """Chunks per query: below SQLite's smallest limit of parameters."""
-_CACHE_KIB: Final = 32 * 1024
+_CACHE_KIB: Final = 16 * 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,8 @@ from vmfs_stub.store.manifest import Manifest, StoredFile
 from vmfs_stub.store.objects import ObjectStore
 from vmfs_stub.store.segments import Segment
 
-SEGMENTS_KEPT: Final = 64
-"""Segments kept in memory per store: 64 of at most 340 KiB."""
+SEGMENTS_KEPT: Final = 32
+"""Segments kept in memory per store: 32 of at most 340 KiB."""
 
 
 class SegmentCache:

@@ -36,7 +36,7 @@ FRAME_LZ4: Final = 0x01
 FRAME_LENGTH_MAX: Final = FRAME_HEADER.size + CHUNK_SIZE_MAX
 """A payload is never longer than its chunk: what does not shrink is stored raw."""
 
-PACK_SIZE: Final = 16 * 1024 * 1024
+PACK_SIZE: Final = 8 * 1024 * 1024
 """Bytes of frames after which a pack is sealed: one durable put or one cold read of it takes tens of milliseconds."""
 PACK_SIZE_MAX: Final = 64 * 1024 * 1024
 PACK_FRAMES_MAX: Final = 4096
