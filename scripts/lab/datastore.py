@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec
+from typing import Literal, ParamSpec
 
 from scripts.lab.failure import LabError, run
+from vmfs_stub.config import load_config
+from vmfs_stub.control.client import ControlClient
 
 PROGRAM = Path(sys.executable).with_name("vmfs-stub")
 COMMAND_DEADLINE_S = 900.0
@@ -103,6 +105,15 @@ class Datastore:
         if not _ended(self.daemon_pid, deadline_s=_END_DEADLINE_S):
             raise LabError(f"the daemon (process {self.daemon_pid}) is still there after 'unmount'")
         self.daemon_pid = 0
+
+    def job_seconds(self, kind: Literal["archive", "recall"], vm: str) -> float:
+        """Run a job and return how long it took in the daemon; LabError when it failed."""
+        client = ControlClient(load_config(self.config).socket_path, timeout_s=COMMAND_DEADLINE_S)
+        job_id = client.start_archive([vm]) if kind == "archive" else client.start_recall([vm])
+        info = client.wait_job(job_id, lambda _: None)
+        if info.error is not None or info.ended is None:
+            raise LabError(f"the {kind} job of {vm} failed: {info.error}")
+        return info.ended - info.started
 
     def status(self) -> dict[str, dict[str, str | int | float | bool]]:
         """``status --json``."""

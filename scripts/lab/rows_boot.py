@@ -6,6 +6,7 @@ without the guest, as fast as they are answered.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,8 @@ from scripts.lab.ratios import Target
 from scripts.lab.row import Laboratory, Measures, Row
 
 ARCHIVED, RESIDENT = "archived", "resident"
-_MEMORY_BUDGET_BYTES = 128 << 20
+_MEMORY_BUDGET_BYTES = 150 << 20
+_SAMPLE_INTERVAL_S = 0.02
 _NO_HYDRATION: Settings = {"hydration": {"enabled": False}}
 
 
@@ -94,14 +96,33 @@ def _recalled(laboratory: Laboratory) -> Iterator[Measures]:
 
 
 @contextmanager
+def _peak_pss(pid: int) -> Iterator[list[int]]:
+    """Samples of a process's PSS in bytes, taken while inside; complete afterwards, and never empty."""
+    samples, ended = [pss_bytes(pid)], threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(_SAMPLE_INTERVAL_S):
+            samples.append(pss_bytes(pid))
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        yield samples
+    finally:
+        ended.set()
+        sampler.join()
+
+
+@contextmanager
 def _memory(laboratory: Laboratory) -> Iterator[Measures]:
     with _two_disks(laboratory) as datastore:
 
         def ours() -> float:
-            _archive_afresh(datastore)
-            replay(_disk(datastore, ARCHIVED), laboratory.boot_reads)
-            datastore.vmfs("recall", ARCHIVED)
-            return float(pss_bytes(datastore.daemon_pid))
+            with _peak_pss(datastore.daemon_pid) as samples:
+                _archive_afresh(datastore)
+                replay(_disk(datastore, ARCHIVED), laboratory.boot_reads)
+                datastore.vmfs("recall", ARCHIVED)
+            return float(max(samples))
 
         yield Measures(ours, lambda: float(_MEMORY_BUDGET_BYTES))
 
@@ -112,7 +133,7 @@ ROWS = (
         "seconds to the marker of a full boot, archived",
         "the same, resident",
         "s",
-        Target("at most", 1.2),
+        Target("at most", 1.5),
         3,
         _boots,
     ),
@@ -130,14 +151,14 @@ ROWS = (
         "bytes recalled by the reads of a boot, hydration off",
         "different bytes that it reads",
         "B",
-        Target("at most", 3),
+        Target("at most", 1.5),
         3,
         _recalled,
     ),
     Row(
         "memory",
-        "memory (PSS) of the daemon after an archive, a boot's reads and a full recall",
-        "a budget of 128 MiB",
+        "most memory (PSS) of the daemon during an archive, a boot's reads and a full recall",
+        "a budget of 150 MiB",
         "B",
         Target("at most", 1),
         3,
