@@ -1,0 +1,460 @@
+"""A datastore without FUSE: the services wired as the daemon wires them, on a directory that can lose power.
+
+`Rig` is what outlives a daemon: backing directory, runtime directory, store, the current boot.  `Rig.running` is one
+life of a daemon in it, which ends cleanly, by a kill (objects dropped, nothing laid down) or by a power loss (what was
+not synced is old or new, block by block).  `RigFiles` is the seam: it fails or kills at a named call, and knows what
+was made durable; it does not really sync, which is what makes many lives a second possible.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import secrets
+import shutil
+import signal
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import trio
+
+from tests.store_fakes import FakeObjects
+from vmfs_stub import daemon
+from vmfs_stub.core.errors import VmfsStubError
+from vmfs_stub.core.names import PLACEHOLDER_XATTR, PRIVATE_DIR
+from vmfs_stub.inventory.directory import DirectoryInventory
+from vmfs_stub.inventory.vm import Vm
+from vmfs_stub.primary.files import FileCalls, punch_hole, sync_directory
+from vmfs_stub.primary.identity import BootIdentity, inode_generation
+from vmfs_stub.primary.placeholder import PrivateState
+from vmfs_stub.services.archive import Archiver, ArchiveSettings, BackupReport
+from vmfs_stub.services.disk import Caller, Disk
+from vmfs_stub.services.disks import Disks
+from vmfs_stub.services.hydration import HydrationService
+from vmfs_stub.services.placeholder import Placeholder
+from vmfs_stub.services.placeholder_index import PlaceholderIndex
+from vmfs_stub.services.recall import RecallService
+from vmfs_stub.services.recovery import Recovered, Recovery
+from vmfs_stub.services.retirement import Retirement
+from vmfs_stub.services.threads import Threads
+from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.store import Store
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+BLOCK = 4096
+CHUNK = 64 * 1024
+CALLER = Caller(pid=1, uid=0, executable=None, cgroup=None)
+SYNCS = (os.fdatasync, os.fsync)
+
+
+class Killed(BaseException):
+    """The daemon was killed here; nothing of it runs on."""
+
+
+# What is on the medium
+
+
+@dataclass
+class _Synced:
+    """What of one inode is certain to be on the medium."""
+
+    content: bytes
+    record: bytes | None
+
+
+class Medium:
+    """Knows what was synced, and at a power loss takes back some of the rest."""
+
+    def __init__(self) -> None:
+        self._synced: dict[tuple[int, int], _Synced] = {}
+        self._unlinked: dict[Path, bytes] = {}
+        self._named: set[Path] = set()
+
+    def after(self, function: object, args: tuple[Any, ...]) -> None:
+        """Note a call that was made."""
+        if function in SYNCS:
+            self.note(args[0], with_record=function is os.fsync)
+        elif function is os.rename:
+            self._named.add(Path(args[1]))
+        elif function is sync_directory:
+            self._unlinked.clear()
+            self._named.clear()
+
+    def note(self, fd: int, *, with_record: bool = True) -> None:
+        """All of this file is on the medium now."""
+        key = _key(fd)
+        before = self._synced.get(key)
+        content = os.pread(fd, os.fstat(fd).st_size, 0)
+        record = _record(fd) if with_record or before is None else before.record
+        self._synced[key] = _Synced(content, record)
+
+    def unlinking(self, path: Path) -> None:
+        self._unlinked[path] = path.read_bytes()
+
+    def lose_power(self, files: list[Path], chosen: random.Random) -> None:
+        """Make each block, size, record and name what it was or what it is, at random."""
+        for path in self._named:
+            if chosen.random() < 0.5:
+                path.unlink(missing_ok=True)
+        for path, content in self._unlinked.items():
+            if chosen.random() < 0.5:
+                path.write_bytes(content)
+        self._unlinked.clear()
+        self._named.clear()
+        for path in files:
+            if path.exists():
+                fd = os.open(path, os.O_RDWR)
+                try:
+                    self._roll_back(fd, chosen)
+                    self.note(fd)
+                finally:
+                    os.close(fd)
+
+    def _roll_back(self, fd: int, chosen: random.Random) -> None:
+        synced = self._synced.get(_key(fd))
+        if synced is None:
+            return
+        size = chosen.choice((len(synced.content), os.fstat(fd).st_size))
+        os.ftruncate(fd, size)
+        now = os.pread(fd, size, 0)
+        bias = chosen.random()
+        for at in range(0, min(size, max(len(now), len(synced.content))), BLOCK):
+            old = synced.content[at : at + BLOCK].ljust(BLOCK, b"\0")[: size - at]
+            if old != now[at : at + BLOCK] and chosen.random() < bias:
+                if any(old):
+                    os.pwrite(fd, old, at)
+                else:
+                    punch_hole(fd, at, BLOCK)
+        if _record(fd) != synced.record and chosen.random() < 0.5:
+            if synced.record is None:
+                os.removexattr(fd, PLACEHOLDER_XATTR)
+            else:
+                os.setxattr(fd, PLACEHOLDER_XATTR, synced.record)
+
+
+def _key(fd: int) -> tuple[int, int]:
+    return (os.fstat(fd).st_ino, inode_generation(fd))
+
+
+def _record(fd: int) -> bytes | None:
+    try:
+        return os.getxattr(fd, PLACEHOLDER_XATTR)
+    except OSError:
+        return None
+
+
+# What fails
+
+
+class RigFiles(FileCalls):
+    """Makes file calls of one life; ``plan`` says at which call of which site an error is raised."""
+
+    def __init__(self, medium: Medium) -> None:
+        self.medium = medium
+        self.counts: Counter[str] = Counter()
+        self.dead = False
+        self._plan: dict[tuple[str, int], BaseException] = {}
+        self.instead: dict[str, Callable[..., Any]] = {}
+        """Site → what is called instead of the function, with the function first."""
+
+    def fail(self, site: str, number: int, error: BaseException) -> None:
+        """The ``number``-th call (from 1, counted from now) at ``site`` raises ``error`` instead of being made."""
+        self._plan[site, self.counts[site] + number] = error
+
+    def check_alive(self) -> None:
+        if self.dead:
+            raise Killed
+
+    def kill(self) -> None:
+        self.dead = True
+
+    def call(self, site: str, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        self.check_alive()
+        self.counts[site] += 1
+        error = self._plan.get((site, self.counts[site]))
+        if error is not None:
+            if isinstance(error, Killed):
+                self.kill()
+            raise error
+        if site == "map.remove" and isinstance(getattr(function, "__self__", None), Path):
+            self.medium.unlinking(function.__self__)  # type: ignore[attr-defined]
+        if site in self.instead:
+            done: T = self.instead[site](function, *args, **kwargs)
+        elif function in SYNCS or function is sync_directory:
+            done = None  # type: ignore[assignment]
+        else:
+            done = function(*args, **kwargs)
+        self.medium.after(function, args)
+        return done
+
+
+class RigThreads(Threads):
+    """Threads that do nothing more once the daemon was killed."""
+
+    def __init__(self, life: RigFiles) -> None:
+        super().__init__(files_max=4, store_max=4, compute_max=2, store_timeout_s=60, transfer_timeout_s=60)
+        self._life = life
+
+    async def files(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        self._life.check_alive()
+        return await super().files(function, *args, **kwargs)
+
+    async def store(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        self._life.check_alive()
+        return await super().store(function, *args, **kwargs)
+
+    async def transfer(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        self._life.check_alive()
+        return await super().transfer(function, *args, **kwargs)
+
+
+# The datastore
+
+
+@dataclass
+class Services:
+    """One life of a daemon."""
+
+    rig: Rig
+    files: RigFiles
+    threads: RigThreads
+    recovered: Recovered
+    private: PrivateState
+    recall: RecallService
+    retirement: Retirement
+    disks: Disks
+    hydration: HydrationService
+    archiver: Archiver
+    failures: list[VmfsStubError] = field(default_factory=list)
+
+    async def open(self, path: str) -> Disk:
+        """Open as a guest does; owes one `disks.release`."""
+        with self.rig.path_fd(path) as fd:
+            return await self.disks.open(fd, writable=True, caller=CALLER)
+
+    async def archive(self, name: str, *, archive: bool = True) -> BackupReport:
+        """One backup job of a VM."""
+        return await self.archiver.run(self.rig.vm(name), archive=archive, progress=lambda count: None)
+
+    async def bring_back(self, path: str) -> None:
+        with self.rig.path_fd(path) as fd:
+            await self.hydration.bring_back(fd, progress=lambda count: None)
+
+    def mtime_ns(self, path: str) -> int:
+        """What stat through the mount would report."""
+        st = (self.rig.backing / path).stat()
+        override = self.disks.stat_override(st)
+        return st.st_mtime_ns if override is None else override.mtime_ns
+
+
+class Rig:
+    """What outlives a daemon.  ``head`` and ``tail`` are the bytes that stay resident at the ends of a disk."""
+
+    def __init__(self, base: Path, *, head: int = 0, tail: int = 0) -> None:
+        self.base = base
+        self.backing = base / "backing"
+        self.runtime = base / "run"
+        self.backing.mkdir(mode=0o700)
+        self.objects = FakeObjects()
+        self.store = Store.create(self.objects, chunk_size=CHUNK)
+        self.medium = Medium()
+        self.boot = _new_boot()
+        self.settings = ArchiveSettings(
+            resident_head_bytes=head,
+            resident_tail_bytes=tail,
+            placeholder_bytes_min=1,
+            workers=2,
+            host="host1",
+            datastore="vms",
+        )
+
+    def make_disk(self, path: str, content: bytes) -> None:
+        """A plain file that is on the medium."""
+        full = self.backing / path
+        full.parent.mkdir(exist_ok=True)
+        full.write_bytes(content)
+        fd = os.open(full, os.O_RDONLY)
+        try:
+            self.medium.note(fd)
+        finally:
+            os.close(fd)
+
+    def vm(self, name: str) -> Vm:
+        return DirectoryInventory(self.backing).find(name)
+
+    @contextlib.contextmanager
+    def path_fd(self, path: str) -> Iterator[int]:
+        fd = os.open(self.backing / path, os.O_PATH | os.O_NOFOLLOW)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def is_placeholder(self, path: str) -> bool:
+        return PLACEHOLDER_XATTR in os.listxattr(self.backing / path)
+
+    def maps(self) -> list[Path]:
+        return sorted((self.backing / PRIVATE_DIR / "maps").iterdir())
+
+    def pins(self) -> list[str]:
+        return [key for key in self.objects.contents if key.startswith("pins/")]
+
+    def lose_power(self, chosen: random.Random) -> None:
+        """Between two lives: what was not synced is old or new, and another boot begins."""
+        disks = [path for path in self.backing.rglob("*") if path.is_file() and PRIVATE_DIR not in path.parts]
+        self.medium.lose_power([*disks, *self.maps()], chosen)
+        self.reboot()
+        if chosen.random() < 0.5:
+            shutil.rmtree(self.runtime)
+
+    def reboot(self) -> None:
+        self.boot = _new_boot()
+
+    @contextlib.asynccontextmanager
+    async def running(
+        self, *, files: RigFiles | None = None, hydrates: bool = False, goes_on: bool = True
+    ) -> AsyncIterator[Services]:
+        """One life of a daemon.  It ends cleanly, or as a killed one when `Killed` is raised in it or its files."""
+        life = files or RigFiles(self.medium)
+        private = replace(PrivateState.at(self.backing, self.runtime), boot=self.boot)
+        index = PlaceholderIndex()
+        recovered = Recovery(files=life, backing=self.backing, private=private, index=index).run()
+        threads = RigThreads(life)
+        services: Services | None = None
+        try:
+            async with trio.open_nursery() as nursery:
+                services = self._wired(nursery, life, threads, private, index, recovered, hydrates=hydrates)
+                try:
+                    if goes_on:
+                        await daemon._go_on(
+                            recovered, self.backing, services.disks, services.hydration, services.retirement
+                        )
+                    yield services
+                finally:
+                    nursery.cancel_scope.cancel()
+                    if not life.dead:
+                        with trio.CancelScope(shield=True):
+                            await services.disks.close_all()
+        finally:
+            if services is not None:
+                _drop(services.disks)
+            threads.close()
+
+    def _wired(
+        self,
+        nursery: trio.Nursery,
+        files: RigFiles,
+        threads: RigThreads,
+        private: PrivateState,
+        index: PlaceholderIndex,
+        recovered: Recovered,
+        *,
+        hydrates: bool,
+    ) -> Services:
+        failures: list[VmfsStubError] = []
+
+        def failed(placeholder: Placeholder, error: VmfsStubError) -> None:
+            failures.append(error)
+
+        recall = RecallService(
+            nursery=nursery,
+            store=self.store,
+            threads=threads,
+            deadline_s=30,
+            concurrency_max=3,
+            waiting_max=64,
+            fetch_bytes_max=4 * CHUNK,
+            on_failure=failed,
+        )
+        retirement = Retirement(files=files, threads=threads, store=self.store, private=private)
+        disks = Disks(
+            files=files,
+            threads=threads,
+            recall=recall,
+            retirement=retirement,
+            private=private,
+            backing=self.backing,
+            index=index,
+        )
+        hydration = HydrationService(
+            nursery=nursery,
+            threads=threads,
+            disks=disks,
+            recall=recall,
+            backing=self.backing,
+            enabled=hydrates,
+            bytes_per_s_max=0,
+            free_floor_percent=0,
+        )
+        disks.on_recall = hydration.after_access
+        archiver = Archiver(
+            files=files,
+            threads=threads,
+            recall=recall,
+            retirement=retirement,
+            disks=disks,
+            store=self.store,
+            index=ChunkIndex(None, self.store.id),
+            private=private,
+            backing=self.backing,
+            settings=self.settings,
+        )
+        return Services(
+            self, files, threads, recovered, private, recall, retirement, disks, hydration, archiver, failures
+        )
+
+
+def _drop(disks: Disks) -> None:
+    """What the kernel does for a process that is gone: descriptors closed, mappings unmapped, nothing else."""
+    reserved = [reservation.disk for reservation in disks._reservations.values()]
+    for disk in [*disks._open.values(), *reserved]:
+        placeholder = disk.placeholder
+        if placeholder is not None and not placeholder.ended:
+            placeholder.ended = True
+            placeholder.maps.live.close(discard=False)
+            placeholder.maps.durable.close()
+        with contextlib.suppress(OSError):
+            os.close(disk.fd)
+    disks._open.clear()
+    disks._reservations.clear()
+
+
+def _new_boot() -> BootIdentity:
+    return BootIdentity(secrets.token_hex(16), 1)
+
+
+@contextlib.contextmanager
+def temporary_rig(*, head: int = 0, tail: int = 0) -> Iterator[Rig]:
+    """A rig in a directory of its own, removed at the end.
+
+    The kernel tells of a lease that somebody wants broken by SIGIO, which would end the process.
+    """
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    base = Path(tempfile.mkdtemp(prefix="vmfs-stub-rig-"))
+    try:
+        yield Rig(base, head=head, tail=tail)
+    finally:
+        signal.signal(signal.SIGIO, before)
+        shutil.rmtree(base)
+
+
+@contextlib.contextmanager
+def survives_kill() -> Iterator[None]:
+    """Swallow the end of a killed daemon, and nothing else."""
+    try:
+        yield
+    except Killed:
+        pass
+    except BaseExceptionGroup as group:
+        _, rest = group.split(Killed)
+        if rest is not None:
+            _, errors = rest.split(trio.Cancelled)
+            if errors is not None:
+                raise errors from None
