@@ -289,13 +289,17 @@ class Placeholder:
             self.ended = True
             await self._threads.files(self.maps.lay_down, self._files, self._fd)
 
-    async def graduate(self) -> None:
+    async def graduate(self) -> bool:
         """Turn the file into an ordinary one; every block is resident.  Raises MapFrozen, OSError.
+
+        False when it has ended meanwhile: whoever ended it does what comes after.
 
         Order: data and bits durable, state noted, times set, record removed and that durable.  The map goes last, by
         the caller, after the pin.
         """
         async with self._locks.hold(0, _ANY_CHUNK):
+            if self.ended:
+                return False
             if self.maps.live.absent_count():
                 raise AssertionError(f"{self.label}: graduation with absent blocks")
             await self.sync()
@@ -305,6 +309,7 @@ class Placeholder:
                 self.ended = True
                 self.maps.live.close(discard=True)
                 self.maps.durable.close()
+        return True
 
     def _remove_record(self) -> None:
         mtime_ns = self.maps.live.guest_mtime_ns or self.maps.record.mtime_ns

@@ -50,6 +50,9 @@ class Retirement:
         except (VmfsStubError, OSError) as exc:
             log.warning("the pin of placeholder %s stays for now: %s", ended.placeholder_id, exc)
             self._waiting.append(ended)
+        except trio.Cancelled:
+            self._waiting.append(ended)
+            raise
 
     async def _retire(self, ended: Ended) -> None:
         await self._threads.store(self._store.remove_pin, ended.vm_id, ended.point_id, ended.placeholder_id)
