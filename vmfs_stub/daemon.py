@@ -213,6 +213,7 @@ async def _open_datastore(config: Config) -> AsyncIterator[trio.Event]:
                     )
                     told.append(datastore)
                     disks.attributes_changed = mount.attributes_changed
+                    disks.on_damage = datastore.found
                     with _closing(datastore):
                         async with open_control(
                             datastore,

@@ -34,7 +34,7 @@ from vmfs_stub.control.messages import (
     error_info,
 )
 from vmfs_stub.control.peer import Peer
-from vmfs_stub.core.errors import InUse, RecallsHeld, StoreError, VmfsStubError
+from vmfs_stub.core.errors import InUse, ObjectMissing, RecallsHeld, StoreError, VmfsStubError
 from vmfs_stub.core.ids import JobId, VmId
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.vm import Vm, VmFile, find_vm
@@ -225,8 +225,9 @@ class Datastore:
         self._findings[subject, type(error).__name__] = finding
 
     def recall_failed(self, placeholder: Placeholder, error: VmfsStubError) -> None:
-        """A recall failed: what a store that is down does is a warning, damaged data a problem."""
-        self.found(placeholder.label, error, problem=not isinstance(error, StoreError))
+        """A recall failed: what a store that is down does is a warning, damaged or lost data a problem."""
+        passing = isinstance(error, StoreError) and not isinstance(error, ObjectMissing)
+        self.found(placeholder.label, error, problem=not passing)
 
     async def watch_store(self) -> None:
         """Ask the store now and then whether it is there, for `status`."""

@@ -158,17 +158,20 @@ class Operations:
 
     def _write(self, offset: int, data: bytes, change: Callable[[], int] | None = None) -> None:
         disk_fd, plain_fd = self.pair.fds
-        with self._may_be_interrupted(lambda: self._settle_write(offset, data)):
+        with self._may_be_interrupted(lambda: self._settle_write(offset, data, 0)):
             written = change() if change else os.pwrite(disk_fd, data, offset)
-            assert written == len(data)
+            if written != len(data):
+                assert kills.died, f"{written} of {len(data)} bytes written"
+                raise Interrupted(lambda: self._settle_write(offset, data, written))
         assert os.pwrite(plain_fd, data, offset) == len(data)
 
-    def _settle_write(self, offset: int, data: bytes) -> None:
-        """Every byte is the old or the new one; beyond the old end there may be less, but nothing else."""
+    def _settle_write(self, offset: int, data: bytes, acknowledged: int) -> None:
+        """Acknowledged bytes are there, every other one is the old or the new one; the end may be anywhere between."""
         disk_fd, plain_fd = self.pair.fds
         size, old = os.fstat(disk_fd).st_size, os.pread(plain_fd, len(data), offset)
         assert self.pair.size <= size <= max(self.pair.size, offset + len(data))
         found = os.pread(disk_fd, len(data), offset)
+        assert found[:acknowledged] == data[:acknowledged]
         for at, byte in enumerate(found):
             assert byte == data[at] or byte == (old[at] if at < len(old) else 0), f"wrong byte at {offset + at}"
         os.ftruncate(plain_fd, size)

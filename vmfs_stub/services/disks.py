@@ -19,7 +19,7 @@ from pathlib import Path
 
 import trio
 
-from vmfs_stub.core.errors import InUse, PrimaryIOError, RecordMissing, VmfsStubError
+from vmfs_stub.core.errors import IntegrityError, InUse, PrimaryIOError, RecordMissing, UnknownFormat, VmfsStubError
 from vmfs_stub.primary.durable_map import MapState
 from vmfs_stub.primary.files import FileCalls, sync_filesystem
 from vmfs_stub.primary.placeholder import PlaceholderMaps, PrivateState, mark_removed, open_durable, take_up
@@ -33,6 +33,8 @@ from vmfs_stub.services.retirement import Ended, Retirement
 from vmfs_stub.services.threads import Threads
 
 log = logging.getLogger(__name__)
+
+_DAMAGE = (IntegrityError, UnknownFormat)
 
 
 class Disks:
@@ -62,6 +64,8 @@ class Disks:
         self._states_before: dict[int, MapState] = {}
         self.on_recall: Callable[[Disk], None] | None = None
         """What every disk calls after a guest's read had to recall something; hydration sets it."""
+        self.on_damage: Callable[[str, VmfsStubError], None] | None = None
+        """Called with a disk's label when what belongs to it is damaged, so that it cannot be opened."""
         self.on_open: Callable[[Disk, Caller], None] | None = None
         """Called when somebody opened a disk through the mount."""
         self.attributes_changed: Callable[[int], object] = lambda ino: None
@@ -133,6 +137,15 @@ class Disks:
 
     async def _load(self, path_fd: int) -> Disk:
         label = self.label(path_fd)
+        try:
+            return await self._load_intact(path_fd, label)
+        except _DAMAGE as exc:
+            log.error("%s", exc)  # noqa: TRY400 - the message says all that an operator can use
+            if self.on_damage is not None:
+                self.on_damage(label, exc)
+            raise
+
+    async def _load_intact(self, path_fd: int, label: str) -> Disk:
         fd, writable, maps = await self._threads.files(self._open_backing, path_fd, label)
         try:
             disk = Disk(
@@ -245,7 +258,8 @@ class Disks:
         if placeholder is None:
             return
         record = placeholder.maps.record
-        await placeholder.graduate()
+        if not await placeholder.graduate():
+            return
         disk.placeholder = None
         self.index.remove(disk.ino)
         self._recall.forget(placeholder)
@@ -332,7 +346,8 @@ class Disks:
     async def removing(self, path_fd: int) -> None:
         """Before a link of a regular file goes: if it is the last of a placeholder, note that durably.
 
-        An open-unlinked placeholder stays usable until its last release.  Raises IntegrityError kinds, OSError.
+        An open-unlinked placeholder stays usable until its last release; a damaged one can be removed, too, but its
+        pin stays.  Raises OSError.
         """
         st = os.fstat(path_fd)
         known = self.index.get(st.st_ino)
@@ -345,9 +360,12 @@ class Disks:
                 self._states_before[st.st_ino] = disk.placeholder.maps.durable.header.state
                 await disk.placeholder.set_state(MapState.REMOVED)
             elif disk is None:
-                self._states_before[st.st_ino] = await self._threads.files(
-                    mark_removed, self._files, self._private, known.record, label=known.label
-                )
+                try:
+                    self._states_before[st.st_ino] = await self._threads.files(
+                        mark_removed, self._files, self._private, known.record, label=known.label
+                    )
+                except _DAMAGE as exc:
+                    log.warning("%s; it is removed all the same, its restore point stays", exc)
 
     async def removed(self, path_fd: int) -> None:
         """After the attempt: if the file is gone and closed, its placeholder ends; if not, it is as before."""
@@ -355,6 +373,8 @@ class Disks:
         before = self._states_before.pop(st.st_ino, None)
         known = self.index.get(st.st_ino)
         if before is None or known is None or known.record is None:
+            if known is not None and st.st_nlink == 0 and st.st_ino not in self._open:
+                self.index.remove(st.st_ino)  # a new file may have this number next
             return
         record = known.record
         async with self._ino_lock(st.st_ino):

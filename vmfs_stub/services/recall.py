@@ -20,11 +20,13 @@ from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import (
     IntegrityError,
     ObjectMissing,
+    PointNotFound,
     PrimaryIOError,
     RecallOverload,
     RecallsHeld,
     RecallTimeout,
     StoreError,
+    UnknownFormat,
     VmfsStubError,
 )
 from vmfs_stub.core.recall_plan import Fetch, plan_fetches
@@ -242,7 +244,7 @@ class _Outcome:
         error: VmfsStubError | None = None
         if value is None:
             pass
-        elif isinstance(value, (StoreError, IntegrityError)):
+        elif isinstance(value, (StoreError, IntegrityError, PointNotFound, UnknownFormat)):
             error = type(value)(f"{self._placeholder.label}: {value}")
         elif isinstance(value, VmfsStubError):
             error = value

@@ -108,9 +108,9 @@ class Recovery:
 
     def _take_up_map(self, path: str, fd: int, record: PlaceholderRecord, label: str) -> int:
         """Bring the map into a known state; returns when a guest last wrote (0: never)."""
+        self._matched.add(record.placeholder_id)
         durable = open_durable(self._files, self._private, record, label=label)
         try:
-            self._matched.add(record.placeholder_id)
             state = durable.header.state
             if state in (MapState.PREPARED, MapState.REMOVED):
                 log.warning("%s: a crash left it %s; it is a placeholder", label, state.name.lower())
@@ -166,7 +166,7 @@ class Recovery:
     def _problem(self, path: str, ino: int, record: PlaceholderRecord | None, error: VmfsStubError) -> None:
         log.error("%s", error)
         self._index.add(ino, KnownPlaceholder(record, disk_label(path), 0, problem=error))
-        self._result.findings.append((path, error))
+        self._result.findings.append((disk_label(path), error))
 
 
 def _as_ours(label: str, exc: VmfsStubError | OSError) -> VmfsStubError:
