@@ -91,8 +91,8 @@ class RecallConfig(_Section):
 
     recall_deadline_s: float = Field(default=25, gt=0, le=3600)
     recall_concurrency: int = Field(default=16, ge=1, le=1024)
-    recall_bytes_max: ByteCount = 256 << 20
-    recall_queue_max: int = Field(default=1024, ge=1, le=1_000_000)
+    recall_bytes_max: ByteCount = 64 << 20
+    recall_queue_max: int = Field(default=1024, ge=1, le=2048)
     store_timeout_s: float = Field(default=10, gt=0, le=3600)
 
 
@@ -104,7 +104,7 @@ class HydrationConfig(_Section):
 
 
 class ArchiveConfig(_Section):
-    """Turning VMs into placeholders; ``enabled`` lets a backup job do so by policy."""
+    """Turning VMs into placeholders; ``enabled`` will let a backup job do so by policy, and has no effect yet."""
 
     enabled: bool = False
     workers: int = Field(default=2, ge=1, le=64)
@@ -220,6 +220,10 @@ class Config(_Section):
             found.append(
                 "recall.store_timeout_s is not below recall.recall_deadline_s: a read that the store does not answer "
                 "cannot be tried again before the guest's read fails"
+            )
+        if self.archive.enabled:
+            found.append(
+                "archive.enabled has no effect yet, since idle VMs are not recognised: use `vmfs-stub archive VM`"
             )
         return tuple(found)
 

@@ -1,4 +1,4 @@
-"""`archive`: back up and stub out now."""
+"""`archive`: back up, and make placeholders now."""
 
 from __future__ import annotations
 

@@ -17,6 +17,6 @@ def backup(
         bool, typer.Option("--no-archive", help="Make no placeholders, whatever the configuration says.")
     ] = False,
 ) -> None:
-    """Back up VMs; with [archive] enabled = true, idle ones become placeholders in the same job."""
+    """Back up VMs; those in use are skipped, or refused when they are named."""
     client = client_of(load_config_of(ctx))
     follow_job(client, client.start_backup(argument_names(vms), archive=not no_archive))

@@ -1,6 +1,6 @@
 """What the mount needs from the services below it, as Protocols.
 
-The real ones are services.disk.Disks and services.threads.Threads; tests bring plain files.
+The real ones are services.disks.Disks and services.threads.Threads; tests bring plain files.
 """
 
 from __future__ import annotations

@@ -53,6 +53,8 @@ class MapState(enum.IntEnum):
     """Everything is resident and durable; record and map are about to go."""
     REMOVED = 5
     """The last link of the file is about to go, or is gone."""
+    SUPERSEDED = 6
+    """The file was archived again: its record names another placeholder, and does so durably."""
 
 
 @dataclass(frozen=True, slots=True)

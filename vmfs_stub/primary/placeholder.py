@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmfs_stub.core.errors import CorruptMap, IdentityMismatch, MapFrozen, MapMissing
+from vmfs_stub.core.errors import CorruptMap, IdentityMismatch, MapFrozen, MapMissing, UnknownFormat
 from vmfs_stub.core.ids import PlaceholderId
 from vmfs_stub.core.names import PRIVATE_DIR
 from vmfs_stub.primary.durable_map import DurableMap, MapHeader, MapState
@@ -104,6 +104,7 @@ def take_up(files: FileCalls, fd: int, private: PrivateState, *, label: str) -> 
     if record is None:
         return None
     check_identity(record, inode_identity(fd), label=label)
+    _end_replaced(files, fd, private, record, label=label)
     durable = open_durable(files, private, record, label=label)
     try:
         live = _open_volatile(files, fd, private, record, durable, label)
@@ -117,6 +118,25 @@ def take_up(files: FileCalls, fd: int, private: PrivateState, *, label: str) -> 
         durable.close()
         raise
     return PlaceholderMaps(record, durable, live)
+
+
+def _end_replaced(files: FileCalls, fd: int, private: PrivateState, record: PlaceholderRecord, *, label: str) -> None:
+    """If the map of the placeholder that this one replaced is still there, note that it is over.
+
+    Without that, once this one's record goes, the old map would tell of a record that is lost.
+    """
+    if record.replaces is None or not private.durable_path(record.replaces).exists():
+        return
+    files.call("replaced.sync", os.fsync, fd)
+    try:
+        replaced = DurableMap.open(files, private.durable_path(record.replaces), label=label)
+    except (CorruptMap, UnknownFormat, FileNotFoundError):
+        return
+    try:
+        if replaced.header.state != MapState.SUPERSEDED:
+            replaced.set_state(MapState.SUPERSEDED)
+    finally:
+        replaced.close()
 
 
 def open_durable(files: FileCalls, private: PrivateState, record: PlaceholderRecord, *, label: str) -> DurableMap:

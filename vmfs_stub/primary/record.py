@@ -79,5 +79,5 @@ def check_identity(record: PlaceholderRecord, actual: InodeIdentity, *, label: s
     if record.identity != actual:
         raise IdentityMismatch(
             f"{label} is a copy of a placeholder, not the placeholder itself: which blocks were written since is known "
-            f"only to the original (inode {record.ino}); `vmfs-stub adopt` accepts the archived bytes for it"
+            f"only to the original (inode {record.ino}). Remove this copy, and copy the original through the mount"
         )

@@ -47,7 +47,7 @@ class _Slot:
 class Copier:
     """Copies disks into one backup; made by `open_copier`.
 
-    ``verify`` has every frame that is referred to, reused ones included, read back from the store.
+    ``reused`` receives the frames that are to be read back although this job did not store them, or is None.
     """
 
     def __init__(
@@ -205,6 +205,7 @@ async def open_copier(
 ) -> AsyncIterator[Copier]:
     """Copy disks within the block; at its end everything is put, durable and read back.
 
+    With ``verify`` that goes for every frame that is referred to, reused ones included; else for new ones.
     Raises StoreError, IntegrityError.
     """
     packs_send, packs_receive = trio.open_memory_channel[SealedPack](0)

@@ -64,7 +64,7 @@ class Disk:
     async def read(self, offset: int, size: int) -> bytes | bytearray:
         """Up to ``size`` bytes at ``offset``, fewer only at end of file.
 
-        Raises RecallError, IntegrityError, PrimaryError.
+        Raises RecallError, RecallsHeld, StoreError, IntegrityError, PrimaryError.
         """
         placeholder = self.placeholder
         if placeholder is not None:

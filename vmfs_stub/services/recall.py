@@ -25,7 +25,9 @@ from vmfs_stub.core.errors import (
     RecallOverload,
     RecallsHeld,
     RecallTimeout,
+    StoreConflict,
     StoreError,
+    StoreUnavailable,
     UnknownFormat,
     VmfsStubError,
 )
@@ -36,6 +38,9 @@ from vmfs_stub.store.chunk_table import ChunkTable
 from vmfs_stub.store.store import Store
 
 log = logging.getLogger(__name__)
+
+RETRY_PAUSE_S = 0.5
+"""Between two tries of a recall whose guest still waits."""
 
 
 @dataclass(slots=True, eq=False)
@@ -102,14 +107,25 @@ class RecallService:
         if self.held:
             raise RecallsHeld(f"{placeholder.label}: recalls are held on this host; `vmfs-stub unhold` allows them")
         if self.counters.waiting >= self._waiting_max:
-            raise RecallOverload(f"{placeholder.label}: {self._waiting_max} recalls wait already")
+            raise RecallOverload(
+                f"{placeholder.label}: {self._waiting_max} recalls wait already ([recall] recall_queue_max); try again"
+            )
         self.counters.waiting += 1
         try:
+            away: StoreUnavailable | None = None
             with trio.move_on_after(self._deadline_s):
                 while chunks := placeholder.absent_chunks(offset, length):
-                    await self.recall_chunks(placeholder, chunks, demand=True)
+                    try:
+                        await self.recall_chunks(placeholder, chunks, demand=True)
+                    except StoreUnavailable as exc:
+                        # The store's own retries are short; a guest can wait longer, until its deadline.
+                        away = exc
+                        await trio.sleep(RETRY_PAUSE_S)
                 return
-            raise RecallTimeout(f"{placeholder.label}: the store did not return its bytes in {self._deadline_s:g} s")
+            raise RecallTimeout(
+                f"{placeholder.label}: the store did not return its bytes in {self._deadline_s:g} s; "
+                "`vmfs-stub status` shows the store's state"
+            ) from away
         finally:
             self.counters.waiting -= 1
             if self.counters.waiting == 0:
@@ -146,7 +162,8 @@ class RecallService:
         new: dict[int, Flight] = {}
         for chunk in chunks:
             flight = self._flights.get((owner, chunk))
-            if flight is None:
+            if flight is None or flight.error is not None:
+                # One that has failed is over, also while others that took off with it are still under way.
                 flight = self._flights[owner, chunk] = new[chunk] = Flight()
             flights.append(flight)
         if new:
@@ -168,13 +185,18 @@ class RecallService:
         finally:
             owner = placeholder.maps.record.placeholder_id
             for chunk, flight in flights.items():
-                self._flights.pop((owner, chunk), None)
+                if self._flights.get((owner, chunk)) is flight:
+                    del self._flights[owner, chunk]
                 flight.land(RecallTimeout(f"{placeholder.label}: the recall was cancelled"))
 
     async def table(self, placeholder: Placeholder) -> ChunkTable:
         """The chunk table of the restore point that the placeholder stands for.  Raises StoreError, IntegrityError."""
         record = placeholder.maps.record
         table = self._tables.get(record.placeholder_id)
+        if record.store_id != self._store.id:
+            raise StoreConflict(
+                f"its bytes are in store {record.store_id}, but [store] url leads to {self._store.id}; correct the url"
+            )
         if table is None:
             point = await self._threads.store(self._store.open_point, record.vm_id, record.point_id)
             table = point.chunks(record.file_index)

@@ -12,9 +12,11 @@
 | none               | prepared           | crash before the commit point   | map and pin removed             |
 | none               | graduating         | crash after the record went     | map and pin removed             |
 | none               | removed, no inode  | the unlink happened             | map and pin removed             |
+| none               | superseded         | archived again, then graduated  | map and pin removed             |
 | names another map  | any                | archived again, cut short       | old map and pin removed         |
 | cannot be read     | any                | not known                       | finding; the file gives errors  |
-| none               | committed, punched | the record is lost              | finding; the file gives errors  |
+| none, file there   | any other          | the record is lost              | finding; the file gives errors  |
+| no such file       | committed, punched | removed behind the mount        | finding; map, pin, point stay   |
 
 Nothing here reads the store.  Blocking; runs before the first open is answered.
 """
@@ -137,7 +139,7 @@ class Recovery:
         present = path is not None and self._is_same_inode(path, header)
         if present and header.identity.ino in self._unclear:
             return
-        over = header.state in (MapState.PREPARED, MapState.GRADUATING)
+        over = header.state in (MapState.PREPARED, MapState.GRADUATING, MapState.SUPERSEDED)
         over = over or (present and header.identity.ino in self._settled)
         if over or (header.state == MapState.REMOVED and not present):
             log.info(
@@ -150,7 +152,7 @@ class Recovery:
             log.warning(
                 "placeholder %s: its file is not in the backing directory; its restore point stays", placeholder_id
             )
-            self._result.findings.append((label, RecordMissing(f"the file of placeholder {placeholder_id} is gone")))
+            self._result.findings.append((label, _file_gone(placeholder_id, header, map_path)))
 
     def _is_same_inode(self, path: str, header: MapHeader) -> bool:
         """Whether that file is the map's; then what was last done to its record is durable, too."""
@@ -173,6 +175,13 @@ def _as_ours(label: str, exc: VmfsStubError | OSError) -> VmfsStubError:
     if isinstance(exc, VmfsStubError):
         return exc
     return PrimaryIOError(f"{label}: could not be looked at ({exc}); check the backing filesystem, then start again")
+
+
+def _file_gone(placeholder_id: PlaceholderId, header: MapHeader, map_path: Path) -> RecordMissing:
+    return RecordMissing(
+        f"the file of placeholder {placeholder_id} (VM {header.vm_id}, restore point {header.point_id}) is gone from "
+        f"the backing directory; if that was meant, unmount and delete {map_path}"
+    )
 
 
 def _record_missing(path: str) -> RecordMissing:
