@@ -15,6 +15,7 @@ import secrets
 import shutil
 import signal
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -76,6 +77,7 @@ class Medium:
         self._synced: dict[tuple[int, int], _Synced] = {}
         self._unlinked: dict[Path, bytes] = {}
         self._named: set[Path] = set()
+        self._lock = threading.Lock()
 
     def after(self, function: object, args: tuple[Any, ...]) -> None:
         """Note a call that was made."""
@@ -90,10 +92,11 @@ class Medium:
     def note(self, fd: int, *, with_record: bool = True) -> None:
         """All of this file is on the medium now."""
         key = _key(fd)
-        before = self._synced.get(key)
-        content = os.pread(fd, os.fstat(fd).st_size, 0)
-        record = _record(fd) if with_record or before is None else before.record
-        self._synced[key] = _Synced(content, record)
+        with self._lock:
+            before = self._synced.get(key)
+            content = os.pread(fd, os.fstat(fd).st_size, 0)
+            record = _record(fd) if with_record or before is None else before.record
+            self._synced[key] = _Synced(content, record)
 
     def unlinking(self, path: Path) -> None:
         self._unlinked[path] = path.read_bytes()
