@@ -43,6 +43,13 @@ RETRY_PAUSE_S = 0.5
 """Between two tries of a recall whose guest still waits."""
 
 
+SECOND_TRY_S = 1.0
+"""Within this time of a time-out, the same read is refused at once.
+
+The kernel repeats a buffered read that failed as a read-ahead; with a second wait a guest would hang twice as long.
+"""
+
+
 @dataclass(slots=True, eq=False)
 class Flight:
     """One chunk on its way; ``error`` is set before ``landed`` when it did not arrive."""
@@ -92,6 +99,8 @@ class RecallService:
         self._on_failure = on_failure
         self._flights: dict[tuple[str, int], Flight] = {}
         self._tables: dict[str, ChunkTable] = {}
+        self._timed_out_s: dict[tuple[str, int], float] = {}
+        """Chunks for which a guest has waited in vain, and when; those of the last moments only."""
         self._quiet = trio.lowlevel.ParkingLot()
         self.held = False
         self.counters = RecallCounters()
@@ -110,6 +119,7 @@ class RecallService:
             raise RecallOverload(
                 f"{placeholder.label}: {self._waiting_max} recalls wait already ([recall] recall_queue_max); try again"
             )
+        self._refuse_again(placeholder, offset, length)
         self.counters.waiting += 1
         try:
             away: StoreUnavailable | None = None
@@ -122,14 +132,29 @@ class RecallService:
                         away = exc
                         await trio.sleep(RETRY_PAUSE_S)
                 return
-            raise RecallTimeout(
-                f"{placeholder.label}: the store did not return its bytes in {self._deadline_s:g} s; "
-                "`vmfs-stub status` shows the store's state"
-            ) from away
+            for chunk in placeholder.absent_chunks(offset, length):
+                self._timed_out_s[placeholder.maps.record.placeholder_id, chunk] = trio.current_time()
+            raise self._timeout(placeholder) from away
         finally:
             self.counters.waiting -= 1
             if self.counters.waiting == 0:
                 self._quiet.unpark_all()
+
+    def _timeout(self, placeholder: Placeholder) -> RecallTimeout:
+        return RecallTimeout(
+            f"{placeholder.label}: the store did not return its bytes in {self._deadline_s:g} s; "
+            "`vmfs-stub status` shows the store's state"
+        )
+
+    def _refuse_again(self, placeholder: Placeholder, offset: int, length: int) -> None:
+        """Fail the kernel's second try of a read-ahead that has just timed out: the guest has waited already."""
+        if not self._timed_out_s:
+            return
+        oldest_s = trio.current_time() - SECOND_TRY_S
+        self._timed_out_s = {key: at_s for key, at_s in self._timed_out_s.items() if at_s >= oldest_s}
+        owner = placeholder.maps.record.placeholder_id
+        if any((owner, chunk) in self._timed_out_s for chunk in placeholder.absent_chunks(offset, length)):
+            raise self._timeout(placeholder)
 
     async def recall_chunks(self, placeholder: Placeholder, chunks: Sequence[int], *, demand: bool) -> None:
         """Fetch these chunks, or join whoever fetches them already.  Raises as `make_resident`, but has no deadline."""

@@ -22,6 +22,7 @@ from vmfs_stub.core.errors import (
     ObjectMissing,
     PointNotFound,
     StoreConflict,
+    StoreUnavailable,
     UnknownFormat,
 )
 from vmfs_stub.core.ids import PlaceholderId, PointId, StoreId, VmId
@@ -240,11 +241,19 @@ class Store:
             if is_id(vm_id) and is_id(point_id):  # neither pending ones nor foreign files
                 yield VmId(vm_id), PointId(point_id)
 
+    def _check_present(self) -> None:
+        """Tell a store that is away (a mount that is missing) from an object that is.  Raises StoreUnavailable."""
+        try:
+            self.objects.size(STORE_KEY)
+        except ObjectMissing as exc:
+            raise StoreUnavailable(str(exc)) from exc
+
     def _manifest(self, vm_id: VmId, point_id: PointId) -> Manifest:
         key = manifest_key(vm_id, point_id)
         try:
             data = self.objects.get(key, size_max=MANIFEST_SIZE_MAX)
         except ObjectMissing as exc:
+            self._check_present()
             msg = f"VM {vm_id} has no restore point {point_id} in this store"
             raise PointNotFound(msg) from exc
         manifest = decode_manifest(data, key)
