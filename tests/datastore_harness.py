@@ -18,30 +18,27 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import trio
 
 from tests.store_fakes import FakeObjects
-from vmfs_stub import daemon
-from vmfs_stub.core.errors import VmfsStubError
 from vmfs_stub.core.names import PLACEHOLDER_XATTR, PRIVATE_DIR
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.primary.files import FileCalls, punch_hole, sync_directory
 from vmfs_stub.primary.identity import BootIdentity, inode_generation
 from vmfs_stub.primary.placeholder import PrivateState
-from vmfs_stub.services.archive import Archiver, ArchiveSettings, BackupReport
+from vmfs_stub.services.archive import ArchiveSettings, BackupReport
 from vmfs_stub.services.disk import Caller, Disk
+from vmfs_stub.services.disk_services import DiskServices, ServiceSettings, connect_services
 from vmfs_stub.services.disks import Disks
-from vmfs_stub.services.hydration import HydrationService
-from vmfs_stub.services.placeholder import Placeholder
+from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
-from vmfs_stub.services.recall import RecallService
 from vmfs_stub.services.recovery import Recovered, Recovery
-from vmfs_stub.services.retirement import Retirement
+from vmfs_stub.services.resumption import resume
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.store import Store
@@ -51,6 +48,7 @@ T = TypeVar("T")
 
 BLOCK = 4096
 CHUNK = 64 * 1024
+DEADLINE_S = 30.0
 CALLER = Caller(pid=1, uid=0, executable=None, cgroup=None)
 SYNCS = (os.fdatasync, os.fsync)
 
@@ -230,12 +228,15 @@ class Services:
     threads: RigThreads
     recovered: Recovered
     private: PrivateState
-    recall: RecallService
-    retirement: Retirement
-    disks: Disks
-    hydration: HydrationService
-    archiver: Archiver
-    failures: list[VmfsStubError] = field(default_factory=list)
+    connected: DiskServices
+    findings: Findings
+
+    def __post_init__(self) -> None:
+        self.recall = self.connected.recall
+        self.retirement = self.connected.retirement
+        self.disks = self.connected.disks
+        self.hydration = self.connected.hydration
+        self.archiver = self.connected.archiver
 
     async def open(self, path: str) -> Disk:
         """Open as a guest does; owes one `disks.release`."""
@@ -327,18 +328,16 @@ class Rig:
         """One life of a daemon.  It ends cleanly, or as a killed one when `Killed` is raised in it or its files."""
         life = files or RigFiles(self.medium)
         private = replace(PrivateState.at(self.backing, self.runtime), boot=self.boot)
-        index = PlaceholderIndex()
-        recovered = Recovery(files=life, backing=self.backing, private=private, index=index).run()
+        placeholders = PlaceholderIndex()
+        recovered = Recovery(files=life, backing=self.backing, private=private, placeholders=placeholders).run()
         threads = RigThreads(life)
         services: Services | None = None
         try:
             async with trio.open_nursery() as nursery:
-                services = self._wired(nursery, life, threads, private, index, recovered, hydrates=hydrates)
+                services = self._connected(nursery, life, threads, private, placeholders, recovered, hydrates=hydrates)
                 try:
                     if goes_on:
-                        await daemon._go_on(
-                            recovered, self.backing, services.disks, services.hydration, services.retirement
-                        )
+                        await resume(recovered, self.backing, services.connected)
                     yield services
                 finally:
                     nursery.cancel_scope.cancel()
@@ -350,68 +349,41 @@ class Rig:
                 _drop(services.disks)
             threads.close()
 
-    def _wired(
+    def _connected(
         self,
         nursery: trio.Nursery,
         files: RigFiles,
         threads: RigThreads,
         private: PrivateState,
-        index: PlaceholderIndex,
+        placeholders: PlaceholderIndex,
         recovered: Recovered,
         *,
         hydrates: bool,
     ) -> Services:
-        failures: list[VmfsStubError] = []
-
-        def failed(placeholder: Placeholder, error: VmfsStubError) -> None:
-            failures.append(error)
-
-        recall = RecallService(
-            nursery=nursery,
-            store=self.store,
-            threads=threads,
-            deadline_s=30,
-            concurrency_max=3,
-            waiting_max=64,
+        findings = Findings()
+        settings = ServiceSettings(
+            recall_deadline_s=DEADLINE_S,
+            recall_concurrency=3,
+            recall_queue_max=64,
             fetch_bytes_max=4 * CHUNK,
-            on_failure=failed,
-        )
-        retirement = Retirement(files=files, threads=threads, store=self.store, private=private)
-        disks = Disks(
-            files=files,
-            threads=threads,
-            recall=recall,
-            retirement=retirement,
-            private=private,
-            backing=self.backing,
-            index=index,
-        )
-        hydration = HydrationService(
-            nursery=nursery,
-            threads=threads,
-            disks=disks,
-            recall=recall,
-            backing=self.backing,
-            enabled=hydrates,
-            bytes_per_s_max=0,
+            hydration_enabled=hydrates,
+            hydration_bytes_per_s_max=0,
             free_floor_percent=0,
+            archive=self.settings,
         )
-        disks.on_recall = hydration.after_access
-        archiver = Archiver(
+        connected = connect_services(
+            nursery,
+            settings,
+            backing=self.backing,
             files=files,
             threads=threads,
-            recall=recall,
-            retirement=retirement,
-            disks=disks,
-            store=self.store,
-            index=ChunkIndex(None, self.store.id),
             private=private,
-            backing=self.backing,
-            settings=self.settings,
+            store=self.store,
+            chunk_index=ChunkIndex(None, self.store.id),
+            placeholders=placeholders,
+            findings=findings,
         )
-        return Services(
-            self, files, threads, recovered, private, recall, retirement, disks, hydration, archiver, failures
-        )
+        return Services(self, files, threads, recovered, private, connected, findings)
 
 
 def _drop(disks: Disks) -> None:

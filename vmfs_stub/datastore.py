@@ -34,19 +34,16 @@ from vmfs_stub.control.messages import (
     error_info,
 )
 from vmfs_stub.control.peer import Peer
-from vmfs_stub.core.errors import InUse, ObjectMissing, RecallsHeld, StoreError, VmfsStubError
+from vmfs_stub.core.errors import InUse, RecallsHeld, VmfsStubError
 from vmfs_stub.core.ids import JobId, VmId
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.vm import Vm, VmFile, find_vm
 from vmfs_stub.mount.serving import Mount
 from vmfs_stub.primary.tree import open_beneath
 from vmfs_stub.services import memory
-from vmfs_stub.services.archive import Archiver
 from vmfs_stub.services.disk import Caller, Disk
-from vmfs_stub.services.disks import Disks
-from vmfs_stub.services.hydration import HydrationService
-from vmfs_stub.services.placeholder import Placeholder
-from vmfs_stub.services.recall import RecallService
+from vmfs_stub.services.disk_services import DiskServices
+from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.store import Store
 
@@ -56,7 +53,6 @@ PROBE_INTERVAL_S = 15.0
 """How often the store is asked whether it is there."""
 ACCESS_INTERVAL_S = 10.0
 """How often accesses go into the catalog."""
-FINDINGS_MAX = 1000
 POINT_COUNT_WAIT_S = 2.0
 """How long `ls` waits for the store to count restore points; after that it shows what it knew before."""
 
@@ -72,10 +68,8 @@ class Datastore:
         inventory: DirectoryInventory,
         catalog: Catalog,
         store: Store,
-        disks: Disks,
-        recall: RecallService,
-        hydration: HydrationService,
-        archiver: Archiver,
+        services: DiskServices,
+        findings: Findings,
         jobs: Jobs,
         mount: Mount,
         stop: trio.Event,
@@ -85,20 +79,20 @@ class Datastore:
         self._inventory = inventory
         self._catalog = catalog
         self._store = store
-        self._disks = disks
-        self._recall = recall
-        self._hydration = hydration
-        self._archiver = archiver
+        self._disks = services.disks
+        self._recall = services.recall
+        self._hydration = services.hydration
+        self._archiver = services.archiver
         self._jobs = jobs
         self._mount = mount
         self._stop = stop
         self._started_s = time.time()
-        self._findings: dict[tuple[str, str], Finding] = {}
+        self._findings = findings
         self._point_counts: dict[VmId, int] = {}
         self._store_error: str | None = None
         self._accessed: dict[int, tuple[Caller, float]] = {}
-        disks.on_open = self._opened
-        recall.held = config.hold_path.exists()
+        self._disks.on_open = self._opened
+        self._recall.held = config.hold_path.exists()
         self._backing_fd = os.open(config.datastore.backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def close(self) -> None:
@@ -153,7 +147,7 @@ class Datastore:
         return rows
 
     def _state(self, ino: int) -> DiskState:
-        if self._disks.index.get(ino) is None:
+        if self._disks.placeholders.get(ino) is None:
             return "resident"
         disk = self._disks.get(ino)
         placeholder = None if disk is None else disk.placeholder
@@ -166,7 +160,14 @@ class Datastore:
         """What the daemon knows about itself; ``healthy`` is false when an operator has to act."""
         vfs = os.statvfs(self._backing_fd)
         datastore = self._config.datastore
-        findings = list(self._findings.values())
+        findings = [
+            Finding(
+                severity="problem" if finding.is_problem else "warning",
+                subject=finding.subject,
+                message=str(finding.error),
+            )
+            for finding in self._findings.all()
+        ]
         mounted = not self._mount.ended.is_set()
         healthy = mounted and self._store_error is None and all(f.severity != "problem" for f in findings)
         counters = self._recall.counters
@@ -201,7 +202,7 @@ class Datastore:
 
     def _recalls(self) -> list[RecallStatus]:
         rows = []
-        for ino, _known in self._disks.index.items():
+        for ino, _known in self._disks.placeholders.items():
             disk = self._disks.get(ino)
             if disk is None or disk.placeholder is None or self._state(ino) != "recalling":
                 continue
@@ -216,18 +217,6 @@ class Datastore:
                 )
             )
         return rows
-
-    def found(self, subject: str, error: VmfsStubError, *, problem: bool = True) -> None:
-        """Remember something that an operator should know; the newest of each kind and subject is kept."""
-        if len(self._findings) >= FINDINGS_MAX:
-            self._findings.pop(next(iter(self._findings)))
-        finding = Finding(severity="problem" if problem else "warning", subject=subject, message=str(error))
-        self._findings[subject, type(error).__name__] = finding
-
-    def recall_failed(self, placeholder: Placeholder, error: VmfsStubError) -> None:
-        """A recall failed: what a store that is down does is a warning, damaged or lost data a problem."""
-        passing = isinstance(error, StoreError) and not isinstance(error, ObjectMissing)
-        self.found(placeholder.label, error, problem=not passing)
 
     async def watch_store(self) -> None:
         """Ask the store now and then whether it is there, for `status`."""
@@ -363,7 +352,7 @@ class Datastore:
 
     async def _bring_back(self, vm: Vm, progress: Callable[[int], None]) -> VmOutcome:
         for file in vm.files:
-            if self._disks.index.get(file.ino) is not None:
+            if self._disks.placeholders.get(file.ino) is not None:
                 await self._bring_file_back(file, progress)
         return VmOutcome(vm=vm.name, outcome="recalled")
 

@@ -147,7 +147,7 @@ async def _check_next_life(scenario: Scenario, rig: Rig, possible: Contents, spo
 async def _check_whole(services: Services, possible: Contents) -> None:
     for path, versions in possible.items():
         st = (services.rig.backing / path).stat()
-        known = services.disks.index.get(st.st_ino)
+        known = services.disks.placeholders.get(st.st_ino)
         if services.rig.is_placeholder(path) != (known is not None):
             raise NotWhole(f"{path}: the index does not know what it is")
         if known is not None and known.record is not None:

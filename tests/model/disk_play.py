@@ -24,7 +24,7 @@ from functools import partial
 import trio
 import trio.testing
 
-from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, Services, survives_kill, temporary_rig
+from tests.datastore_harness import BLOCK, CHUNK, DEADLINE_S, Killed, Rig, Services, survives_kill, temporary_rig
 from vmfs_stub.core.errors import RecallError, StoreError, StoreUnavailable
 from vmfs_stub.core.ids import PointId, VmId
 from vmfs_stub.core.residency import block_count
@@ -406,6 +406,7 @@ class Play:
         block = offset // BLOCK * BLOCK
         data, started_ns = self.data(BLOCK), time.time_ns()
         self.rig.objects.before = away
+        recall, self.services.recall.deadline_s = self.services.recall, 0.1
         try:
             found = await disk.read(offset, length)
         except (StoreError, RecallError):
@@ -418,6 +419,8 @@ class Play:
             self._modified(started_ns)
         finally:
             self.rig.objects.before = lambda call, key: None
+            recall.deadline_s = DEADLINE_S
+            recall._timed_out_s.clear()
 
 
 def _slowly(function: Callable[[int], None], fd: int) -> None:

@@ -103,8 +103,7 @@ class DurableMap:
         fd = files.call("map.create", os.open, new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         made = cls(files, fd, path, header, sequence=0)
         try:
-            pages = {p: bits[p * PAGE_BITS_SIZE : (p + 1) * PAGE_BITS_SIZE] for p in range(header.page_count)}
-            made.update(pages, header)
+            made.update(pages_of(bits), header)
             files.call("map.create_entry", os.rename, new, path)
             files.call("map.create_entry", sync_directory, path.parent)
         except BaseException:
@@ -169,6 +168,12 @@ class DurableMap:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def pages_of(bits: bytes) -> dict[int, bytes]:
+    """All bits of a map by page, as `DurableMap.update` takes them."""
+    count = -(-len(bits) // PAGE_BITS_SIZE)
+    return {page: bits[page * PAGE_BITS_SIZE : (page + 1) * PAGE_BITS_SIZE] for page in range(count)}
 
 
 def _page_offset(page: int) -> int:

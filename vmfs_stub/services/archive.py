@@ -3,8 +3,9 @@
 Order, and what a crash between any two steps leaves:
 1. every file of the VM is reserved (nobody has it open), its data synced;
 2. copied, every frame read back from the store;                 — crash: the full files, some garbage in the store
-3. pins, then the manifest;                                      — crash: the full files, one more restore point
-4. for each disk: the durable map, *prepared*;                   — crash: the map is undone at start-up
+3. for each disk: the durable map, *prepared*: from now on the next start knows which pins to remove;
+   pins, then the manifest;                                      — crash: map and pin are removed at start-up
+4. the blocks that stay are entered into the map;                — crash: the same
 5. size, times and lease looked at again, then the record set and synced: the commit point of that disk;
                                                                  — crash: a placeholder; start-up finishes it
 6. the map *committed*, absent blocks punched, the map *punched*.
@@ -32,10 +33,10 @@ from vmfs_stub.core.ids import PlaceholderId, PointId, SegmentId
 from vmfs_stub.core.names import PLACEHOLDER_XATTR
 from vmfs_stub.core.residency import block_count, set_range
 from vmfs_stub.inventory.vm import Vm, VmFile
-from vmfs_stub.primary.durable_map import DurableMap, MapHeader, MapState
+from vmfs_stub.primary.durable_map import DurableMap, MapHeader, MapState, pages_of
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.identity import inode_identity
-from vmfs_stub.primary.placeholder import PrivateState, discard_maps, take_up
+from vmfs_stub.primary.placeholder import PrivateState, take_up
 from vmfs_stub.primary.record import PlaceholderRecord, encode_record, read_record
 from vmfs_stub.primary.tree import open_beneath
 from vmfs_stub.services.copying import open_copier
@@ -109,7 +110,7 @@ class Archiver:
         retirement: Retirement,
         disks: Disks,
         store: Store,
-        index: ChunkIndex,
+        chunk_index: ChunkIndex,
         private: PrivateState,
         backing: Path,
         settings: ArchiveSettings,
@@ -120,7 +121,7 @@ class Archiver:
         self._retirement = retirement
         self._disks = disks
         self._store = store
-        self._index = index
+        self._chunk_index = chunk_index
         self._private = private
         self._backing = backing
         self._settings = settings
@@ -134,6 +135,7 @@ class Archiver:
         """
         report = BackupReport(vm.name, PointId(secrets.token_hex(16)), sum(file.size for file in vm.files))
         committed: list[Disk] = []
+        sources: list[_Source] = []
         try:
             with trio.CancelScope() as scope:
                 async with AsyncExitStack() as stack:
@@ -146,10 +148,18 @@ class Archiver:
                 if not committed:
                     raise Abandoned(report.abandoned)
         finally:
-            for disk in committed:
-                with trio.CancelScope(shield=True):
+            with trio.CancelScope(shield=True):
+                for disk in committed:
                     await self._release_space(disk, report)
+                # Whoever opened the VM does not wait for this: the reservations have ended.
+                await self._retire_unmade(vm, sources, report.point_id)
         return report
+
+    async def _retire_unmade(self, vm: Vm, sources: Sequence[_Source], point_id: PointId) -> None:
+        """Remove pin and map of every placeholder that was prepared and did not come to be."""
+        for source in sources:
+            if source.placeholder_id is not None and not self._may_be_placeholder(source):
+                await self._retirement.retire(Ended(source.placeholder_id, vm.id, point_id))
 
     # Reserve
 
@@ -179,8 +189,8 @@ class Archiver:
             self._files.call("archive.sync", os.fdatasync, disk.fd)
         st = disk.fstat()
         mtime_ns = st.st_mtime_ns if disk.placeholder is None else disk.placeholder.mtime_ns
-        stub_out = archive and st.st_size >= self._settings.placeholder_bytes_min
-        placeholder_id = PlaceholderId(secrets.token_hex(16)) if stub_out else None
+        becomes_placeholder = archive and st.st_size >= self._settings.placeholder_bytes_min
+        placeholder_id = PlaceholderId(secrets.token_hex(16)) if becomes_placeholder else None
         return _Source(file, reservation, st, mtime_ns, public_xattrs(disk.fd), placeholder_id)
 
     # Copy, verify, commit to the store
@@ -189,7 +199,7 @@ class Archiver:
         self, vm: Vm, sources: Sequence[_Source], report: BackupReport, progress: Callable[[int], None]
     ) -> int:
         """Returns where in the restore point's list of files the regular ones begin."""
-        writer = await self._threads.transfer(self._store.begin_backup, index=self._index)
+        writer = await self._threads.transfer(self._store.begin_backup, index=self._chunk_index)
         stored = await self._threads.files(other_entries, self._backing, vm)
         segments: list[tuple[SegmentId | None, ...]] = []
         try:
@@ -212,6 +222,9 @@ class Archiver:
             ]
             pins = [self._pin(s.placeholder_id) for s in sources if s.placeholder_id is not None]
             self._check_intact(vm, sources)
+            for source in sources:
+                if source.placeholder_id is not None:
+                    await self._threads.files(self._prepare, vm, source, report.point_id)
             await self._threads.transfer(
                 writer.commit,
                 vm_id=vm.id,
@@ -242,25 +255,38 @@ class Archiver:
     async def _make_placeholders(
         self, vm: Vm, sources: Sequence[_Source], report: BackupReport, committed: list[Disk], *, first_file: int
     ) -> None:
-        wanted = [source for source in sources if source.placeholder_id is not None]
+        for number, source in enumerate(sources, start=first_file):
+            if source.placeholder_id is not None:
+                # Short, and not to be cut in two by an open that arrives now: it waits, or comes next.
+                with trio.CancelScope(shield=True):
+                    disk = await self._make_placeholder(vm, source, number, report.point_id)
+                committed.append(disk)
+                report.placeholders.append(source.file.path)
+                await trio.lowlevel.checkpoint_if_cancelled()
+
+    def _prepare(self, vm: Vm, source: _Source, point_id: PointId) -> None:
+        """Step 3: note durably that a pin of this placeholder is about to be made.  Raises PrimaryError."""
+        assert source.placeholder_id is not None
+        header = MapHeader(
+            placeholder_id=source.placeholder_id,
+            vm_id=vm.id,
+            point_id=point_id,
+            identity=inode_identity(source.disk.fd),
+            state=MapState.PREPARED,
+            size=source.st.st_size,
+            chunk_size=self._store.chunk_size,
+            archived_limit=source.st.st_size,
+        )
+        path = self._private.durable_path(source.placeholder_id)
+        nothing = bytes(-(-block_count(source.st.st_size) // 8))
         try:
-            for number, source in enumerate(sources, start=first_file):
-                if source.placeholder_id is not None:
-                    # Short, and not to be cut in two by an open that arrives now: it waits, or comes next.
-                    with trio.CancelScope(shield=True):
-                        disk = await self._make_placeholder(vm, source, number, report.point_id)
-                    committed.append(disk)
-                    report.placeholders.append(source.file.path)
-                    await trio.lowlevel.checkpoint_if_cancelled()
-        finally:
-            with trio.CancelScope(shield=True):
-                for source in wanted:
-                    if source.placeholder_id is not None and not self._may_be_placeholder(source):
-                        await self._retirement.retire(Ended(source.placeholder_id, vm.id, report.point_id))
+            DurableMap.create(self._files, path, header, nothing).close()
+        except OSError as exc:
+            raise _primary_error(source.disk, "preparing its placeholder", exc) from exc
 
     def _may_be_placeholder(self, source: _Source) -> bool:
         """Whether the record was set, or may have been: its pin and map must then stay."""
-        known = self._disks.index.get(source.disk.ino)
+        known = self._disks.placeholders.get(source.disk.ino)
         return known is not None and known.record is not None and known.record.placeholder_id == source.placeholder_id
 
     async def _make_placeholder(self, vm: Vm, source: _Source, file_index: int, point_id: PointId) -> Disk:
@@ -281,16 +307,6 @@ class Archiver:
             generation=identity.generation,
             replaces=None if before is None else before.maps.record.placeholder_id,
         )
-        header = MapHeader(
-            placeholder_id=record.placeholder_id,
-            vm_id=vm.id,
-            point_id=point_id,
-            identity=identity,
-            state=MapState.PREPARED,
-            size=record.size,
-            chunk_size=self._store.chunk_size,
-            archived_limit=record.size,
-        )
         async with AsyncExitStack() as stack:
             if before is not None:
                 # A fill that is under way ends first: it would write over what a guest writes to the new placeholder.
@@ -298,7 +314,7 @@ class Archiver:
                 await stack.enter_async_context(before.superseding(is_superseded=is_superseded))
             bits = self._resident_bits(disk, record.size)
             try:
-                await self._threads.files(self._commit, source, record, header, bits)
+                await self._threads.files(self._commit, source, record, bits)
                 maps = await self._threads.files(take_up, self._files, disk.fd, self._private, label=disk.label)
             except OSError as exc:
                 raise _primary_error(disk, "making its placeholder", exc) from exc
@@ -322,10 +338,10 @@ class Archiver:
                 set_range(bits, first, end)
         return bytes(bits)
 
-    def _commit(self, source: _Source, record: PlaceholderRecord, header: MapHeader, bits: bytes) -> None:
-        """Steps 4 and 5, and the map *committed*; what fails before the record is set is undone.
+    def _commit(self, source: _Source, record: PlaceholderRecord, bits: bytes) -> None:
+        """Steps 4 and 5, and the map *committed*; what fails before the record is set is undone by the caller.
 
-        Raises OSError, Abandoned.
+        Raises OSError, Abandoned, CorruptMap.
         """
         disk = source.disk
         if disk.placeholder is not None:
@@ -335,18 +351,15 @@ class Archiver:
             except OSError as exc:
                 raise disk.placeholder.freeze(exc) from exc
         path = self._private.durable_path(record.placeholder_id)
-        durable = DurableMap.create(self._files, path, header, bits)
+        durable = DurableMap.open(self._files, path, label=disk.label)
         try:
-            try:
-                st = disk.fstat()
-                same = (st.st_size, st.st_mtime_ns) == (source.st.st_size, source.st.st_mtime_ns)
-                if not source.reservation.is_intact or not (same or disk.placeholder is not None):
-                    raise Abandoned(f"{disk.label}: was opened or changed during the backup; it stays as it is")
-                self._set_record(disk, record)
-            except BaseException:
-                if not self._may_be_placeholder(source):
-                    discard_maps(self._files, self._private, record.placeholder_id)
-                raise
+            if any(bits):
+                durable.update(pages_of(bits), durable.header)
+            st = disk.fstat()
+            same = (st.st_size, st.st_mtime_ns) == (source.st.st_size, source.st.st_mtime_ns)
+            if not source.reservation.is_intact or not (same or disk.placeholder is not None):
+                raise Abandoned(f"{disk.label}: was opened or changed during the backup; it stays as it is")
+            self._set_record(disk, record)
             self._files.call("archive.record_sync", os.fsync, disk.fd)
             durable.set_state(MapState.COMMITTED)
         finally:
@@ -364,9 +377,9 @@ class Archiver:
             except (OSError, VmfsStubError):
                 found = record
             if found == record:
-                self._disks.index.add(disk.ino, known)
+                self._disks.placeholders.add(disk.ino, known)
             raise
-        self._disks.index.add(disk.ino, known)
+        self._disks.placeholders.add(disk.ino, known)
 
     async def _release_space(self, disk: Disk, report: BackupReport) -> None:
         try:

@@ -49,7 +49,7 @@ class Disks:
         retirement: Retirement,
         private: PrivateState,
         backing: Path,
-        index: PlaceholderIndex,
+        placeholders: PlaceholderIndex,
     ) -> None:
         self._files = files
         self._threads = threads
@@ -57,7 +57,7 @@ class Disks:
         self._retirement = retirement
         self._private = private
         self._backing = backing
-        self.index = index
+        self.placeholders = placeholders
         self._open: dict[int, Disk] = {}
         self._reservations: dict[int, Reservation] = {}
         self._ino_locks: dict[int, trio.Lock] = {}
@@ -182,12 +182,12 @@ class Disks:
 
     async def _forget_graduated(self, disk: Disk) -> None:
         """A graduation that failed after the record went is finished by the next opening."""
-        known = self.index.get(disk.ino)
+        known = self.placeholders.get(disk.ino)
         if known is None or known.record is None or known.problem is not None:
             return
         record = known.record
         if await self._threads.files(self._is_graduated, disk, record):
-            self.index.remove(disk.ino)
+            self.placeholders.remove(disk.ino)
             await self._retirement.retire(Ended(record.placeholder_id, record.vm_id, record.point_id))
 
     def _is_graduated(self, disk: Disk, record: PlaceholderRecord) -> bool:
@@ -199,7 +199,7 @@ class Disks:
         return True
 
     def _compare_with_index(self, disk: Disk, maps: PlaceholderMaps | None) -> None:
-        known = self.index.get(disk.ino)
+        known = self.placeholders.get(disk.ino)
         if known is not None and maps is None:
             raise known.problem or RecordMissing(
                 f"{disk.label}: its placeholder record is gone, so that its absent blocks would read as zeros; "
@@ -216,7 +216,7 @@ class Disks:
         if self.on_recall is not None:
             disk.on_recall = self.on_recall
         mtime_ns = maps.live.guest_mtime_ns or maps.record.mtime_ns
-        self.index.add(disk.ino, KnownPlaceholder(maps.record, disk.label, mtime_ns))
+        self.placeholders.add(disk.ino, KnownPlaceholder(maps.record, disk.label, mtime_ns))
 
     async def _close(self, disk: Disk) -> None:
         placeholder = disk.placeholder
@@ -241,12 +241,12 @@ class Disks:
     async def _lay_down(self, disk: Disk, placeholder: Placeholder) -> None:
         record, removed = placeholder.maps.record, disk.fstat().st_nlink == 0
         self._recall.forget(placeholder)
-        known = self.index.get(disk.ino)
+        known = self.placeholders.get(disk.ino)
         if known is not None:
             known.mtime_ns = placeholder.mtime_ns
         await placeholder.lay_down()
         if removed:
-            self.index.remove(disk.ino)
+            self.placeholders.remove(disk.ino)
             await self._retirement.retire(Ended(record.placeholder_id, record.vm_id, record.point_id))
 
     async def graduate(self, disk: Disk) -> None:
@@ -261,7 +261,7 @@ class Disks:
         if not await placeholder.graduate():
             return
         disk.placeholder = None
-        self.index.remove(disk.ino)
+        self.placeholders.remove(disk.ino)
         self._recall.forget(placeholder)
         self.attributes_changed(disk.ino)
         log.info("%s: is an ordinary file again", disk.label)
@@ -317,10 +317,10 @@ class Disks:
         """What stat reports for a placeholder; None for an ordinary file.  Does not block."""
         disk = self._open.get(st.st_ino)
         if disk is not None and disk.placeholder is not None and not disk.placeholder.ended:
-            known = self.index.get(st.st_ino)
+            known = self.placeholders.get(st.st_ino)
             if known is not None:
                 known.mtime_ns = disk.placeholder.mtime_ns
-        return self.index.stat_override(st)
+        return self.placeholders.stat_override(st)
 
     async def truncate(self, path_fd: int, size: int) -> None:
         """Truncate by path.  Raises as `open`, MapFrozen."""
@@ -333,7 +333,7 @@ class Disks:
     async def set_times(self, path_fd: int, *, atime_ns: int | None, mtime_ns: int | None) -> None:
         """Set times of a regular file by path (nanoseconds since the epoch, None leaves one).  Raises as `open`."""
         st = os.fstat(path_fd)
-        if self.index.get(st.st_ino) is None:
+        if self.placeholders.get(st.st_ino) is None:
             ns = (st.st_atime_ns if atime_ns is None else atime_ns, st.st_mtime_ns if mtime_ns is None else mtime_ns)
             await self._threads.files(self._files.call, "write.times", os.utime, f"/proc/self/fd/{path_fd}", ns=ns)
             return
@@ -350,7 +350,7 @@ class Disks:
         pin stays.  Raises OSError.
         """
         st = os.fstat(path_fd)
-        known = self.index.get(st.st_ino)
+        known = self.placeholders.get(st.st_ino)
         await self._win_over_reservation(st.st_ino)
         if known is None or known.record is None or known.problem is not None or st.st_nlink > 1:
             return
@@ -371,10 +371,10 @@ class Disks:
         """After the attempt: if the file is gone and closed, its placeholder ends; if not, it is as before."""
         st = os.fstat(path_fd)
         before = self._states_before.pop(st.st_ino, None)
-        known = self.index.get(st.st_ino)
+        known = self.placeholders.get(st.st_ino)
         if before is None or known is None or known.record is None:
             if known is not None and st.st_nlink == 0 and st.st_ino not in self._open:
-                self.index.remove(st.st_ino)  # a new file may have this number next
+                self.placeholders.remove(st.st_ino)  # a new file may have this number next
             return
         record = known.record
         async with self._ino_lock(st.st_ino):
@@ -382,7 +382,7 @@ class Disks:
             if st.st_nlink:
                 await self._unmark(disk, known, before)
             elif disk is None:
-                self.index.remove(st.st_ino)
+                self.placeholders.remove(st.st_ino)
                 # O_PATH descriptors cannot be synced: the maps lie on the same filesystem.
                 await self._threads.files(self._sync_filesystem)
                 await self._retirement.retire(Ended(record.placeholder_id, record.vm_id, record.point_id))

@@ -1,6 +1,6 @@
 """Hydration: bringing back the rest of a placeholder in the background, until it is an ordinary file again.
 
-It starts when a guest's access had to recall something, or when an operator asks; it is noted in the durable map, so
+It starts when a guest's read had to recall something, or when an operator asks; it is noted in the durable map, so
 that it goes on after a restart.  It stays below demand: before each step it waits while a guest waits for a recall.  It
 stops above a floor of free space on primary, which is kept for what guests write.
 """
@@ -21,7 +21,6 @@ from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.groups import single_error
 from vmfs_stub.services.placeholder import Placeholder
 from vmfs_stub.services.recall import RecallService
-from vmfs_stub.services.threads import Threads
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +47,6 @@ class HydrationService:
         self,
         *,
         nursery: trio.Nursery,
-        threads: Threads,
         disks: Disks,
         recall: RecallService,
         backing: Path,
@@ -57,7 +55,6 @@ class HydrationService:
         free_floor_percent: float,
     ) -> None:
         self._nursery = nursery
-        self._threads = threads
         self._disks = disks
         self._recall = recall
         self._backing = backing
@@ -66,8 +63,8 @@ class HydrationService:
         self._free_floor_percent = free_floor_percent
         self._courses: dict[int, Course] = {}
 
-    def after_access(self, disk: Disk) -> None:
-        """A guest's access to this disk had to recall something: bring the rest back too, if that is wanted."""
+    def after_read(self, disk: Disk) -> None:
+        """A guest's read of this disk had to recall something: bring the rest back too, if that is wanted."""
         if self._enabled and disk.ino not in self._courses:
             self._start(disk)
 

@@ -10,8 +10,7 @@ Invariants:
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import trio
@@ -41,7 +40,6 @@ log = logging.getLogger(__name__)
 
 RETRY_PAUSE_S = 0.5
 """Between two tries of a recall whose guest still waits."""
-
 
 SECOND_TRY_S = 1.0
 """Within this time of a time-out, the same read is refused at once.
@@ -87,12 +85,12 @@ class RecallService:
         concurrency_max: int,
         waiting_max: int,
         fetch_bytes_max: int,
-        on_failure: Callable[[Placeholder, VmfsStubError], None],
+        on_failure: Callable[[str, VmfsStubError], None],
     ) -> None:
         self._nursery = nursery
         self._store = store
         self._threads = threads
-        self._deadline_s = deadline_s
+        self.deadline_s = deadline_s
         self._slots = trio.Semaphore(concurrency_max)
         self._waiting_max = waiting_max
         self._fetch_bytes_max = fetch_bytes_max
@@ -101,6 +99,8 @@ class RecallService:
         self._tables: dict[str, ChunkTable] = {}
         self._timed_out_s: dict[tuple[str, int], float] = {}
         """Chunks for which a guest has waited in vain, and when; those of the last moments only."""
+        self._failing: dict[str, type[VmfsStubError]] = {}
+        """Disks whose last recall failed, and how."""
         self._quiet = trio.lowlevel.ParkingLot()
         self.held = False
         self.counters = RecallCounters()
@@ -123,7 +123,7 @@ class RecallService:
         self.counters.waiting += 1
         try:
             away: StoreUnavailable | None = None
-            with trio.move_on_after(self._deadline_s):
+            with trio.move_on_after(self.deadline_s):
                 while chunks := placeholder.absent_chunks(offset, length):
                     try:
                         await self.recall_chunks(placeholder, chunks, demand=True)
@@ -142,7 +142,7 @@ class RecallService:
 
     def _timeout(self, placeholder: Placeholder) -> RecallTimeout:
         return RecallTimeout(
-            f"{placeholder.label}: the store did not return its bytes in {self._deadline_s:g} s; "
+            f"{placeholder.label}: the store did not return its bytes in {self.deadline_s:g} s; "
             "`vmfs-stub status` shows the store's state"
         )
 
@@ -253,6 +253,7 @@ class RecallService:
                 for chunk, frame in zip(fetch.chunks, fetch.frames, strict=True):
                     await self._fetch(placeholder, Fetch((chunk,), (frame,)), flights, demand)
                 return
+            self._failing.pop(placeholder.label, None)
             self.counters.fetches += 1
             size = sum(frame.raw_length for frame in fetch.frames)
             if demand:
@@ -272,8 +273,11 @@ class RecallService:
     def failed(self, placeholder: Placeholder, error: VmfsStubError) -> None:
         """Count and report a recall that failed."""
         self.counters.failures += 1
-        log.error("recall of %s failed: %s", placeholder.label, error)
-        self._on_failure(placeholder, error)
+        self._on_failure(placeholder.label, error)
+        # A guest that waits for a store tries again and again: the log needs each kind of failure once.
+        if self._failing.get(placeholder.label) is not type(error):
+            self._failing[placeholder.label] = type(error)
+            log.error("recall of %s failed: %s", placeholder.label, error)
 
 
 class _Outcome:
@@ -318,11 +322,3 @@ def _consecutive(chunks: Sequence[int], raws: Sequence[bytes | None]) -> list[tu
         else:
             runs.append((chunk, [raw]))
     return runs
-
-
-@asynccontextmanager
-async def open_recall_service(**settings: object) -> AsyncIterator[RecallService]:
-    """Run a recall service within the block; what it does not finish is cancelled at the end."""
-    async with trio.open_nursery() as nursery:
-        yield RecallService(nursery=nursery, **settings)  # type: ignore[arg-type]
-        nursery.cancel_scope.cancel()

@@ -56,13 +56,15 @@ class Recovered:
 
 
 class Recovery:
-    """One pass over a datastore; fills ``index``."""
+    """One pass over a datastore; fills ``placeholders``."""
 
-    def __init__(self, *, files: FileCalls, backing: Path, private: PrivateState, index: PlaceholderIndex) -> None:
+    def __init__(
+        self, *, files: FileCalls, backing: Path, private: PrivateState, placeholders: PlaceholderIndex
+    ) -> None:
         self._files = files
         self._backing = backing
         self._private = private
-        self._index = index
+        self._placeholders = placeholders
         self._result = Recovered()
         self._matched: set[PlaceholderId] = set()
         self._settled: set[int] = set()
@@ -106,7 +108,7 @@ class Recovery:
             self._problem(path, st.st_ino, record, _as_ours(label, exc))
             return
         self._settled.add(st.st_ino)
-        self._index.add(st.st_ino, KnownPlaceholder(record, label, guest_mtime_ns or record.mtime_ns))
+        self._placeholders.add(st.st_ino, KnownPlaceholder(record, label, guest_mtime_ns or record.mtime_ns))
 
     def _take_up_map(self, path: str, fd: int, record: PlaceholderRecord, label: str) -> int:
         """Bring the map into a known state; returns when a guest last wrote (0: never)."""
@@ -167,7 +169,7 @@ class Recovery:
 
     def _problem(self, path: str, ino: int, record: PlaceholderRecord | None, error: VmfsStubError) -> None:
         log.error("%s", error)
-        self._index.add(ino, KnownPlaceholder(record, disk_label(path), 0, problem=error))
+        self._placeholders.add(ino, KnownPlaceholder(record, disk_label(path), 0, problem=error))
         self._result.findings.append((disk_label(path), error))
 
 

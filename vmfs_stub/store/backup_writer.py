@@ -106,6 +106,7 @@ class BackupWriter:
         self._clock = clock
         self._new_id = new_id
         self._lock = threading.Lock()
+        self._abandoned = False
         self._pack: OpenPack | None = None
         self._spare: list[bytearray] = []
         self._spare_batches: list[bytearray] = []
@@ -284,11 +285,19 @@ class BackupWriter:
         self._objects.put(manifest_key(vm_id, point_id), data)
         self._objects.delete(pending_key(vm_id, point_id))
         self._publish_index()
+        if self._abandoned:
+            # Whoever waited for this thread does so no more, and has removed the pins, perhaps before they were made.
+            self._withdraw(vm_id, point_id, pins)
         return manifest
 
     def abandon(self) -> None:
-        """End without a restore point; packs that were put stay until garbage collection."""
+        """End without a restore point; packs that were put stay until garbage collection.
+
+        A `commit` that is under way in another thread may still make the restore point, but leaves no pins; those of
+        one that is over are the caller's to remove.
+        """
         with self._lock:
+            self._abandoned = True
             self._pack = None
             self._unput.clear()
             self._unindexed.clear()

@@ -1,0 +1,106 @@
+"""What serves the disks of one datastore, connected to each other: the daemon and the tests do it alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.primary.placeholder import PrivateState
+from vmfs_stub.services.archive import Archiver, ArchiveSettings
+from vmfs_stub.services.disks import Disks
+from vmfs_stub.services.findings import Findings
+from vmfs_stub.services.hydration import HydrationService
+from vmfs_stub.services.placeholder_index import PlaceholderIndex
+from vmfs_stub.services.recall import RecallService
+from vmfs_stub.services.retirement import Retirement
+from vmfs_stub.services.threads import Threads
+from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceSettings:
+    """Limits; times in seconds, sizes in bytes.  ``fetch_bytes_max`` is of one range read."""
+
+    recall_deadline_s: float
+    recall_concurrency: int
+    recall_queue_max: int
+    fetch_bytes_max: int
+    hydration_enabled: bool
+    hydration_bytes_per_s_max: int
+    free_floor_percent: float
+    archive: ArchiveSettings
+
+
+@dataclass(frozen=True, slots=True)
+class DiskServices:
+    """The services of one datastore."""
+
+    recall: RecallService
+    retirement: Retirement
+    disks: Disks
+    hydration: HydrationService
+    archiver: Archiver
+
+
+def connect_services(
+    nursery: trio.Nursery,
+    settings: ServiceSettings,
+    *,
+    backing: Path,
+    files: FileCalls,
+    threads: Threads,
+    private: PrivateState,
+    store: Store,
+    chunk_index: ChunkIndex,
+    placeholders: PlaceholderIndex,
+    findings: Findings,
+) -> DiskServices:
+    """Make the services; their background work runs in ``nursery``, and ends when that is cancelled."""
+    recall = RecallService(
+        nursery=nursery,
+        store=store,
+        threads=threads,
+        deadline_s=settings.recall_deadline_s,
+        concurrency_max=settings.recall_concurrency,
+        waiting_max=settings.recall_queue_max,
+        fetch_bytes_max=settings.fetch_bytes_max,
+        on_failure=findings.add,
+    )
+    retirement = Retirement(files=files, threads=threads, store=store, private=private)
+    disks = Disks(
+        files=files,
+        threads=threads,
+        recall=recall,
+        retirement=retirement,
+        private=private,
+        backing=backing,
+        placeholders=placeholders,
+    )
+    hydration = HydrationService(
+        nursery=nursery,
+        disks=disks,
+        recall=recall,
+        backing=backing,
+        enabled=settings.hydration_enabled,
+        bytes_per_s_max=settings.hydration_bytes_per_s_max,
+        free_floor_percent=settings.free_floor_percent,
+    )
+    disks.on_recall = hydration.after_read
+    disks.on_damage = findings.add
+    archiver = Archiver(
+        files=files,
+        threads=threads,
+        recall=recall,
+        retirement=retirement,
+        disks=disks,
+        store=store,
+        chunk_index=chunk_index,
+        private=private,
+        backing=backing,
+        settings=settings.archive,
+    )
+    return DiskServices(recall, retirement, disks, hydration, archiver)

@@ -1,0 +1,38 @@
+"""What an operator should know and has not been told: damage, failed recalls, things that start-up could not mend.
+
+In memory; the newest of each kind and disk is kept, and their number is bounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vmfs_stub.core.errors import ObjectMissing, StoreError, VmfsStubError
+
+FINDINGS_MAX = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """``subject`` names the disk or map; ``is_problem`` when somebody has to act, else it may pass by itself."""
+
+    subject: str
+    error: VmfsStubError
+    is_problem: bool
+
+
+class Findings:
+    """The findings of one datastore, oldest first."""
+
+    def __init__(self) -> None:
+        self._findings: dict[tuple[str, type[VmfsStubError]], Finding] = {}
+
+    def add(self, subject: str, error: VmfsStubError) -> None:
+        """Remember an error; what a store that is away does may pass, damaged or lost data does not."""
+        if len(self._findings) >= FINDINGS_MAX:
+            self._findings.pop(next(iter(self._findings)))
+        may_pass = isinstance(error, StoreError) and not isinstance(error, ObjectMissing)
+        self._findings[subject, type(error)] = Finding(subject, error, is_problem=not may_pass)
+
+    def all(self) -> list[Finding]:
+        return list(self._findings.values())
