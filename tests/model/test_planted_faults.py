@@ -22,7 +22,7 @@ from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.locks import SharedSync
 from vmfs_stub.services.placeholder import Placeholder
 
-SEEDS = range(60)
+SEEDS = range(300)
 """A fault that none of these finds is one that the model does not see."""
 
 Patch = pytest.MonkeyPatch
