@@ -10,6 +10,8 @@ import ctypes
 import fcntl
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +73,28 @@ def filesystem_id(fd: int) -> str:
 def boot_identity(directory_fd: int) -> BootIdentity:
     """The current boot and the mount through which ``directory_fd`` was opened."""
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip().replace("-", "")
-    return BootIdentity(boot_id, _mount_id(directory_fd))
+    with _as_seen_by_init(directory_fd) as fd:
+        return BootIdentity(boot_id, _mount_id(fd))
+
+
+@contextmanager
+def _as_seen_by_init(directory_fd: int) -> Iterator[int]:
+    """The same directory in the mount namespace of process 1, where it is there; else the descriptor itself.
+
+    A service manager may start the daemon in a mount namespace of its own, a new one each time: the filesystem is the
+    same mount all the while.
+    """
+    path, st = Path(f"/proc/self/fd/{directory_fd}").readlink(), os.fstat(directory_fd)
+    try:
+        fd = os.open(f"/proc/1/root{path}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        yield directory_fd
+        return
+    try:
+        seen = os.fstat(fd)
+        yield fd if (seen.st_dev, seen.st_ino) == (st.st_dev, st.st_ino) else directory_fd
+    finally:
+        os.close(fd)
 
 
 def _mount_id(fd: int) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from vmfs_stub.core.errors import CorruptMap, IdentityMismatch, MapFrozen, MapMissing, UnknownFormat
@@ -165,6 +166,7 @@ def _open_volatile(
     path = private.volatile_path(record.placeholder_id)
     size = os.fstat(fd).st_size
     expected = durable.header.live == private.boot
+    _refuse_unsynced_mount(files, path, private, record, durable, label)
     try:
         live = VolatileMap.open(
             files, path, placeholder_id=record.placeholder_id, boot=private.boot, size=record.size, label=label
@@ -193,6 +195,37 @@ def _open_volatile(
     # A truncate that was cut short between the file and the limit: the file is the witness.
     live.lower_archived_limit(size)
     return live
+
+
+def _refuse_unsynced_mount(
+    files: FileCalls, path: Path, private: PrivateState, record: PlaceholderRecord, durable: DurableMap, label: str
+) -> None:
+    """Refuse a disk whose backing filesystem was mounted anew in this boot while writes to it were not synced.
+
+    Whether what was written has reached the new mount cannot be told: a clean unmount writes it out, a device that went
+    away loses it.  With nothing unsynced, the durable map says it all.
+    """
+    live = durable.header.live
+    if live is None or live.boot_id != private.boot.boot_id or live.mount_id == private.boot.mount_id:
+        return
+    opened = partial(VolatileMap.open, files, path, placeholder_id=record.placeholder_id, size=record.size, label=label)
+    try:
+        opened(boot=private.boot).close(discard=False)
+    except (MapMissing, CorruptMap):
+        left = opened(boot=live)
+    else:
+        return  # an earlier opening in this mount has looked already
+    bits = b"".join(left.take_dirty().values())
+    kept = bytes(durable.load_bits(label=label))
+    limits, frozen = (left.archived_limit, left.guest_mtime_ns), left.frozen
+    left.close(discard=False)
+    header = durable.header
+    is_same = bits.ljust(len(kept), b"\0")[: len(kept)] == kept
+    if frozen or not is_same or limits != (header.archived_limit, header.guest_mtime_ns):
+        raise MapFrozen(
+            f"{label}: its backing filesystem was mounted anew in this boot, after the daemon had died with writes "
+            "that were not synced; it is not certain that they are on it. A reboot falls back to what was last synced"
+        )
 
 
 def live_guest_mtime_ns(
