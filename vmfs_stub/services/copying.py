@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
 import trio
@@ -91,8 +91,8 @@ class Copier:
 
     async def _encode_all(self, disk: Disk, slots: trio.MemorySendChannel[_Slot]) -> None:
         size = disk.fstat().st_size
-        async with slots, trio.open_nursery() as nursery:
-            async for chunks, batch in self._parts(disk, size):
+        async with slots, aclosing(self._parts(disk, size)) as parts, trio.open_nursery() as nursery:
+            async for chunks, batch in parts:
                 start = chunks.start * self._writer.chunk_size
                 slot = _Slot(min(size, chunks.end * self._writer.chunk_size) - start, batch=batch)
                 await slots.send(slot)
@@ -128,7 +128,7 @@ class Copier:
 
     # Which parts of the file are read, and which are known without
 
-    async def _parts(self, disk: Disk, size: int) -> AsyncIterator[tuple[Extent, EncodedBatch | None]]:
+    async def _parts(self, disk: Disk, size: int) -> AsyncGenerator[tuple[Extent, EncodedBatch | None], None]:
         """Consecutive ranges of chunks, each with its batch, or None when it must be read."""
         count, at = chunk_count(size, self._writer.chunk_size), 0
         while at < count:
