@@ -44,6 +44,7 @@ from vmfs_stub.services import memory
 from vmfs_stub.services.disk import Caller, Disk
 from vmfs_stub.services.disk_services import DiskServices
 from vmfs_stub.services.findings import Findings
+from vmfs_stub.services.placeholder_index import disk_label
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.store import Store
 
@@ -127,8 +128,10 @@ class Datastore:
         for vm in vms:
             for file in vm.files:
                 try:
-                    st = os.stat(file.path, dir_fd=self._backing_fd, follow_symlinks=False)
-                except FileNotFoundError:
+                    st = self._stat(file)
+                except OSError as exc:
+                    if not isinstance(exc, FileNotFoundError):
+                        log.warning("%s cannot be listed: %s", disk_label(file.path), exc.strerror)
                     continue
                 pending = self._accessed.get(st.st_ino)
                 last = max(accesses.get((vm.id, file.relative), 0.0), pending[1] if pending else 0.0)
@@ -145,6 +148,13 @@ class Datastore:
                     )
                 )
         return rows
+
+    def _stat(self, file: VmFile) -> os.stat_result:
+        path_fd = open_beneath(self._backing_fd, file.path)
+        try:
+            return os.fstat(path_fd)
+        finally:
+            os.close(path_fd)
 
     def _state(self, ino: int) -> DiskState:
         if self._disks.placeholders.get(ino) is None:

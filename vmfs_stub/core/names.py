@@ -1,4 +1,4 @@
-"""Names that vmfs-stub leaves on primary storage, and that no path of a guest's user may reach."""
+"""Names: those that vmfs-stub leaves on primary storage, and how those that users choose are shown."""
 
 from __future__ import annotations
 
@@ -16,3 +16,15 @@ TOP_MODE_XATTR = XATTR_PREFIX + "mode"
 
 PLACEHOLDER_XATTR = XATTR_PREFIX + "placeholder"
 """Record that makes a file a placeholder."""
+
+
+def printable(name: str) -> str:
+    """``name`` with bytes that are not UTF-8, and control characters, written as escapes; what is printable stays."""
+    text = name.encode("utf-8", "surrogateescape" if _is_of_bytes(name) else "backslashreplace")
+    shown = text.decode("utf-8", "backslashreplace")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in shown)
+
+
+def _is_of_bytes(name: str) -> bool:
+    """Whether every lone surrogate stands for a byte, as in file names."""
+    return not any("\ud800" <= char < "\udc80" or "\udcff" < char <= "\udfff" for char in name)

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from vmfs_stub.core.errors import PrimaryIOError
-from vmfs_stub.core.names import PRIVATE_DIR
+from vmfs_stub.core.names import PRIVATE_DIR, printable
 from vmfs_stub.inventory.identity import ensure_vm_id
-from vmfs_stub.inventory.vm import Vm, VmFile, find_vm, printable
+from vmfs_stub.inventory.vm import Vm, VmFile, find_vm
 
 _SKIPPED = frozenset({PRIVATE_DIR, "lost+found"})
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from vmfs_stub.core.errors import AmbiguousName, VmNotFound
 from vmfs_stub.core.ids import VmId
+from vmfs_stub.core.names import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +51,6 @@ class Inventory(Protocol):
     def scan(self) -> list[Vm]:
         """All VMs, by name; raises PrimaryIOError."""
         ...
-
-
-def printable(name: str) -> str:
-    """``name`` with bytes that are not UTF-8, and control characters, written as escapes."""
-    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def find_vm(vms: Iterable[Vm], name: str) -> Vm:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vmfs_stub.core.errors import VmfsStubError
+from vmfs_stub.core.names import printable
 from vmfs_stub.primary.record import PlaceholderRecord
 
 
@@ -69,6 +70,7 @@ class PlaceholderIndex:
 
 
 def disk_label(path: str) -> str:
-    """How messages name a file by its path below the backing directory: with the VM that it belongs to."""
+    """How messages name a file by its path below the backing directory: with the VM that it belongs to; printable."""
+    path = printable(path)
     vm, slash, _ = path.partition("/")
     return f"VM {vm if slash else vm.rsplit('.', 1)[0]}, disk {path}"

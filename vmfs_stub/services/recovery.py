@@ -17,6 +17,7 @@
 | cannot be read     | any                | not known                       | finding; the file gives errors  |
 | none, file there   | any other          | the record is lost              | finding; the file gives errors  |
 | no such file       | committed, punched | removed behind the mount        | finding; map, pin, point stay   |
+| perhaps not seen   | any                | a directory could not be read   | finding; map, pin, point stay   |
 
 Nothing here reads the store.  Blocking; runs before the first open is answered.
 """
@@ -26,7 +27,6 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.identity import inode_generation, inode_identity
 from vmfs_stub.primary.placeholder import PrivateState, live_guest_mtime_ns, open_durable
 from vmfs_stub.primary.record import PlaceholderRecord, check_identity, read_record
+from vmfs_stub.primary.tree import Entry, open_beneath, proc_path, reopen, walk
 from vmfs_stub.services.placeholder_index import KnownPlaceholder, PlaceholderIndex, disk_label
 from vmfs_stub.services.retirement import Ended
 
@@ -73,31 +74,48 @@ class Recovery:
         """Inodes of which it is not known what they are; no map of theirs is removed."""
         self._inodes: dict[int, str] = {}
         """Every regular file found, by inode number."""
+        self._saw_all = True
+        """False when something could not be looked into: what was not found may be there."""
 
     def run(self) -> Recovered:
         """Look at everything once.  Raises OSError when the backing directory itself cannot be read."""
         for unfinished in self._private.maps.glob(f"*{NEW_SUFFIX}"):
             unfinished.unlink()
-        for path, st in _regular_files(self._backing):
-            self._inodes[st.st_ino] = path
-            self._look_at_file(path, st)
-        for map_path in sorted(self._private.maps.glob("*.map")):
-            placeholder_id = PlaceholderId(map_path.stem)
-            if placeholder_id not in self._matched:
-                try:
-                    self._look_at_lone_map(map_path, placeholder_id)
-                except (VmfsStubError, OSError) as exc:
-                    self._result.findings.append((f"map {placeholder_id}", _as_ours(map_path.name, exc)))
+        backing_fd = os.open(self._backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for entry in walk(backing_fd, self._not_seen, skipped=PRIVATE_DIR):
+                if stat.S_ISREG(entry.st.st_mode):
+                    self._inodes[entry.st.st_ino] = entry.path
+                    self._look_at_file(entry)
+            for map_path in sorted(self._private.maps.glob("*.map")):
+                placeholder_id = PlaceholderId(map_path.stem)
+                if placeholder_id not in self._matched:
+                    try:
+                        self._look_at_lone_map(map_path, placeholder_id, backing_fd)
+                    except (VmfsStubError, OSError) as exc:
+                        self._result.findings.append((f"map {placeholder_id}", _as_ours(map_path.name, exc)))
+        finally:
+            os.close(backing_fd)
         return self._result
 
-    def _look_at_file(self, path: str, st: os.stat_result) -> None:
-        label, full = disk_label(path), str(self._backing / path)
+    def _not_seen(self, path: str, exc: OSError) -> None:
+        self._saw_all = False
+        label = disk_label(path)
+        error = PrimaryIOError(
+            f"{label}: could not be looked at, nor what may lie below it ({exc.strerror}); its placeholders are served "
+            "all the same, but what a crash left of them is not finished: mend or move it, then start again"
+        )
+        log.error("%s", error)
+        self._result.findings.append((label, error))
+
+    def _look_at_file(self, entry: Entry) -> None:
+        path, st, label = entry.path, entry.st, disk_label(entry.path)
         record: PlaceholderRecord | None = None
         try:
-            record = read_record(self._files, "recovery.record", full, label=label)
+            record = read_record(self._files, "recovery.record", proc_path(entry.path_fd), label=label)
             if record is None:
                 return
-            fd = os.open(full, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = reopen(entry.path_fd, os.O_RDONLY | os.O_NONBLOCK)
             try:
                 check_identity(record, inode_identity(fd), label=label)
                 guest_mtime_ns = self._take_up_map(path, fd, record, label)
@@ -132,14 +150,17 @@ class Recovery:
         finally:
             durable.close()
 
-    def _look_at_lone_map(self, map_path: Path, placeholder_id: PlaceholderId) -> None:
+    def _look_at_lone_map(self, map_path: Path, placeholder_id: PlaceholderId, backing_fd: int) -> None:
         label = f"map {placeholder_id}"
         durable = DurableMap.open(self._files, map_path, label=label)
         header = durable.header
         durable.close()
         path = self._inodes.get(header.identity.ino)
-        present = path is not None and self._is_same_inode(path, header)
+        present = path is not None and self._is_same_inode(backing_fd, path, header)
         if present and header.identity.ino in self._unclear:
+            return
+        if not present and not self._saw_all:
+            log.warning("placeholder %s: its file was not found, but not everything could be looked at", placeholder_id)
             return
         over = header.state in (MapState.PREPARED, MapState.GRADUATING, MapState.SUPERSEDED)
         over = over or (present and header.identity.ino in self._settled)
@@ -156,9 +177,13 @@ class Recovery:
             )
             self._result.findings.append((label, _file_gone(placeholder_id, header, map_path)))
 
-    def _is_same_inode(self, path: str, header: MapHeader) -> bool:
+    def _is_same_inode(self, backing_fd: int, path: str, header: MapHeader) -> bool:
         """Whether that file is the map's; then what was last done to its record is durable, too."""
-        fd = os.open(self._backing / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        path_fd = open_beneath(backing_fd, path)
+        try:
+            fd = reopen(path_fd, os.O_RDONLY | os.O_NONBLOCK)
+        finally:
+            os.close(path_fd)
         try:
             if inode_generation(fd) != header.identity.generation:
                 return False
@@ -191,21 +216,3 @@ def _record_missing(path: str) -> RecordMissing:
         f"{disk_label(path)}: its placeholder record is gone, so that its absent blocks would read as zeros; it gives "
         "errors. The restore point is untouched: write it out elsewhere with `vmfs-stub restore`"
     )
-
-
-def _regular_files(backing: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Path (relative) and stat of every regular file of the datastore; other filesystems are not entered."""
-    device = backing.stat().st_dev
-    waiting = [""]
-    while waiting:
-        directory = waiting.pop()
-        with os.scandir(backing / directory) as entries:
-            for entry in entries:
-                path = f"{directory}/{entry.name}" if directory else entry.name
-                st = entry.stat(follow_symlinks=False)
-                if path == PRIVATE_DIR or st.st_dev != device:
-                    continue
-                if stat.S_ISDIR(st.st_mode):
-                    waiting.append(path)
-                elif stat.S_ISREG(st.st_mode):
-                    yield path, st

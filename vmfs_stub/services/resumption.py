@@ -9,6 +9,7 @@ from pathlib import Path
 from vmfs_stub.core.errors import VmfsStubError
 from vmfs_stub.primary.tree import open_beneath
 from vmfs_stub.services.disk_services import DiskServices
+from vmfs_stub.services.placeholder_index import disk_label
 from vmfs_stub.services.recovery import Recovered
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ async def resume(recovered: Recovered, backing: Path, services: DiskServices) ->
             except (VmfsStubError, OSError) as exc:
                 log.warning(
                     "%s: what the last run left unfinished could not be finished; the next start tries again: %s",
-                    path,
+                    disk_label(path),
                     exc,
                 )
     finally:
