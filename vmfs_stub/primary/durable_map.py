@@ -40,6 +40,11 @@ _PAGE_MAGIC = b"VSTBPAG\0"
 _DIGEST_SIZE = 16
 
 
+def map_bytes(size: int) -> int:
+    """Bytes that the map of a file of ``size`` bytes takes on primary: 0.006 % of it."""
+    return (2 + 2 * -(-block_count(size) // (PAGE_BITS_SIZE * 8))) * UNIT
+
+
 class MapState(enum.IntEnum):
     """How far the life of a placeholder has come."""
 

@@ -30,10 +30,11 @@ import trio
 from vmfs_stub.core.chunking import BLOCK_SIZE
 from vmfs_stub.core.errors import Abandoned, NoSpace, PrimaryIOError, VmfsStubError
 from vmfs_stub.core.ids import PlaceholderId, PointId, SegmentId
-from vmfs_stub.core.names import PLACEHOLDER_XATTR
+from vmfs_stub.core.names import PLACEHOLDER_XATTR, printable
 from vmfs_stub.core.residency import block_count, set_range
+from vmfs_stub.inventory.identity import read_vm_id
 from vmfs_stub.inventory.vm import Vm, VmFile
-from vmfs_stub.primary.durable_map import DurableMap, MapHeader, MapState, pages_of
+from vmfs_stub.primary.durable_map import DurableMap, MapHeader, MapState, map_bytes, pages_of
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.identity import inode_identity
 from vmfs_stub.primary.placeholder import PrivateState, take_up
@@ -54,6 +55,9 @@ from vmfs_stub.store.pins import Pin
 from vmfs_stub.store.store import Store
 
 log = logging.getLogger(__name__)
+
+MAP_BYTES_CHEAP = 1 << 20
+"""A map of this size (of a disk of 15 GiB) is never a reason against a placeholder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +88,10 @@ class BackupReport:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """One reserved file, and what it looked like when it was reserved."""
+    """One reserved file, and what it looked like when it was reserved; ``names`` are relative to the VM."""
 
     file: VmFile
+    names: tuple[str, ...]
     reservation: Reservation
     st: os.stat_result
     mtime_ns: int
@@ -167,31 +172,44 @@ class Archiver:
         sources = []
         backing_fd = os.open(self._backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            for file in vm.files:
+            await self._threads.files(_check_same_vm, vm, backing_fd)
+            for files in _by_inode(vm.files):
+                file = files[0]
                 path_fd = await self._threads.files(open_beneath, backing_fd, file.path)
                 try:
+                    if os.fstat(path_fd).st_ino != file.ino:
+                        raise Abandoned(
+                            f"VM {vm.name}: {printable(file.path)} was replaced since the job began; run it again"
+                        )
                     reservation = await stack.enter_async_context(self._disks.reserve(path_fd, scope))
                 finally:
                     os.close(path_fd)
                 placeholder = reservation.disk.placeholder
                 if placeholder is not None:
                     await placeholder.sync()
-                sources.append(await self._threads.files(self._source, file, reservation, archive))
+                sources.append(await self._threads.files(self._source, files, reservation, archive))
         except OSError as exc:
             raise PrimaryIOError(f"VM {vm.name}: cannot open its files: {exc}") from exc
         finally:
             os.close(backing_fd)
         return sources
 
-    def _source(self, file: VmFile, reservation: Reservation, archive: bool) -> _Source:
+    def _source(self, files: Sequence[VmFile], reservation: Reservation, archive: bool) -> _Source:
         disk = reservation.disk
         if disk.placeholder is None:
             self._files.call("archive.sync", os.fdatasync, disk.fd)
         st = disk.fstat()
         mtime_ns = st.st_mtime_ns if disk.placeholder is None else disk.placeholder.mtime_ns
-        becomes_placeholder = archive and st.st_size >= self._settings.placeholder_bytes_min
+        becomes_placeholder = archive and (disk.placeholder is not None or self._is_worth_it(st))
         placeholder_id = PlaceholderId(secrets.token_hex(16)) if becomes_placeholder else None
-        return _Source(file, reservation, st, mtime_ns, public_xattrs(disk.fd), placeholder_id)
+        names = tuple(file.relative for file in files)
+        return _Source(files[0], names, reservation, st, mtime_ns, public_xattrs(disk.fd), placeholder_id)
+
+    def _is_worth_it(self, st: os.stat_result) -> bool:
+        """Whether a placeholder frees more than it costs: a huge file of holes needs a map and has nothing to give."""
+        cost_bytes = map_bytes(st.st_size)
+        costs_more = cost_bytes > MAP_BYTES_CHEAP and cost_bytes > st.st_blocks * 512
+        return st.st_size >= self._settings.placeholder_bytes_min and not costs_more
 
     # Copy, verify, commit to the store
 
@@ -216,12 +234,17 @@ class Archiver:
                     for source in sources:
                         segments.append(await copier.copy(source.disk))
             first_file = len(stored)
-            stored += [
-                stored_file(s.file.relative, s.st, mtime_ns=s.mtime_ns, xattrs=s.xattrs, segments=ids)
-                for s, ids in zip(sources, segments, strict=True)
-            ]
+            # The first names come first, so that a placeholder's number is that of its source; other names of the
+            # same file are files of their own in the restore point.
+            for position in range(max((len(source.names) for source in sources), default=0)):
+                stored += [
+                    stored_file(s.names[position], s.st, mtime_ns=s.mtime_ns, xattrs=s.xattrs, segments=ids)
+                    for s, ids in zip(sources, segments, strict=True)
+                    if position < len(s.names)
+                ]
             pins = [self._pin(s.placeholder_id) for s in sources if s.placeholder_id is not None]
             self._check_intact(vm, sources)
+            await self._threads.files(self._check_still_same_vm, vm)
             for source in sources:
                 if source.placeholder_id is not None:
                     await self._threads.files(self._prepare, vm, source, report.point_id)
@@ -249,6 +272,13 @@ class Archiver:
         for source in sources:
             if not source.reservation.is_intact:
                 raise Abandoned(f"VM {vm.name}: {source.file.path} was opened during the backup; nothing was changed")
+
+    def _check_still_same_vm(self, vm: Vm) -> None:
+        backing_fd = os.open(self._backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _check_same_vm(vm, backing_fd)
+        finally:
+            os.close(backing_fd)
 
     # Placeholders
 
@@ -398,3 +428,27 @@ def _primary_error(disk: Disk, doing: str, exc: OSError) -> VmfsStubError:
     if exc.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoSpace(f"{disk.label}: {doing} failed: the backing filesystem is full")
     return PrimaryIOError(f"{disk.label}: {doing} failed: {exc.strerror}")
+
+
+def _check_same_vm(vm: Vm, backing_fd: int) -> None:
+    """See that the VM is where it was found: its users can rename it, and put another one in its place.
+
+    Raises Abandoned.
+    """
+    try:
+        path_fd = open_beneath(backing_fd, vm.path)
+    except OSError as exc:
+        raise Abandoned(f"VM {vm.name} was renamed or removed since the job began; run it again") from exc
+    try:
+        if read_vm_id(path_fd) != vm.id:
+            raise Abandoned(f"VM {vm.name}: another VM has its name since the job began; run it again")
+    finally:
+        os.close(path_fd)
+
+
+def _by_inode(files: Sequence[VmFile]) -> list[list[VmFile]]:
+    """The files of a VM, those that are names of one inode together."""
+    found: dict[int, list[VmFile]] = {}
+    for file in files:
+        found.setdefault(file.ino, []).append(file)
+    return list(found.values())

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import trio
 
-from vmfs_stub.core.errors import NoSpace, RecallsHeld, VmfsStubError
+from vmfs_stub.core.errors import InUse, NoSpace, RecallsHeld, VmfsStubError
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.groups import single_error
@@ -33,9 +33,10 @@ RETRY_INTERVAL_S = 30.0
 
 @dataclass(slots=True)
 class Course:
-    """One placeholder that is coming back as a whole."""
+    """One placeholder that is coming back as a whole; ``commanded`` by an operator, or in the background."""
 
     disk: Disk
+    commanded: bool = False
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     ended: trio.Event = field(default_factory=trio.Event)
 
@@ -90,8 +91,11 @@ class HydrationService:
             if self._recall.held:
                 raise RecallsHeld(f"{disk.label}: recalls are held on this host; `vmfs-stub unhold` allows them")
             self._check_space(disk, placeholder.absent_bytes())
-            await self.stop(disk.ino)
-            course = self._courses[disk.ino] = Course(disk)
+            while (other := self._courses.get(disk.ino)) is not None:
+                if not other.commanded:
+                    other.scope.cancel()
+                await other.ended.wait()
+            course = self._courses[disk.ino] = Course(disk, commanded=True)
             try:
                 await placeholder.set_hydrate()
                 await self._hydrate(course, progress, bytes_per_s_max=0)
@@ -102,8 +106,13 @@ class HydrationService:
             await self._disks.let_go(disk)
 
     async def stop(self, ino: int) -> None:
-        """End the background course of this inode, if there is one, and wait until it has let go."""
+        """End the background course of this inode, if there is one, and wait until it has let go.
+
+        Raises InUse while an operator's recall of it runs.
+        """
         course = self._courses.get(ino)
+        if course is not None and course.commanded:
+            raise InUse(f"{course.disk.label} is being recalled; try again when that is done")
         if course is not None:
             course.scope.cancel()
             await course.ended.wait()

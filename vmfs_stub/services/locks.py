@@ -13,25 +13,49 @@ from vmfs_stub.core.extents import Extent
 class RangeLock:
     """Mutual exclusion on ranges; a holder takes its whole range at once, so nobody waits in a circle.
 
-    Not re-entrant, and not fair: holders keep it for one file call, not longer.
+    Who came first goes first where ranges meet, so that a truncate is not starved by writes.  Not re-entrant.
     """
 
     def __init__(self) -> None:
         self._held: list[Extent] = []
+        self._wanted: list[Extent] = []
+        """Ranges of those who wait, in the order in which they came."""
         self._waiters = trio.lowlevel.ParkingLot()
 
     @asynccontextmanager
     async def hold(self, first: int, end: int) -> AsyncIterator[None]:
         """Hold [first, end) within the block; waits while any of it is held."""
         wanted = Extent(first, end)
-        while any(held.start < end and first < held.end for held in self._held):
-            await self._waiters.park()
+        if self._meets(self._held, wanted) or self._meets(self._wanted, wanted):
+            await self._wait(wanted)
         self._held.append(wanted)
         try:
             yield
         finally:
-            self._held.remove(wanted)
+            _remove(self._held, wanted)
             self._waiters.unpark_all()
+
+    async def _wait(self, wanted: Extent) -> None:
+        self._wanted.append(wanted)
+        try:
+            while self._meets(self._held, wanted) or self._meets(self._before(wanted), wanted):
+                await self._waiters.park()
+        finally:
+            _remove(self._wanted, wanted)
+            # Those behind may go now, with this one or because it gave up.
+            self._waiters.unpark_all()
+
+    def _before(self, wanted: Extent) -> list[Extent]:
+        return self._wanted[: next(n for n, other in enumerate(self._wanted) if other is wanted)]
+
+    @staticmethod
+    def _meets(ranges: list[Extent], wanted: Extent) -> bool:
+        return any(other.start < wanted.end and wanted.start < other.end for other in ranges)
+
+
+def _remove(ranges: list[Extent], gone: Extent) -> None:
+    """Remove this very object; equal ranges are other people's."""
+    del ranges[next(n for n, other in enumerate(ranges) if other is gone)]
 
 
 class SharedSync:

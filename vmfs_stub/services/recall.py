@@ -9,6 +9,7 @@ Invariants:
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import trio
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import (
     IntegrityError,
+    NoSpace,
     ObjectMissing,
     PointNotFound,
     PrimaryIOError,
@@ -187,8 +189,8 @@ class RecallService:
         new: dict[int, Flight] = {}
         for chunk in chunks:
             flight = self._flights.get((owner, chunk))
-            if flight is None or flight.error is not None:
-                # One that has failed is over, also while others that took off with it are still under way.
+            if flight is None or flight.landed.is_set():
+                # One that has landed is over, also while others that took off with it are still under way.
                 flight = self._flights[owner, chunk] = new[chunk] = Flight()
             flights.append(flight)
         if new:
@@ -299,6 +301,8 @@ class _Outcome:
             error = type(value)(f"{self._placeholder.label}: {value}")
         elif isinstance(value, VmfsStubError):
             error = value
+        elif isinstance(value, OSError) and value.errno in (errno.ENOSPC, errno.EDQUOT):
+            error = NoSpace(f"{self._placeholder.label}: recalled bytes find no room: the backing filesystem is full")
         elif isinstance(value, OSError):
             error = PrimaryIOError(f"{self._placeholder.label}: writing recalled bytes failed: {value.strerror}")
         elif isinstance(value, Exception):
