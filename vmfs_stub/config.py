@@ -168,11 +168,6 @@ class Config(_Section):
         return self.private_dir / "lock"
 
     @property
-    def durable_maps_dir(self) -> Path:
-        """Durable residency maps, one file per placeholder."""
-        return self.private_dir / "maps"
-
-    @property
     def index_path(self) -> Path:
         """Local chunk index; it can be rebuilt from the store."""
         return self.private_dir / "index.sqlite"
@@ -191,11 +186,6 @@ class Config(_Section):
     def catalog_path(self) -> Path:
         """Local catalog of VMs, jobs and accesses."""
         return self.private_dir / "catalog.sqlite"
-
-    @property
-    def volatile_maps_dir(self) -> Path:
-        """Volatile residency maps; they outlive the daemon, not the boot."""
-        return self.datastore.runtime_dir / "maps"
 
     @property
     def log_path(self) -> Path:

@@ -29,8 +29,6 @@ def test_defaults_and_derived_paths() -> None:
     assert config.archive.placeholder_bytes_min == 8 << 20
     assert config.datastore.runtime_dir == Path("/run/vmfs-stub/main")
     assert config.socket_path == Path("/run/vmfs-stub/main/control.sock")
-    assert config.volatile_maps_dir == Path("/run/vmfs-stub/main/maps")
-    assert config.durable_maps_dir == Path("/srv/backing/.vmfs-stub/maps")
     assert config.warnings == ()
 
 

@@ -127,7 +127,7 @@ class Jobs:
             state = "done" if failed is None else "failed"
             outcome = {"state": state, "result": report.model_dump(mode="json"), "error": failed}
         except Exception as exc:  # whatever it is, one job must not end the mount
-            outcome = {"state": "failed", "error": _logged(f"{info.kind} job {job_id}", exc)}
+            outcome = {"state": "failed", "error": failure_info(f"{info.kind} job {job_id}", exc)}
         finally:
             ended = info.model_copy(update={**outcome, "ended": self._clock(), "progress": progress.current})
             self._jobs[job_id] = ended
@@ -156,7 +156,7 @@ class Jobs:
             del self._jobs[job_id]
 
 
-def _logged(what: str, error: Exception) -> ErrorInfo:
+def failure_info(what: str, error: Exception) -> ErrorInfo:
     """How a job's failure is told, after logging it; a failure that nobody foresaw with its traceback."""
     cause = unwrapped(error)
     if isinstance(cause, VmfsStubError):

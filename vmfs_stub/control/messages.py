@@ -6,18 +6,20 @@ bytes, times are seconds since the epoch.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from vmfs_stub.core import errors
 from vmfs_stub.core.ids import JobId
-
-API_VERSION = 1
+from vmfs_stub.core.names import printable
 
 DiskState = Literal["resident", "placeholder", "recalling"]
 JobKind = Literal["backup", "archive", "recall"]
 JobState = Literal["running", "done", "failed", "interrupted"]
+
+Shown = Annotated[str, BeforeValidator(lambda text: printable(text) if isinstance(text, str) else text)]
+"""Text that may hold names which users chose: JSON takes only Unicode, and a terminal obeys control characters."""
 
 
 class _Message(BaseModel):
@@ -27,9 +29,9 @@ class _Message(BaseModel):
 class DiskRow(_Message):
     """One disk, as `ls` shows it; ``path`` is where the hypervisor sees it, ``last_access`` is None when unknown."""
 
-    vm: str
-    disk: str
-    path: str
+    vm: Shown
+    disk: Shown
+    path: Shown
     state: DiskState
     size_bytes: int
     resident_bytes: int
@@ -51,8 +53,8 @@ class DaemonStatus(_Message):
 class MountStatus(_Message):
     """The mount and the filesystem under it."""
 
-    mountpoint: str
-    backing: str
+    mountpoint: Shown
+    backing: Shown
     mounted: bool
     open_disks: int = 0
     free_bytes: int = 0
@@ -62,17 +64,17 @@ class MountStatus(_Message):
 class StoreStatus(_Message):
     """Secondary storage, as the daemon last met it; ``url`` carries no credentials."""
 
-    url: str
+    url: Shown
     store_id: str | None
     reachable: bool
-    last_error: str | None = None
+    last_error: Shown | None = None
 
 
 class RecallStatus(_Message):
     """One disk that is coming back."""
 
-    vm: str
-    disk: str
+    vm: Shown
+    disk: Shown
     waiting: int = 0
     done_bytes: int = 0
     total_bytes: int = 0
@@ -82,9 +84,9 @@ class Finding(_Message):
     """Something an operator should know; ``problem`` makes the command exit non-zero."""
 
     severity: Literal["problem", "warning", "note"]
-    subject: str
-    message: str
-    remedy: str = ""
+    subject: Shown
+    message: Shown
+    remedy: Shown = ""
 
 
 class Progress(_Message):
@@ -92,14 +94,14 @@ class Progress(_Message):
 
     done_bytes: int = 0
     total_bytes: int = 0
-    doing: str = ""
+    doing: Shown = ""
 
 
 class ErrorInfo(_Message):
     """An error of core/errors.py, by class name."""
 
     error: str
-    message: str
+    message: Shown
 
 
 class VmOutcome(BaseModel):
@@ -107,9 +109,9 @@ class VmOutcome(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    vm: str
+    vm: Shown
     outcome: str
-    message: str = ""
+    message: Shown = ""
     error: ErrorInfo | None = None
 
 
@@ -130,7 +132,7 @@ class JobInfo(_Message):
     id: str
     kind: JobKind
     state: JobState
-    vms: list[str]
+    vms: list[Shown]
     caller_uid: int
     started: float
     ended: float | None = None

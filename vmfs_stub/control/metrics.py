@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 _PREFIX = "vmfs_stub_"
-_RECALL_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30)
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -35,10 +34,6 @@ class Metrics:
     def total(self, name: str, what: str, read: Callable[[], float]) -> None:
         """A number that only grows and that somebody else keeps: ``read`` tells it at each scrape, without blocking."""
         self._registry.register(_Total(_PREFIX + name, what, read))
-
-    def seconds(self, name: str, what: str, labels: tuple[str, ...] = ()) -> Histogram:
-        """A distribution of durations in seconds, from milliseconds to a guest's time-out."""
-        return Histogram(_PREFIX + name, what, labels, buckets=_RECALL_BUCKETS_S, registry=self._registry)
 
     def render(self) -> bytes:
         """All of them as text."""

@@ -43,32 +43,6 @@ def chunk_count(size: int, chunk_size: int) -> int:
     return -(-size // chunk_size)
 
 
-def chunk_span(offset: int, length: int, chunk_size: int) -> tuple[int, int]:
-    """Half-open range of chunk indexes that ``length`` bytes at ``offset`` touch; empty when ``length`` is 0."""
-    if length <= 0:
-        return (offset // chunk_size, offset // chunk_size)
-    return (offset // chunk_size, -(-(offset + length) // chunk_size))
-
-
 def chunk_length(index: int, size: int, chunk_size: int) -> int:
     """Length in bytes of chunk ``index`` of a file of ``size`` bytes."""
     return max(0, min(chunk_size, size - index * chunk_size))
-
-
-def is_zero(data: bytes | bytearray | memoryview) -> bool:
-    """Whether every byte is 0.
-
-    Compares with a shared buffer of zeros, at memory speed; a memoryview is copied first, since comparing one
-    compares item by item.
-    """
-    if not data or data[0] or data[-1]:
-        return not data
-    raw = data.tobytes() if isinstance(data, memoryview) else data
-    return (
-        all(raw[at : at + CHUNK_SIZE_MAX] == _ZEROS[: len(raw) - at] for at in range(0, len(raw), CHUNK_SIZE_MAX))
-        if len(raw) > CHUNK_SIZE_MAX
-        else raw == (_ZEROS if len(raw) == CHUNK_SIZE_MAX else _ZEROS[: len(raw)])
-    )
-
-
-_ZEROS = bytes(CHUNK_SIZE_MAX)

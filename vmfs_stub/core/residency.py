@@ -100,8 +100,3 @@ def _runs_by_step(bits: Bits, first: int, end: int) -> Iterator[Extent]:
             yield Extent(base + start, base + start + length)
             absent = rest >> length << (start + length)
         at = step_end
-
-
-def count_set(bits: Bits, first: int, end: int) -> int:
-    """Number of resident blocks in [first, end)."""
-    return (end - first) - sum(run.length for run in clear_runs(bits, first, end))

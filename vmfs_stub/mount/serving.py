@@ -67,20 +67,6 @@ class Mount:
         with _unknown_is_fine():
             pyfuse3.invalidate_inode(ino, attr_only=True)
 
-    async def data_changed(self, ino: int) -> None:
-        """Tell the kernel to drop an inode's cached pages and attributes."""
-        if self.ended.is_set():
-            return
-        with _unknown_is_fine():
-            await trio.to_thread.run_sync(pyfuse3.invalidate_inode, ino)
-
-    async def entry_changed(self, parent_ino: int, name: bytes) -> None:
-        """Tell the kernel that a name was made or removed behind the mount (its parent's number; 1 for the top)."""
-        if self.ended.is_set():
-            return
-        with _unknown_is_fine():
-            await trio.to_thread.run_sync(pyfuse3.invalidate_entry, parent_ino, name)
-
 
 @asynccontextmanager
 async def open_mount(filesystem: Filesystem, *, mountpoint: Path, settings: MountSettings) -> AsyncIterator[Mount]:
