@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -17,11 +18,12 @@ import trio
 
 from vmfs_stub.catalog.catalog import Catalog
 from vmfs_stub.config import Config
-from vmfs_stub.control.jobs import JobProgress, Jobs
+from vmfs_stub.control.jobs import JobProgress, Jobs, failure_info
 from vmfs_stub.control.messages import (
     DaemonStatus,
     DiskRow,
     DiskState,
+    ErrorInfo,
     Finding,
     JobInfo,
     JobKind,
@@ -36,8 +38,9 @@ from vmfs_stub.control.messages import (
 from vmfs_stub.control.peer import Peer
 from vmfs_stub.core.errors import InUse, RecallsHeld, VmfsStubError
 from vmfs_stub.core.ids import JobId, VmId
+from vmfs_stub.core.names import printable
 from vmfs_stub.inventory.directory import DirectoryInventory
-from vmfs_stub.inventory.vm import Vm, VmFile, find_vm
+from vmfs_stub.inventory.vm import Scan, UnreadVm, Vm, VmFile
 from vmfs_stub.mount.serving import Mount
 from vmfs_stub.primary.tree import open_beneath
 from vmfs_stub.services import memory
@@ -91,6 +94,7 @@ class Datastore:
         self._findings = findings
         self._point_counts: dict[VmId, int] = {}
         self._store_error: str | None = None
+        self._unread: tuple[UnreadVm, ...] = ()
         self._accessed: dict[int, tuple[Caller, float]] = {}
         self._disks.on_open = self._opened
         self._recall.held = config.hold_path.exists()
@@ -104,17 +108,24 @@ class Datastore:
 
     async def list_disks(self, vm: str | None) -> list[DiskRow]:
         """One row per disk, of all VMs or of the one named; raises VmNotFound, AmbiguousName."""
-        vms = await self._scan()
-        if vm is not None:
-            vms = [find_vm(vms, vm)]
+        scan = await self._scan()
+        vms = scan.vms if vm is None else [scan.find(vm)]
         await self._count_points()
-        accesses = await self._threads.files(self._catalog.last_accesses)
+        accesses: dict[tuple[VmId, str], float] = {}
+        with _only_warned("the last accesses could not be read"):
+            accesses = await self._threads.files(self._catalog.last_accesses)
         return await self._threads.files(self._rows, vms, accesses)
 
-    async def _scan(self) -> list[Vm]:
-        vms = await self._threads.files(self._inventory.scan)
-        await self._threads.files(self._catalog.see_vms, [(vm.id, vm.name) for vm in vms], now=time.time())
-        return vms
+    async def _scan(self) -> Scan:
+        scan = await self._threads.files(self._inventory.scan)
+        for unread in scan.unread:
+            if unread.path not in {known.path for known in self._unread}:
+                log.warning("%s", unread.error)
+        self._unread = scan.unread
+        with _only_warned("the VMs could not be recorded"):
+            seen = [(vm.id, vm.name) for vm in scan.vms]
+            await self._threads.files(self._catalog.see_vms, seen, now=time.time())
+        return scan
 
     async def _count_points(self) -> None:
         with trio.move_on_after(POINT_COUNT_WAIT_S):
@@ -134,7 +145,7 @@ class Datastore:
                         log.warning("%s cannot be listed: %s", disk_label(file.path), exc.strerror)
                     continue
                 pending = self._accessed.get(st.st_ino)
-                last = max(accesses.get((vm.id, file.relative), 0.0), pending[1] if pending else 0.0)
+                last = max(accesses.get((vm.id, printable(file.relative)), 0.0), pending[1] if pending else 0.0)
                 rows.append(
                     DiskRow(
                         vm=vm.name,
@@ -177,6 +188,10 @@ class Datastore:
                 message=str(finding.error),
             )
             for finding in self._findings.all()
+        ]
+        findings += [
+            Finding(severity="warning", subject=f"VM {unread.name}", message=str(unread.error))
+            for unread in self._unread
         ]
         mounted = not self._mount.ended.is_set()
         healthy = mounted and self._store_error is None and all(f.severity != "problem" for f in findings)
@@ -247,10 +262,8 @@ class Datastore:
             await trio.sleep(ACCESS_INTERVAL_S)
             accessed, self._accessed = self._accessed, {}
             if accessed:
-                try:
-                    await self._threads.files(self._record, await self._scan(), accessed)
-                except VmfsStubError as exc:
-                    log.warning("accesses could not be recorded: %s", exc)
+                with _only_warned("accesses could not be recorded"):
+                    await self._threads.files(self._record, (await self._scan()).vms, accessed)
 
     def _record(self, vms: Sequence[Vm], accessed: dict[int, tuple[Caller, float]]) -> None:
         for vm in vms:
@@ -283,10 +296,12 @@ class Datastore:
 
     async def start_backup(self, vms: Sequence[str], *, archive: bool, peer: Peer) -> JobId:
         """Back up the named VMs (none named: all)."""
-        found = await self._named(vms) if vms else await self._scan()
         # Whether a VM is idle is decided from usage samples, and none are kept yet: none count as idle.
         step = partial(self._back_up, archive=False)
-        return self._start("backup", found, step, peer=peer, tolerant=not vms)
+        if vms:
+            return self._start("backup", await self._named(vms), step, peer=peer)
+        scan = await self._scan()
+        return self._start("backup", scan.vms, step, peer=peer, tolerant=True, unread=scan.unread)
 
     async def start_archive(self, vms: Sequence[str], *, peer: Peer) -> JobId:
         """Back up the named VMs and make placeholders of them; raises InUse."""
@@ -296,14 +311,14 @@ class Datastore:
                 disk = self._disks.get(file.ino)
                 if disk is not None and disk.open_count:
                     raise InUse(f"VM {vm.name} is in use: {disk.label} is open; shut it down first")
-        return self._start("archive", found, partial(self._back_up, archive=True), peer=peer, tolerant=False)
+        return self._start("archive", found, partial(self._back_up, archive=True), peer=peer)
 
     async def start_recall(self, vms: Sequence[str], *, peer: Peer) -> JobId:
         """Bring the named VMs back in full; raises RecallsHeld."""
         found = await self._named(vms)
         if self._recall.held:
             raise RecallsHeld("recalls are held on this host; `vmfs-stub unhold` allows them again")
-        return self._start("recall", found, self._bring_back, peer=peer, tolerant=False)
+        return self._start("recall", found, self._bring_back, peer=peer)
 
     async def job(self, job_id: JobId) -> JobInfo:
         """State of one job; raises NotFound."""
@@ -314,8 +329,8 @@ class Datastore:
         return self._jobs.list()
 
     async def _named(self, names: Sequence[str]) -> list[Vm]:
-        vms = await self._scan()
-        return [find_vm(vms, name) for name in dict.fromkeys(names)]
+        scan = await self._scan()
+        return [scan.find(name) for name in dict.fromkeys(names)]
 
     def _start(
         self,
@@ -324,8 +339,10 @@ class Datastore:
         step: Callable[[Vm, Callable[[int], None]], Awaitable[VmOutcome]],
         *,
         peer: Peer,
-        tolerant: bool,
+        tolerant: bool = False,
+        unread: Sequence[UnreadVm] = (),
     ) -> JobId:
+        """Run ``step`` for one VM after the other; what goes wrong with one, whatever it is, spoils no other's turn."""
         total = sum(file.size for vm in vms for file in vm.files)
 
         async def work(progress: JobProgress) -> JobReport:
@@ -336,7 +353,7 @@ class Datastore:
                 done += count
                 progress.update(done_bytes=min(done, total), total_bytes=total, doing=doing)
 
-            outcomes = []
+            outcomes = [_failed(each.name, error_info(each.error)) for each in unread]
             for vm in vms:
                 doing = f"{kind} of {vm.name}"
                 advance(0, doing)
@@ -345,9 +362,8 @@ class Datastore:
                 except InUse as exc:
                     error = None if tolerant else error_info(exc)
                     outcomes.append(VmOutcome(vm=vm.name, outcome="skipped", message=str(exc), error=error))
-                except VmfsStubError as exc:
-                    log.warning("%s of VM %s failed: %s", kind, vm.name, exc)
-                    outcomes.append(VmOutcome(vm=vm.name, outcome="failed", message=str(exc), error=error_info(exc)))
+                except Exception as exc:
+                    outcomes.append(_failed(vm.name, failure_info(f"{kind} of VM {vm.name}", exc)))
             await self._threads.files(memory.give_back)
             return JobReport(vms=outcomes)
 
@@ -358,7 +374,9 @@ class Datastore:
             await self._hydration.stop(file.ino)
         report = await self._archiver.run(vm, archive=archive, progress=progress)
         outcome = "archived" if report.placeholders else "backed up"
-        return VmOutcome.model_validate({**asdict(report), "outcome": outcome, "message": report.abandoned})
+        abandoned, placeholders = printable(report.abandoned), [printable(path) for path in report.placeholders]
+        shown = {"placeholders": placeholders, "abandoned": abandoned, "message": abandoned, "outcome": outcome}
+        return VmOutcome.model_validate({**asdict(report), **shown})
 
     async def _bring_back(self, vm: Vm, progress: Callable[[int], None]) -> VmOutcome:
         for file in vm.files:
@@ -372,3 +390,16 @@ class Datastore:
             await self._hydration.bring_back(path_fd, progress=progress)
         finally:
             os.close(path_fd)
+
+
+def _failed(vm: str, error: ErrorInfo) -> VmOutcome:
+    return VmOutcome(vm=vm, outcome="failed", message=error.message, error=error)
+
+
+@contextmanager
+def _only_warned(what: str) -> Iterator[None]:
+    """History is worth a warning, never a failed command."""
+    try:
+        yield
+    except VmfsStubError as exc:
+        log.warning("%s: %s", what, exc)

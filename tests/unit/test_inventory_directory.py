@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -13,7 +14,7 @@ import pytest
 from vmfs_stub.core.errors import AmbiguousName, PrimaryIOError, VmNotFound
 from vmfs_stub.core.names import PRIVATE_DIR, VM_XATTR
 from vmfs_stub.inventory.directory import DirectoryInventory
-from vmfs_stub.inventory.vm import find_vm
+from vmfs_stub.inventory.vm import Scan
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_directories_and_files_are_vms(backing: Path) -> None:
     make(backing / PRIVATE_DIR / "maps/x")
     (backing / "lost+found").mkdir()
     (backing / "empty").mkdir()
-    vms = DirectoryInventory(backing).scan()
+    vms = DirectoryInventory(backing).scan().vms
     assert [(vm.name, vm.entry) for vm in vms] == [("db", "db/"), ("empty", "empty/"), ("web", "web.qcow2")]
     assert [(f.path, f.relative, f.size) for f in vms[0].files] == [
         ("db/disk.raw", "disk.raw", 5),
@@ -56,7 +57,7 @@ def test_symlinks_and_special_files_are_not_followed(backing: Path, tmp_path: Pa
     (backing / "vm/up").symlink_to(tmp_path / "outside")
     os.mkfifo(backing / "vm/fifo")
     os.mkfifo(backing / "fifo")
-    vms = DirectoryInventory(backing).scan()
+    vms = DirectoryInventory(backing).scan().vms
     assert [vm.name for vm in vms] == ["vm"]
     assert [f.relative for f in vms[0].files] == ["disk.raw"]
 
@@ -65,10 +66,10 @@ def test_identity_survives_scan_rename_and_move(backing: Path) -> None:
     make(backing / "a/disk.raw")
     make(backing / "b.raw")
     inventory = DirectoryInventory(backing)
-    before = {vm.name: vm.id for vm in inventory.scan()}
+    before = {vm.name: vm.id for vm in inventory.scan().vms}
     (backing / "a").rename(backing / "c")
     (backing / "b.raw").rename(backing / "d.raw")
-    after = {vm.name: vm.id for vm in DirectoryInventory(backing).scan()}
+    after = {vm.name: vm.id for vm in DirectoryInventory(backing).scan().vms}
     assert after == {"c": before["a"], "d": before["b"]}
 
 
@@ -76,24 +77,24 @@ def test_a_copy_gets_an_identity_of_its_own(backing: Path) -> None:
     make(backing / "a.raw")
     make(backing / "dir/disk.raw")
     inventory = DirectoryInventory(backing)
-    before = {vm.name: vm.id for vm in inventory.scan()}
+    before = {vm.name: vm.id for vm in inventory.scan().vms}
     subprocess.run(["cp", "-a", backing / "a.raw", backing / "b.raw"], check=True)
     subprocess.run(["cp", "-a", backing / "dir", backing / "dir2"], check=True)
     assert os.getxattr(backing / "b.raw", VM_XATTR) == os.getxattr(backing / "a.raw", VM_XATTR)
-    after = {vm.name: vm.id for vm in inventory.scan()}
+    after = {vm.name: vm.id for vm in inventory.scan().vms}
     assert len(set(after.values())) == 4
     assert after["a"] == before["a"]
     assert after["dir"] == before["dir"]
-    assert {vm.name: vm.id for vm in inventory.scan()} == after
+    assert {vm.name: vm.id for vm in inventory.scan().vms} == after
 
 
 @pytest.mark.parametrize("record", [b"", b"{}", b"[]", b"\xff", b'{"vm": "../x", "ino": 1, "generation": ""}'])
 def test_a_damaged_identity_is_replaced(backing: Path, record: bytes) -> None:
     os.setxattr(make(backing / "a.raw"), VM_XATTR, record)
     inventory = DirectoryInventory(backing)
-    (vm,) = inventory.scan()
+    (vm,) = inventory.scan().vms
     assert len(vm.id) == 32
-    assert inventory.scan() == [vm]
+    assert inventory.scan().vms == (vm,)
 
 
 def test_ambiguous_names_are_refused_with_candidates(backing: Path) -> None:
@@ -113,14 +114,14 @@ def test_ambiguous_names_are_refused_with_candidates(backing: Path) -> None:
     with pytest.raises(VmNotFound, match="'nope'"):
         inventory.find("nope")
     with pytest.raises(VmNotFound):
-        find_vm([], "a")
+        Scan(()).find("a")
 
 
 def test_names_that_are_not_text(backing: Path) -> None:
     raw = os.fsencode(backing) + b"/bad\xff\n.raw"
     with open(raw, "wb") as file:  # noqa: PTH123 - a bytes path
         file.write(b"1")
-    (vm,) = DirectoryInventory(backing).scan()
+    (vm,) = DirectoryInventory(backing).scan().vms
     assert vm.name == r"bad\xff\n"
     assert os.fsencode(vm.path) == b"bad\xff\n.raw"
 
@@ -133,7 +134,7 @@ def test_a_scan_does_not_break_a_lease(backing: Path) -> None:
     try:
         for fd in fds:
             fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-        assert len(inventory.scan()) == 2
+        assert len(inventory.scan().vms) == 2
         assert [fcntl.fcntl(fd, fcntl.F_GETLEASE) for fd in fds] == [fcntl.F_WRLCK] * 2
     finally:
         for fd in fds:
@@ -143,4 +144,55 @@ def test_a_scan_does_not_break_a_lease(backing: Path) -> None:
 def test_a_missing_backing_directory_is_an_error(backing: Path) -> None:
     shutil.rmtree(backing)
     with pytest.raises(PrimaryIOError, match="cannot open the backing directory"):
+        DirectoryInventory(backing).scan()
+
+
+@pytest.mark.parametrize("spoil", ["nest", "fill"])
+def test_a_vm_that_cannot_be_read_hides_no_other(backing: Path, spoil: str) -> None:
+    make(backing / "good/disk.raw")
+    bad = backing / "bad"
+    bad.mkdir()
+    if spoil == "nest":
+        (bad / "/".join(["d"] * 70)).mkdir(parents=True)
+    else:
+        fill_attributes(bad)
+    inventory = DirectoryInventory(backing)
+    scan = inventory.scan()
+    assert [vm.name for vm in scan.vms] == ["good"]
+    assert [vm.name for vm in scan.unread] == ["bad"]
+    assert inventory.find("good").name == "good"
+    for name in ("bad", "bad/"):
+        with pytest.raises(PrimaryIOError, match=r"^VM bad cannot be read: "):
+            inventory.find(name)
+    make(backing / "bad.raw")
+    with pytest.raises(AmbiguousName, match=r"bad\.raw .*bad$"):
+        inventory.find("bad")
+
+
+def fill_attributes(path: Path) -> None:
+    """As a user may do, until no room is left for an identity."""
+    for size in (3000, 300, 30, 1):
+        for number in range(200):
+            try:
+                os.setxattr(path, f"user.{size}.{number}", b"x" * size)
+            except OSError:
+                break
+
+
+def test_an_identity_that_is_there_needs_no_room(backing: Path) -> None:
+    (backing / "vm").mkdir()
+    inventory = DirectoryInventory(backing)
+    before = inventory.scan()
+    fill_attributes(backing / "vm")
+    assert inventory.scan() == before
+
+
+def test_what_the_process_is_short_of_is_no_fault_of_a_vm(backing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(backing / "vm/disk.raw")
+
+    def no_descriptors(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(DirectoryInventory, "_vm", no_descriptors)
+    with pytest.raises(PrimaryIOError, match="Too many open files"):
         DirectoryInventory(backing).scan()

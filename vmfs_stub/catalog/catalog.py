@@ -21,6 +21,7 @@ from typing import Any
 
 from vmfs_stub.core.errors import NoSpace, PrimaryIOError, UnknownFormat
 from vmfs_stub.core.ids import JobId, VmId
+from vmfs_stub.core.names import printable
 
 SCHEMA_VERSION = 1
 _BUSY_TIMEOUT_S = 10.0
@@ -170,17 +171,17 @@ class Catalog:
             )
 
     def record_access(self, vm_id: VmId, disk: str, *, executable: str | None, uid: int, now: float) -> None:
-        """Record an open of ``disk`` (path relative to the VM)."""
+        """Record an open of ``disk`` (path relative to the VM), which is kept, and read back, as it is shown."""
         with self._write() as connection:
             connection.execute(
                 "INSERT INTO access (vm, disk, executable, uid, opened) VALUES (?, ?, ?, ?, ?) "
                 "ON CONFLICT DO UPDATE SET opened = max(opened, excluded.opened)",
-                (vm_id, _text(disk), _text(executable or ""), uid, now),
+                (vm_id, printable(disk), printable(executable or ""), uid, now),
             )
             connection.execute(
                 "DELETE FROM access WHERE vm = :vm AND disk = :disk AND (executable, uid) NOT IN (SELECT executable, "
                 "uid FROM access WHERE vm = :vm AND disk = :disk ORDER BY opened DESC LIMIT :keep)",
-                {"vm": vm_id, "disk": _text(disk), "keep": _ACCESS_ROWS_PER_DISK},
+                {"vm": vm_id, "disk": printable(disk), "keep": _ACCESS_ROWS_PER_DISK},
             )
 
     def accesses(self, vm_id: VmId) -> list[Access]:
@@ -261,11 +262,6 @@ def _translated(path: Path) -> Iterator[None]:
 def _code(error: sqlite3.Error) -> int:
     """Primary result code; extended codes carry more in the upper bits."""
     return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-
-
-def _text(value: str) -> str:
-    """SQLite takes UTF-8 only; a path with other bytes is kept as escapes."""
-    return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _dump(value: Mapping[str, Any] | None) -> str | None:

@@ -64,5 +64,7 @@ def open_store(url: str) -> Store:
 
 
 def argument_names(names: list[str] | None) -> list[str]:
-    """VM names as they are shown: bytes that are not UTF-8 become escapes, as `ls` prints them."""
-    return [name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for name in names or []]
+    """VM names as they are shown, so that what `ls` prints and what a shell completes both name the VM."""
+    from vmfs_stub.core.names import printable
+
+    return [printable(name) for name in names or []]

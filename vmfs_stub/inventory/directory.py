@@ -8,6 +8,7 @@ is or whether a VM is running.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
@@ -15,15 +16,17 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from vmfs_stub.core.errors import PrimaryIOError
+from vmfs_stub.core.errors import PrimaryError, PrimaryIOError, Unsupported, VmfsStubError
 from vmfs_stub.core.names import PRIVATE_DIR, printable
 from vmfs_stub.inventory.identity import ensure_vm_id
-from vmfs_stub.inventory.vm import Vm, VmFile, find_vm
+from vmfs_stub.inventory.vm import Scan, UnreadVm, Vm, VmFile
 
 _SKIPPED = frozenset({PRIVATE_DIR, "lost+found"})
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _HANDLE = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _DEPTH_MAX = 64
+_OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""What this process or host is short of is no fault of the VM at hand."""
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +41,11 @@ class DirectoryInventory:
         self._backing = backing
         self._lock = threading.Lock()
 
-    def scan(self) -> list[Vm]:
-        """All VMs, ordered by name; what vanishes meanwhile is left out.  Raises PrimaryIOError, Unsupported."""
+    def scan(self) -> Scan:
+        """All VMs, ordered by name; what vanishes meanwhile is left out.
+
+        A VM that cannot be read is told of, and hides no other: its user may have seen to that.  Raises PrimaryIOError.
+        """
         with self._lock:
             try:
                 top_fd = os.open(self._backing, _DIRECTORY)
@@ -47,16 +53,31 @@ class DirectoryInventory:
                 raise PrimaryIOError(f"cannot open the backing directory {self._backing}: {exc.strerror}") from exc
             try:
                 device = os.fstat(top_fd).st_dev
-                found = [self._vm(top_fd, name, device) for name in _names(top_fd) if name not in _SKIPPED]
+                found = [self._tolerant_vm(top_fd, name, device) for name in _names(top_fd) if name not in _SKIPPED]
             except OSError as exc:
                 raise PrimaryIOError(f"cannot read the backing directory {self._backing}: {exc}") from exc
             finally:
                 os.close(top_fd)
-        return sorted((vm for vm in found if vm is not None), key=lambda vm: (vm.name, vm.path))
+        vms = sorted((vm for vm in found if isinstance(vm, Vm)), key=lambda vm: (vm.name, vm.path))
+        return Scan(tuple(vms), tuple(vm for vm in found if isinstance(vm, UnreadVm)))
 
     def find(self, name: str) -> Vm:
         """The VM of that name, id or entry; raises VmNotFound, AmbiguousName, PrimaryIOError."""
-        return find_vm(self.scan(), name)
+        return self.scan().find(name)
+
+    def _tolerant_vm(self, top_fd: int, name: str, device: int) -> Vm | UnreadVm | None:
+        shown = printable(name)
+        try:
+            return self._vm(top_fd, name, device)
+        except (PrimaryError, Unsupported) as exc:
+            error: VmfsStubError = type(exc)(f"VM {shown} cannot be read: {exc}")
+            error.__cause__ = exc
+        except OSError as exc:
+            if exc.errno in _OURS:
+                raise
+            error = PrimaryIOError(f"VM {shown} cannot be read: {exc.strerror}")
+            error.__cause__ = exc
+        return UnreadVm(printable(PurePosixPath(name).stem), name, error)
 
     def _vm(self, top_fd: int, name: str, device: int) -> Vm | None:
         try:
@@ -87,7 +108,7 @@ def _names(fd: int) -> list[str]:
 def _walk(parent_fd: int, path: str, relative: str, device: int, depth: int) -> Iterator[VmFile]:
     """Regular files below the directory ``parent_fd`` (O_PATH), whose path from the backing directory is ``path``."""
     if depth == 0:
-        raise PrimaryIOError(f"{printable(path)}: directories are nested deeper than {_DEPTH_MAX}")
+        raise PrimaryIOError(f"directories in it are nested deeper than {_DEPTH_MAX}; remove or move them")
     try:
         fd = os.open(".", _DIRECTORY, dir_fd=parent_fd)
     except FileNotFoundError:

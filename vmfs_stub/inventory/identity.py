@@ -65,7 +65,7 @@ def read_vm_id(path_fd: int) -> VmId | None:
             return None
         if exc.errno == errno.EOPNOTSUPP:
             raise Unsupported(_NO_XATTRS) from exc
-        raise PrimaryIOError(f"cannot read {VM_XATTR}: {exc}") from exc
+        raise PrimaryIOError(f"cannot read its identity, the attribute {VM_XATTR}: {exc.strerror}") from exc
     try:
         record = json.loads(raw)
         vm, ino, made_for = record["vm"], record["ino"], record["generation"]
@@ -84,7 +84,7 @@ def write_vm_id(path_fd: int, vm_id: VmId) -> None:
     except OSError as exc:
         if exc.errno in (errno.EOPNOTSUPP, errno.EPERM):
             raise Unsupported(_NO_XATTRS) from exc
-        raise PrimaryIOError(f"cannot write {VM_XATTR}: {exc}") from exc
+        raise PrimaryIOError(f"cannot write its identity, the attribute {VM_XATTR}: {exc.strerror}") from exc
 
 
 def ensure_vm_id(path_fd: int, make_id: Callable[[], VmId] = new_vm_id) -> VmId:

@@ -6,11 +6,9 @@ may hold surrogate escapes (names are bytes); ``name`` is always printable.  Mus
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
-from vmfs_stub.core.errors import AmbiguousName, VmNotFound
+from vmfs_stub.core.errors import AmbiguousName, VmfsStubError, VmNotFound
 from vmfs_stub.core.ids import VmId
 from vmfs_stub.core.names import printable
 
@@ -45,24 +43,44 @@ class Vm:
         return f"{printable(self.path)}/" if self.is_directory else printable(self.path)
 
 
-class Inventory(Protocol):
-    """Finds VMs; blocking, thread-safe."""
+@dataclass(frozen=True, slots=True)
+class UnreadVm:
+    """Something that should be a VM and cannot be read; ``error`` says why, and names it."""
 
-    def scan(self) -> list[Vm]:
-        """All VMs, by name; raises PrimaryIOError."""
-        ...
+    name: str
+    path: str
+    error: VmfsStubError
+
+    @property
+    def is_called(self) -> frozenset[str]:
+        """All that it answers to."""
+        shown = printable(self.path)
+        return frozenset({self.name, shown, f"{shown}/"})
 
 
-def find_vm(vms: Iterable[Vm], name: str) -> Vm:
-    """The VM of that name, id, or entry in the backing directory.
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What an inventory found: ``vms`` by name, and what it could not read, which hides no other VM."""
 
-    Raises VmNotFound, and AmbiguousName with the candidates when several VMs answer to ``name``.
-    """
-    vms = list(vms)
-    found = [vm for vm in vms if vm.id == name] or [vm for vm in vms if name in (vm.name, vm.entry)]
-    if not found:
-        raise VmNotFound(f"no VM is called {name!r}; `vmfs-stub ls` lists them")
-    if len(found) > 1:
-        candidates = ", ".join(f"{vm.entry} (id {vm.id})" for vm in found)
-        raise AmbiguousName(f"{name!r} is the name of {len(found)} VMs; name one of: {candidates}")
-    return found[0]
+    vms: tuple[Vm, ...]
+    unread: tuple[UnreadVm, ...] = ()
+
+    def find(self, name: str) -> Vm:
+        """The VM of that name, id, or entry in the backing directory.
+
+        Raises VmNotFound, AmbiguousName with the candidates when several VMs answer to ``name``, and why it cannot be
+        read when it is one of those.
+        """
+        found = [vm for vm in self.vms if vm.id == name]
+        unread = []
+        if not found:
+            found = [vm for vm in self.vms if name in (vm.name, vm.entry)]
+            unread = [vm for vm in self.unread if name in vm.is_called]
+        if len(found) + len(unread) > 1:
+            candidates = [f"{vm.entry} (id {vm.id})" for vm in found] + [printable(vm.path) for vm in unread]
+            raise AmbiguousName(f"{name!r} is the name of {len(candidates)} VMs; name one of: {', '.join(candidates)}")
+        if unread:
+            raise unread[0].error
+        if not found:
+            raise VmNotFound(f"no VM is called {name!r}; `vmfs-stub ls` lists them")
+        return found[0]

@@ -5,14 +5,17 @@ Symbolic links are stored as they are and never followed; private extended attri
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 
+from vmfs_stub.core.errors import PrimaryIOError
 from vmfs_stub.core.ids import SegmentId
-from vmfs_stub.core.names import XATTR_PREFIX
+from vmfs_stub.core.names import XATTR_PREFIX, printable
 from vmfs_stub.inventory.vm import Vm
+from vmfs_stub.primary.tree import Entry, OnError, open_beneath, walk
 from vmfs_stub.store.manifest import FileKind, StoredFile
 
 
@@ -45,20 +48,42 @@ def stored_file(
 
 
 def other_entries(backing: Path, vm: Vm) -> list[StoredFile]:
-    """Directories and symbolic links of a VM, outermost first.  Raises OSError."""
-    stored: list[StoredFile] = []
+    """Directories and symbolic links of a VM, outermost first; what vanishes meanwhile is left out.
+
+    Raises PrimaryIOError.
+    """
     if not vm.is_directory:
-        return stored
-    top = backing / vm.path
-    for directory, folders, names, fd in os.fwalk(top, follow_symlinks=False):
-        for name in (*sorted(folders), *sorted(names)):
-            st = os.stat(name, dir_fd=fd, follow_symlinks=False)
-            relative = str(Path(directory, name).relative_to(top))
-            if stat.S_ISDIR(st.st_mode):
-                stored.append(_entry(relative, st, FileKind.DIRECTORY, target=None))
-            elif stat.S_ISLNK(st.st_mode):
-                stored.append(_entry(relative, st, FileKind.SYMLINK, target=os.readlink(name, dir_fd=fd)))
+        return []
+    failed: list[tuple[str, OSError]] = []
+    try:
+        stored = _walked(backing, vm, lambda path, exc: failed.append((path, exc)))
+    except OSError as exc:
+        raise PrimaryIOError(f"VM {vm.name}: cannot read its directory: {exc.strerror}") from exc
+    for path, error in failed:
+        # A user who renames directories meanwhile may have any state of them backed up.
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise PrimaryIOError(f"VM {vm.name}: cannot read {printable(path)}: {error.strerror}") from error
     return stored
+
+
+def _walked(backing: Path, vm: Vm, on_error: OnError) -> list[StoredFile]:
+    backing_fd = os.open(backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        top_fd = open_beneath(backing_fd, vm.path)
+    finally:
+        os.close(backing_fd)
+    try:
+        return [found for entry in walk(top_fd, on_error) if (found := _of_entry(entry)) is not None]
+    finally:
+        os.close(top_fd)
+
+
+def _of_entry(entry: Entry) -> StoredFile | None:
+    if stat.S_ISDIR(entry.st.st_mode):
+        return _entry(entry.path, entry.st, FileKind.DIRECTORY, target=None)
+    if stat.S_ISLNK(entry.st.st_mode):
+        return _entry(entry.path, entry.st, FileKind.SYMLINK, target=os.readlink("", dir_fd=entry.path_fd))
+    return None
 
 
 def _entry(path: str, st: os.stat_result, kind: FileKind, *, target: str | None) -> StoredFile:
