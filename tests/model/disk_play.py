@@ -49,6 +49,8 @@ class Model:
     versions: list[bytes] = field(default_factory=list)
     mtime_ns: int = 0
     archived: dict[PointId, bytes] = field(default_factory=dict)
+    ends: set[int] = field(default_factory=set)
+    """Every size that it had."""
 
     def write(self, offset: int, data: bytes) -> None:
         if offset > len(self.content):
@@ -72,18 +74,20 @@ class Model:
         self.changed()
 
     def changed(self) -> None:
+        self.ends.add(len(self.content))
         self.versions.append(bytes(self.content))
 
     def synced(self) -> None:
+        self.ends.add(len(self.content))
         self.versions = [bytes(self.content)]
 
     def _possible(self, at: int, size: int) -> set[bytes]:
         """What the block at ``at`` may be after a power loss.
 
-        One that held the end of the file may be torn there: up to the old end as archived, new behind it.
+        One in which the file once ended may be torn there: up to that end as archived, what was written behind it.
         """
         blocks = {version[at : at + BLOCK].ljust(BLOCK, b"\0") for version in self.versions}
-        ends = {len(version) - at for version in self.versions if at < len(version) < at + BLOCK}
+        ends = {end - at for end in self.ends if at < end < at + BLOCK}
         torn = {old[:end] + new[end:] for end in ends for old in blocks for new in blocks}
         return {block[: size - at] for block in blocks | torn}
 
