@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import errno
 import random
+import threading
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 import trio
 import trio.testing
 
-from tests.datastore_harness import BLOCK, CHUNK, Rig, Services, temporary_rig
+from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, RigFiles, Services, survives_kill, temporary_rig
 from vmfs_stub.core.errors import StoreError, StoreUnavailable
 from vmfs_stub.services.locks import SharedSync
+from vmfs_stub.services.placeholder import Placeholder
 
 DISK = "vm/disk.img"
 OLD, NEW = b"o" * BLOCK, b"n" * BLOCK
 
 
 async def archived(rig: Rig) -> None:
-    # Different chunks, so that each has a frame of its own.
-    rig.make_disk(DISK, b"".join(bytes([number]) * CHUNK for number in range(1, 5)))
+    rig.make_disk(DISK, random.Random(4).randbytes(4 * CHUNK))
     async with rig.running() as services:
         await services.archive("vm")
 
@@ -28,22 +31,22 @@ async def test_a_sync_that_is_cancelled_loses_no_bits() -> None:
     """The bits were taken, and then nobody wrote them: after a reboot the guest's blocks were the archived ones."""
     with temporary_rig() as rig:
         await archived(rig)
-        async with rig.running() as services:
-            disk = await services.open(DISK)
-            for number in range(16):
+        for number in range(40):
+            async with rig.running() as services:
+                disk = await services.open(DISK)
                 await disk.write(number * BLOCK, NEW)
                 with trio.CancelScope() as scope:
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(services.disks.sync_dirty)
-                        for _ in range(number % 5):
+                        for _ in range(number % 4):
                             await trio.lowlevel.checkpoint()
                         scope.cancel()
-            await services.disks.release(disk)
-        rig.reboot()
-        async with rig.running() as services:
-            disk = await services.open(DISK)
-            assert await disk.read(0, 16 * BLOCK) == NEW * 16
-            await services.disks.release(disk)
+                await services.disks.release(disk)
+            rig.reboot()
+            async with rig.running() as services:
+                disk = await services.open(DISK)
+                assert await disk.read(0, (number + 1) * BLOCK) == NEW * (number + 1)
+                await services.disks.release(disk)
 
 
 async def test_a_graduation_in_the_background_and_one_at_the_close_are_one() -> None:
@@ -87,29 +90,54 @@ async def test_a_failed_recall_is_not_the_answer_to_a_later_read() -> None:
             assert placeholder is not None
             recall = services.connected.recall
 
-            def away(call: str, key: str) -> None:
-                raise StoreUnavailable("away")
+            go_on = threading.Event()
+            calls: list[str] = []
 
-            rig.objects.before = away
-            with pytest.raises(StoreError):
-                await recall.recall_chunks(placeholder, [0, 2], demand=True)
-            rig.objects.before = lambda call, key: None
-            await recall.recall_chunks(placeholder, [0, 2], demand=True)
+            def away_or_slow(call: str, key: str) -> None:
+                if call == "get_range":
+                    calls.append(key)
+                    if len(calls) == 1:
+                        raise StoreUnavailable("away")
+                    if len(calls) == 2:
+                        go_on.wait(10)
+
+            rig.objects.before = away_or_slow
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_expect_away, recall.recall_chunks, placeholder, [0, 2])
+                while len(calls) < 2:  # noqa: ASYNC110 - the calls are made in threads
+                    await trio.sleep(0.001)
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                for chunk in (0, 2):
+                    if not placeholder.is_resident(chunk * CHUNK, 1) and len(calls) == 2:
+                        with trio.move_on_after(0.5):
+                            await recall.recall_chunks(placeholder, [chunk], demand=True)
+                go_on.set()
             assert placeholder.is_resident(0, 1)
+            assert placeholder.is_resident(2 * CHUNK, 1)
             await services.disks.release(disk)
+
+
+async def _expect_away(
+    recall_chunks: Callable[..., Awaitable[None]], placeholder: Placeholder, chunks: list[int]
+) -> None:
+    with pytest.raises(StoreError):
+        await recall_chunks(placeholder, chunks, demand=True)
 
 
 async def test_recalled_blocks_are_durable_before_a_second_archive_says_that_they_stay() -> None:
     """The copy recalls chunks that are partly here; the ends of the disk then counted as resident, unsynced."""
-    for seed in range(6):
-        with temporary_rig(head=2 * BLOCK) as rig:
+    for seed in range(12):
+        with temporary_rig() as rig:
             rig.make_disk(DISK, OLD * (2 * CHUNK // BLOCK))
             async with rig.running() as services:
                 await services.archive("vm")
-            async with rig.running() as services:
-                await _write_in_first_chunk(services)
-                await services.archive("vm")
-                services.files.kill()
+            rig.settings = replace(rig.settings, resident_head_bytes=2 * BLOCK)
+            files = RigFiles(rig.medium)
+            with survives_kill():
+                async with rig.running(files=files) as services:
+                    await _write_in_first_chunk(services)
+                    files.fail("archive.record_sync", 1, Killed())
+                    await services.archive("vm")
             rig.lose_power(random.Random(seed))
             async with rig.running() as services:
                 disk = await services.open(DISK)
