@@ -15,6 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+INIT_ROOT = "/proc/1/root"
+"""The tree as process 1 sees it."""
+
 _FS_IOC_GETVERSION = 0x80087601
 _FS_IOC_GETFSUUID = 0x80111500
 _AT_EMPTY_PATH = 0x1000
@@ -86,7 +89,7 @@ def _as_seen_by_init(directory_fd: int) -> Iterator[int]:
     """
     path, st = Path(f"/proc/self/fd/{directory_fd}").readlink(), os.fstat(directory_fd)
     try:
-        fd = os.open(f"/proc/1/root{path}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = os.open(f"{INIT_ROOT}{path}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
         yield directory_fd
         return

@@ -1,0 +1,83 @@
+"""What a VM's users do to its files while a job runs, or between the look at them and the job."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.datastore_harness import CHUNK, temporary_rig
+from vmfs_stub.core.errors import Abandoned
+from vmfs_stub.services.restore import restore_point
+
+
+async def test_another_vm_under_the_name_is_not_taken_for_it() -> None:
+    with temporary_rig() as rig:
+        rig.make_disk("one/disk.img", b"1" * CHUNK)
+        rig.make_disk("two/disk.img", b"2" * CHUNK)
+        vm = rig.vm("one")
+        rig.vm("two")
+        (rig.backing / "one").rename(rig.backing / "elsewhere")
+        (rig.backing / "two").rename(rig.backing / "one")
+        async with rig.running() as services:
+            with pytest.raises(Abandoned, match="another VM"):
+                await services.archiver.run(vm, archive=True, progress=lambda count: None)
+        assert rig.pins() == []
+        assert not rig.is_placeholder("one/disk.img")
+        assert rig.store.vms() == []
+
+
+async def test_a_replaced_file_is_not_taken_for_the_one_that_was_found() -> None:
+    with temporary_rig() as rig:
+        rig.make_disk("one/disk.img", b"1" * CHUNK)
+        vm = rig.vm("one")
+        rig.make_disk("one/new.img", b"2" * CHUNK)
+        (rig.backing / "one/new.img").replace(rig.backing / "one/disk.img")
+        async with rig.running() as services:
+            with pytest.raises(Abandoned, match="replaced"):
+                await services.archiver.run(vm, archive=True, progress=lambda count: None)
+        assert rig.store.vms() == []
+
+
+async def test_a_vm_that_is_swapped_during_the_copy_makes_no_restore_point() -> None:
+    with temporary_rig() as rig:
+        rig.make_disk("one/disk.img", random.Random(1).randbytes(8 * CHUNK))
+        rig.make_disk("two/disk.img", b"2" * CHUNK)
+        rig.vm("two")
+        vm, swapped = rig.vm("one"), False
+
+        def swap(count: int) -> None:
+            nonlocal swapped
+            if not swapped:
+                swapped = True
+                (rig.backing / "one").rename(rig.backing / "elsewhere")
+                (rig.backing / "two").rename(rig.backing / "one")
+
+        async with rig.running() as services:
+            with pytest.raises(Abandoned, match="another VM"):
+                await services.archiver.run(vm, archive=True, progress=swap)
+        assert rig.store.vms() == []
+        assert rig.pins() == []
+
+
+async def test_two_names_of_one_file_are_archived_once_and_restored_as_two(tmp_path: Path) -> None:
+    content = random.Random(2).randbytes(3 * CHUNK)
+    with temporary_rig() as rig:
+        rig.make_disk("vm/a.img", content)
+        os.link(rig.backing / "vm/a.img", rig.backing / "vm/b.img")
+        rig.make_disk("vm/z.img", content[::-1])
+        async with rig.running() as services:
+            report = await services.archive("vm")
+            assert report.placeholders == ["vm/a.img", "vm/z.img"]
+            assert len(rig.pins()) == 2
+            for name, expected in (("a", content), ("b", content), ("z", content[::-1])):
+                disk = await services.open(f"vm/{name}.img")
+                assert await disk.read(0, len(expected)) == expected
+                await services.disks.release(disk)
+        point = rig.store.open_point(rig.vm("vm").id, report.point_id)
+        await trio.to_thread.run_sync(restore_point, rig.store, point, tmp_path / "restored")
+        for name, expected in (("a", content), ("b", content), ("z", content[::-1])):
+            assert (tmp_path / f"restored/{name}.img").read_bytes() == expected
