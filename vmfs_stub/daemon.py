@@ -13,7 +13,8 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from typing import Protocol, TypeVar
 
 import trio
@@ -23,13 +24,20 @@ from vmfs_stub.config import Config
 from vmfs_stub.control.jobs import open_jobs
 from vmfs_stub.control.metrics import Metrics
 from vmfs_stub.control.server import open_control
-from vmfs_stub.core.errors import DatastoreLocked, PrimaryIOError, StoreError
+from vmfs_stub.core.errors import (
+    CorruptStoreObject,
+    DatastoreLocked,
+    PrimaryError,
+    PrimaryIOError,
+    StoreError,
+    UnknownFormat,
+)
 from vmfs_stub.datastore import Datastore
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.mount.filesystem import Filesystem
 from vmfs_stub.mount.serving import Mount, open_mount
 from vmfs_stub.mount.settings import MountSettings
-from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.primary.files import FileCalls, sync_directory, write_fully
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.services import memory
 from vmfs_stub.services.archive import ArchiveSettings
@@ -93,7 +101,9 @@ def locked(config: Config) -> Iterator[None]:
         raise PrimaryIOError(f"cannot open the datastore's lock {path}: {exc.strerror}") from exc
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.pwrite(fd, f"{os.getpid()}\n".encode().ljust(16), 0)
+        # The pid is for messages; a full filesystem may have no room for it.
+        with suppress(OSError):
+            os.pwrite(fd, f"{os.getpid()}\n".encode().ljust(16), 0)
         yield
     except BlockingIOError as exc:
         holder = os.pread(fd, 16, 0).decode("ascii", "replace").strip()
@@ -114,10 +124,11 @@ async def _open_datastore(config: Config) -> AsyncIterator[trio.Event]:
     recovered = Recovery(files=files, backing=backing, private=private, placeholders=placeholders).run()
     for subject, error in recovered.findings:
         findings.add(subject, error)
+    private.reserve.fill(files)
     with (
         _closing(_threads(config)) as threads,
-        _closing(Catalog.open(config.catalog_path)) as catalog,
-        _closing(ChunkIndex(config.index_path, store.id)) as chunk_index,
+        _closing(open_catalog(config, findings)) as catalog,
+        _closing(ChunkIndex(config.index_path, store.id, on_lost=partial(_index_lost, findings))) as chunk_index,
     ):
         async with trio.open_nursery() as background:
             services = connect_services(
@@ -151,6 +162,7 @@ async def _open_datastore(config: Config) -> AsyncIterator[trio.Event]:
                     findings=findings,
                     jobs=jobs,
                     mount=mount,
+                    reserve=partial(private.reserve.fill, files),
                     stop=stop,
                 )
                 background.start_soon(datastore.watch_store)
@@ -210,10 +222,53 @@ def open_store(config: Config) -> Store:
             kept = config.store_copy_path.read_bytes()
         except FileNotFoundError:
             raise exc from None
+        try:
+            description = decode_description(kept)
+        except (CorruptStoreObject, UnknownFormat) as damage:
+            raise type(damage)(
+                f"the store is away ({exc}), and {config.store_copy_path}, which would stand in for its description, "
+                f"cannot be used ({damage}); start again when the store is back"
+            ) from exc
         log.warning("the store is away (%s): starting without it; recalls fail until it is back", exc)
-        return Store(objects, decode_description(kept))
-    config.store_copy_path.write_bytes(encode_description(store.description))
+        return Store(objects, description)
+    _keep_copy(config, encode_description(store.description))
     return store
+
+
+def _keep_copy(config: Config, description: bytes) -> None:
+    """Replace the copy of the store's description when it is not that; the store is here, so failing is no harm yet."""
+    path = config.store_copy_path
+    new = path.with_suffix(".new")
+    try:
+        if path.exists() and path.read_bytes() == description:
+            return
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            write_fully(fd, description, 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        new.replace(path)
+        sync_directory(path.parent)
+    except OSError as exc:
+        log.warning(
+            "the store's description could not be kept in %s (%s): the next start needs the store", path, exc.strerror
+        )
+
+
+def open_catalog(config: Config, findings: Findings) -> Catalog:
+    """The catalog; history that cannot be kept is a finding, never a failed start.  Raises UnknownFormat."""
+    try:
+        return Catalog.open(config.catalog_path)
+    except PrimaryError as exc:
+        log.warning("%s; until the next start it is kept in memory only", exc)
+        findings.add("catalog", exc)
+        return Catalog.in_memory()
+
+
+def _index_lost(findings: Findings, error: PrimaryError) -> None:
+    log.warning("%s; until it can be used, less is deduplicated", error)
+    findings.add("index", error)
 
 
 async def _sync_regularly(disks: Disks, interval_s: float) -> None:

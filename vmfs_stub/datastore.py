@@ -76,6 +76,7 @@ class Datastore:
         findings: Findings,
         jobs: Jobs,
         mount: Mount,
+        reserve: Callable[[], None],
         stop: trio.Event,
     ) -> None:
         self._config = config
@@ -89,6 +90,7 @@ class Datastore:
         self._archiver = services.archiver
         self._jobs = jobs
         self._mount = mount
+        self._fill_reserve = reserve
         self._stop = stop
         self._started_s = time.time()
         self._findings = findings
@@ -364,6 +366,7 @@ class Datastore:
                     outcomes.append(VmOutcome(vm=vm.name, outcome="skipped", message=str(exc), error=error))
                 except Exception as exc:
                     outcomes.append(_failed(vm.name, failure_info(f"{kind} of VM {vm.name}", exc)))
+            await self._threads.files(self._fill_reserve)
             await self._threads.files(memory.give_back)
             return JobReport(vms=outcomes)
 

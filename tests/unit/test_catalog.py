@@ -147,3 +147,10 @@ def test_failures_are_translated(path: Path, tmp_path: Path) -> None:
     catalog.close()
     with pytest.raises(PrimaryIOError, match="closed"):
         catalog.known_vms()
+
+
+def test_one_in_memory_works_alike() -> None:
+    catalog = Catalog.in_memory()
+    catalog.see_vms([(VmId("1" * 32), "vm")], now=1.0)
+    assert [known.name for known in catalog.known_vms()] == ["vm"]
+    catalog.close()

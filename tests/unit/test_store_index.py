@@ -13,7 +13,7 @@ from store_fakes import FakeObjects
 from store_points import back_up, new_id
 
 from vmfs_stub.core.chunking import FrameRef
-from vmfs_stub.core.errors import PrimaryIOError
+from vmfs_stub.core.errors import NoSpace, PrimaryIOError
 from vmfs_stub.core.ids import ChunkId, PackId, StoreId
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.index_objects import encode_index
@@ -188,6 +188,40 @@ def test_a_wrong_index_object_does_not_make_a_wrong_backup() -> None:
 def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     with pytest.raises(PrimaryIOError, match="chunk index"):
         ChunkIndex(tmp_path / "missing" / "index.sqlite", STORE)
+
+
+def test_without_room_less_is_deduplicated_and_nothing_fails(tmp_path: Path) -> None:
+    lost: list[Exception] = []
+    path = tmp_path / "away" / "index.sqlite"
+    objects = FakeObjects()
+    published, later = PackId("1" * 32), PackId("2" * 32)
+    refs = _refs(published, 3)
+    objects.put("index/" + new_id(), encode_index([(published, refs)]))
+    index = ChunkIndex(path, STORE, on_lost=lost.append)
+    assert [type(error) for error in lost] == [PrimaryIOError]
+    assert index.sync(objects).added == 0
+    added = _refs(later, 2, first=10)
+    index.add(later, added)
+    assert set(index.lookup([ref.chunk_id for ref in added])) == {ref.chunk_id for ref in added}
+    assert index.lookup([ref.chunk_id for ref in refs]) == {}
+    path.parent.mkdir()
+    assert index.sync(objects).added == 1
+    assert set(index.lookup([ref.chunk_id for ref in refs])) == {ref.chunk_id for ref in refs}
+    assert len(lost) == 1
+    index.close()
+
+
+def test_room_that_ends_later_is_no_failure_either(tmp_path: Path) -> None:
+    lost: list[Exception] = []
+    index = ChunkIndex(tmp_path / "index.sqlite", STORE, on_lost=lost.append)
+    pages = index._opened().execute("PRAGMA page_count").fetchone()[0]
+    index._opened().execute(f"PRAGMA max_page_count = {pages}")
+    pack = PackId("1" * 32)
+    for first in range(0, 4000, 1000):
+        index.add(pack, _refs(pack, 1000, first=first))
+        index.forget_packs([pack])
+    assert [type(error) for error in lost] == [NoSpace]
+    index.close()
 
 
 def test_memory_use_does_not_grow_with_the_store(index: ChunkIndex) -> None:

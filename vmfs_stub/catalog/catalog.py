@@ -96,6 +96,15 @@ class Catalog:
                 connection.execute("UPDATE jobs SET state = 'interrupted' WHERE state = 'running'")
         return cls(connection, path)
 
+    @classmethod
+    def in_memory(cls) -> Catalog:
+        """A catalog that is forgotten with the daemon, for when there is no room for any other."""
+        path = Path(":memory:")
+        with _translated(path):
+            connection = sqlite3.connect(path, check_same_thread=False)
+            _prepare(connection, path)
+        return cls(connection, path)
+
     def close(self) -> None:
         """Close the database; the object cannot be used afterwards."""
         with self._lock, _translated(self._path):

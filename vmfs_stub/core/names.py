@@ -5,6 +5,9 @@ from __future__ import annotations
 PRIVATE_DIR = ".vmfs-stub"
 """Directory in the backing directory that holds private state; never shown, never a VM."""
 
+RESERVE_FILE = "reserve"
+"""File in it that keeps space back."""
+
 XATTR_PREFIX = "trusted.vmfs-stub."
 """Every extended attribute of ours starts so; ``trusted.*`` needs CAP_SYS_ADMIN."""
 

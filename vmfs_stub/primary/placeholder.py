@@ -16,21 +16,23 @@ from pathlib import Path
 
 from vmfs_stub.core.errors import CorruptMap, IdentityMismatch, MapFrozen, MapMissing, UnknownFormat
 from vmfs_stub.core.ids import PlaceholderId
-from vmfs_stub.core.names import PRIVATE_DIR
+from vmfs_stub.core.names import PRIVATE_DIR, RESERVE_FILE
 from vmfs_stub.primary.durable_map import DurableMap, MapHeader, MapState
 from vmfs_stub.primary.files import FileCalls, sync_directory
 from vmfs_stub.primary.identity import BootIdentity, boot_identity, inode_identity
 from vmfs_stub.primary.record import PlaceholderRecord, check_identity, read_record
+from vmfs_stub.primary.reserve import Reserve
 from vmfs_stub.primary.volatile_map import VolatileMap
 
 
 @dataclass(frozen=True, slots=True)
 class PrivateState:
-    """Where the private state of one datastore lies, and the boot and mount it is used in."""
+    """Where the private state of one datastore lies, the boot and mount it is used in, and what it keeps back."""
 
     maps: Path
     volatile_maps: Path
     boot: BootIdentity
+    reserve: Reserve
 
     @classmethod
     def at(cls, backing: Path, runtime_dir: Path) -> PrivateState:
@@ -41,7 +43,7 @@ class PrivateState:
         fd = os.open(backing, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
-            return cls(maps, volatile, boot_identity(fd))
+            return cls(maps, volatile, boot_identity(fd), Reserve(backing / PRIVATE_DIR / RESERVE_FILE))
         finally:
             os.close(fd)
 

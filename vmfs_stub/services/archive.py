@@ -310,7 +310,9 @@ class Archiver:
         path = self._private.durable_path(source.placeholder_id)
         nothing = bytes(-(-block_count(source.st.st_size) // 8))
         try:
-            DurableMap.create(self._files, path, header, nothing).close()
+            self._private.reserve.lend(
+                self._files, lambda: DurableMap.create(self._files, path, header, nothing).close()
+            )
         except OSError as exc:
             raise _primary_error(source.disk, "preparing its placeholder", exc) from exc
 
@@ -399,7 +401,8 @@ class Archiver:
         """The commit point.  From here on the file is a placeholder, whatever happens next: stat and open must know."""
         known = KnownPlaceholder(record, disk.label, record.mtime_ns)
         try:
-            self._files.call("archive.record", os.setxattr, disk.fd, PLACEHOLDER_XATTR, encode_record(record))
+            set_it = partial(os.setxattr, disk.fd, PLACEHOLDER_XATTR, encode_record(record))
+            self._private.reserve.lend(self._files, lambda: self._files.call("archive.record", set_it))
         except OSError:
             # A call that failed may have taken effect; what cannot be told counts as done, and the next start decides.
             try:

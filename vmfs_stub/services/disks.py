@@ -24,6 +24,7 @@ from vmfs_stub.primary.durable_map import MapState
 from vmfs_stub.primary.files import FileCalls, sync_filesystem
 from vmfs_stub.primary.placeholder import PlaceholderMaps, PrivateState, mark_removed, open_durable, take_up
 from vmfs_stub.primary.record import PlaceholderRecord
+from vmfs_stub.primary.tree import proc_path
 from vmfs_stub.services.disk import Caller, Disk
 from vmfs_stub.services.placeholder import Placeholder
 from vmfs_stub.services.placeholder_index import KnownPlaceholder, PlaceholderIndex, StatOverride, disk_label
@@ -350,8 +351,8 @@ class Disks:
         pin stays.  Raises OSError.
         """
         st = os.fstat(path_fd)
-        known = self.placeholders.get(st.st_ino)
         await self._win_over_reservation(st.st_ino)
+        known = self.placeholders.get(st.st_ino)
         if known is None or known.record is None or known.problem is not None or st.st_nlink > 1:
             return
         async with self._ino_lock(st.st_ino):
@@ -410,8 +411,12 @@ class Disks:
 
     def label(self, path_fd: int) -> str:
         """How messages name a file: its path below the backing directory, and so its VM."""
-        path = str(Path(f"/proc/self/fd/{path_fd}").readlink()).removeprefix(f"{self._backing}/")
-        return disk_label(path)
+        try:
+            path = str(Path(proc_path(path_fd)).readlink())
+        except OSError:
+            # Longer than a path may be; a guest's user can nest directories so.
+            return f"inode {os.fstat(path_fd).st_ino}, at a path that cannot be told"
+        return disk_label(path.removeprefix(f"{self._backing}/"))
 
     def get(self, ino: int) -> Disk | None:
         """The open disk of that inode, if it is open."""

@@ -74,15 +74,24 @@ class _Damaged(Exception):
 
 
 class ChunkIndex:
-    """Thread-safe; one per host and store.  ``path`` None keeps it in memory."""
+    """Thread-safe; one per host and store.  ``path`` None keeps it in memory.
 
-    def __init__(self, path: Path | None, store_id: StoreId) -> None:
+    With ``on_lost``, a file that cannot be used (no room, say) is told to that instead of raised, and nothing is known
+    of the store until a sync finds that it can be used again: less is deduplicated, and every backup still works.
+    """
+
+    def __init__(
+        self, path: Path | None, store_id: StoreId, *, on_lost: Callable[[NoSpace | PrimaryIOError], None] | None = None
+    ) -> None:
         """Open the file, or make it afresh when it is missing, damaged or another store's.
 
         Raises: PrimaryIOError, NoSpace.
         """
         self._path = path
         self._store_id = store_id
+        self._on_lost = on_lost
+        self._stands_in = False
+        """An empty index in memory stands in for the file."""
         self._lock = threading.RLock()
         self._database: sqlite3.Connection | None = None
         with self._lock:
@@ -138,6 +147,9 @@ class ChunkIndex:
 
         Raises: StoreUnavailable, StoreDenied, PrimaryIOError, NoSpace.
         """
+        with self._lock:
+            if self._stands_in and not self._took_up_file():
+                return SyncReport(0, 0, ())
         listed = {info.key for info in objects.list(INDEX)}
         nothing: set[str] = set()
         with self._lock:
@@ -147,6 +159,8 @@ class ChunkIndex:
         added = 0
         damaged: list[str] = []
         for key in sorted(listed - known):
+            if self._stands_in:
+                break  # it is small, and not for all that is in a store
             try:
                 packs = decode_index(objects.get(key, size_max=INDEX_SIZE_MAX), key)
             except ObjectMissing:
@@ -168,7 +182,13 @@ class ChunkIndex:
                 return action(database)
         except (sqlite3.Error, _Damaged) as exc:
             if not _is_damage(exc):
-                raise _foreign(exc, self._path) from exc
+                error = _foreign(exc, self._path)
+                if self._on_lost is None or self._stands_in:
+                    raise error from exc
+                self._on_lost(error)
+                self.close()
+                self._database, self._stands_in = _open(None, self._store_id), True
+                return rebuilt
             log.warning("chunk index %s is damaged (%s): it is made afresh", self._path, exc)
         self._remove()
         try:
@@ -177,14 +197,23 @@ class ChunkIndex:
             raise _foreign(exc, self._path) from exc
         return rebuilt
 
+    def _took_up_file(self) -> bool:
+        try:
+            database = _open(self._path, self._store_id)
+        except (sqlite3.Error, _Damaged):
+            return False
+        self.close()
+        self._database, self._stands_in = database, False
+        return True
+
     def _opened(self) -> sqlite3.Connection:
         if self._database is None:
-            self._database = _open(self._path, self._store_id)
+            self._database = _open(None if self._stands_in else self._path, self._store_id)
         return self._database
 
     def _remove(self) -> None:
         self.close()
-        if self._path is not None:
+        if self._path is not None and not self._stands_in:
             for suffix in ("", "-wal", "-shm", "-journal"):
                 with contextlib.suppress(FileNotFoundError):
                     self._path.with_name(self._path.name + suffix).unlink()
