@@ -18,12 +18,11 @@ import trio
 
 from vmfs_stub.catalog.catalog import Catalog
 from vmfs_stub.config import Config
-from vmfs_stub.control.jobs import JobProgress, Jobs, failure_info
+from vmfs_stub.control.jobs import JobProgress, Jobs, failed_outcome, one_by_one
 from vmfs_stub.control.messages import (
     DaemonStatus,
     DiskRow,
     DiskState,
-    ErrorInfo,
     Finding,
     JobInfo,
     JobKind,
@@ -355,17 +354,12 @@ class Datastore:
                 done += count
                 progress.update(done_bytes=min(done, total), total_bytes=total, doing=doing)
 
-            outcomes = [_failed(each.name, error_info(each.error)) for each in unread]
-            for vm in vms:
-                doing = f"{kind} of {vm.name}"
-                advance(0, doing)
-                try:
-                    outcomes.append(await step(vm, partial(advance, doing=doing)))
-                except InUse as exc:
-                    error = None if tolerant else error_info(exc)
-                    outcomes.append(VmOutcome(vm=vm.name, outcome="skipped", message=str(exc), error=error))
-                except Exception as exc:
-                    outcomes.append(_failed(vm.name, failure_info(f"{kind} of VM {vm.name}", exc)))
+            def reporting(vm: Vm) -> Callable[[int], None]:
+                advance(0, doing := f"{kind} of {vm.name}")
+                return partial(advance, doing=doing)
+
+            outcomes = [failed_outcome(each.name, error_info(each.error)) for each in unread]
+            outcomes += await one_by_one(kind, vms, lambda vm: step(vm, reporting(vm)), tolerant=tolerant)
             await self._threads.files(self._fill_reserve)
             await self._threads.files(memory.give_back)
             return JobReport(vms=outcomes)
@@ -393,10 +387,6 @@ class Datastore:
             await self._hydration.bring_back(path_fd, progress=progress)
         finally:
             os.close(path_fd)
-
-
-def _failed(vm: str, error: ErrorInfo) -> VmOutcome:
-    return VmOutcome(vm=vm, outcome="failed", message=error.message, error=error)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import stat
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -22,7 +23,7 @@ from pytest import RaisesExc, RaisesGroup
 
 from vmfs_stub.control import messages
 from vmfs_stub.control.client import ControlClient
-from vmfs_stub.control.jobs import JobProgress, open_jobs
+from vmfs_stub.control.jobs import JobProgress, one_by_one, open_jobs
 from vmfs_stub.control.metrics import Metrics
 from vmfs_stub.control.peer import Peer
 from vmfs_stub.control.server import open_control
@@ -301,3 +302,34 @@ async def test_what_is_not_our_daemon(socket_path: Path) -> None:
 
 def _tree(error: type[errors.VmfsStubError]) -> list[type[errors.VmfsStubError]]:
     return [error, *(leaf for child in error.__subclasses__() for leaf in _tree(child))]
+
+
+@dataclass(frozen=True)
+class FakeVm:
+    name: str
+
+
+@pytest.mark.parametrize("tolerant", [True, False])
+async def test_what_goes_wrong_with_one_vm_spoils_no_other(tolerant: bool, caplog: pytest.LogCaptureFixture) -> None:
+    raised = {
+        "bug": RuntimeError("what is this"),
+        "group": ExceptionGroup("several", [OSError(5, "broken")]),
+        "used": errors.InUse("in use"),
+        "full": errors.NoSpace("no room"),
+    }
+
+    async def step(vm: FakeVm) -> messages.VmOutcome:
+        await trio.lowlevel.checkpoint()
+        if vm.name in raised:
+            raise raised[vm.name]
+        return messages.VmOutcome(vm=vm.name, outcome="backed up")
+
+    vms = [FakeVm(name) for name in ("bug", "group", "used", "full", "good")]
+    found = {each.vm: each for each in await one_by_one("backup", vms, step, tolerant=tolerant)}
+    assert [each.outcome for each in found.values()] == ["failed", "failed", "skipped", "failed", "backed up"]
+    assert "RuntimeError: what is this; the daemon's log" in found["bug"].message
+    assert "OSError" in found["group"].message
+    assert found["full"].error == messages.ErrorInfo(error="NoSpace", message="no room")
+    assert (found["used"].error is None) == tolerant
+    tracebacks = [record.message for record in caplog.records if record.exc_info]
+    assert tracebacks == ["backup of VM bug failed unexpectedly", "backup of VM group failed unexpectedly"]

@@ -12,13 +12,13 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import trio
 
-from vmfs_stub.control.messages import ErrorInfo, JobInfo, JobKind, JobReport, Progress, error_info
+from vmfs_stub.control.messages import ErrorInfo, JobInfo, JobKind, JobReport, Progress, VmOutcome, error_info
 from vmfs_stub.control.peer import Peer
-from vmfs_stub.core.errors import NotFound, Refused, VmfsStubError
+from vmfs_stub.core.errors import InUse, NotFound, Refused, VmfsStubError
 from vmfs_stub.core.groups import unwrapped
 from vmfs_stub.core.ids import JobId
 
@@ -167,6 +167,40 @@ def failure_info(what: str, error: Exception) -> ErrorInfo:
         error=VmfsStubError.__name__,
         message=f"unexpected {type(cause).__name__}: {cause}; the daemon's log has the traceback",
     )
+
+
+class Named(Protocol):
+    """What a job does something with."""
+
+    @property
+    def name(self) -> str: ...
+
+
+V = TypeVar("V", bound=Named)
+
+
+async def one_by_one(
+    kind: JobKind, vms: Sequence[V], step: Callable[[V], Awaitable[VmOutcome]], *, tolerant: bool
+) -> list[VmOutcome]:
+    """Run ``step`` for one VM after the other; what goes wrong with one, whatever it is, spoils no other's turn.
+
+    ``tolerant`` when a VM that is in use is skipped without that being an error.
+    """
+    outcomes = []
+    for vm in vms:
+        try:
+            outcomes.append(await step(vm))
+        except InUse as exc:
+            error = None if tolerant else error_info(exc)
+            outcomes.append(VmOutcome(vm=vm.name, outcome="skipped", message=str(exc), error=error))
+        except Exception as exc:
+            outcomes.append(failed_outcome(vm.name, failure_info(f"{kind} of VM {vm.name}", exc)))
+    return outcomes
+
+
+def failed_outcome(vm: str, error: ErrorInfo) -> VmOutcome:
+    """What to report of a VM with which the job failed."""
+    return VmOutcome(vm=vm, outcome="failed", message=error.message, error=error)
 
 
 @asynccontextmanager
