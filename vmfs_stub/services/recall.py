@@ -52,9 +52,13 @@ The kernel repeats a buffered read that failed as a read-ahead; with a second wa
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """One chunk on its way; ``error`` is set before ``landed`` when it did not arrive."""
+    """One chunk on its way; ``error`` is set before ``landed`` when it did not arrive.
+
+    ``waiting`` counts those who wait for it.
+    """
 
     landed: trio.Event = field(default_factory=trio.Event)
+    waiting: int = 0
     error: VmfsStubError | None = None
 
     def land(self, error: VmfsStubError | None = None) -> None:
@@ -163,7 +167,13 @@ class RecallService:
         placeholder.check()
         flights = self._take_off(placeholder, chunks, demand=demand)
         for flight in flights:
-            await flight.landed.wait()
+            flight.waiting += 1
+        try:
+            for flight in flights:
+                await flight.landed.wait()
+        finally:
+            for flight in flights:
+                flight.waiting -= 1
         for flight in flights:
             if flight.error is not None:
                 raise flight.error
@@ -242,6 +252,9 @@ class RecallService:
     async def _fetch(self, placeholder: Placeholder, fetch: Fetch, flights: dict[int, Flight], demand: bool) -> None:
         with self._outcome(placeholder, [flights[chunk] for chunk in fetch.chunks]):
             async with self._slots:
+                if not any(flights[chunk].waiting for chunk in fetch.chunks):
+                    # Its readers gave up while it waited for its turn: a store that hangs must not leave a queue.
+                    raise self._timeout(placeholder)
                 try:
                     raws = await self._threads.store(self._store.fetch, fetch.frames)
                 except (IntegrityError, ObjectMissing):
