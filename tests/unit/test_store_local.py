@@ -136,8 +136,8 @@ def test_the_check_finds_a_sync_that_is_left_out(
             journal.events.append(("fsync", path))
         real(fd)
 
-    with journal.recording():
-        monkeypatch.setattr(os, "fsync", forgetful)
+    with journal.recording(), monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", forgetful)
         objects.put(KEY, b"bytes")
     assert not_durable(journal.events, KEY)
 
