@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vmfs_stub.core.errors import ObjectMissing, StoreError, VmfsStubError
+from vmfs_stub.core.errors import ObjectMissing, RecallError, StoreError, VmfsStubError
 
 FINDINGS_MAX = 1000
 
@@ -31,7 +31,7 @@ class Findings:
         """Remember an error; what a store that is away does may pass, damaged or lost data does not."""
         if len(self._findings) >= FINDINGS_MAX:
             self._findings.pop(next(iter(self._findings)))
-        may_pass = isinstance(error, StoreError) and not isinstance(error, ObjectMissing)
+        may_pass = isinstance(error, (StoreError, RecallError)) and not isinstance(error, ObjectMissing)
         self._findings[subject, type(error)] = Finding(subject, error, is_problem=not may_pass)
 
     def all(self) -> list[Finding]:
