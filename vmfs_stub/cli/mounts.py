@@ -64,10 +64,11 @@ def is_dead(path: Path) -> bool:
 
 
 def mount_of(path: Path) -> Mount:
-    """The mount that ``path`` (absolute, no symlinks) lies on."""
+    """The mount that ``path`` (absolute, no symlinks) lies on; of unknown type in a chroot that is no mount."""
     return max(
         (mount for mount in mounts() if path.is_relative_to(mount.mountpoint)),
         key=lambda mount: len(mount.mountpoint.parts),
+        default=Mount(Path("/"), "unknown"),
     )
 
 

@@ -254,7 +254,9 @@ class RecallService:
             async with self._slots:
                 if not any(flights[chunk].waiting for chunk in fetch.chunks):
                     # Its readers gave up while it waited for its turn: a store that hangs must not leave a queue.
-                    raise self._timeout(placeholder)
+                    for chunk in fetch.chunks:
+                        flights[chunk].land(self._timeout(placeholder))
+                    return
                 try:
                     raws = await self._threads.store(self._store.fetch, fetch.frames)
                 except (IntegrityError, ObjectMissing):
