@@ -15,8 +15,8 @@ from vmfs_stub.core.errors import IdentityMismatch
 from vmfs_stub.core.names import PLACEHOLDER_XATTR
 from vmfs_stub.primary import placeholder as primary_placeholder
 from vmfs_stub.services import recovery
-from vmfs_stub.services.archive import Archiver
 from vmfs_stub.services.placeholder import Placeholder
+from vmfs_stub.services.placeholder_maker import PlaceholderMaker
 
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 Patch = pytest.MonkeyPatch
@@ -36,7 +36,7 @@ def remove_map_before_record(patch: Patch) -> None:
 
 def take_back_what_is_committed(patch: Patch) -> None:
     """After a failure, remove map and pin also of what is a placeholder by now."""
-    patch.setattr(Archiver, "_may_be_placeholder", lambda self, source: False)
+    patch.setattr(PlaceholderMaker, "may_be_placeholder", lambda self, source: False)
 
 
 def leave_replaced_maps(patch: Patch) -> None:

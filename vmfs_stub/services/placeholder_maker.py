@@ -1,0 +1,192 @@
+"""Making one placeholder of one reserved file, in the steps that `archive` lists: prepared, record, map committed.
+
+The commit point is one extended attribute, the record: before it the file is as it was, after it a placeholder.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from contextlib import AsyncExitStack
+from functools import partial
+
+from vmfs_stub.core.chunking import BLOCK_SIZE
+from vmfs_stub.core.errors import Abandoned, NoSpace, PrimaryIOError, VmfsStubError
+from vmfs_stub.core.ids import PointId
+from vmfs_stub.core.names import PLACEHOLDER_XATTR
+from vmfs_stub.core.residency import block_count, set_range
+from vmfs_stub.inventory.vm import Vm
+from vmfs_stub.primary.durable_map import DurableMap, MapHeader, MapState, pages_of
+from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.primary.identity import inode_identity
+from vmfs_stub.primary.placeholder import PrivateState, take_up
+from vmfs_stub.primary.record import PlaceholderRecord, encode_record, read_record
+from vmfs_stub.services.disk import Disk
+from vmfs_stub.services.disks import Disks
+from vmfs_stub.services.placeholder_index import KnownPlaceholder
+from vmfs_stub.services.recall import RecallService
+from vmfs_stub.services.retirement import Ended, Retirement
+from vmfs_stub.services.sources import Source
+from vmfs_stub.services.threads import Threads
+from vmfs_stub.store.store import Store
+
+log = logging.getLogger(__name__)
+
+
+class PlaceholderMaker:
+    """Makes placeholders; the ends of a disk (``resident_head_bytes``, ``resident_tail_bytes``) stay where they are."""
+
+    def __init__(
+        self,
+        *,
+        files: FileCalls,
+        threads: Threads,
+        recall: RecallService,
+        retirement: Retirement,
+        disks: Disks,
+        store: Store,
+        private: PrivateState,
+        resident_head_bytes: int,
+        resident_tail_bytes: int,
+    ) -> None:
+        self._files = files
+        self._threads = threads
+        self._recall = recall
+        self._retirement = retirement
+        self._disks = disks
+        self._store = store
+        self._private = private
+        self._resident_head_bytes = resident_head_bytes
+        self._resident_tail_bytes = resident_tail_bytes
+
+    def prepare(self, vm: Vm, source: Source, point_id: PointId) -> None:
+        """Step 3: note durably that a pin of this placeholder is about to be made.  Blocking; raises PrimaryError."""
+        assert source.placeholder_id is not None
+        header = MapHeader(
+            placeholder_id=source.placeholder_id,
+            vm_id=vm.id,
+            point_id=point_id,
+            identity=inode_identity(source.disk.fd),
+            state=MapState.PREPARED,
+            size=source.st.st_size,
+            chunk_size=self._store.chunk_size,
+            archived_limit=source.st.st_size,
+        )
+        path = self._private.durable_path(source.placeholder_id)
+        nothing = bytes(-(-block_count(source.st.st_size) // 8))
+        try:
+            self._private.reserve.lend(
+                self._files, lambda: DurableMap.create(self._files, path, header, nothing).close()
+            )
+        except OSError as exc:
+            raise _primary_error(source.disk, "preparing its placeholder", exc) from exc
+
+    def may_be_placeholder(self, source: Source) -> bool:
+        """Whether the record was set, or may have been: its pin and map must then stay."""
+        known = self._disks.placeholders.get(source.disk.ino)
+        return known is not None and known.record is not None and known.record.placeholder_id == source.placeholder_id
+
+    async def make(self, vm: Vm, source: Source, file_index: int, point_id: PointId) -> Disk:
+        """Steps 4 and 5: the placeholder is open then, with absent blocks to punch and one `let_go` owed.
+
+        Raises Abandoned when somebody opened or changed the file: it stays as it is; IntegrityError, PrimaryError.
+        """
+        disk, before = source.disk, source.disk.placeholder
+        assert source.placeholder_id is not None
+        identity = inode_identity(disk.fd)
+        record = PlaceholderRecord(
+            placeholder_id=source.placeholder_id,
+            store_id=self._store.id,
+            vm_id=vm.id,
+            point_id=point_id,
+            file_index=file_index,
+            size=source.st.st_size,
+            mtime_ns=source.mtime_ns,
+            archived_ns=time.time_ns(),
+            filesystem=identity.filesystem,
+            ino=identity.ino,
+            generation=identity.generation,
+            replaces=None if before is None else before.maps.record.placeholder_id,
+        )
+        async with AsyncExitStack() as stack:
+            if before is not None:
+                # A fill that is under way ends first: it would write over what a guest writes to the new placeholder.
+                is_superseded = partial(self.may_be_placeholder, source)
+                await stack.enter_async_context(before.superseding(is_superseded=is_superseded))
+            bits = self._resident_bits(disk, record.size)
+            try:
+                await self._threads.files(self._commit, source, record, bits)
+                maps = await self._threads.files(take_up, self._files, disk.fd, self._private, label=disk.label)
+            except OSError as exc:
+                raise _primary_error(disk, "making its placeholder", exc) from exc
+        assert maps is not None
+        self._disks.attach(disk, maps)
+        if before is not None:
+            old = before.maps.record
+            self._recall.forget(before)
+            await self._retirement.retire(Ended(old.placeholder_id, old.vm_id, old.point_id))
+        log.info("%s: is a placeholder of restore point %s now", disk.label, point_id)
+        return self._disks.open_reserved(source.reservation)
+
+    def _resident_bits(self, disk: Disk, size: int) -> bytes:
+        """Which blocks stay: the ends of the disk, as far as they are here."""
+        count = block_count(size)
+        bits = bytearray(-(-count // 8))
+        head = min(count, -(-self._resident_head_bytes // BLOCK_SIZE))
+        tail = max(0, count - -(-self._resident_tail_bytes // BLOCK_SIZE))
+        for first, end in ((0, head), (tail, count)):
+            if disk.placeholder is None or disk.placeholder.is_resident(first * BLOCK_SIZE, (end - first) * BLOCK_SIZE):
+                set_range(bits, first, end)
+        return bytes(bits)
+
+    def _commit(self, source: Source, record: PlaceholderRecord, bits: bytes) -> None:
+        """Steps 4 and 5, and the map *committed*; what fails before the record is set is undone by the caller.
+
+        Raises OSError, Abandoned, CorruptMap.
+        """
+        disk = source.disk
+        if disk.placeholder is not None:
+            # What the copy has recalled is not durable yet, and the new map is about to say that it is here.
+            try:
+                self._files.call("archive.sync", os.fdatasync, disk.fd)
+            except OSError as exc:
+                raise disk.placeholder.freeze(exc) from exc
+        path = self._private.durable_path(record.placeholder_id)
+        durable = DurableMap.open(self._files, path, label=disk.label)
+        try:
+            if any(bits):
+                durable.update(pages_of(bits), durable.header)
+            st = disk.fstat()
+            same = (st.st_size, st.st_mtime_ns) == (source.st.st_size, source.st.st_mtime_ns)
+            if not source.reservation.is_intact or not (same or disk.placeholder is not None):
+                raise Abandoned(f"{disk.label}: was opened or changed during the backup; it stays as it is")
+            self._set_record(disk, record)
+            self._files.call("archive.record_sync", os.fsync, disk.fd)
+            durable.set_state(MapState.COMMITTED)
+        finally:
+            durable.close()
+
+    def _set_record(self, disk: Disk, record: PlaceholderRecord) -> None:
+        """The commit point.  From here on the file is a placeholder, whatever happens next: stat and open must know."""
+        known = KnownPlaceholder(record, disk.label, record.mtime_ns)
+        try:
+            set_it = partial(os.setxattr, disk.fd, PLACEHOLDER_XATTR, encode_record(record))
+            self._private.reserve.lend(self._files, lambda: self._files.call("archive.record", set_it))
+        except OSError:
+            # A call that failed may have taken effect; what cannot be told counts as done, and the next start decides.
+            try:
+                found = read_record(self._files, "archive.record_check", disk.fd, label=disk.label)
+            except (OSError, VmfsStubError):
+                found = record
+            if found == record:
+                self._disks.placeholders.add(disk.ino, known)
+            raise
+        self._disks.placeholders.add(disk.ino, known)
+
+
+def _primary_error(disk: Disk, doing: str, exc: OSError) -> VmfsStubError:
+    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(f"{disk.label}: {doing} failed: the backing filesystem is full")
+    return PrimaryIOError(f"{disk.label}: {doing} failed: {exc.strerror}")

@@ -1,0 +1,147 @@
+"""The files of one VM, reserved for a backup: the VM is the one meant, nobody has them open, their data is synced."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from vmfs_stub.core.errors import Abandoned, PrimaryIOError
+from vmfs_stub.core.ids import PlaceholderId
+from vmfs_stub.core.names import printable
+from vmfs_stub.inventory.identity import read_vm_id
+from vmfs_stub.inventory.vm import Vm, VmFile
+from vmfs_stub.primary.durable_map import map_bytes
+from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.primary.tree import open_beneath
+from vmfs_stub.services.disk import Disk
+from vmfs_stub.services.disks import Disks
+from vmfs_stub.services.reservation import Reservation
+from vmfs_stub.services.stored_files import public_xattrs
+from vmfs_stub.services.threads import Threads
+
+MAP_BYTES_CHEAP = 1 << 20
+"""A map of this size (of a disk of 15 GiB) is never a reason against a placeholder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One reserved file, and what it looked like when it was reserved; ``names`` are relative to the VM.
+
+    ``placeholder_id`` is that of the placeholder that it is to become; None when it stays as it is.
+    """
+
+    file: VmFile
+    names: tuple[str, ...]
+    reservation: Reservation
+    st: os.stat_result
+    mtime_ns: int
+    xattrs: dict[str, bytes]
+    placeholder_id: PlaceholderId | None
+
+    @property
+    def disk(self) -> Disk:
+        return self.reservation.disk
+
+
+class Sources:
+    """Reserves the files of VMs, and sees that they are still those that were reserved."""
+
+    def __init__(
+        self, *, files: FileCalls, threads: Threads, disks: Disks, backing: Path, placeholder_bytes_min: int
+    ) -> None:
+        self._files = files
+        self._threads = threads
+        self._disks = disks
+        self._backing = backing
+        self._placeholder_bytes_min = placeholder_bytes_min
+
+    async def reserve(self, vm: Vm, scope: trio.CancelScope, stack: AsyncExitStack, *, archive: bool) -> list[Source]:
+        """Reserve every file of ``vm`` until ``stack`` ends; ``scope`` is cancelled when an open wins.
+
+        Raises InUse, Abandoned (the VM is not what it was when the job began), PrimaryError.
+        """
+        sources = []
+        backing_fd = os.open(self._backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            await self._threads.files(_check_same_vm, vm, backing_fd)
+            for files in _by_inode(vm.files):
+                file = files[0]
+                path_fd = await self._threads.files(open_beneath, backing_fd, file.path)
+                try:
+                    if os.fstat(path_fd).st_ino != file.ino:
+                        raise Abandoned(
+                            f"VM {vm.name}: {printable(file.path)} was replaced since the job began; run it again"
+                        )
+                    reservation = await stack.enter_async_context(self._disks.reserve(path_fd, scope))
+                finally:
+                    os.close(path_fd)
+                placeholder = reservation.disk.placeholder
+                if placeholder is not None:
+                    await placeholder.sync()
+                sources.append(await self._threads.files(self._source, files, reservation, archive))
+        except OSError as exc:
+            raise PrimaryIOError(f"VM {vm.name}: cannot open its files: {exc}") from exc
+        finally:
+            os.close(backing_fd)
+        return sources
+
+    def _source(self, files: Sequence[VmFile], reservation: Reservation, archive: bool) -> Source:
+        disk = reservation.disk
+        if disk.placeholder is None:
+            self._files.call("archive.sync", os.fdatasync, disk.fd)
+        st = disk.fstat()
+        mtime_ns = st.st_mtime_ns if disk.placeholder is None else disk.placeholder.mtime_ns
+        becomes_placeholder = archive and (disk.placeholder is not None or self._is_worth_it(st))
+        placeholder_id = PlaceholderId(secrets.token_hex(16)) if becomes_placeholder else None
+        names = tuple(file.relative for file in files)
+        return Source(files[0], names, reservation, st, mtime_ns, public_xattrs(disk.fd), placeholder_id)
+
+    def _is_worth_it(self, st: os.stat_result) -> bool:
+        """Whether a placeholder frees more than it costs: a huge file of holes needs a map and has nothing to give."""
+        cost_bytes = map_bytes(st.st_size)
+        costs_more = cost_bytes > MAP_BYTES_CHEAP and cost_bytes > st.st_blocks * 512
+        return st.st_size >= self._placeholder_bytes_min and not costs_more
+
+    async def check_unchanged(self, vm: Vm, sources: Sequence[Source]) -> None:
+        """See that nobody has opened a file since, and that the VM is where it was.  Raises Abandoned."""
+        for source in sources:
+            if not source.reservation.is_intact:
+                raise Abandoned(f"VM {vm.name}: {source.file.path} was opened during the backup; nothing was changed")
+        await self._threads.files(self._check_still_same_vm, vm)
+
+    def _check_still_same_vm(self, vm: Vm) -> None:
+        backing_fd = os.open(self._backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _check_same_vm(vm, backing_fd)
+        finally:
+            os.close(backing_fd)
+
+
+def _check_same_vm(vm: Vm, backing_fd: int) -> None:
+    """See that the VM is where it was found: its users can rename it, and put another one in its place.
+
+    Raises Abandoned.
+    """
+    try:
+        path_fd = open_beneath(backing_fd, vm.path)
+    except OSError as exc:
+        raise Abandoned(f"VM {vm.name} was renamed or removed since the job began; run it again") from exc
+    try:
+        if read_vm_id(path_fd) != vm.id:
+            raise Abandoned(f"VM {vm.name}: another VM has its name since the job began; run it again")
+    finally:
+        os.close(path_fd)
+
+
+def _by_inode(files: Sequence[VmFile]) -> list[list[VmFile]]:
+    """The files of a VM, those that are names of one inode together."""
+    found: dict[int, list[VmFile]] = {}
+    for file in files:
+        found.setdefault(file.ino, []).append(file)
+    return list(found.values())
