@@ -79,6 +79,7 @@ def connect_services(
         private=private,
         backing=backing,
         placeholders=placeholders,
+        on_damage=findings.add,
     )
     hydration = HydrationService(
         nursery=nursery,
@@ -90,7 +91,6 @@ def connect_services(
         free_floor_percent=settings.free_floor_percent,
     )
     disks.on_recall = hydration.after_read
-    disks.on_damage = findings.add
     archiver = Archiver(
         files=files,
         threads=threads,

@@ -19,27 +19,27 @@ from pathlib import Path
 
 import trio
 
-from vmfs_stub.core.errors import IntegrityError, InUse, PrimaryIOError, RecordMissing, UnknownFormat, VmfsStubError
-from vmfs_stub.primary.durable_map import MapState
-from vmfs_stub.primary.files import FileCalls, sync_filesystem
-from vmfs_stub.primary.placeholder import PlaceholderMaps, PrivateState, mark_removed, open_durable, take_up
-from vmfs_stub.primary.record import PlaceholderRecord
-from vmfs_stub.primary.tree import proc_path
+from vmfs_stub.core.errors import InUse, VmfsStubError
+from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.primary.placeholder import PlaceholderMaps, PrivateState
 from vmfs_stub.services.disk import Caller, Disk
-from vmfs_stub.services.placeholder import Placeholder
-from vmfs_stub.services.placeholder_index import KnownPlaceholder, PlaceholderIndex, StatOverride, disk_label
+from vmfs_stub.services.disk_closer import DiskCloser
+from vmfs_stub.services.disk_opener import DiskOpener
+from vmfs_stub.services.placeholder_index import PlaceholderIndex, StatOverride
 from vmfs_stub.services.recall import RecallService
+from vmfs_stub.services.removals import Removals
 from vmfs_stub.services.reservation import Reservation, give_up_lease, take_lease
-from vmfs_stub.services.retirement import Ended, Retirement
+from vmfs_stub.services.retirement import Retirement
 from vmfs_stub.services.threads import Threads
 
 log = logging.getLogger(__name__)
 
-_DAMAGE = (IntegrityError, UnknownFormat)
-
 
 class Disks:
-    """The registry of open disks."""
+    """The registry of open disks.
+
+    ``on_damage`` is called with a disk's label when what belongs to it is damaged, so that it cannot be opened.
+    """
 
     def __init__(
         self,
@@ -51,26 +51,52 @@ class Disks:
         private: PrivateState,
         backing: Path,
         placeholders: PlaceholderIndex,
+        on_damage: Callable[[str, VmfsStubError], None],
     ) -> None:
         self._files = files
         self._threads = threads
-        self._recall = recall
-        self._retirement = retirement
-        self._private = private
-        self._backing = backing
         self.placeholders = placeholders
         self._open: dict[int, Disk] = {}
         self._reservations: dict[int, Reservation] = {}
         self._ino_locks: dict[int, trio.Lock] = {}
-        self._states_before: dict[int, MapState] = {}
-        self.on_recall: Callable[[Disk], None] | None = None
+        self.on_recall: Callable[[Disk], None] = lambda disk: None
         """What every disk calls after a guest's read had to recall something; hydration sets it."""
-        self.on_damage: Callable[[str, VmfsStubError], None] | None = None
-        """Called with a disk's label when what belongs to it is damaged, so that it cannot be opened."""
         self.on_open: Callable[[Disk, Caller], None] | None = None
         """Called when somebody opened a disk through the mount."""
         self.attributes_changed: Callable[[int], object] = lambda ino: None
         """Called with an inode number when stat of it changes without a request that changes it; the mount sets it."""
+        self._opener = DiskOpener(
+            files=files,
+            threads=threads,
+            recall=recall,
+            retirement=retirement,
+            private=private,
+            backing=backing,
+            placeholders=placeholders,
+            on_recall=self._recalled,
+            on_damage=on_damage,
+        )
+        self._closer = DiskCloser(
+            recall=recall,
+            retirement=retirement,
+            placeholders=placeholders,
+            attributes_changed=self._changed,
+        )
+        self._removals = Removals(
+            files=files,
+            threads=threads,
+            retirement=retirement,
+            private=private,
+            placeholders=placeholders,
+            opened=self.get,
+            ino_lock=self._ino_lock,
+        )
+
+    def _recalled(self, disk: Disk) -> None:
+        self.on_recall(disk)
+
+    def _changed(self, ino: int) -> None:
+        self.attributes_changed(ino)
 
     # Opening and closing
 
@@ -108,7 +134,7 @@ class Disks:
                     continue
                 disk = self._open.get(ino)
                 if disk is None:
-                    disk = self._open[ino] = await self._load(path_fd)
+                    disk = self._open[ino] = await self._opener.open(path_fd)
                 disk.open_count += guests
                 disk.kept += kept
             return disk
@@ -119,7 +145,7 @@ class Disks:
                 disk.open_count -= guests
                 disk.kept -= kept
                 if disk.open_count + disk.kept == 0 and self._open.pop(disk.ino, None) is not None:
-                    await self._close(disk)
+                    await self._closer.close(disk)
 
     async def _win_over_reservation(self, ino: int) -> None:
         reservation = self._reservations.get(ino)
@@ -136,137 +162,16 @@ class Disks:
         if not lock.locked() and ino not in self._open:
             self._ino_locks.pop(ino, None)
 
-    async def _load(self, path_fd: int) -> Disk:
-        label = self.label(path_fd)
-        try:
-            return await self._load_intact(path_fd, label)
-        except _DAMAGE as exc:
-            log.error("%s", exc)  # noqa: TRY400 - the message says all that an operator can use
-            if self.on_damage is not None:
-                self.on_damage(label, exc)
-            raise
-
-    async def _load_intact(self, path_fd: int, label: str) -> Disk:
-        fd, writable, maps = await self._threads.files(self._open_backing, path_fd, label)
-        try:
-            disk = Disk(
-                files=self._files, threads=self._threads, recall=self._recall, fd=fd, label=label, writable=writable
-            )
-            if maps is None:
-                await self._forget_graduated(disk)
-            self._compare_with_index(disk, maps)
-        except BaseException:
-            if maps is not None:
-                maps.live.close(discard=False)
-                maps.durable.close()
-            os.close(fd)
-            raise
-        if maps is not None:
-            self.attach(disk, maps)
-        return disk
-
-    def _open_backing(self, path_fd: int, label: str) -> tuple[int, bool, PlaceholderMaps | None]:
-        path, writable = f"/proc/self/fd/{path_fd}", True
-        try:
-            fd = self._files.call("open.file", os.open, path, os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY)
-        except OSError as exc:
-            if exc.errno not in (errno.EROFS, errno.EPERM, errno.ETXTBSY, errno.EACCES):
-                raise
-            # An immutable file or one that is being executed: it can still be read.
-            writable = False
-            fd = self._files.call("open.file", os.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
-        try:
-            return fd, writable, take_up(self._files, fd, self._private, label=label)
-        except BaseException:
-            os.close(fd)
-            raise
-
-    async def _forget_graduated(self, disk: Disk) -> None:
-        """A graduation that failed after the record went is finished by the next opening."""
-        known = self.placeholders.get(disk.ino)
-        if known is None or known.record is None or known.problem is not None:
-            return
-        record = known.record
-        if await self._threads.files(self._is_graduated, disk, record):
-            self.placeholders.remove(disk.ino)
-            await self._retirement.retire(Ended(record.placeholder_id, record.vm_id, record.point_id))
-
-    def _is_graduated(self, disk: Disk, record: PlaceholderRecord) -> bool:
-        durable = open_durable(self._files, self._private, record, label=disk.label)
-        durable.close()
-        if durable.header.state != MapState.GRADUATING:
-            return False
-        self._files.call("graduate.sync", os.fsync, disk.fd)
-        return True
-
-    def _compare_with_index(self, disk: Disk, maps: PlaceholderMaps | None) -> None:
-        known = self.placeholders.get(disk.ino)
-        if known is not None and maps is None:
-            raise known.problem or RecordMissing(
-                f"{disk.label}: its placeholder record is gone, so that its absent blocks would read as zeros; "
-                "the restore point is untouched (`vmfs-stub restore`)"
-            )
-        if maps is not None and not disk.writable:
-            raise PrimaryIOError(f"{disk.label}: is a placeholder, but its backing file cannot be opened for writing")
-
-    def attach(self, disk: Disk, maps: PlaceholderMaps) -> None:
-        """Make ``disk`` the placeholder whose maps these are."""
-        disk.placeholder = Placeholder(
-            files=self._files, threads=self._threads, fd=disk.fd, maps=maps, label=disk.label
-        )
-        if self.on_recall is not None:
-            disk.on_recall = self.on_recall
-        mtime_ns = maps.live.guest_mtime_ns or maps.record.mtime_ns
-        self.placeholders.add(disk.ino, KnownPlaceholder(maps.record, disk.label, mtime_ns))
-
-    async def _close(self, disk: Disk) -> None:
-        placeholder = disk.placeholder
-        try:
-            if placeholder is not None and not placeholder.ended:
-                if not placeholder.is_frozen and placeholder.next_absent(0) is None and disk.fstat().st_nlink:
-                    await self._graduate_at_end(disk)
-                if not placeholder.ended:
-                    await self._lay_down(disk, placeholder)
-        except (VmfsStubError, OSError):
-            # The volatile map stays for the next opening, which refuses it when it is frozen.
-            log.exception("%s: could not be closed cleanly", disk.label)
-        finally:
-            os.close(disk.fd)
-
-    async def _graduate_at_end(self, disk: Disk) -> None:
-        try:
-            await self.graduate(disk)
-        except (VmfsStubError, OSError):
-            log.exception("%s: could not be made an ordinary file; the next opening tries again", disk.label)
-
-    async def _lay_down(self, disk: Disk, placeholder: Placeholder) -> None:
-        record, removed = placeholder.maps.record, disk.fstat().st_nlink == 0
-        self._recall.forget(placeholder)
-        known = self.placeholders.get(disk.ino)
-        if known is not None:
-            known.mtime_ns = placeholder.mtime_ns
-        await placeholder.lay_down()
-        if removed:
-            self.placeholders.remove(disk.ino)
-            await self._retirement.retire(Ended(record.placeholder_id, record.vm_id, record.point_id))
-
     async def graduate(self, disk: Disk) -> None:
         """Turn a wholly resident placeholder into an ordinary file, with nothing left behind.
 
         Raises MapFrozen, OSError.
         """
-        placeholder = disk.placeholder
-        if placeholder is None:
-            return
-        record = placeholder.maps.record
-        if not await placeholder.graduate():
-            return
-        disk.placeholder = None
-        self.placeholders.remove(disk.ino)
-        self._recall.forget(placeholder)
-        self.attributes_changed(disk.ino)
-        log.info("%s: is an ordinary file again", disk.label)
-        await self._retirement.retire(Ended(record.placeholder_id, record.vm_id, record.point_id))
+        await self._closer.graduate(disk)
+
+    def attach(self, disk: Disk, maps: PlaceholderMaps) -> None:
+        """Make ``disk`` the placeholder whose maps these are."""
+        self._opener.attach(disk, maps)
 
     # Reservations
 
@@ -279,12 +184,12 @@ class Disks:
         ino = os.fstat(path_fd).st_ino
         async with self._ino_lock(ino):
             if ino in self._open or ino in self._reservations:
-                raise InUse(f"{self.label(path_fd)} is open; shut the VM down first")
-            disk = await self._load(path_fd)
+                raise InUse(f"{self._opener.label(path_fd)} is open; shut the VM down first")
+            disk = await self._opener.open(path_fd)
             try:
                 take_lease(disk)
             except BaseException:
-                await self._close(disk)
+                await self._closer.close(disk)
                 raise
             reservation = self._reservations[ino] = Reservation(disk, scope)
         try:
@@ -298,7 +203,7 @@ class Disks:
         async with self._ino_lock(ino):
             if self._reservations.pop(ino, None) is not None:
                 give_up_lease(reservation.disk)
-                await self._close(reservation.disk)
+                await self._closer.close(reservation.disk)
             reservation.ended.set()
 
     def open_reserved(self, reservation: Reservation) -> Disk:
@@ -352,71 +257,13 @@ class Disks:
         """
         st = os.fstat(path_fd)
         await self._win_over_reservation(st.st_ino)
-        known = self.placeholders.get(st.st_ino)
-        if known is None or known.record is None or known.problem is not None or st.st_nlink > 1:
-            return
-        async with self._ino_lock(st.st_ino):
-            disk = self._open.get(st.st_ino)
-            if disk is not None and disk.placeholder is not None:
-                self._states_before[st.st_ino] = disk.placeholder.maps.durable.header.state
-                await disk.placeholder.set_state(MapState.REMOVED)
-            elif disk is None:
-                try:
-                    self._states_before[st.st_ino] = await self._threads.files(
-                        mark_removed, self._files, self._private, known.record, label=known.label
-                    )
-                except _DAMAGE as exc:
-                    log.warning("%s; it is removed all the same, its restore point stays", exc)
+        await self._removals.removing(st)
 
     async def removed(self, path_fd: int) -> None:
         """After the attempt: if the file is gone and closed, its placeholder ends; if not, it is as before."""
-        st = os.fstat(path_fd)
-        before = self._states_before.pop(st.st_ino, None)
-        known = self.placeholders.get(st.st_ino)
-        if before is None or known is None or known.record is None:
-            if known is not None and st.st_nlink == 0 and st.st_ino not in self._open:
-                self.placeholders.remove(st.st_ino)  # a new file may have this number next
-            return
-        record = known.record
-        async with self._ino_lock(st.st_ino):
-            disk = self._open.get(st.st_ino)
-            if st.st_nlink:
-                await self._unmark(disk, known, before)
-            elif disk is None:
-                self.placeholders.remove(st.st_ino)
-                # O_PATH descriptors cannot be synced: the maps lie on the same filesystem.
-                await self._threads.files(self._sync_filesystem)
-                await self._retirement.retire(Ended(record.placeholder_id, record.vm_id, record.point_id))
-
-    def _sync_filesystem(self) -> None:
-        fd = os.open(self._private.maps, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            self._files.call("remove.sync", sync_filesystem, fd)
-        finally:
-            os.close(fd)
-
-    async def _unmark(self, disk: Disk | None, known: KnownPlaceholder, before: MapState) -> None:
-        if disk is not None and disk.placeholder is not None:
-            await disk.placeholder.set_state(before)
-        elif known.record is not None:
-            durable = await self._threads.files(
-                open_durable, self._files, self._private, known.record, label=known.label
-            )
-            try:
-                await self._threads.files(durable.set_state, before)
-            finally:
-                durable.close()
+        await self._removals.removed(os.fstat(path_fd))
 
     # Looking around
-
-    def label(self, path_fd: int) -> str:
-        """How messages name a file: its path below the backing directory, and so its VM."""
-        try:
-            path = str(Path(proc_path(path_fd)).readlink())
-        except OSError:
-            # Longer than a path may be; a guest's user can nest directories so.
-            return f"inode {os.fstat(path_fd).st_ino}, at a path that cannot be told"
-        return disk_label(path.removeprefix(f"{self._backing}/"))
 
     def get(self, ino: int) -> Disk | None:
         """The open disk of that inode, if it is open."""
@@ -441,4 +288,4 @@ class Disks:
         for disk in list(self._open.values()):
             async with self._ino_lock(disk.ino):
                 if self._open.pop(disk.ino, None) is not None:
-                    await self._close(disk)
+                    await self._closer.close(disk)
