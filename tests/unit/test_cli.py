@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -18,14 +17,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from vmfs_stub.cli import host_checks, mounts
+from vmfs_stub.cli import host_checks
 from vmfs_stub.cli import main as cli
 from vmfs_stub.cli.exit_codes import ExitCode
-from vmfs_stub.cli.inode_flags import is_immutable, set_immutable
 from vmfs_stub.cli.output import bytes_text
 from vmfs_stub.config import load_config
 from vmfs_stub.control.client import ControlClient
 from vmfs_stub.core.errors import DaemonUnreachable
+from vmfs_stub.mount import mountpoint as mountpoints
+from vmfs_stub.mount import syscalls
 
 HERE = Path(__file__).parent
 LS_FIELDS = ["vm", "disk", "path", "state", "size_bytes", "resident_bytes", "restore_points", "last_access"]
@@ -200,8 +200,8 @@ def test_unmount_is_refused_while_disks_are_open(run: Run, start_daemon: StartDa
 
 def test_a_mount_left_by_a_dead_daemon(run: Run, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     detached: list[Path] = []
-    monkeypatch.setattr(mounts, "is_mounted", lambda path: True)
-    monkeypatch.setattr(mounts, "detach", detached.append)
+    monkeypatch.setattr(mountpoints, "is_mounted", lambda path: True)
+    monkeypatch.setattr(mountpoints, "detach", detached.append)
     result = run("unmount")
     assert result.code == ExitCode.UNREACHABLE
     assert "--force" in result.err
@@ -249,7 +249,7 @@ def fake_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
         (directory / "sitecustomize.py").write_text(FAKE_DAEMON.format(body=body))
         monkeypatch.setenv("PYTHONPATH", f"{directory}:{HERE}")
 
-    monkeypatch.setattr(mounts, "is_mounted", lambda path: True)
+    monkeypatch.setattr(mountpoints, "is_mounted", lambda path: True)
     return put
 
 
@@ -304,7 +304,7 @@ def mountpoint(tmp_path: Path) -> Iterator[Path]:
     yield path
     if path.is_dir():
         with suppress(OSError):
-            set_immutable(path, immutable=False)
+            mountpoints.clear_immutable(path)
 
 
 def init_arguments(tmp_path: Path, mountpoint: Path, **changes: str | Path) -> list[str | Path]:
@@ -330,7 +330,7 @@ def test_init_makes_a_datastore(run: Run, tmp_path: Path, mountpoint: Path) -> N
     assert (tmp_path / "store/vmfs-store.json").exists()
     assert list((tmp_path / "backing").iterdir()) == []
     assert list(mountpoint.iterdir()) == []
-    if is_immutable(mountpoint):
+    if mountpoints.is_immutable(mountpoint):
         with pytest.raises(PermissionError):
             (mountpoint / "x").touch()
     else:
@@ -429,7 +429,7 @@ def test_doctor_finds_what_is_planted(run: Run, config: Path, tmp_path: Path, st
     config.unlink()
     (tmp_path / "vms").mkdir()
     assert run(*init_arguments(tmp_path, tmp_path / "vms")).code == 0
-    set_immutable(tmp_path / "vms", immutable=False)
+    mountpoints.clear_immutable(tmp_path / "vms")
     start_daemon()
     sound = findings_of(run)
     for subject in ("backing", "store", "control", "privileges", "kernel", "fuse"):
@@ -467,9 +467,9 @@ def test_a_check_that_fails_is_a_finding(config: Path, monkeypatch: pytest.Monke
 
 
 def test_mounts_are_read_without_touching_them() -> None:
-    assert not mounts.is_mounted(Path("/proc"))  # mounted, but not by us
-    assert mounts.mount_of(Path("/proc/1")).kind == "proc"
-    assert not mounts.is_mounted(Path("/nowhere"))
+    assert not mountpoints.is_mounted(Path("/proc"))  # mounted, but not by us
+    assert mountpoints.mount_of(Path("/proc/1")).kind == "proc"
+    assert not mountpoints.is_mounted(Path("/nowhere"))
 
 
 @pytest.fixture
@@ -477,16 +477,15 @@ def dead_mount(config: Path) -> Iterator[Path]:
     """A FUSE mount whose daemon is gone."""
     path = load_config(config).datastore.mountpoint
     path.mkdir()
-    libc = ctypes.CDLL(None, use_errno=True)
     fd = os.open("/dev/fuse", os.O_RDWR)
     try:
         options = f"fd={fd},rootmode=40000,user_id=0,group_id=0".encode()
-        assert libc.mount(b"t", os.fsencode(path), b"fuse.vmfs-stub", 0, options) == 0, os.strerror(ctypes.get_errno())
+        syscalls.mount(b"t", os.fsencode(path), b"fuse.vmfs-stub", flags=0, options=options)
     finally:
         os.close(fd)
     yield path
     with suppress(OSError):
-        mounts.detach(path)
+        mountpoints.detach(path)
 
 
 def test_a_dead_mount_is_replaced(
@@ -495,8 +494,8 @@ def test_a_dead_mount_is_replaced(
     monkeypatch.undo()  # the real look at mounts
     monkeypatch.setenv("VMFS_STUB_CONFIG", str(dead_mount.parent / "config.toml"))
     fake_daemon("print('started')")
-    assert mounts.is_mounted(dead_mount)
-    assert mounts.is_dead(dead_mount)
+    assert mountpoints.is_mounted(dead_mount)
+    assert mountpoints.is_dead(dead_mount)
     found = findings_of(run, code=ExitCode.UNHEALTHY)
     assert "daemon is gone" in found["mountpoint"][0]["message"]
     result = subprocess.run(
@@ -504,8 +503,8 @@ def test_a_dead_mount_is_replaced(
     )
     assert (result.returncode, result.stdout) == (0, "started\n")
     assert "removed the mount" in result.stderr
-    assert not mounts.is_mounted(dead_mount)
-    assert not mounts.is_dead(dead_mount)
+    assert not mountpoints.is_mounted(dead_mount)
+    assert not mountpoints.is_dead(dead_mount)
 
 
 def test_sizes_for_people() -> None:

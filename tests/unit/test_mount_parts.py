@@ -147,8 +147,8 @@ def test_mount_list_is_read_with_its_escapes(monkeypatch: pytest.MonkeyPatch) ->
     )
     monkeypatch.setattr(Path, "read_bytes", lambda _self: lines)
     assert mountpoint.mounts_at(Path("/srv/two words")) == [
-        mountpoint.Mounted(65, "fuse.vmfs-stub", "my images", 41),
-        mountpoint.Mounted(67, "tmpfs", "none", 43),
+        mountpoint.Mounted(65, Path("/srv/two words"), "fuse.vmfs-stub", "my images", 41),
+        mountpoint.Mounted(67, Path("/srv/two words"), "tmpfs", "none", 43),
     ]
     assert mountpoint.mounts_at(Path("/srv")) == []
 

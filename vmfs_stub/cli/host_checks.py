@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Literal
 
 from vmfs_stub.cli.context import open_store
 from vmfs_stub.cli.init import probe_xattrs
-from vmfs_stub.cli.inode_flags import is_immutable
-from vmfs_stub.cli.mounts import is_dead, is_mounted, mount_of
 from vmfs_stub.cli.output import bytes_text
 from vmfs_stub.core.errors import DaemonUnreachable, VmfsStubError
+from vmfs_stub.mount.mountpoint import is_dead, is_immutable, is_mounted, mount_of
 
 if TYPE_CHECKING:
     from vmfs_stub.config import Config

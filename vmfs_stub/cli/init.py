@@ -19,11 +19,10 @@ from urllib.parse import unquote, urlsplit
 import typer
 
 from vmfs_stub.cli.context import config_path_of
-from vmfs_stub.cli.inode_flags import set_immutable
-from vmfs_stub.cli.mounts import mounts
 from vmfs_stub.cli.output import say, warn
 from vmfs_stub.core.errors import AlreadyExists, ConfigError, ObjectMissing, PrimaryIOError, Unsupported
 from vmfs_stub.core.names import XATTR_PREFIX
+from vmfs_stub.mount.mountpoint import make_immutable, mounts_at
 
 if TYPE_CHECKING:
     from vmfs_stub.config import Config
@@ -140,7 +139,7 @@ def probe_xattrs(backing: Path) -> None:
 
 
 def _make_mountpoint(mountpoint: Path) -> None:
-    if any(mount.mountpoint == mountpoint for mount in mounts()):
+    if mounts_at(mountpoint):
         raise AlreadyExists(f"something is mounted on {mountpoint} already: unmount it, or use another directory")
     try:
         mountpoint.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -152,7 +151,7 @@ def _make_mountpoint(mountpoint: Path) -> None:
     except OSError as exc:
         raise PrimaryIOError(f"cannot make the mountpoint {mountpoint}: {exc.strerror}") from exc
     try:
-        set_immutable(mountpoint, immutable=True)
+        make_immutable(mountpoint)
     except OSError as exc:
         warn(
             f"warning: the mountpoint {mountpoint} cannot be made immutable ({exc.strerror}): while it is not mounted, "

@@ -48,14 +48,11 @@ def mount(
 
 def _clear_dead_mount(mountpoint: Path) -> None:
     """Remove what a daemon that was killed left behind; nobody can use it any more, and nothing is lost with it."""
-    from vmfs_stub.cli.mounts import detach, is_dead, is_mounted
+    from vmfs_stub.mount.mountpoint import detach, is_dead, is_mounted
 
     if not (is_mounted(mountpoint) and is_dead(mountpoint)):
         return
-    try:
-        detach(mountpoint)
-    except OSError as exc:
-        raise PrimaryIOError(f"cannot remove the dead mount at {mountpoint}: {exc.strerror}") from exc
+    detach(mountpoint)
     warn(f"removed the mount at {mountpoint} that a daemon left when it died")
 
 
@@ -92,8 +89,8 @@ def _mount_in_background(config: Config, config_path: Path) -> None:
 
 def _answering_pid(config: Config) -> int | None:
     """The pid of the daemon whose mount answers; None while there is none."""
-    from vmfs_stub.cli.mounts import is_mounted
     from vmfs_stub.control.client import ControlClient
+    from vmfs_stub.mount.mountpoint import is_mounted
 
     try:
         found = ControlClient(config.socket_path, timeout_s=_ANSWER_S).status()

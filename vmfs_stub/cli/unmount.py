@@ -10,7 +10,7 @@ import typer
 
 from vmfs_stub.cli.context import client_of, load_config_of
 from vmfs_stub.cli.output import say
-from vmfs_stub.core.errors import DaemonUnreachable, PrimaryIOError
+from vmfs_stub.core.errors import DaemonUnreachable
 
 if TYPE_CHECKING:
     from vmfs_stub.config import Config
@@ -52,7 +52,7 @@ def _wait_end(process: int, pid: int, timeout_s: float) -> None:
 
 def _without_daemon(config: Config, unreachable: DaemonUnreachable, *, force: bool) -> None:
     """A daemon that died leaves a mount behind on which every call fails."""
-    from vmfs_stub.cli.mounts import detach, is_mounted
+    from vmfs_stub.mount.mountpoint import detach, is_mounted
 
     mountpoint = config.datastore.mountpoint
     if not is_mounted(mountpoint):
@@ -62,8 +62,5 @@ def _without_daemon(config: Config, unreachable: DaemonUnreachable, *, force: bo
             f"{unreachable}; {mountpoint} is still mounted: `vmfs-stub mount` replaces it, `vmfs-stub unmount "
             "--force` removes it"
         ) from unreachable
-    try:
-        detach(mountpoint)
-    except OSError as exc:
-        raise PrimaryIOError(f"cannot unmount {mountpoint}: {exc.strerror}") from exc
+    detach(mountpoint)
     say(f"{mountpoint} is unmounted; no daemon was there")

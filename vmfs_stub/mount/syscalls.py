@@ -7,7 +7,6 @@ nothing of FUSE requests, nodes or disks.
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
 import os
 import struct
@@ -30,6 +29,7 @@ _RESOLVE_CACHED: Final = 0x20
 _FS_IOC_GETFLAGS: Final = 0x80086601
 _FS_IOC_SETFLAGS: Final = 0x40086602
 _FS_IMMUTABLE_FL: Final = 0x10
+_INODE_FLAGS: Final = struct.Struct("=I4x")  # the kernel takes an int, whatever the request's number says
 
 _libc = ctypes.CDLL(None, use_errno=True)
 # Keeps the GIL: for calls that cannot sleep, so that they never wait for another thread to hand the GIL back.
@@ -115,15 +115,19 @@ def unmount(target: bytes, *, flags: int = 0) -> None:
         raise _raise(target)
 
 
-def set_immutable(directory_fd: int, *, immutable: bool) -> bool:
-    """Set or clear FS_IMMUTABLE_FL; False where the filesystem or the process's capabilities do not offer it."""
-    try:
-        (flags,) = struct.unpack_from("i", fcntl.ioctl(directory_fd, _FS_IOC_GETFLAGS, bytes(8)))
-        wanted = flags | _FS_IMMUTABLE_FL if immutable else flags & ~_FS_IMMUTABLE_FL
-        if wanted != flags:
-            fcntl.ioctl(directory_fd, _FS_IOC_SETFLAGS, struct.pack("ii", wanted, 0))
-    except OSError as exc:
-        if exc.errno in {errno.ENOTTY, errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL, errno.ENOSYS}:
-            return False
-        raise
-    return True
+def is_immutable(directory_fd: int) -> bool:
+    """Whether FS_IMMUTABLE_FL is set."""
+    return bool(_inode_flags(directory_fd) & _FS_IMMUTABLE_FL)
+
+
+def set_immutable(directory_fd: int, *, immutable: bool) -> None:
+    """Set or clear FS_IMMUTABLE_FL: not even root can make a file in such a directory."""
+    flags = _inode_flags(directory_fd)
+    wanted = flags | _FS_IMMUTABLE_FL if immutable else flags & ~_FS_IMMUTABLE_FL
+    if wanted != flags:
+        fcntl.ioctl(directory_fd, _FS_IOC_SETFLAGS, _INODE_FLAGS.pack(wanted))
+
+
+def _inode_flags(fd: int) -> int:
+    (flags,) = _INODE_FLAGS.unpack(fcntl.ioctl(fd, _FS_IOC_GETFLAGS, bytes(_INODE_FLAGS.size)))
+    return int(flags)
