@@ -42,18 +42,7 @@ def mount(
     from vmfs_stub import daemon
 
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, stream=sys.stderr)
-    _clear_dead_mount(config.datastore.mountpoint)
     daemon.run(config)
-
-
-def _clear_dead_mount(mountpoint: Path) -> None:
-    """Remove what a daemon that was killed left behind; nobody can use it any more, and nothing is lost with it."""
-    from vmfs_stub.mount.mountpoint import detach, is_dead, is_mounted
-
-    if not (is_mounted(mountpoint) and is_dead(mountpoint)):
-        return
-    detach(mountpoint)
-    warn(f"removed the mount at {mountpoint} that a daemon left when it died")
 
 
 def _mount_in_background(config: Config, config_path: Path) -> None:

@@ -181,7 +181,7 @@ def _detach_dead_mounts(mountpoint: Path) -> None:
     while mounted := mounts_at(mountpoint):
         top = mounted[-1]
         try:
-            mountpoint.stat()
+            os.statvfs(mountpoint)  # never answered from a cache
         except OSError as exc:
             if exc.errno not in _DEAD or not top.kind.startswith("fuse"):
                 raise InUse(f"{mountpoint} has a mount of {top.kind} that answers {exc.strerror}") from exc
