@@ -74,16 +74,16 @@ class Appended:
     sealed: list[SealedPack]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class WriterCounts:
     """What the job did so far: chunks and bytes; ``stored_bytes`` is after compression."""
 
-    chunks: int
-    zero_chunks: int
-    reused_chunks: int
-    new_chunks: int
-    new_bytes: int
-    stored_bytes: int
+    chunks: int = 0
+    zero_chunks: int = 0
+    reused_chunks: int = 0
+    new_chunks: int = 0
+    new_bytes: int = 0
+    stored_bytes: int = 0
 
 
 class BackupWriter:
@@ -118,12 +118,8 @@ class BackupWriter:
         self._segments: set[SegmentId] = set()
         self._unpublished: list[PackEntries] = []
         self._unpublished_entries = 0
-        self._counts = [0, 0, 0, 0, 0, 0]
-
-    @property
-    def counts(self) -> WriterCounts:
+        self.counts = WriterCounts()
         """Totals of what was appended."""
-        return WriterCounts(*self._counts)
 
     def is_new(self, ref: FrameRef) -> bool:
         """Whether this job stored the frame itself (else it was there before)."""
@@ -162,15 +158,15 @@ class BackupWriter:
         """Lay the batch's new frames into packs; one call at a time, in file order."""
         entries: list[FrameRef | None] = []
         sealed: list[SealedPack] = []
-        counts = self._counts
+        counts = self.counts
         with self._lock:
-            counts[0] += len(batch.chunks)
+            counts.chunks += len(batch.chunks)
             for chunk in batch.chunks:
                 if chunk is None:
-                    counts[1] += 1
+                    counts.zero_chunks += 1
                     entries.append(None)
                 elif isinstance(chunk, FrameRef):
-                    counts[2] += 1
+                    counts.reused_chunks += 1
                     self._used.add(chunk.pack_id)
                     entries.append(chunk)
                 else:
@@ -320,7 +316,7 @@ class BackupWriter:
     def _place(self, chunk: EncodedChunk, sealed: list[SealedPack]) -> FrameRef:
         known = self._unindexed.get(chunk.chunk_id)
         if known is not None:
-            self._counts[2] += 1
+            self.counts.reused_chunks += 1
             return known
         if self._pack is not None and not self._pack.has_room(len(chunk.frame)):
             full = self._seal()
@@ -333,10 +329,9 @@ class BackupWriter:
         ref = self._pack.add(chunk)
         self._unindexed[chunk.chunk_id] = ref
         self._used.add(ref.pack_id)
-        counts = self._counts
-        counts[3] += 1
-        counts[4] += chunk.raw_length
-        counts[5] += len(chunk.frame)
+        self.counts.new_chunks += 1
+        self.counts.new_bytes += chunk.raw_length
+        self.counts.stored_bytes += len(chunk.frame)
         return ref
 
     def _seal(self) -> SealedPack | None:
