@@ -44,9 +44,9 @@ from vmfs_stub.mount.serving import Mount
 from vmfs_stub.primary.tree import open_beneath
 from vmfs_stub.services import memory
 from vmfs_stub.services.disk import Caller, Disk
+from vmfs_stub.services.disk_name import disk_label
 from vmfs_stub.services.disk_services import DiskServices
 from vmfs_stub.services.findings import Findings
-from vmfs_stub.services.placeholder_index import disk_label
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.store import Store
 
@@ -235,8 +235,8 @@ class Datastore:
             total, absent = disk.placeholder.maps.record.size, disk.placeholder.absent_bytes()
             rows.append(
                 RecallStatus(
-                    vm=disk.label.partition(",")[0].removeprefix("VM "),
-                    disk=disk.label.rpartition("disk ")[2],
+                    vm=disk.name.vm,
+                    disk=disk.name.path,
                     waiting=self._recall.counters.waiting,
                     done_bytes=max(0, total - absent),
                     total_bytes=total,

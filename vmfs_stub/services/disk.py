@@ -15,6 +15,7 @@ from vmfs_stub.core.chunking import BLOCK_SIZE
 from vmfs_stub.core.errors import PrimaryIOError
 from vmfs_stub.core.residency import blocks_merged
 from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.services.disk_name import DiskName
 from vmfs_stub.services.placeholder import Placeholder
 from vmfs_stub.services.recall import RecallService
 from vmfs_stub.services.threads import Threads
@@ -38,18 +39,20 @@ class Disk:
     """An open regular file of the backing directory.
 
     ``fd`` is its only descriptor here; ``placeholder`` is None once everything is back; ``open_count`` counts guests'
-    handles, ``kept`` our own reasons to keep it open; ``writable`` is false where the file can only be read.
+    handles, ``kept`` our own reasons to keep it open; ``writable`` is false where the file can only be read;
+    ``label`` is what messages call it.
     """
 
     def __init__(
-        self, *, files: FileCalls, threads: Threads, recall: RecallService, fd: int, label: str, writable: bool
+        self, *, files: FileCalls, threads: Threads, recall: RecallService, fd: int, name: DiskName, writable: bool
     ) -> None:
         self._files = files
         self._threads = threads
         self._recall = recall
         self.fd = fd
         self.ino = os.fstat(fd).st_ino
-        self.label = label
+        self.name = name
+        self.label = str(name)
         self.writable = writable
         self.placeholder: Placeholder | None = None
         self.open_count = 0

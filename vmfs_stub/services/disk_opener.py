@@ -18,8 +18,9 @@ from vmfs_stub.primary.placeholder import PlaceholderMaps, PrivateState, open_du
 from vmfs_stub.primary.record import PlaceholderRecord
 from vmfs_stub.primary.tree import proc_path
 from vmfs_stub.services.disk import Disk
+from vmfs_stub.services.disk_name import DiskName
 from vmfs_stub.services.placeholder import Placeholder
-from vmfs_stub.services.placeholder_index import KnownPlaceholder, PlaceholderIndex, disk_label
+from vmfs_stub.services.placeholder_index import KnownPlaceholder, PlaceholderIndex
 from vmfs_stub.services.recall import RecallService
 from vmfs_stub.services.retirement import Ended, Retirement
 from vmfs_stub.services.threads import Threads
@@ -56,30 +57,30 @@ class DiskOpener:
         self._on_recall = on_recall
         self._on_damage = on_damage
 
-    def label(self, path_fd: int) -> str:
-        """How messages name a file: its path below the backing directory, and so its VM."""
+    def name(self, path_fd: int) -> DiskName:
+        """The name of a file, from where it lies below the backing directory now."""
         try:
             path = str(Path(proc_path(path_fd)).readlink())
         except OSError:
             # Longer than a path may be; a guest's user can nest directories so.
-            return f"inode {os.fstat(path_fd).st_ino}, at a path that cannot be told"
-        return disk_label(path.removeprefix(f"{self._backing}/"))
+            return DiskName("", f"inode {os.fstat(path_fd).st_ino}, at a path that cannot be told")
+        return DiskName.of(path.removeprefix(f"{self._backing}/"))
 
     async def open(self, path_fd: int) -> Disk:
         """Open the regular file of an O_PATH descriptor.  Raises IntegrityError kinds, PrimaryIOError, OSError."""
-        label = self.label(path_fd)
+        name = self.name(path_fd)
         try:
-            return await self._open_intact(path_fd, label)
+            return await self._open_intact(path_fd, name)
         except (IntegrityError, UnknownFormat) as exc:
             log.error("%s", exc)  # noqa: TRY400 - the message says all that an operator can use
-            self._on_damage(label, exc)
+            self._on_damage(str(name), exc)
             raise
 
-    async def _open_intact(self, path_fd: int, label: str) -> Disk:
-        fd, writable, maps = await self._threads.files(self._open_backing, path_fd, label)
+    async def _open_intact(self, path_fd: int, name: DiskName) -> Disk:
+        fd, writable, maps = await self._threads.files(self._open_backing, path_fd, str(name))
         try:
             disk = Disk(
-                files=self._files, threads=self._threads, recall=self._recall, fd=fd, label=label, writable=writable
+                files=self._files, threads=self._threads, recall=self._recall, fd=fd, name=name, writable=writable
             )
             if maps is None:
                 await self._forget_graduated(disk)

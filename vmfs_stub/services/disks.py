@@ -184,7 +184,7 @@ class Disks:
         ino = os.fstat(path_fd).st_ino
         async with self._ino_lock(ino):
             if ino in self._open or ino in self._reservations:
-                raise InUse(f"{self._opener.label(path_fd)} is open; shut the VM down first")
+                raise InUse(f"{self._opener.name(path_fd)} is open; shut the VM down first")
             disk = await self._opener.open(path_fd)
             try:
                 take_lease(disk)

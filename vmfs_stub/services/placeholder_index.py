@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vmfs_stub.core.errors import VmfsStubError
-from vmfs_stub.core.names import printable
 from vmfs_stub.primary.record import PlaceholderRecord
 
 
@@ -67,10 +66,3 @@ class PlaceholderIndex:
         if known is None:
             return None
         return StatOverride(max(st.st_blocks, _BLOCKS_MIN), known.mtime_ns or st.st_mtime_ns)
-
-
-def disk_label(path: str) -> str:
-    """How messages name a file by its path below the backing directory: with the VM that it belongs to; printable."""
-    path = printable(path)
-    vm, slash, _ = path.partition("/")
-    return f"VM {vm if slash else vm.rsplit('.', 1)[0]}, disk {path}"

@@ -39,7 +39,8 @@ from vmfs_stub.primary.identity import inode_generation, inode_identity
 from vmfs_stub.primary.placeholder import PrivateState, live_guest_mtime_ns, open_durable
 from vmfs_stub.primary.record import PlaceholderRecord, check_identity, read_record
 from vmfs_stub.primary.tree import Entry, open_beneath, proc_path, reopen, walk
-from vmfs_stub.services.placeholder_index import KnownPlaceholder, PlaceholderIndex, disk_label
+from vmfs_stub.services.disk_name import disk_label
+from vmfs_stub.services.placeholder_index import KnownPlaceholder, PlaceholderIndex
 from vmfs_stub.services.retirement import Ended
 
 log = logging.getLogger(__name__)

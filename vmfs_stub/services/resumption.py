@@ -8,8 +8,8 @@ from pathlib import Path
 
 from vmfs_stub.core.errors import VmfsStubError
 from vmfs_stub.primary.tree import open_beneath
+from vmfs_stub.services.disk_name import disk_label
 from vmfs_stub.services.disk_services import DiskServices
-from vmfs_stub.services.placeholder_index import disk_label
 from vmfs_stub.services.recovery import Recovered
 
 log = logging.getLogger(__name__)
