@@ -11,10 +11,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from command_line import Run, runner
 from typer.testing import CliRunner
 
 from vmfs_stub.cli import host_checks
@@ -31,31 +31,9 @@ HERE = Path(__file__).parent
 LS_FIELDS = ["vm", "disk", "path", "state", "size_bytes", "resident_bytes", "restore_points", "last_access"]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Runs a command in this process, as the installed program would."""
-
-    def call(*arguments: str | Path) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["vmfs-stub", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return Outcome(int(ended.value.code or 0), captured.out, captured.err)
-
-    monkeypatch.setenv("VMFS_STUB_CONFIG", str(tmp_path / "config.toml"))
-    return call
+    return runner(monkeypatch, capsys, config=tmp_path / "config.toml")
 
 
 @pytest.fixture

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from command_line import Run, runner
 
-from vmfs_stub.cli import main as cli
 from vmfs_stub.cli.exit_codes import ExitCode
 from vmfs_stub.cli.stored_vms import find_point, find_stored, find_stored_vm, named_points, split_name
 from vmfs_stub.core.errors import AmbiguousName, PointNotFound, VmNotFound
@@ -23,29 +20,9 @@ from vmfs_stub.store.store import PointSummary, Store, StoredVm
 CONTENT = bytes(range(256)) * 1024 + bytes(1 << 20) + b"end"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: str | Path) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["vmfs-stub", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return Outcome(int(ended.value.code or 0), captured.out, captured.err)
-
-    monkeypatch.setenv("VMFS_STUB_CONFIG", "/nonexistent/config.toml")
-    return call
+    return runner(monkeypatch, capsys, config=Path("/nonexistent/config.toml"))
 
 
 @pytest.fixture
