@@ -15,7 +15,6 @@ from vmfs_stub.core.errors import (
     AlreadyExists,
     CorruptFrame,
     CorruptManifest,
-    ObjectExists,
     ObjectMissing,
     PointNotFound,
     StoreConflict,
@@ -300,17 +299,18 @@ def test_a_damaged_segment_is_replaced_when_it_is_written_again(objects: FakeObj
         assert objects.contents[key] == whole
 
 
-def test_pins(objects: FakeObjects, store: Store) -> None:
-    vm_id, point_id = VmId(new_id()), PointId(new_id())
-    pin = Pin(PlaceholderId(new_id()), "host1", "images", 1.0, nonce=new_id())
-    store.add_pin(vm_id, point_id, pin)
-    store.add_pin(vm_id, point_id, pin)
-    with pytest.raises(ObjectExists):
-        store.add_pin(vm_id, point_id, Pin(pin.placeholder_id, "host2", "images", 1.0, nonce=new_id()))
+def test_pins(store: Store) -> None:
+    pin, other = (Pin(PlaceholderId(new_id()), "host1", "images", 1.0, nonce=new_id()) for _ in range(2))
+    point = back_up(store, {"disk": b"x"}, pins=[pin, other])
+    vm_id, point_id = point.vm_id, point.point_id
+    assert {found.placeholder_id: found for found in store.pins(vm_id, point_id)} == {
+        each.placeholder_id: each for each in (pin, other)
+    }
+    store.remove_pin(vm_id, point_id, other.placeholder_id)
     assert store.pins(vm_id, point_id) == [pin]
     assert store.is_pinned(vm_id, point_id)
-    store.remove_pin(vm_id, point_id, pin.placeholder_id)
-    store.remove_pin(vm_id, point_id, pin.placeholder_id)
+    for _ in range(2):  # what is gone already is fine
+        store.remove_pin(vm_id, point_id, pin.placeholder_id)
     assert store.pins(vm_id, point_id) == []
     assert not store.is_pinned(vm_id, point_id)
 

@@ -52,7 +52,7 @@ from vmfs_stub.store.keys import (
 )
 from vmfs_stub.store.manifest import Manifest, decode_manifest
 from vmfs_stub.store.objects import ObjectStore
-from vmfs_stub.store.pins import Pin, decode_pin, encode_pin
+from vmfs_stub.store.pins import Pin, decode_pin
 
 SUMMARIES_KEPT: Final = 100_000
 """Summaries of immutable manifests kept in memory: 2,000 VMs with 30 points and room to spare."""
@@ -194,19 +194,6 @@ class Store:
                 raise ValueError(msg)
             found.append(frames.decode(view[ref.offset - start : ref.end - start], ref))
         return found
-
-    def add_pin(self, vm_id: VmId, point_id: PointId, pin: Pin) -> None:
-        """Make a restore point one that a placeholder needs; adding the same pin again is fine.
-
-        Raises: ObjectExists when another pin has the name; StoreUnavailable, StoreDenied, StoreFull.
-        """
-        key = pin_key(vm_id, point_id, pin.placeholder_id)
-        data = encode_pin(pin, vm_id, point_id)
-        try:
-            self.objects.put(key, data)
-        except ObjectExists:
-            if self.objects.get(key, size_max=DOCUMENT_SIZE_MAX) != data:
-                raise
 
     def remove_pin(self, vm_id: VmId, point_id: PointId, placeholder_id: PlaceholderId) -> None:
         """Take a pin away; only when the placeholder's unlink is durable.  A missing one is fine."""
