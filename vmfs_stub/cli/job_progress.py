@@ -56,7 +56,7 @@ def _report(info: JobInfo) -> None:
 
 @contextmanager
 def progress_shown() -> Iterator[Show]:
-    """A function that shows progress while inside; also for work of this process (restore, verify)."""
+    """A function that shows progress while inside."""
     if not sys.stdout.isatty():
         yield _lines()
         return
@@ -78,6 +78,22 @@ def progress_shown() -> Iterator[Show]:
             bar.update(task, description=progress.doing, completed=progress.done_bytes, total=total)
 
         yield show
+
+
+@contextmanager
+def advance_shown(doing: str, *, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """For work of this process: a function that is told how many bytes were dealt with since it was last called."""
+    from vmfs_stub.control.messages import Progress
+
+    done = 0
+    with progress_shown() as show:
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            show(Progress(done_bytes=done, total_bytes=total_bytes, doing=doing))
+
+        yield advance
 
 
 def _lines() -> Show:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vmfs_stub.cli.context import argument_names, load_config_of, open_store
-from vmfs_stub.cli.job_progress import progress_shown
+from vmfs_stub.cli.job_progress import advance_shown
 from vmfs_stub.cli.output import bytes_text, say, warn
 from vmfs_stub.cli.stored_vms import find_stored
 
@@ -20,21 +20,13 @@ def restore(
     store: Annotated[str | None, typer.Option(help="URL of a store; no configuration is needed then.")] = None,
 ) -> None:
     """Write a restore point out as ordinary files."""
-    from vmfs_stub.control.messages import Progress
     from vmfs_stub.services.restore import restore_point
 
     found = open_store(store or load_config_of(ctx).store.url)
     stored, summary = find_stored(found.vms(), argument_names([vm])[0])
     name = stored.name or stored.vm_id
     point = found.open_point(stored.vm_id, summary.point_id)
-    done = 0
-    with progress_shown() as show:
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            show(Progress(done_bytes=done, total_bytes=summary.size_bytes, doing=f"restoring {name}"))
-
+    with advance_shown(f"restoring {name}", total_bytes=summary.size_bytes) as advance:
         report = restore_point(found, point, to, progress=advance)
     for warning in report.warnings:
         warn(f"warning: {warning}")

@@ -8,7 +8,7 @@ import typer
 
 from vmfs_stub.cli.context import argument_names, load_config_of, open_store
 from vmfs_stub.cli.exit_codes import ExitCode
-from vmfs_stub.cli.job_progress import progress_shown
+from vmfs_stub.cli.job_progress import advance_shown
 from vmfs_stub.cli.output import bytes_text, say, warn
 from vmfs_stub.cli.stored_vms import named_points
 
@@ -22,20 +22,12 @@ def verify(
     store: Annotated[str | None, typer.Option(help="URL of a store; no configuration is needed then.")] = None,
 ) -> None:
     """Check restore points; exit code 6 when one could not be restored."""
-    from vmfs_stub.control.messages import Progress
     from vmfs_stub.services import verify as verification
 
     found = open_store(store or load_config_of(ctx).store.url)
     points = named_points(found.vms(), None if vm is None else argument_names([vm])[0])
     one = points.only
-    done = 0
-    with progress_shown() as show:
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            show(Progress(done_bytes=done, total_bytes=points.size_bytes, doing=f"verifying {points.what}"))
-
+    with advance_shown(f"verifying {points.what}", total_bytes=points.size_bytes) as advance:
         report = verification.verify(
             found, vm_id=points.vm_id, point_id=None if one is None else one.point_id, progress=advance
         )
