@@ -65,7 +65,7 @@ class DiskCloser:
         await placeholder.lay_down()
         if removed:
             self._placeholders.remove(disk.ino)
-            await self._retirement.retire(Ended(record.placeholder_id, record.vm_id, record.point_id))
+            await self._retirement.retire(Ended.of(record))
 
     async def graduate(self, disk: Disk) -> None:
         """Turn a wholly resident placeholder into an ordinary file, with nothing left behind.
@@ -83,4 +83,4 @@ class DiskCloser:
         self._recall.forget(placeholder)
         self._attributes_changed(disk.ino)
         log.info("%s: is an ordinary file again", disk.label)
-        await self._retirement.retire(Ended(record.placeholder_id, record.vm_id, record.point_id))
+        await self._retirement.retire(Ended.of(record))

@@ -119,7 +119,7 @@ class DiskOpener:
         record = known.record
         if await self._threads.files(self._is_graduated, disk, record):
             self._placeholders.remove(disk.ino)
-            await self._retirement.retire(Ended(record.placeholder_id, record.vm_id, record.point_id))
+            await self._retirement.retire(Ended.of(record))
 
     def _is_graduated(self, disk: Disk, record: PlaceholderRecord) -> bool:
         durable = open_durable(self._files, self._private, record, label=disk.label)

@@ -124,9 +124,8 @@ class PlaceholderMaker:
         assert maps is not None
         self._disks.attach(disk, maps)
         if before is not None:
-            old = before.maps.record
             self._recall.forget(before)
-            await self._retirement.retire(Ended(old.placeholder_id, old.vm_id, old.point_id))
+            await self._retirement.retire(Ended.of(before.maps.record))
         log.info("%s: is a placeholder of restore point %s now", disk.label, point_id)
         return self._disks.open_reserved(source.reservation)
 

@@ -80,7 +80,7 @@ class Removals:
                 self._placeholders.remove(st.st_ino)
                 # O_PATH descriptors cannot be synced: the maps lie on the same filesystem.
                 await self._threads.files(self._sync_filesystem)
-                await self._retirement.retire(Ended(record.placeholder_id, record.vm_id, record.point_id))
+                await self._retirement.retire(Ended.of(record))
 
     def _sync_filesystem(self) -> None:
         fd = os.open(self._private.maps, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -15,6 +15,7 @@ from vmfs_stub.core.errors import VmfsStubError
 from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PrivateState, discard_maps
+from vmfs_stub.primary.record import PlaceholderRecord
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.store import Store
 
@@ -31,6 +32,11 @@ class Ended:
     placeholder_id: PlaceholderId
     vm_id: VmId
     point_id: PointId
+
+    @classmethod
+    def of(cls, record: PlaceholderRecord) -> Ended:
+        """The end of the placeholder that has, or had, this record."""
+        return cls(record.placeholder_id, record.vm_id, record.point_id)
 
 
 class Retirement:
