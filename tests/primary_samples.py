@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.ids import PlaceholderId, PointId, StoreId, VmId
 from vmfs_stub.core.residency import block_count
-from vmfs_stub.primary.durable_map import PAGE_BITS_SIZE, MapHeader, MapState
+from vmfs_stub.primary.durable_map import PAGE_BITS_SIZE, DurableMap, MapHeader, MapState, pages_of
+from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.identity import BootIdentity, InodeIdentity, inode_identity
 from vmfs_stub.primary.record import PlaceholderRecord
 
@@ -20,7 +22,6 @@ STORE = StoreId("e5" * 16)
 BOOT = BootIdentity("f6" * 16, 7)
 LATER_BOOT = BootIdentity("07" * 16, 7)
 IDENTITY = InodeIdentity("18" * 16, 42, 3)
-PAGE_BLOCKS = PAGE_BITS_SIZE * 8
 
 
 def header(blocks: int, *, identity: InodeIdentity = IDENTITY, live: BootIdentity | None = None) -> MapHeader:
@@ -58,6 +59,19 @@ def record_of(path: Path, *, size: int | None = None) -> PlaceholderRecord:
         ino=identity.ino,
         generation=identity.generation,
     )
+
+
+def make_map(files: FileCalls, path: Path, header: MapHeader, resident: set[int]) -> DurableMap:
+    """A new durable map in which these blocks are resident."""
+    durable = DurableMap.create(files, path, header)
+    durable.update(pages_of(Extent(block, block + 1) for block in sorted(resident)), header)
+    return durable
+
+
+def pages_in_turn(blocks: int, resident: set[int]) -> list[bytes]:
+    """All pages of a map, as `DurableMap.load_pages` yields them."""
+    bits = bits_of(blocks, resident)
+    return [bits[at : at + PAGE_BITS_SIZE].ljust(PAGE_BITS_SIZE, b"\0") for at in range(0, len(bits), PAGE_BITS_SIZE)]
 
 
 def bits_of(blocks: int, resident: set[int]) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -126,16 +126,16 @@ def acknowledge_syncs_at_once(patch: Patch) -> None:
 
 def use_an_old_map(patch: Patch) -> None:
     """What was resident after the last archive counts as resident after the next."""
-    load_bits = DurableMap.load_bits
-    of_inode: dict[int, bytearray] = {}
+    load_pages = DurableMap.load_pages
+    of_inode: dict[int, list[bytes]] = {}
 
-    def old(self: DurableMap, *, label: str) -> bytearray:
-        bits, ino = load_bits(self, label=label), self.header.identity.ino
-        before = of_inode.get(ino, bits)
-        of_inode[ino] = bits
-        return before if len(before) == len(bits) else bits
+    def old(self: DurableMap, *, label: str) -> Iterator[bytes]:
+        pages, ino = list(load_pages(self, label=label)), self.header.identity.ino
+        before = of_inode.get(ino, pages)
+        of_inode[ino] = pages
+        return iter(before if len(before) == len(pages) else pages)
 
-    patch.setattr(DurableMap, "load_bits", old)
+    patch.setattr(DurableMap, "load_pages", old)
 
 
 def forget_bits_at_close(patch: Patch) -> None:

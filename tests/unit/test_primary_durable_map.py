@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 
 import pytest
 
-from tests.primary_samples import BOOT, OTHER, PAGE_BLOCKS, bits_of, header, resident_of
+from tests.primary_samples import BLOCK, BOOT, OTHER, bits_of, header, make_map, resident_of
 from vmfs_stub.core.errors import CorruptMap, UnknownFormat
-from vmfs_stub.primary.durable_map import UNIT, DurableMap, MapHeader, MapState, _page_offset
+from vmfs_stub.core.extents import Extent
+from vmfs_stub.primary.durable_map import PAGE_BLOCKS, UNIT, DurableMap, MapHeader, MapState, _page_offset, pages_of
 from vmfs_stub.primary.envelope import seal
 from vmfs_stub.primary.files import FileCalls, write_fully
+from vmfs_stub.primary.volatile_map import VolatileMap
 
 BLOCKS = 2 * PAGE_BLOCKS + 17
 RESIDENT = {0, 1, 9, PAGE_BLOCKS - 1, PAGE_BLOCKS, 2 * PAGE_BLOCKS - 1, 2 * PAGE_BLOCKS + 16}
@@ -28,7 +31,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def made(path: Path) -> Iterator[DurableMap]:
-    durable = DurableMap.create(FileCalls(), path, header(BLOCKS), bits_of(BLOCKS, RESIDENT))
+    durable = make_map(FileCalls(), path, header(BLOCKS), RESIDENT)
     yield durable
     durable.close()
 
@@ -36,7 +39,7 @@ def made(path: Path) -> Iterator[DurableMap]:
 def load(path: Path) -> tuple[MapHeader, set[int]]:
     durable = DurableMap.open(FileCalls(), path, label="disk")
     try:
-        return durable.header, resident_of(durable.load_bits(label="disk"), durable.header.size)
+        return durable.header, resident_of(b"".join(durable.load_pages(label="disk")), durable.header.size)
     finally:
         durable.close()
 
@@ -48,7 +51,7 @@ def page(*resident: int) -> bytes:
 @pytest.mark.parametrize("blocks", [1, 8, 9, PAGE_BLOCKS, PAGE_BLOCKS + 1, BLOCKS])
 def test_a_new_map_says_what_it_was_made_of(path: Path, blocks: int) -> None:
     resident = {0, blocks // 2, blocks - 1}
-    DurableMap.create(FileCalls(), path, header(blocks), bits_of(blocks, resident)).close()
+    make_map(FileCalls(), path, header(blocks), resident).close()
     assert load(path) == (header(blocks), resident)
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
@@ -101,7 +104,7 @@ def test_a_truncated_file_is_an_error(made: DurableMap, path: Path) -> None:
 def test_pages_of_another_map_or_place_are_damage(made: DurableMap, path: Path) -> None:
     whole = path.read_bytes()
     other = path.with_name("other.map")
-    DurableMap.create(FileCalls(), other, replace(header(BLOCKS), placeholder_id=OTHER), bytes(BLOCKS)).close()
+    DurableMap.create(FileCalls(), other, replace(header(BLOCKS), placeholder_id=OTHER)).close()
     foreign = other.read_bytes()
     path.write_bytes(whole[: 4 * UNIT] + foreign[4 * UNIT :])
     with pytest.raises(CorruptMap):
@@ -142,7 +145,7 @@ class Recorder(FileCalls):
 
 def noted_update(path: Path) -> tuple[bytes, Recorder, MapHeader, MapHeader]:
     files = Recorder()
-    durable = DurableMap.create(files, path, header(BLOCKS), bits_of(BLOCKS, RESIDENT))
+    durable = make_map(files, path, header(BLOCKS), RESIDENT)
     durable.update({0: page(2), 1: page(6)}, replace(durable.header, guest_mtime_ns=1))
     before, before_header = path.read_bytes(), durable.header
     files.is_noting = True
@@ -223,9 +226,36 @@ def test_a_creation_that_fails_leaves_no_map(path: Path) -> None:
         files = Full()
         files.site = site
         with pytest.raises(OSError, match="full"):
-            DurableMap.create(files, path, header(BLOCKS), bits_of(BLOCKS, RESIDENT))
+            make_map(files, path, header(BLOCKS), RESIDENT)
         assert list(path.parent.iterdir()) == []
 
 
 def test_pages_lie_behind_both_headers() -> None:
     assert [_page_offset(number) for number in range(3)] == [2 * UNIT, 4 * UNIT, 6 * UNIT]
+
+
+def test_the_map_of_a_large_disk_is_never_held_whole(path: Path, tmp_path: Path) -> None:
+    size = 512 << 30
+    large = replace(header(1), size=size, archived_limit=size)
+    tracemalloc.start()
+    try:
+        durable = DurableMap.create(FileCalls(), path, large)
+        durable.update(pages_of([Extent(0, 256), Extent(size // BLOCK - 256, size // BLOCK)]), large)
+        live = VolatileMap.create(
+            FileCalls(),
+            tmp_path / "some.bits",
+            placeholder_id=large.placeholder_id,
+            boot=BOOT,
+            size=size,
+            pages=durable.load_pages(label="disk"),
+            archived_limit=size,
+            guest_mtime_ns=0,
+        )
+        durable.close()
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    absent = list(live.absent_runs(0, size // BLOCK))
+    live.close(discard=True)
+    assert (absent[0].start, absent[-1].end) == (256, size // BLOCK - 256)
+    assert peak_bytes < 2 << 20 < size // BLOCK // 8, f"{peak_bytes} bytes"

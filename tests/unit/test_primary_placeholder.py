@@ -17,8 +17,8 @@ from tests.primary_samples import (
     LATER_BOOT,
     OTHER,
     PLACEHOLDER,
-    bits_of,
     header,
+    make_map,
     record_of,
 )
 from vmfs_stub.core.errors import CorruptMap, CorruptRecord, IdentityMismatch, MapFrozen, MapMissing
@@ -63,12 +63,8 @@ class Primary:
         self.fd = os.open(self.path, os.O_RDWR)
         self.private = replace(PrivateState.at(base, base / "run"), boot=BOOT)
         self.record: PlaceholderRecord = record_of(self.path)
-        durable = DurableMap.create(
-            FILES,
-            self.private.durable_path(PLACEHOLDER),
-            header(BLOCKS, identity=self.record.identity),
-            bits_of(BLOCKS, {2, 3}),
-        )
+        path = self.private.durable_path(PLACEHOLDER)
+        durable = make_map(FILES, path, header(BLOCKS, identity=self.record.identity), {2, 3})
         durable.close()
         os.setxattr(self.fd, PLACEHOLDER_XATTR, encode_record(self.record))
 
@@ -199,7 +195,7 @@ def test_a_durable_map_of_something_else_is_an_error(
     path = primary.private.durable_path(PLACEHOLDER)
     path.unlink()
     wrong = replace(header(BLOCKS, identity=primary.record.identity), **changes)
-    DurableMap.create(FILES, path, wrong, bytes(BLOCKS)).close()
+    DurableMap.create(FILES, path, wrong).close()
     with pytest.raises(error):
         primary.take_up()
 
@@ -268,7 +264,7 @@ def test_a_frozen_map_is_not_laid_down_as_clean(primary: Primary) -> None:
 def test_a_replaced_map_is_superseded_by_the_opening(primary: Primary) -> None:
     old = primary.private.durable_path(OTHER)
     replaced = replace(header(BLOCKS, identity=primary.record.identity), placeholder_id=OTHER)
-    DurableMap.create(FILES, old, replaced, bytes(BLOCKS)).close()
+    DurableMap.create(FILES, old, replaced).close()
     os.setxattr(primary.fd, PLACEHOLDER_XATTR, encode_record(replace(primary.record, replaces=OTHER)))
     drop(primary.take_up())
     durable = DurableMap.open(FILES, old, label="old")

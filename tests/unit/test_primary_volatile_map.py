@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.primary_samples import BLOCK, BOOT, LATER_BOOT, OTHER, PAGE_BLOCKS, PLACEHOLDER, bits_of, resident_of
+from tests.primary_samples import BLOCK, BOOT, LATER_BOOT, OTHER, PLACEHOLDER, pages_in_turn, resident_of
 from vmfs_stub.core.errors import CorruptMap, MapMissing
+from vmfs_stub.primary.durable_map import PAGE_BLOCKS
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.identity import BootIdentity
 from vmfs_stub.primary.volatile_map import _REGION_BLOCKS, VolatileMap
@@ -44,7 +45,7 @@ def create(path: Path, resident: set[int], *, blocks: int = BLOCKS, files: FileC
         placeholder_id=PLACEHOLDER,
         boot=BOOT,
         size=blocks * BLOCK,
-        bits=bits_of(blocks, resident),
+        pages=pages_in_turn(blocks, resident),
         archived_limit=blocks * BLOCK,
         guest_mtime_ns=0,
     )

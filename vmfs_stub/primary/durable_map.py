@@ -14,15 +14,16 @@ from __future__ import annotations
 import enum
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import xxhash
 
 from vmfs_stub.core.errors import CorruptMap, UnknownFormat
+from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
-from vmfs_stub.core.residency import block_count
+from vmfs_stub.core.residency import block_count, set_range
 from vmfs_stub.primary.envelope import Damaged, NewerVersion, seal, unseal
 from vmfs_stub.primary.files import FileCalls, sync_directory, write_fully
 from vmfs_stub.primary.identity import BootIdentity, InodeIdentity
@@ -31,6 +32,7 @@ UNIT = 4096
 NEW_SUFFIX = ".new"
 PAGE_BITS_SIZE = 4032
 """Bytes of bits in one page; with its header a page is one 4 KiB unit."""
+PAGE_BLOCKS = PAGE_BITS_SIZE * 8
 
 _HEADER_MAGIC = b"VSTBMAP\0"
 _HEADER_VERSION = 1
@@ -40,9 +42,14 @@ _PAGE_MAGIC = b"VSTBPAG\0"
 _DIGEST_SIZE = 16
 
 
+def page_count(size: int) -> int:
+    """Pages of the map of a file of ``size`` bytes."""
+    return -(-block_count(size) // PAGE_BLOCKS)
+
+
 def map_bytes(size: int) -> int:
     """Bytes that the map of a file of ``size`` bytes takes on primary: 0.006 % of it."""
-    return (2 + 2 * -(-block_count(size) // (PAGE_BITS_SIZE * 8))) * UNIT
+    return (2 + 2 * page_count(size)) * UNIT
 
 
 class MapState(enum.IntEnum):
@@ -85,7 +92,7 @@ class MapHeader:
 
     @property
     def page_count(self) -> int:
-        return -(-block_count(self.size) // (PAGE_BITS_SIZE * 8))
+        return page_count(self.size)
 
 
 class DurableMap:
@@ -99,8 +106,8 @@ class DurableMap:
         self.header = header
 
     @classmethod
-    def create(cls, files: FileCalls, path: Path, header: MapHeader, bits: bytes) -> DurableMap:
-        """Make a new map of ``bits`` (one bit per block of ``header.size``), durable on return.  Raises OSError.
+    def create(cls, files: FileCalls, path: Path, header: MapHeader) -> DurableMap:
+        """Make a new map in which every block is absent, durable on return.  Raises OSError.
 
         It gets its name when it is whole: a crash leaves no damaged map, only a file named ``*.new``.
         """
@@ -108,7 +115,8 @@ class DurableMap:
         fd = files.call("map.create", os.open, new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         made = cls(files, fd, path, header, sequence=0)
         try:
-            made.update(pages_of(bits), header)
+            made._sequence += 1
+            made._write(lambda: ((page, b"") for page in range(header.page_count)), header)
             files.call("map.create_entry", os.rename, new, path)
             files.call("map.create_entry", sync_directory, path.parent)
         except BaseException:
@@ -132,13 +140,11 @@ class DurableMap:
             os.close(fd)
             raise
 
-    def load_bits(self, *, label: str) -> bytearray:
-        """All bits, as bytes of ``block_count(size)`` bits rounded up.  Raises CorruptMap, OSError."""
-        bits = bytearray()
+    def load_pages(self, *, label: str) -> Iterator[bytes]:
+        """The bits of each page in turn, ``PAGE_BITS_SIZE`` bytes each.  Raises CorruptMap, OSError."""
         for page in range(self.header.page_count):
             raw = self._files.call("map.read", os.pread, self._fd, 2 * UNIT, _page_offset(page))
-            bits += self._newest_page(page, raw[:UNIT], raw[UNIT:], label)
-        return bits[: (block_count(self.header.size) + 7) // 8]
+            yield self._newest_page(page, raw[:UNIT], raw[UNIT:], label)
 
     def _newest_page(self, page: int, first: bytes, second: bytes, label: str) -> bytes:
         copies = [_decode_page(raw, page, self.header.placeholder_id) for raw in (first, second)]
@@ -154,14 +160,16 @@ class DurableMap:
         of the pages are durable.
         """
         self._sequence += 1
-        units = [
-            (_page_offset(page), _encode_page(page, bits, self._sequence, header.placeholder_id))
-            for page, bits in sorted(pages.items())
-        ]
-        units.append((0, _encode_header(header, self._sequence)))
+        self._write(lambda: sorted(pages.items()), header)
+
+    def _write(self, pages: Callable[[], Iterable[tuple[int, bytes]]], header: MapHeader) -> None:
+        """Write ``pages`` and ``header`` to the first copies, then to the second; a large map is never held whole."""
         for copy in (0, 1):
-            for offset, unit in units:
-                self._files.call("map.write", write_fully, self._fd, unit, offset + copy * UNIT)
+            for page, bits in pages():
+                unit = _encode_page(page, bits, self._sequence, header.placeholder_id)
+                self._files.call("map.write", write_fully, self._fd, unit, _page_offset(page) + copy * UNIT)
+            unit = _encode_header(header, self._sequence)
+            self._files.call("map.write", write_fully, self._fd, unit, copy * UNIT)
             self._files.call("map.sync", os.fdatasync, self._fd)
         self.header = header
 
@@ -175,10 +183,17 @@ class DurableMap:
             self._fd = -1
 
 
-def pages_of(bits: bytes) -> dict[int, bytes]:
-    """All bits of a map by page, as `DurableMap.update` takes them."""
-    count = -(-len(bits) // PAGE_BITS_SIZE)
-    return {page: bits[page * PAGE_BITS_SIZE : (page + 1) * PAGE_BITS_SIZE] for page in range(count)}
+def pages_of(resident: Iterable[Extent]) -> dict[int, bytes]:
+    """The pages in which these runs of blocks lie, with the bits of the runs set, as `DurableMap.update` takes them."""
+    pages: dict[int, bytearray] = {}
+    for run in resident:
+        first = run.start
+        while first < run.end:
+            page, start = divmod(first, PAGE_BLOCKS)
+            end = min(run.end, (page + 1) * PAGE_BLOCKS)
+            set_range(pages.setdefault(page, bytearray(PAGE_BITS_SIZE)), start, end - page * PAGE_BLOCKS)
+            first = end
+    return {page: bytes(bits) for page, bits in pages.items()}
 
 
 def _page_offset(page: int) -> int:

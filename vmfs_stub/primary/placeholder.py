@@ -17,7 +17,7 @@ from pathlib import Path
 from vmfs_stub.core.errors import CorruptMap, IdentityMismatch, MapFrozen, MapMissing, UnknownFormat
 from vmfs_stub.core.ids import PlaceholderId
 from vmfs_stub.core.names import PRIVATE_DIR, RESERVE_FILE
-from vmfs_stub.primary.durable_map import DurableMap, MapHeader, MapState
+from vmfs_stub.primary.durable_map import PAGE_BITS_SIZE, DurableMap, MapHeader, MapState
 from vmfs_stub.primary.files import FileCalls, sync_directory
 from vmfs_stub.primary.identity import BootIdentity, boot_identity, inode_identity
 from vmfs_stub.primary.record import PlaceholderRecord, check_identity, read_record
@@ -183,7 +183,7 @@ def _open_volatile(
             placeholder_id=record.placeholder_id,
             boot=private.boot,
             size=record.size,
-            bits=durable.load_bits(label=label),
+            pages=durable.load_pages(label=label),
             archived_limit=header.archived_limit,
             guest_mtime_ns=header.guest_mtime_ns,
         )
@@ -217,12 +217,14 @@ def _refuse_unsynced_mount(
         left = opened(boot=live)
     else:
         return  # an earlier opening in this mount has looked already
-    bits = b"".join(left.take_dirty().values())
-    kept = bytes(durable.load_bits(label=label))
+    pages = left.take_dirty()
     limits, frozen = (left.archived_limit, left.guest_mtime_ns), left.frozen
     left.close(discard=False)
     header = durable.header
-    is_same = bits.ljust(len(kept), b"\0")[: len(kept)] == kept
+    is_same = all(
+        pages.get(number, b"").ljust(PAGE_BITS_SIZE, b"\0") == kept
+        for number, kept in enumerate(durable.load_pages(label=label))
+    )
     if frozen or not is_same or limits != (header.archived_limit, header.guest_mtime_ns):
         raise MapFrozen(
             f"{label}: its backing filesystem was mounted anew in this boot, after the daemon had died with writes "

@@ -15,7 +15,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import xxhash
@@ -24,14 +24,13 @@ from vmfs_stub.core.errors import CorruptMap, MapMissing
 from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.ids import PlaceholderId
 from vmfs_stub.core.residency import all_set, block_count, clear_runs, set_range
-from vmfs_stub.primary.durable_map import PAGE_BITS_SIZE
+from vmfs_stub.primary.durable_map import PAGE_BITS_SIZE, PAGE_BLOCKS
 from vmfs_stub.primary.files import FileCalls, write_fully
 from vmfs_stub.primary.identity import BootIdentity
 
 _UNIT = 4096
 _REGION_BLOCKS = _UNIT * 8
 """Blocks whose bits lie in one unit: 128 MiB of disk."""
-_PAGE_BLOCKS = PAGE_BITS_SIZE * 8
 _HEADER = struct.Struct("<8sHHI16s16sQQ16s")
 """Magic, version, two reserved, placeholder id, boot id, mount id, archived size; xxh3-128 of those before."""
 _VARIABLE = struct.Struct("<QqB")
@@ -69,11 +68,14 @@ class VolatileMap:
         placeholder_id: PlaceholderId,
         boot: BootIdentity,
         size: int,
-        bits: bytes | bytearray,
+        pages: Iterable[bytes],
         archived_limit: int,
         guest_mtime_ns: int,
     ) -> VolatileMap:
-        """Make a new map at ``path`` from durable ``bits``, replacing what is there.  Raises OSError."""
+        """Make a new map at ``path``, in place of what is there, from the durable one's ``pages`` of bits, in turn.
+
+        Raises OSError, and what ``pages`` raises.
+        """
         temporary = path.with_suffix(".new")
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
         fd = files.call("volatile.create", os.open, temporary, flags, 0o600)
@@ -85,10 +87,9 @@ class VolatileMap:
             files.call("volatile.create", write_fully, fd, head, 0)
             limits = _VARIABLE.pack(archived_limit, guest_mtime_ns, 0)
             files.call("volatile.create", write_fully, fd, limits, _VARIABLE_OFFSET)
-            for region in range(regions):
-                part = bytes(bits[region * _UNIT : (region + 1) * _UNIT])
+            for region, part in enumerate(_regions(pages, block_count(size))):
                 if any(part):
-                    files.call("volatile.allocate", write_fully, fd, part.ljust(_UNIT, b"\0"), (1 + region) * _UNIT)
+                    files.call("volatile.allocate", write_fully, fd, part, (1 + region) * _UNIT)
             files.call("volatile.create", os.rename, temporary, path)
             made = cls(files, fd, path, size)
         except BaseException:
@@ -120,7 +121,7 @@ class VolatileMap:
             os.close(fd)
             raise
         found._find_allocated()
-        found._dirty.update(range(-(-found._block_count // _PAGE_BLOCKS)))
+        found._dirty.update(found._pages_with_bits())
         found._header_dirty = True
         return found
 
@@ -134,6 +135,13 @@ class VolatileMap:
             at = os.lseek(self._fd, start, os.SEEK_HOLE)
             for region in range(start // _UNIT - 1, -(-at // _UNIT) - 1):
                 self._allocated[region] = 1
+
+    def _pages_with_bits(self) -> Iterator[int]:
+        """Pages of the durable map in which a bit may be set: elsewhere none is, in either map."""
+        for region, is_allocated in enumerate(self._allocated):
+            if is_allocated:
+                end = min((region + 1) * _REGION_BLOCKS, self._block_count)
+                yield from range(region * _REGION_BLOCKS // PAGE_BLOCKS, (end - 1) // PAGE_BLOCKS + 1)
 
     # What is resident
 
@@ -180,7 +188,7 @@ class VolatileMap:
                 self._files.call("volatile.allocate", os.posix_fallocate, self._fd, (1 + region) * _UNIT, _UNIT)
                 self._allocated[region] = 1
         set_range(self._bits, first, end)
-        self._dirty.update(range(first // _PAGE_BLOCKS, (end - 1) // _PAGE_BLOCKS + 1))
+        self._dirty.update(range(first // PAGE_BLOCKS, (end - 1) // PAGE_BLOCKS + 1))
 
     @property
     def archived_limit(self) -> int:
@@ -249,6 +257,19 @@ class VolatileMap:
         os.close(self._fd)
         if discard:
             self._path.unlink(missing_ok=True)
+
+
+def _regions(pages: Iterable[bytes], blocks: int) -> Iterator[bytes]:
+    """Bits that come in pages of the durable map, in units of this one; those beyond the last block are left out."""
+    left, waiting = -(-blocks // 8), bytearray()
+    for page in pages:
+        waiting += page[:left]
+        left -= min(left, len(page))
+        while len(waiting) >= _UNIT:
+            yield bytes(waiting[:_UNIT])
+            del waiting[:_UNIT]
+    if waiting:
+        yield bytes(waiting).ljust(_UNIT, b"\0")
 
 
 def _header(placeholder_id: PlaceholderId, boot: BootIdentity, size: int) -> bytes:

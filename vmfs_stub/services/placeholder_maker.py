@@ -9,14 +9,16 @@ import errno
 import logging
 import os
 import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 
 from vmfs_stub.core.chunking import BLOCK_SIZE
 from vmfs_stub.core.errors import Abandoned, NoSpace, PrimaryIOError, VmfsStubError
+from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.ids import PointId
 from vmfs_stub.core.names import PLACEHOLDER_XATTR
-from vmfs_stub.core.residency import block_count, set_range
+from vmfs_stub.core.residency import block_count
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.primary.durable_map import DurableMap, MapHeader, MapState, pages_of
 from vmfs_stub.primary.files import FileCalls
@@ -75,11 +77,8 @@ class PlaceholderMaker:
             archived_limit=source.st.st_size,
         )
         path = self._private.durable_path(source.placeholder_id)
-        nothing = bytes(-(-block_count(source.st.st_size) // 8))
         try:
-            self._private.reserve.lend(
-                self._files, lambda: DurableMap.create(self._files, path, header, nothing).close()
-            )
+            self._private.reserve.lend(self._files, lambda: DurableMap.create(self._files, path, header).close())
         except OSError as exc:
             raise _primary_error(source.disk, "preparing its placeholder", exc) from exc
 
@@ -115,9 +114,9 @@ class PlaceholderMaker:
                 # A fill that is under way ends first: it would write over what a guest writes to the new placeholder.
                 is_superseded = partial(self.may_be_placeholder, source)
                 await stack.enter_async_context(before.superseding(is_superseded=is_superseded))
-            bits = self._resident_bits(disk, record.size)
+            resident = self._resident(disk, record.size)
             try:
-                await self._threads.files(self._commit, source, record, bits)
+                await self._threads.files(self._commit, source, record, resident)
                 maps = await self._threads.files(take_up, self._files, disk.fd, self._private, label=disk.label)
             except OSError as exc:
                 raise _primary_error(disk, "making its placeholder", exc) from exc
@@ -129,18 +128,19 @@ class PlaceholderMaker:
         log.info("%s: is a placeholder of restore point %s now", disk.label, point_id)
         return self._disks.open_reserved(source.reservation)
 
-    def _resident_bits(self, disk: Disk, size: int) -> bytes:
+    def _resident(self, disk: Disk, size: int) -> list[Extent]:
         """Which blocks stay: the ends of the disk, as far as they are here."""
         count = block_count(size)
-        bits = bytearray(-(-count // 8))
-        head = min(count, -(-self._resident_head_bytes // BLOCK_SIZE))
-        tail = max(0, count - -(-self._resident_tail_bytes // BLOCK_SIZE))
-        for first, end in ((0, head), (tail, count)):
-            if disk.placeholder is None or disk.placeholder.is_resident(first * BLOCK_SIZE, (end - first) * BLOCK_SIZE):
-                set_range(bits, first, end)
-        return bytes(bits)
+        head = Extent(0, min(count, -(-self._resident_head_bytes // BLOCK_SIZE)))
+        tail = Extent(max(0, count - -(-self._resident_tail_bytes // BLOCK_SIZE)), count)
+        before = disk.placeholder
+        return [
+            run
+            for run in (head, tail)
+            if before is None or before.is_resident(run.start * BLOCK_SIZE, run.length * BLOCK_SIZE)
+        ]
 
-    def _commit(self, source: Source, record: PlaceholderRecord, bits: bytes) -> None:
+    def _commit(self, source: Source, record: PlaceholderRecord, resident: Sequence[Extent]) -> None:
         """Steps 4 and 5, and the map *committed*; what fails before the record is set is undone by the caller.
 
         Raises OSError, Abandoned, CorruptMap.
@@ -155,8 +155,8 @@ class PlaceholderMaker:
         path = self._private.durable_path(record.placeholder_id)
         durable = DurableMap.open(self._files, path, label=disk.label)
         try:
-            if any(bits):
-                durable.update(pages_of(bits), durable.header)
+            if pages := pages_of(resident):
+                durable.update(pages, durable.header)
             st = disk.fstat()
             same = (st.st_size, st.st_mtime_ns) == (source.st.st_size, source.st.st_mtime_ns)
             if not source.reservation.is_intact or not (same or disk.placeholder is not None):
