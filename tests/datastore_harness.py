@@ -244,8 +244,11 @@ class Services:
             return await self.disks.open(fd, writable=True, caller=CALLER)
 
     async def archive(self, name: str, *, archive: bool = True) -> BackupReport:
-        """One backup job of a VM."""
-        return await self.archiver.run(self.rig.vm(name), archive=archive, progress=lambda count: None)
+        """One backup job of a VM; as in the daemon, it ends what hydrates in the background first."""
+        vm = self.rig.vm(name)
+        for file in vm.files:
+            await self.hydration.stop(file.ino)
+        return await self.archiver.run(vm, archive=archive, progress=lambda count: None)
 
     async def bring_back(self, path: str) -> None:
         with self.rig.path_fd(path) as fd:
