@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -192,6 +193,67 @@ def test_removed_placeholder_can_be_read_until_it_is_closed(make_datastore: Make
         assert datastore.pins()
     wait_until("its pin is gone", lambda: not datastore.pins())
     wait_until("its maps are gone", lambda: not datastore.durable_maps() + datastore.volatile_maps())
+
+
+def test_files_that_are_open_outlive_their_name_and_the_daemon(make_datastore: MakeDatastore) -> None:
+    datastore = make_datastore(QUIET)
+    datastore.start()
+    content = noise(SIZE, seed=21)
+    placeholder, plain = datastore.add_vm("vm", content), datastore.add_vm("vm", b"plain", disk="plain.raw")
+    closed = datastore.add_vm("vm", b"closed", disk="closed.raw")
+    datastore.archive("vm")
+    orphans = datastore.backing / ".vmfs-stub" / "orphans"
+    opened = [os.open(path, os.O_RDWR) for path in (placeholder, plain, plain)]
+    try:
+        placeholder.unlink()
+        plain.unlink()
+        closed.unlink()
+        assert [os.fstat(fd).st_nlink for fd in opened] == [0, 0, 0]
+        assert len(list(orphans.iterdir())) == 2
+        os.pwrite(opened[1], b"still there", 0)
+        datastore.kill()
+        assert sorted(path.stat().st_size for path in orphans.iterdir()) == [len(b"still there"), SIZE]
+        assert b"still there" in [path.read_bytes() for path in orphans.iterdir()]
+    finally:
+        for fd in opened:
+            with contextlib.suppress(OSError):  # the mount may be dead by now
+                os.close(fd)
+    datastore.start()
+    assert not list(orphans.iterdir())
+    wait_until("its pin is gone", lambda: not datastore.pins())
+    wait_until("its maps are gone", lambda: not datastore.durable_maps() + datastore.volatile_maps())
+    assert datastore.cli("status").code == 0
+
+
+def test_the_last_release_of_a_file_without_a_name_frees_it(make_datastore: MakeDatastore) -> None:
+    datastore = make_datastore(QUIET)
+    datastore.start()
+    disk = datastore.add_vm("vm", b"content")
+    replacement = datastore.add_vm("vm", b"replacement", disk="new.raw")
+    orphans = datastore.backing / ".vmfs-stub" / "orphans"
+    with disk.open("rb") as first, disk.open("rb") as second:
+        replacement.rename(disk)
+        assert first.read() == b"content"
+        first.close()
+        assert len(list(orphans.iterdir())) == 1
+        assert second.read() == b"content"
+    wait_until("its space is free", lambda: not list(orphans.iterdir()))
+    assert (disk.read_bytes(), disk.stat().st_nlink) == (b"replacement", 1)
+
+
+def test_a_file_that_kept_its_name_survives_the_sweep(make_datastore: MakeDatastore) -> None:
+    """As after a crash between the orphan's link and the removal of the name."""
+    datastore = make_datastore(QUIET)
+    datastore.start()
+    content = noise(SIZE, seed=22)
+    disk = datastore.add_vm("vm", content)
+    datastore.archive("vm")
+    datastore.kill()
+    backing = datastore.backing / "vm" / disk.name
+    (datastore.backing / ".vmfs-stub" / "orphans" / str(backing.stat().st_ino)).hardlink_to(backing)
+    datastore.start()
+    assert backing.stat().st_nlink == 1
+    assert disk.read_bytes() == content
 
 
 def test_placeholder_that_is_replaced_by_a_rename_ends(make_datastore: MakeDatastore) -> None:

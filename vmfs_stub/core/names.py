@@ -5,6 +5,9 @@ from __future__ import annotations
 PRIVATE_DIR = ".vmfs-stub"
 """Directory in the backing directory that holds private state; never shown, never a VM."""
 
+ORPHANS_DIR = "orphans"
+"""Directory in it with a link to each open file whose last name is gone."""
+
 RESERVE_FILE = "reserve"
 """File in it that keeps space back."""
 

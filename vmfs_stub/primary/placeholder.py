@@ -16,10 +16,11 @@ from pathlib import Path
 
 from vmfs_stub.core.errors import CorruptMap, IdentityMismatch, MapFrozen, MapMissing, UnknownFormat
 from vmfs_stub.core.ids import PlaceholderId
-from vmfs_stub.core.names import PRIVATE_DIR, RESERVE_FILE
+from vmfs_stub.core.names import ORPHANS_DIR, PRIVATE_DIR, RESERVE_FILE
 from vmfs_stub.primary.durable_map import PAGE_BITS_SIZE, DurableMap, MapHeader, MapState
 from vmfs_stub.primary.files import FileCalls, sync_directory
 from vmfs_stub.primary.identity import BootIdentity, boot_identity, inode_identity
+from vmfs_stub.primary.orphans import Orphans
 from vmfs_stub.primary.record import PlaceholderRecord, check_identity, read_record
 from vmfs_stub.primary.reserve import Reserve
 from vmfs_stub.primary.volatile_map import VolatileMap
@@ -33,17 +34,20 @@ class PrivateState:
     volatile_maps: Path
     boot: BootIdentity
     reserve: Reserve
+    orphans: Orphans
 
     @classmethod
     def at(cls, backing: Path, runtime_dir: Path) -> PrivateState:
         """Make the directories where they are missing.  Raises OSError."""
         maps, volatile = backing / PRIVATE_DIR / "maps", runtime_dir / "maps"
-        for directory in (backing / PRIVATE_DIR, maps, runtime_dir, volatile):
+        orphans = backing / PRIVATE_DIR / ORPHANS_DIR
+        for directory in (backing / PRIVATE_DIR, maps, orphans, runtime_dir, volatile):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(backing, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
-            return cls(maps, volatile, boot_identity(fd), Reserve(backing / PRIVATE_DIR / RESERVE_FILE))
+            reserve = Reserve(backing / PRIVATE_DIR / RESERVE_FILE)
+            return cls(maps, volatile, boot_identity(fd), reserve, Orphans(orphans))
         finally:
             os.close(fd)
 

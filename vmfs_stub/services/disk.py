@@ -40,7 +40,8 @@ class Disk:
 
     ``fd`` is its only descriptor here; ``placeholder`` is None once everything is back; ``open_count`` counts guests'
     handles, ``kept`` our own reasons to keep it open; ``writable`` is false where the file can only be read;
-    ``label`` is what messages call it.
+    ``label`` is what messages call it; ``is_orphan`` is true once its last name is gone, or about to go, and a link in
+    the private directory keeps it.
     """
 
     def __init__(
@@ -57,12 +58,18 @@ class Disk:
         self.placeholder: Placeholder | None = None
         self.open_count = 0
         self.kept = 0
+        self.is_orphan = False
         self.on_recall: Callable[[Disk], None] = _nothing
         """Called after a guest's read had to recall something."""
 
     def fstat(self) -> os.stat_result:
         """stat of the backing file; an open file's inode is in memory, so this does not block."""
         return os.fstat(self.fd)
+
+    @property
+    def has_name(self) -> bool:
+        """Whether the file has a name that programs can see.  Does not block."""
+        return self.fstat().st_nlink > self.is_orphan
 
     async def read(self, offset: int, size: int) -> bytes | bytearray:
         """Up to ``size`` bytes at ``offset``, fewer only at end of file.

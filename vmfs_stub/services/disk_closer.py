@@ -11,6 +11,7 @@ from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.placeholder import Placeholder
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recall import RecallService
+from vmfs_stub.services.removals import Removals
 from vmfs_stub.services.retirement import Ended, Retirement
 
 log = logging.getLogger(__name__)
@@ -27,20 +28,23 @@ class DiskCloser:
         *,
         recall: RecallService,
         retirement: Retirement,
+        removals: Removals,
         placeholders: PlaceholderIndex,
         attributes_changed: Callable[[int], object],
     ) -> None:
         self._recall = recall
         self._retirement = retirement
+        self._removals = removals
         self._placeholders = placeholders
         self._attributes_changed = attributes_changed
 
     async def close(self, disk: Disk) -> None:
         """Close the descriptor where nothing is unsynced; what fails is logged, and left to the next opening."""
+        await self._removals.drop_orphan(disk)
         placeholder = disk.placeholder
         try:
             if placeholder is not None and not placeholder.ended:
-                if not placeholder.is_frozen and placeholder.next_absent(0) is None and disk.fstat().st_nlink:
+                if not placeholder.is_frozen and placeholder.next_absent(0) is None and disk.has_name:
                     await self._graduate_at_end(disk)
                 if not placeholder.ended:
                     await self._lay_down(disk, placeholder)
@@ -57,7 +61,7 @@ class DiskCloser:
             log.exception("%s: could not be made an ordinary file; the next opening tries again", disk.label)
 
     async def _lay_down(self, disk: Disk, placeholder: Placeholder) -> None:
-        record, removed = placeholder.maps.record, disk.fstat().st_nlink == 0
+        record, removed = placeholder.maps.record, not disk.has_name
         self._recall.forget(placeholder)
         known = self._placeholders.get(disk.ino)
         if known is not None:
@@ -65,7 +69,7 @@ class DiskCloser:
         await placeholder.lay_down()
         if removed:
             self._placeholders.remove(disk.ino)
-            await self._retirement.retire(Ended.of(record))
+            await self._removals.end(record)
 
     async def graduate(self, disk: Disk) -> None:
         """Turn a wholly resident placeholder into an ordinary file, with nothing left behind.

@@ -76,12 +76,6 @@ class Disks:
             on_recall=self._recalled,
             on_damage=on_damage,
         )
-        self._closer = DiskCloser(
-            recall=recall,
-            retirement=retirement,
-            placeholders=placeholders,
-            attributes_changed=self._changed,
-        )
         self._removals = Removals(
             files=files,
             threads=threads,
@@ -90,6 +84,13 @@ class Disks:
             placeholders=placeholders,
             opened=self.get,
             ino_lock=self._ino_lock,
+        )
+        self._closer = DiskCloser(
+            recall=recall,
+            retirement=retirement,
+            removals=self._removals,
+            placeholders=placeholders,
+            attributes_changed=self._changed,
         )
 
     def _recalled(self, disk: Disk) -> None:
@@ -137,6 +138,7 @@ class Disks:
                     disk = self._open[ino] = await self._opener.open(path_fd)
                 disk.open_count += guests
                 disk.kept += kept
+                await self._removals.opened_meanwhile(disk)
             return disk
 
     async def _give_back(self, disk: Disk, *, guests: int, kept: int) -> None:
@@ -250,10 +252,10 @@ class Disks:
             await self.let_go(disk)
 
     async def removing(self, path_fd: int) -> None:
-        """Before a link of a regular file goes: if it is the last of a placeholder, note that durably.
+        """Before the last name of a regular file goes.
 
-        An open-unlinked placeholder stays usable until its last release; a damaged one can be removed, too, but its
-        pin stays.  Raises OSError.
+        What is open stays usable until its last release; a damaged placeholder can be removed, too, but its pin stays.
+        Raises OSError.
         """
         st = os.fstat(path_fd)
         await self._win_over_reservation(st.st_ino)

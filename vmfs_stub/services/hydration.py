@@ -158,7 +158,7 @@ class HydrationService:
         slots = trio.CapacityLimiter(STEPS_AT_ONCE)
         with single_error():
             async with trio.open_nursery() as nursery:
-                while (found := placeholder.next_absent(chunk)) is not None and course.disk.fstat().st_nlink:
+                while (found := placeholder.next_absent(chunk)) is not None and course.disk.has_name:
                     await self._recall.wait_quiet()
                     self._check_space(course.disk, STEP_BYTES)
                     chunk = found + step
@@ -170,7 +170,7 @@ class HydrationService:
                     progress(size)
                     if bytes_per_s_max:
                         await trio.sleep(max(0.0, started + done / bytes_per_s_max - trio.current_time()))
-        if placeholder.next_absent(0) is None and course.disk.fstat().st_nlink:
+        if placeholder.next_absent(0) is None and course.disk.has_name:
             await self._disks.graduate(course.disk)
 
     async def _step(

@@ -80,6 +80,7 @@ class Recovery:
 
     def run(self) -> Recovered:
         """Look at everything once.  Raises OSError when the backing directory itself cannot be read."""
+        self._sweep_orphans()
         for unfinished in self._private.maps.glob(f"*{NEW_SUFFIX}"):
             unfinished.unlink()
         backing_fd = os.open(self._backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -98,6 +99,14 @@ class Recovery:
         finally:
             os.close(backing_fd)
         return self._result
+
+    def _sweep_orphans(self) -> None:
+        """Nobody has a file open when a mount begins: those without a name go for good."""
+        try:
+            if count := self._private.orphans.sweep(self._files):
+                log.info("%d files that had lost their last name while open are gone now", count)
+        except OSError as exc:
+            log.warning("files without a name could not be removed, and keep their space: %s", exc)
 
     def _not_seen(self, path: str, exc: OSError) -> None:
         self._saw_all = False

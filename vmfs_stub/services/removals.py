@@ -1,4 +1,7 @@
-"""The removal of a placeholder's last link: noted durably before, ended or undone after; a crash leaves no doubt."""
+"""The removal of a file's last name: noted durably before, ended or undone after; a crash leaves no doubt.
+
+A file that somebody has open becomes an orphan: it stays what it is, a placeholder included, until its last release.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from vmfs_stub.core.errors import IntegrityError, UnknownFormat
 from vmfs_stub.primary.durable_map import MapState
 from vmfs_stub.primary.files import FileCalls, sync_filesystem
 from vmfs_stub.primary.placeholder import PrivateState, mark_removed, open_durable
+from vmfs_stub.primary.record import PlaceholderRecord
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.placeholder_index import KnownPlaceholder, PlaceholderIndex
 from vmfs_stub.services.retirement import Ended, Retirement
@@ -44,43 +48,82 @@ class Removals:
         self._opened = opened
         self._ino_lock = ino_lock
         self._states_before: dict[int, MapState] = {}
+        self._under_way: set[int] = set()
 
     async def removing(self, st: os.stat_result) -> None:
-        """Before a link of that file goes: if it is the last of a placeholder, note that durably.  Raises OSError."""
+        """Before the last name of that file goes: keep what is open, and note durably that a placeholder ends.
+
+        Raises OSError.
+        """
+        self._under_way.add(st.st_ino)
+        try:
+            async with self._ino_lock(st.st_ino):
+                disk = self._opened(st.st_ino)
+                if disk is not None:
+                    await self.opened_meanwhile(disk)
+                await self._mark_removed(st, disk)
+        except BaseException:
+            self._under_way.discard(st.st_ino)
+            raise
+
+    async def _mark_removed(self, st: os.stat_result, disk: Disk | None) -> None:
         known = self._placeholders.get(st.st_ino)
-        if known is None or known.record is None or known.problem is not None or st.st_nlink > 1:
+        if known is None or known.record is None or known.problem is not None:
             return
-        async with self._ino_lock(st.st_ino):
-            disk = self._opened(st.st_ino)
-            if disk is not None and disk.placeholder is not None:
-                self._states_before[st.st_ino] = disk.placeholder.maps.durable.header.state
-                await disk.placeholder.set_state(MapState.REMOVED)
-            elif disk is None:
-                try:
-                    self._states_before[st.st_ino] = await self._threads.files(
-                        mark_removed, self._files, self._private, known.record, label=known.label
-                    )
-                except (IntegrityError, UnknownFormat) as exc:
-                    log.warning("%s; it is removed all the same, its restore point stays", exc)
+        if disk is not None and disk.placeholder is not None:
+            self._states_before[st.st_ino] = disk.placeholder.maps.durable.header.state
+            await disk.placeholder.set_state(MapState.REMOVED)
+        elif disk is None:
+            try:
+                self._states_before[st.st_ino] = await self._threads.files(
+                    mark_removed, self._files, self._private, known.record, label=known.label
+                )
+            except (IntegrityError, UnknownFormat) as exc:
+                log.warning("%s; it is removed all the same, its restore point stays", exc)
+
+    async def opened_meanwhile(self, disk: Disk) -> None:
+        """If the last name of this open file is about to go, make it an orphan; the inode's lock is held."""
+        if disk.ino not in self._under_way or disk.is_orphan or not disk.open_count:
+            return
+        try:
+            await self._threads.files(self._private.orphans.keep, self._files, disk.fd)
+        except OSError as exc:
+            log.warning("%s: is removed while open, and will not outlive this daemon: %s", disk.label, exc.strerror)
+        else:
+            disk.is_orphan = True
 
     async def removed(self, st: os.stat_result) -> None:
         """After the attempt: if the file is gone and closed, its placeholder ends; if not, it is as before."""
-        before = self._states_before.pop(st.st_ino, None)
-        known = self._placeholders.get(st.st_ino)
-        if before is None or known is None or known.record is None:
-            if known is not None and st.st_nlink == 0 and self._opened(st.st_ino) is None:
-                self._placeholders.remove(st.st_ino)  # a new file may have this number next
-            return
-        record = known.record
+        self._under_way.discard(st.st_ino)
         async with self._ino_lock(st.st_ino):
-            disk = self._opened(st.st_ino)
-            if st.st_nlink:
-                await self._unmark(disk, known, before)
-            elif disk is None:
-                self._placeholders.remove(st.st_ino)
-                # O_PATH descriptors cannot be synced: the maps lie on the same filesystem.
-                await self._threads.files(self._sync_filesystem)
-                await self._retirement.retire(Ended.of(record))
+            disk, known = self._opened(st.st_ino), self._placeholders.get(st.st_ino)
+            before = self._states_before.pop(st.st_ino, None)
+            if disk.has_name if disk is not None else st.st_nlink:
+                if disk is not None:
+                    await self.drop_orphan(disk)
+                if known is not None and before is not None:
+                    await self._unmark(disk, known, before)
+            elif disk is None and known is not None:
+                self._placeholders.remove(st.st_ino)  # a new file may have this number next
+                if before is not None and known.record is not None:
+                    await self.end(known.record)
+
+    async def drop_orphan(self, disk: Disk) -> None:
+        """At its last release, or because it keeps its name: take the orphan's link away; what fails is swept later."""
+        if not disk.is_orphan:
+            return
+        try:
+            await self._threads.files(self._private.orphans.drop, self._files, disk.ino)
+        except OSError as exc:
+            log.warning("%s: its space is free at the next start only: %s", disk.label, exc.strerror)
+        else:
+            disk.is_orphan = False
+
+    async def end(self, record: PlaceholderRecord) -> None:
+        """The placeholder's file is gone: make that durable, then let its pin and maps go.  Raises OSError."""
+        # Descriptors of files without a name cannot be synced for that: the maps lie on the same filesystem.
+        await self._threads.files(self._sync_filesystem)
+        await self._retirement.retire(Ended.of(record))
 
     def _sync_filesystem(self) -> None:
         fd = os.open(self._private.maps, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
