@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 import threading
 from collections.abc import Awaitable, Callable
@@ -208,3 +209,21 @@ async def test_a_sync_that_fails_or_is_cancelled_is_run_again_for_the_others() -
             await trio.testing.wait_all_tasks_blocked()
             scope.cancel()
     assert sorted(outcomes) == ["done", "failed"]
+
+
+FAR_NS = 10_500_000_000 * 10**9 + 5
+"""A time in the year 2302, which a user can give any file; in nanoseconds it needs more than 63 bits."""
+
+
+async def test_a_disk_from_the_far_future_comes_back() -> None:
+    """Its space was given up, and then the manifest that led to its bytes was refused for the time in it."""
+    with temporary_rig() as rig:
+        content = random.Random(4).randbytes(4 * CHUNK)
+        rig.make_disk(DISK, content)
+        os.utime(rig.backing / DISK, ns=(FAR_NS, FAR_NS))
+        async with rig.running() as services:
+            await services.archive("vm")
+            disk = await services.open(DISK)
+            assert await disk.read(0, 4 * CHUNK) == content
+            assert services.mtime_ns(DISK) == FAR_NS
+            await services.disks.release(disk)

@@ -37,7 +37,15 @@ from vmfs_stub.store.format import (
     encode_description,
 )
 from vmfs_stub.store.index_objects import decode_index, encode_index
-from vmfs_stub.store.manifest import FileKind, Manifest, StoredFile, decode_manifest, encode_manifest, segment_count
+from vmfs_stub.store.manifest import (
+    TIME_NS_END,
+    FileKind,
+    Manifest,
+    StoredFile,
+    decode_manifest,
+    encode_manifest,
+    segment_count,
+)
 from vmfs_stub.store.packs import OpenPack, read_footer
 from vmfs_stub.store.pins import Pin, decode_pin, encode_pin
 from vmfs_stub.store.segments import Segment, seal_segment
@@ -220,7 +228,7 @@ FILES = st.builds(
     ),
     size=st.integers(0, 2**33),
     mode=st.integers(0, 0o7777),
-    mtime=st.integers(-(2**62), 2**62),
+    mtime=st.integers(-TIME_NS_END, TIME_NS_END - 1),
     xattrs=st.dictionaries(TEXTS, st.binary(max_size=20), max_size=3),
 )
 
@@ -249,6 +257,7 @@ def test_names_that_are_not_text_survive() -> None:
         {"size": True},
         {"size": "1"},
         {"mode": 0o10000},
+        {"mtime_ns": TIME_NS_END},
         {"uid": 2**32},
         {"kind": "device"},
         {"kind": "symlink"},

@@ -21,9 +21,10 @@ from vmfs_stub.core.errors import (
     StoreUnavailable,
 )
 from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
-from vmfs_stub.store import packs
+from vmfs_stub.store import manifest, packs
 from vmfs_stub.store.backup_writer import EncodedBatch
 from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.keys import STORE_KEY
 from vmfs_stub.store.local import LocalObjects
 from vmfs_stub.store.pins import Pin
 from vmfs_stub.store.store import Store
@@ -182,6 +183,21 @@ def test_a_manifest_that_nobody_could_read_is_not_written(objects: FakeObjects, 
                 vm_id=VmId(new_id()), point_id=PointId(new_id()), vm_name="x", host="h", files=[stored], metadata={}
             )
     assert _keys(objects, "manifests/") == []
+
+
+def test_a_manifest_that_is_too_large_or_out_of_bounds_for_readers_is_not_written(
+    objects: FakeObjects, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its packs are there, but nobody would get at them: a placeholder of such a point would be lost."""
+    monkeypatch.setattr(manifest, "MANIFEST_SIZE_MAX", 4096)
+    too_long = [stored_file(f"{number:0200}", 0) for number in range(20)]
+    for files in (too_long, [stored_file("x", 0, mtime_ns=manifest.TIME_NS_END)], [stored_file("x", 0, uid=-1)]):
+        writer = store.begin_backup(index=ChunkIndex(None, store.id))
+        with pytest.raises(CorruptManifest):
+            writer.commit(
+                vm_id=VmId(new_id()), point_id=PointId(new_id()), vm_name="x", host="h", files=files, metadata={}
+            )
+    assert set(objects.contents) == {STORE_KEY}
 
 
 @pytest.mark.parametrize("how", ["gone", "condemned"])

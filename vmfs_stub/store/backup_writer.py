@@ -40,7 +40,7 @@ from vmfs_stub.store.keys import (
     pin_key,
     segment_key,
 )
-from vmfs_stub.store.manifest import Manifest, StoredFile, check_manifest, encode_manifest
+from vmfs_stub.store.manifest import Manifest, StoredFile, encode_checked
 from vmfs_stub.store.objects import Buffer, CacheDropping, ObjectStore
 from vmfs_stub.store.packs import OpenPack, SealedPack
 from vmfs_stub.store.pins import Pin, encode_pin
@@ -259,8 +259,9 @@ class BackupWriter:
     ) -> Manifest:
         """Make the restore point one that exists; all packs and segments must have been put.
 
-        Raises: StoreConflict when garbage collection takes something that is used (run the job again: the chunks
-        are then stored afresh); StoreUnavailable: the point may or may not exist then, its pins stay.
+        Raises: CorruptManifest when no reader would accept it, and nothing is written; StoreConflict when garbage
+        collection takes something that is used (run the job again: the chunks are then stored afresh);
+        StoreUnavailable: the point may or may not exist then, its pins stay.
         """
         if self._unput or self._pack is not None:
             msg = "commit before every pack was put"
@@ -268,8 +269,7 @@ class BackupWriter:
         manifest = Manifest(
             vm_id, point_id, vm_name, self._clock(), host, self.chunk_size, tuple(files), dict(metadata)
         )
-        check_manifest(manifest, manifest_key(vm_id, point_id))
-        data = encode_manifest(manifest)
+        data = encode_checked(manifest, manifest_key(vm_id, point_id))
         for pin in pins:
             self._objects.put(pin_key(vm_id, point_id, pin.placeholder_id), encode_pin(pin, vm_id, point_id))
         self._objects.put(pending_key(vm_id, point_id), data)

@@ -20,12 +20,14 @@ from vmfs_stub.core.errors import ConfigError, CorruptManifest
 from vmfs_stub.core.ids import PointId, SegmentId, VmId
 from vmfs_stub.store import documents
 from vmfs_stub.store.documents import Fields
-from vmfs_stub.store.format import FEATURES_KNOWN, FORMAT_VERSION, SEGMENT_CHUNKS, check_chunk_size
+from vmfs_stub.store.format import FEATURES_KNOWN, FORMAT_VERSION, MANIFEST_SIZE_MAX, SEGMENT_CHUNKS, check_chunk_size
 from vmfs_stub.store.keys import is_segment_id
 
 MANIFEST_FORMAT = "vmfs-stub manifest"
 PATH_LENGTH_MAX = 4095
 NAME_LENGTH_MAX = 255
+TIME_NS_END = 2**63 * 1_000_000_000
+"""A file's time is below this and not below its negative: seconds have 64 bits, so nanoseconds need more."""
 
 
 class FileKind(Enum):
@@ -137,6 +139,23 @@ def check_manifest(manifest: Manifest, key: str) -> None:
             raise CorruptManifest(msg)
 
 
+def encode_checked(manifest: Manifest, key: str) -> bytes:
+    """The bytes of a manifest, which are seen to give the same manifest again.
+
+    A placeholder's bytes can be had by its manifest only: what no reader would accept must not be depended on.
+    Raises: CorruptManifest.
+    """
+    check_manifest(manifest, key)
+    data = encode_manifest(manifest)
+    if len(data) > MANIFEST_SIZE_MAX:
+        msg = f"{key}: would have {len(data)} bytes, more than a manifest may: too many files, or too long attributes"
+        raise CorruptManifest(msg)
+    if decode_manifest(data, key) != manifest:
+        msg = f"{key}: would be read as something else than what was to be written"
+        raise CorruptManifest(msg)
+    return data
+
+
 def _file_body(stored: StoredFile) -> dict[str, object]:
     body: dict[str, object] = {
         "path": stored.path,
@@ -178,8 +197,8 @@ def _decode_file(fields: Fields, chunk_size: int) -> StoredFile:
         mode=fields.integer("mode", high=0o7777),
         uid=fields.integer("uid", high=2**32 - 1),
         gid=fields.integer("gid", high=2**32 - 1),
-        mtime_ns=fields.integer("mtime_ns", low=-(2**63)),
-        atime_ns=fields.integer("atime_ns", low=-(2**63)),
+        mtime_ns=fields.integer("mtime_ns", low=-TIME_NS_END, high=TIME_NS_END - 1),
+        atime_ns=fields.integer("atime_ns", low=-TIME_NS_END, high=TIME_NS_END - 1),
         xattrs=fields.binary_mapping("xattrs"),
         segments=segments,
         target=target,
