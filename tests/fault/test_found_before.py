@@ -227,3 +227,19 @@ async def test_a_disk_from_the_far_future_comes_back() -> None:
             assert await disk.read(0, 4 * CHUNK) == content
             assert services.mtime_ns(DISK) == FAR_NS
             await services.disks.release(disk)
+
+
+async def test_any_time_can_be_set_on_a_placeholder_and_told_of_it() -> None:
+    """A time past 2262 did not fit the volatile map, which then took no other change; 0 was taken for none at all."""
+    with temporary_rig() as rig:
+        rig.make_disk(DISK, OLD * (CHUNK // BLOCK))
+        os.utime(rig.backing / DISK, ns=(0, 0))
+        async with rig.running() as services:
+            await services.archive("vm")
+            disk = await services.open(DISK)
+            await disk.read(0, 1)
+            assert services.mtime_ns(DISK) == 0
+            for wanted, told in ((FAR_NS, (1 << 63) - 1), (-FAR_NS, -(1 << 63)), (7, 7), (0, 1)):
+                await disk.set_times(atime_ns=None, mtime_ns=wanted)
+                assert services.mtime_ns(DISK) == told
+            await services.disks.release(disk)

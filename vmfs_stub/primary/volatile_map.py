@@ -36,6 +36,7 @@ _HEADER = struct.Struct("<8sHHI16s16sQQ16s")
 _VARIABLE = struct.Struct("<QqB")
 _VARIABLE_OFFSET = 128
 """Archived limit, guest mtime, frozen: change in place behind the checksummed part."""
+_MTIME_NS_END = 1 << 63
 _MAGIC = b"VSTBLIV\0"
 _VERSION = 1
 
@@ -207,7 +208,8 @@ class VolatileMap:
         return self._guest_mtime_ns
 
     def set_guest_mtime(self, mtime_ns: int) -> None:
-        self._guest_mtime_ns = mtime_ns
+        """The nearest that can be told: any time fits a file, 63 bits do not, and 0 means that no guest wrote."""
+        self._guest_mtime_ns = max(-_MTIME_NS_END, min(_MTIME_NS_END - 1, mtime_ns)) or 1
         self._write_variable()
 
     @property

@@ -18,7 +18,8 @@ from vmfs_stub.primary.record import PlaceholderRecord
 class KnownPlaceholder:
     """One placeholder: its record (None when that is what is damaged), what stat reports, and what is wrong with it.
 
-    ``label`` names file and VM for people; ``mtime_ns`` is the record's time until a guest writes.
+    ``label`` names file and VM for people; ``mtime_ns`` is the record's time until a guest writes,
+    and not known where something is wrong.
     """
 
     record: PlaceholderRecord | None
@@ -65,4 +66,5 @@ class PlaceholderIndex:
         known = self._by_ino.get(st.st_ino)
         if known is None:
             return None
-        return StatOverride(max(st.st_blocks, _BLOCKS_MIN), known.mtime_ns or st.st_mtime_ns)
+        mtime_ns = known.mtime_ns if known.problem is None else st.st_mtime_ns
+        return StatOverride(max(st.st_blocks, _BLOCKS_MIN), mtime_ns)
