@@ -211,6 +211,10 @@ class RigThreads(Threads):
         self._life.check_alive()
         return await super().store(function, *args, **kwargs)
 
+    async def background(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        self._life.check_alive()
+        return await super().background(function, *args, **kwargs)
+
     async def transfer(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         self._life.check_alive()
         return await super().transfer(function, *args, **kwargs)

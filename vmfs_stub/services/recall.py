@@ -258,7 +258,8 @@ class RecallService:
                         flights[chunk].land(self._timeout(placeholder))
                     return
                 try:
-                    raws = await self._threads.store(self._store.fetch, fetch.frames)
+                    call = self._threads.store if demand else self._threads.background
+                    raws = await call(self._store.fetch, fetch.frames)
                 except (IntegrityError, ObjectMissing):
                     if len(fetch.chunks) == 1:
                         raise

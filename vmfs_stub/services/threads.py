@@ -1,7 +1,7 @@
 """Where blocking calls run: worker threads, a bounded number for each resource.
 
 Separate limits, so that a store that does not answer can use up its own threads and no others: `stat` and the I/O of
-other disks go on.
+other disks go on.  What no guest waits for runs below demand.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import ParamSpec, TypeVar
 import trio
 
 from vmfs_stub.core.errors import StoreUnavailable
-from vmfs_stub.services.file_pool import FilePool
+from vmfs_stub.services.worker_pool import WorkerPool
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -28,16 +28,18 @@ class Threads:
     def __init__(
         self, *, files_max: int, store_max: int, compute_max: int, store_timeout_s: float, transfer_timeout_s: float
     ) -> None:
-        self._files = FilePool(files_max)
-        self._store = trio.CapacityLimiter(store_max)
-        self._transfers = trio.CapacityLimiter(TRANSFERS_MAX)
-        self._compute = trio.CapacityLimiter(compute_max)
+        self._files = WorkerPool("files", files_max)
+        self._store = WorkerPool("store", store_max)
+        self._background = WorkerPool("background", store_max, below_demand=True)
+        self._transfers = WorkerPool("transfers", TRANSFERS_MAX, below_demand=True)
+        self._compute = WorkerPool("compute", compute_max, below_demand=True)
         self._store_timeout_s = store_timeout_s
         self._transfer_timeout_s = transfer_timeout_s
 
     def close(self) -> None:
         """Let the worker threads end."""
-        self._files.close()
+        for pool in (self._files, self._store, self._background, self._transfers, self._compute):
+            pool.close()
 
     async def files(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """A call on the backing filesystem; never abandoned, since it may be changing a file."""
@@ -45,20 +47,22 @@ class Threads:
 
     async def store(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """A short call on the store, for which perhaps a guest waits.  Raises StoreUnavailable at its time limit."""
-        return await _abandonable(partial(function, *args, **kwargs), self._store, self._store_timeout_s)
+        return await _within(self._store_timeout_s, self._store, partial(function, *args, **kwargs))
+
+    async def background(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """A short call on the store for which no guest waits.  Raises StoreUnavailable at its time limit."""
+        return await _within(self._store_timeout_s, self._background, partial(function, *args, **kwargs))
 
     async def transfer(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """A long call on the store: putting or reading back a pack.  Raises StoreUnavailable at its time limit."""
-        return await _abandonable(partial(function, *args, **kwargs), self._transfers, self._transfer_timeout_s)
+        return await _within(self._transfer_timeout_s, self._transfers, partial(function, *args, **kwargs))
 
     async def compute(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Work for a core: compressing, hashing."""
-        return await trio.to_thread.run_sync(partial(function, *args, **kwargs), limiter=self._compute)
+        """Work for a core: compressing, hashing; no guest waits for it."""
+        return await self._compute.run(partial(function, *args, **kwargs))
 
 
-async def _abandonable(call: Callable[[], T], limiter: trio.CapacityLimiter, timeout_s: float) -> T:
-    # An abandoned call keeps its place among its limiter's threads until it really ends, so that a store that hangs
-    # holds a bounded number of them.
+async def _within(timeout_s: float, pool: WorkerPool, call: Callable[[], T]) -> T:
     with trio.move_on_after(timeout_s):
-        return await trio.to_thread.run_sync(call, limiter=limiter, abandon_on_cancel=True)
+        return await pool.run(call, abandonable=True)
     raise StoreUnavailable(f"the store did not answer within {timeout_s:g} s")

@@ -1,17 +1,18 @@
-"""The pool of worker threads for file calls."""
+"""The pools of worker threads."""
 
 from __future__ import annotations
 
+import os
 import threading
 
 import pytest
 import trio
 
-from vmfs_stub.services.file_pool import FilePool
+from vmfs_stub.services.worker_pool import NICE_BELOW_DEMAND, WorkerPool
 
 
 async def test_results_and_errors_reach_their_own_caller() -> None:
-    pool, results = FilePool(4), {}
+    pool, results = WorkerPool("test", 4), {}
 
     def call(number: int) -> int:
         if number % 3 == 0:
@@ -32,7 +33,7 @@ async def test_results_and_errors_reach_their_own_caller() -> None:
 
 
 async def test_no_more_threads_than_allowed_and_the_loop_goes_on() -> None:
-    pool, gate, lock, running, most = FilePool(3), threading.Event(), threading.Lock(), 0, 0
+    pool, gate, lock, running, most = WorkerPool("test", 3), threading.Event(), threading.Lock(), 0, 0
     started = threading.Semaphore(0)
 
     def call() -> None:
@@ -57,7 +58,7 @@ async def test_no_more_threads_than_allowed_and_the_loop_goes_on() -> None:
 
 
 async def test_a_call_in_progress_is_not_cancelled_and_a_cancelled_caller_starts_none() -> None:
-    pool, done = FilePool(1), []
+    pool, done = WorkerPool("test", 1), []
     with trio.CancelScope() as scope:
         scope.cancel()
         await pool.run(lambda: done.append("never"))
@@ -81,11 +82,41 @@ async def test_a_call_in_progress_is_not_cancelled_and_a_cancelled_caller_starts
 
 
 async def test_a_shielded_caller_works_after_cancellation() -> None:
-    pool = FilePool(1)
+    pool = WorkerPool("test", 1)
     with trio.CancelScope() as scope:
         scope.cancel()
         with trio.CancelScope(shield=True):
             assert await pool.run(lambda: 7) == 7
     pool.close()
     with pytest.raises(ZeroDivisionError):
-        await FilePool(1).run(lambda: 1 // 0)
+        await WorkerPool("test", 1).run(lambda: 1 // 0)
+
+
+async def test_an_abandoned_call_keeps_its_thread_until_it_ends() -> None:
+    pool, gate, done = WorkerPool("test", 1), threading.Event(), []
+
+    def hang() -> None:
+        assert gate.wait(10)
+        done.append("hung")
+
+    with trio.move_on_after(0.02) as scope:
+        await pool.run(hang, abandonable=True)
+    assert scope.cancelled_caught
+    with trio.move_on_after(0.02) as scope:
+        await pool.run(lambda: done.append("never begun"), abandonable=True)
+    assert scope.cancelled_caught
+    gate.set()
+    assert await pool.run(lambda: "free again", abandonable=True) == "free again"
+    assert done == ["hung"]
+    pool.close()
+
+
+@pytest.mark.parametrize("below_demand", [False, True])
+async def test_only_the_threads_of_a_pool_below_demand_stand_back(below_demand: bool) -> None:
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    pool, usual = WorkerPool("test", 1, below_demand=below_demand), priority()
+    assert await pool.run(priority) == (NICE_BELOW_DEMAND if below_demand else usual)
+    assert priority() == usual
+    pool.close()

@@ -1,0 +1,123 @@
+"""Worker threads for blocking calls.
+
+Every write of a guest, and every read that the page cache does not have, hops to a thread and back.  trio's own hop
+makes a coroutine's worth of bookkeeping for each call and wakes the event loop for each answer; here the answers that
+are ready together wake it once, which at queue depth 32 costs a sixth.  And a pool can run below demand: its threads
+get the processor, and as far as the scheduler of the disk knows such things the disk, when nobody else wants them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import platform
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Final, TypeVar
+
+import outcome
+import trio
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+NICE_BELOW_DEMAND: Final = 15
+_SYS_IOPRIO_SET: Final = {"x86_64": 251, "aarch64": 30}.get(platform.machine())
+_IOPRIO_WHO_PROCESS: Final = 1
+_IOPRIO_LOWEST: Final = 2 << 13 | 7
+"""Best effort, last.  Not the idle class: on a disk that is never idle it could outwait every time limit."""
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Call:
+    """One call: who waits for it, or that nobody does any more."""
+
+    __slots__ = ("abandoned", "answer", "function", "task")
+
+    def __init__(self, task: trio.lowlevel.Task, function: Callable[[], object]) -> None:
+        self.task = task
+        self.function = function
+        self.abandoned = False
+        self.answer: outcome.Outcome[object] | None = None
+
+
+class WorkerPool:
+    """At most ``threads_max`` calls at once; more wait in a queue, of which callers bound the length."""
+
+    def __init__(self, name: str, threads_max: int, *, below_demand: bool = False) -> None:
+        self._name = name
+        self._threads_max = threads_max
+        self._below_demand = below_demand
+        self._thread_count = 0
+        self._unfinished = 0
+        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._lock = threading.Lock()
+        self._answered: list[_Call] = []
+        self._is_waking = False
+
+    async def run(self, function: Callable[[], T], *, abandonable: bool = False) -> T:
+        """Call in a worker thread; returns or raises what it does.
+
+        Not cancellable unless ``abandonable``: a cancelled caller then goes on at once, and the call, if it has begun,
+        keeps its thread until it ends, so that a call that hangs still counts.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self._token is None:
+            self._token = trio.lowlevel.current_trio_token()
+        self._unfinished += 1
+        if self._unfinished > self._thread_count < self._threads_max:
+            self._thread_count += 1
+            threading.Thread(target=self._work, name=f"{self._name}-{self._thread_count}", daemon=True).start()
+        call = _Call(trio.lowlevel.current_task(), function)
+        self._calls.put(call)
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            call.abandoned = abandonable
+            return trio.lowlevel.Abort.SUCCEEDED if abandonable else trio.lowlevel.Abort.FAILED
+
+        answer: T = await trio.lowlevel.wait_task_rescheduled(abort)
+        return answer
+
+    def close(self) -> None:
+        """Let the threads end, each after the call that it is in."""
+        for _ in range(self._thread_count):
+            self._calls.put(None)
+        self._thread_count = 0
+
+    def _work(self) -> None:
+        if self._below_demand:
+            _stand_back()
+        while (call := self._calls.get()) is not None:
+            if not call.abandoned:
+                call.answer = outcome.capture(call.function)
+            with self._lock:
+                self._answered.append(call)
+                wake, self._is_waking = not self._is_waking, True
+            if wake and self._token is not None:
+                try:
+                    self._token.run_sync_soon(self._deliver)
+                except trio.RunFinishedError:
+                    return
+            del call
+
+    def _deliver(self) -> None:
+        with self._lock:
+            answered, self._answered, self._is_waking = self._answered, [], False
+        for call in answered:
+            self._unfinished -= 1
+            if not call.abandoned and call.answer is not None:
+                trio.lowlevel.reschedule(call.task, call.answer)
+
+
+def _stand_back() -> None:
+    """Give this thread the least of processor and disk; where that is not possible it is no failure."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE_BELOW_DEMAND)
+    except OSError as exc:
+        log.info("background work runs at the priority of guests' requests: %s", exc.strerror)
+    if _SYS_IOPRIO_SET is not None:
+        _libc.syscall(_SYS_IOPRIO_SET, _IOPRIO_WHO_PROCESS, 0, _IOPRIO_LOWEST)
