@@ -28,7 +28,7 @@ from tests.store_fakes import FakeObjects
 from vmfs_stub.core.names import PLACEHOLDER_XATTR, PRIVATE_DIR
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.vm import Vm
-from vmfs_stub.primary.files import FileCalls, punch_hole, sync_directory
+from vmfs_stub.primary.files import FileCalls, punch_hole, sync_directory, sync_filesystem
 from vmfs_stub.primary.identity import BootIdentity, inode_generation
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.services.archive import ArchiveSettings, BackupReport
@@ -188,7 +188,7 @@ class RigFiles(FileCalls):
             self.medium.unlinking(function.__self__)  # type: ignore[attr-defined]
         if site in self.instead:
             done: T = self.instead[site](function, *args, **kwargs)
-        elif function in SYNCS or function is sync_directory:
+        elif function in (*SYNCS, sync_directory, sync_filesystem):
             done = None  # type: ignore[assignment]
         else:
             done = function(*args, **kwargs)

@@ -66,7 +66,12 @@ class DiskCloser:
         known = self._placeholders.get(disk.ino)
         if known is not None:
             known.mtime_ns = placeholder.mtime_ns
-        await placeholder.lay_down()
+        try:
+            await placeholder.lay_down()
+        except OSError:
+            if not removed:
+                raise
+            log.warning("%s: its last sync failed, and it is removed anyway", disk.label, exc_info=True)
         if removed:
             self._placeholders.remove(disk.ino)
             await self._removals.end(record)

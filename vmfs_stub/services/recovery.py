@@ -34,7 +34,7 @@ from vmfs_stub.core.errors import PrimaryIOError, RecordMissing, VmfsStubError
 from vmfs_stub.core.ids import PlaceholderId
 from vmfs_stub.core.names import PRIVATE_DIR
 from vmfs_stub.primary.durable_map import NEW_SUFFIX, DurableMap, MapHeader, MapState
-from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.primary.files import FileCalls, sync_filesystem
 from vmfs_stub.primary.identity import inode_generation, inode_identity
 from vmfs_stub.primary.placeholder import PrivateState, live_guest_mtime_ns, open_durable
 from vmfs_stub.primary.record import PlaceholderRecord, check_identity, read_record
@@ -75,6 +75,7 @@ class Recovery:
         """Inodes of which it is not known what they are; no map of theirs is removed."""
         self._inodes: dict[int, str] = {}
         """Every regular file found, by inode number."""
+        self._synced = False
         self._saw_all = True
         """False when something could not be looked into: what was not found may be there."""
 
@@ -175,6 +176,8 @@ class Recovery:
         over = header.state in (MapState.PREPARED, MapState.GRADUATING, MapState.SUPERSEDED)
         over = over or (present and header.identity.ino in self._settled)
         if over or (header.state == MapState.REMOVED and not present):
+            if not present:
+                self._sync_removals(backing_fd)
             log.info(
                 "placeholder %s ended (%s); removing what is left of it", placeholder_id, header.state.name.lower()
             )
@@ -186,6 +189,16 @@ class Recovery:
                 "placeholder %s: its file is not in the backing directory; its restore point stays", placeholder_id
             )
             self._result.findings.append((label, _file_gone(placeholder_id, header, map_path)))
+
+    def _sync_removals(self, backing_fd: int) -> None:
+        """A killed daemon's unlink may be in memory only, and the file come back without what it depends on."""
+        if not self._synced:
+            fd = reopen(backing_fd, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                self._files.call("recovery.sync_removals", sync_filesystem, fd)
+            finally:
+                os.close(fd)
+            self._synced = True
 
     def _is_same_inode(self, backing_fd: int, path: str, header: MapHeader) -> bool:
         """Whether that file is the map's; then what was last done to its record is durable, too."""
