@@ -243,3 +243,43 @@ async def test_any_time_can_be_set_on_a_placeholder_and_told_of_it() -> None:
                 await disk.set_times(atime_ns=None, mtime_ns=wanted)
                 assert services.mtime_ns(DISK) == told
             await services.disks.release(disk)
+
+
+async def test_a_volatile_map_that_cannot_be_removed_stops_nobody() -> None:
+    """The file was an ordinary one, its placeholder had ended, and a write asked that again and again for ever."""
+    with temporary_rig() as rig:
+        await archived(rig)
+        for _ in range(2):
+            async with rig.running() as services:
+                disk = await services.open(DISK)
+                services.files.fail("volatile.remove", 1, OSError(errno.EROFS, "planted"))
+                await services.disks.release(disk)
+        async with rig.running() as services:
+            disk = await services.open(DISK)
+            await disk.read(0, 4 * CHUNK)
+            services.files.fail("volatile.remove", 1, OSError(errno.EROFS, "planted"))
+            await services.disks.graduate(disk)
+            await disk.write(0, NEW)
+            assert await disk.read(0, BLOCK) == NEW
+            await services.disks.release(disk)
+        assert (rig.is_placeholder(DISK), rig.maps(), rig.pins()) == (False, [], [])
+
+
+async def test_a_placeholder_that_ended_in_a_failure_is_not_asked_any_more() -> None:
+    with temporary_rig() as rig:
+        await archived(rig)
+        async with rig.running() as services:
+            disk = await services.open(DISK)
+            await disk.read(0, 4 * CHUNK)
+            placeholder = disk.placeholder
+            assert placeholder is not None
+
+            def close() -> None:
+                raise OSError(errno.EIO, "planted")
+
+            placeholder.maps.durable.close = close  # type: ignore[method-assign]
+            with pytest.raises(OSError, match="planted"):
+                await services.disks.graduate(disk)
+            with trio.fail_after(5):
+                await disk.write(0, NEW)
+            await services.disks.release(disk)

@@ -12,10 +12,12 @@ Invariants:
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import struct
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import xxhash
@@ -27,6 +29,8 @@ from vmfs_stub.core.residency import all_set, block_count, clear_runs, set_range
 from vmfs_stub.primary.durable_map import PAGE_BITS_SIZE, PAGE_BLOCKS
 from vmfs_stub.primary.files import FileCalls, write_fully
 from vmfs_stub.primary.identity import BootIdentity
+
+log = logging.getLogger(__name__)
 
 _UNIT = 4096
 _REGION_BLOCKS = _UNIT * 8
@@ -253,12 +257,18 @@ class VolatileMap:
         return b"".join(parts)
 
     def close(self, *, discard: bool) -> None:
-        """Unmap; ``discard`` also removes the file, when the durable map says all that it says."""
+        """Unmap; ``discard`` also removes the file, when the durable map says all that it says.
+
+        One that cannot be removed says nothing else, and is no reason to fail.
+        """
         self._bits.release()
         self._memory.close()
         os.close(self._fd)
         if discard:
-            self._path.unlink(missing_ok=True)
+            try:
+                self._files.call("volatile.remove", partial(self._path.unlink, missing_ok=True))
+            except OSError as exc:
+                log.warning("the volatile map %s could not be removed: %s", self._path, exc.strerror)
 
 
 def _regions(pages: Iterable[bytes], blocks: int) -> Iterator[bytes]:

@@ -85,9 +85,13 @@ class DiskCloser:
         if placeholder is None:
             return
         record = placeholder.maps.record
-        if not await placeholder.graduate():
-            return
-        disk.placeholder = None
+        try:
+            if not await placeholder.graduate():
+                return
+        finally:
+            # Whatever went wrong after that: one that has ended answers nobody, and who writes would ask it for ever.
+            if placeholder.ended:
+                disk.placeholder = None
         self._placeholders.remove(disk.ino)
         self._recall.forget(placeholder)
         self._attributes_changed(disk.ino)
