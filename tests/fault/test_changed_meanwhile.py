@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
-from tests.datastore_harness import CHUNK, temporary_rig
+from tests.datastore_harness import BLOCK, CHUNK, temporary_rig
 from vmfs_stub.core.errors import Abandoned
 from vmfs_stub.services.restore import restore_point
 
@@ -81,3 +83,36 @@ async def test_two_names_of_one_file_are_archived_once_and_restored_as_two(tmp_p
         await trio.to_thread.run_sync(restore_point, rig.store, point, tmp_path / "restored")
         for name, expected in (("a", content), ("b", content), ("z", content[::-1])):
             assert (tmp_path / f"restored/{name}.img").read_bytes() == expected
+
+
+async def test_an_archive_does_not_take_a_recall_of_an_earlier_opening_for_its_own() -> None:
+    """Hydration was stopped while a chunk was on its way; it landed for an opening that was over, and the copy, which
+    had joined it, read the chunk's absent blocks as zeros and archived these."""
+    content = bytearray(random.Random(5).randbytes(4 * CHUNK))
+    with temporary_rig() as rig:
+        rig.make_disk("vm/disk.img", bytes(content))
+        ino = (rig.backing / "vm/disk.img").stat().st_ino
+        async with rig.running(hydrates=True) as services:
+            await services.archive("vm")
+            go_on, asked = threading.Event(), threading.Event()
+
+            def slow(call: str, key: str) -> None:
+                if call == "get_range" and not asked.is_set():
+                    asked.set()
+                    go_on.wait(10)
+
+            disk = await services.open("vm/disk.img")
+            await disk.write(0, b"n" * BLOCK)
+            content[:BLOCK] = b"n" * BLOCK
+            rig.objects.before = slow
+            services.hydration.after_read(disk)
+            await trio.to_thread.run_sync(asked.wait)
+            await services.disks.release(disk)
+            await services.hydration.stop(ino)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(services.archive, "vm")
+                await trio.testing.wait_all_tasks_blocked(0.2)
+                go_on.set()
+            disk = await services.open("vm/disk.img")
+            assert await disk.read(0, len(content)) == content
+            await services.disks.release(disk)

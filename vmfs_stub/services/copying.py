@@ -102,6 +102,9 @@ class Copier:
                     slot.done.set()
 
     async def _encode(self, disk: Disk, start: int, slot: _Slot) -> None:
+        placeholder = disk.placeholder
+        if placeholder is not None and not placeholder.is_resident(start, slot.length):
+            raise AssertionError(f"{disk.label}: absent blocks would be backed up as zeros")
         slot.batch = await self._threads.compute(self._read_and_encode, disk, start, slot.length)
         slot.done.set()
 
@@ -186,8 +189,7 @@ class Copier:
             return end
         stop = next((chunk for chunk in range(at + 1, end) if placeholder.is_wholly_absent(chunk, size=size)), end)
         chunk_size = self._writer.chunk_size
-        absent = placeholder.absent_chunks(at * chunk_size, (stop - at) * chunk_size)
-        if absent:
+        while absent := placeholder.absent_chunks(at * chunk_size, (stop - at) * chunk_size):
             await self._recall.recall_chunks(placeholder, absent, demand=False)
         return stop
 

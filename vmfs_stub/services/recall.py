@@ -101,7 +101,8 @@ class RecallService:
         self._waiting_max = waiting_max
         self._fetch_bytes_max = fetch_bytes_max
         self._on_failure = on_failure
-        self._flights: dict[tuple[str, int], Flight] = {}
+        self._flights: dict[tuple[Placeholder, int], Flight] = {}
+        """By opening: what lands for one that is over fills nothing, and helps no later one of the same disk."""
         self._tables: dict[str, ChunkTable] = {}
         self._timed_out_s: dict[tuple[str, int], float] = {}
         """Chunks for which a guest has waited in vain, and when; those of the last moments only."""
@@ -185,7 +186,7 @@ class RecallService:
 
     def is_recalling(self, placeholder: Placeholder) -> bool:
         """Whether any chunk of it is on its way."""
-        return any(owner == placeholder.maps.record.placeholder_id for owner, _ in self._flights)
+        return any(owner is placeholder for owner, _ in self._flights)
 
     def forget(self, placeholder: Placeholder) -> None:
         """Drop what is cached for a placeholder that is closed."""
@@ -194,14 +195,13 @@ class RecallService:
     # The recall itself
 
     def _take_off(self, placeholder: Placeholder, chunks: Iterable[int], *, demand: bool) -> list[Flight]:
-        owner = placeholder.maps.record.placeholder_id
         flights: list[Flight] = []
         new: dict[int, Flight] = {}
         for chunk in chunks:
-            flight = self._flights.get((owner, chunk))
+            flight = self._flights.get((placeholder, chunk))
             if flight is None or flight.landed.is_set():
                 # One that has landed is over, also while others that took off with it are still under way.
-                flight = self._flights[owner, chunk] = new[chunk] = Flight()
+                flight = self._flights[placeholder, chunk] = new[chunk] = Flight()
             flights.append(flight)
         if new:
             self._nursery.start_soon(self._fly, placeholder, new, demand)
@@ -220,10 +220,9 @@ class RecallService:
                     for fetch in plan_fetches(frames, fetch_bytes_max=self._fetch_bytes_max):
                         nursery.start_soon(self._fetch, placeholder, fetch, flights, demand)
         finally:
-            owner = placeholder.maps.record.placeholder_id
             for chunk, flight in flights.items():
-                if self._flights.get((owner, chunk)) is flight:
-                    del self._flights[owner, chunk]
+                if self._flights.get((placeholder, chunk)) is flight:
+                    del self._flights[placeholder, chunk]
                 flight.land(RecallTimeout(f"{placeholder.label}: the recall was cancelled"))
 
     async def table(self, placeholder: Placeholder) -> ChunkTable:
