@@ -85,6 +85,9 @@ def test_a_store_that_is_not_there(run: Run, tmp_path: Path) -> None:
     result = run("points", "--store", f"file://{tmp_path}/no-store")
     assert result.code == ExitCode.STORE
     assert "there is no vmfs-stub store at" in result.err
+    # A mount that is missing looks the same: nobody may be led to make an empty store under it.
+    assert "is what belongs there mounted" in result.err
+    assert "init" not in result.err
 
 
 def test_verify_finds_planted_damage(run: Run, url: str, tmp_path: Path) -> None:

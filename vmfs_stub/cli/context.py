@@ -60,7 +60,10 @@ def open_store(url: str) -> Store:
     try:
         return Store.open(open_objects(url))
     except ObjectMissing as exc:
-        raise ObjectMissing(f"there is no vmfs-stub store at {url}; `vmfs-stub init` makes one") from exc
+        # Not a word of `init`: in a disaster it would make an empty store in the place of one that is not mounted.
+        raise ObjectMissing(
+            f"there is no vmfs-stub store at {url}; is what belongs there mounted, and is the URL right?"
+        ) from exc
 
 
 def argument_names(names: list[str] | None) -> list[str]:
