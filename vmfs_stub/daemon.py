@@ -128,7 +128,7 @@ async def _open_datastore(config: Config) -> AsyncIterator[trio.Event]:
     with (
         _closing(_threads(config)) as threads,
         _closing(open_catalog(config, findings)) as catalog,
-        _closing(ChunkIndex(config.index_path, store.id, on_lost=partial(_index_lost, findings))) as chunk_index,
+        _closing(open_chunk_index(config, store, findings)) as chunk_index,
     ):
         async with trio.open_nursery() as background:
             services = connect_services(
@@ -266,9 +266,21 @@ def open_catalog(config: Config, findings: Findings) -> Catalog:
         return Catalog.in_memory()
 
 
-def _index_lost(findings: Findings, error: PrimaryError) -> None:
-    log.warning("%s; until it can be used, less is deduplicated", error)
-    findings.add("index", error)
+def open_chunk_index(config: Config, store: Store, findings: Findings) -> ChunkIndex:
+    """The chunk index; while its file cannot be used, that is a finding."""
+    lost: list[PrimaryError] = []
+
+    def on_lost(error: PrimaryError) -> None:
+        log.warning("%s; until it can be used, less is deduplicated", error)
+        lost.append(error)
+        findings.add("index", error, stays=False)
+
+    def on_regained() -> None:
+        log.info("the chunk index %s can be used again", config.index_path)
+        while lost:
+            findings.settle("index", type(lost.pop()))
+
+    return ChunkIndex(config.index_path, store.id, on_lost=on_lost, on_regained=on_regained)
 
 
 async def _sync_regularly(disks: Disks, interval_s: float) -> None:

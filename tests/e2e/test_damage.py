@@ -202,6 +202,8 @@ def test_damaged_store(datastore: LiveDatastore, plant: Damage, seed: int, code:
     now[hurt * CHUNK : hurt * CHUNK + BLOCK] = b"\xee" * BLOCK
     forget_pages(disk)
     assert disk.read_bytes() == now
+    status = datastore.client.status()
+    assert (status.healthy, status.findings) == (True, []), "what is repaired is no finding any more"
 
 
 def told(datastore: LiveDatastore, code: int) -> None:

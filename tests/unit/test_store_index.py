@@ -197,15 +197,18 @@ def test_without_room_less_is_deduplicated_and_nothing_fails(tmp_path: Path) -> 
     published, later = PackId("1" * 32), PackId("2" * 32)
     refs = _refs(published, 3)
     objects.put("index/" + new_id(), encode_index([(published, refs)]))
-    index = ChunkIndex(path, STORE, on_lost=lost.append)
+    regained: list[int] = []
+    index = ChunkIndex(path, STORE, on_lost=lost.append, on_regained=lambda: regained.append(1))
     assert [type(error) for error in lost] == [PrimaryIOError]
     assert index.sync(objects).added == 0
     added = _refs(later, 2, first=10)
     index.add(later, added)
     assert set(index.lookup([ref.chunk_id for ref in added])) == {ref.chunk_id for ref in added}
     assert index.lookup([ref.chunk_id for ref in refs]) == {}
+    assert regained == []
     path.parent.mkdir()
     assert index.sync(objects).added == 1
+    assert regained == [1]
     assert set(index.lookup([ref.chunk_id for ref in refs])) == {ref.chunk_id for ref in refs}
     assert len(lost) == 1
     index.close()

@@ -62,7 +62,7 @@ class DiskCloser:
 
     async def _lay_down(self, disk: Disk, placeholder: Placeholder) -> None:
         record, removed = placeholder.maps.record, not disk.has_name
-        self._recall.forget(placeholder)
+        self._recall.forget(placeholder, ended=removed)
         known = self._placeholders.get(disk.ino)
         if known is not None:
             known.mtime_ns = placeholder.mtime_ns
@@ -93,7 +93,7 @@ class DiskCloser:
             if placeholder.ended:
                 disk.placeholder = None
         self._placeholders.remove(disk.ino)
-        self._recall.forget(placeholder)
+        self._recall.forget(placeholder, ended=True)
         self._attributes_changed(disk.ino)
         log.info("%s: is an ordinary file again", disk.label)
         await self._retirement.retire(Ended.of(record))

@@ -15,6 +15,7 @@ from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.hydration import HydrationService
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recall import RecallService
+from vmfs_stub.services.recall_failures import RecallFailures
 from vmfs_stub.services.retirement import Retirement
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.chunk_index import ChunkIndex
@@ -68,7 +69,7 @@ def connect_services(
         concurrency_max=settings.recall_concurrency,
         waiting_max=settings.recall_queue_max,
         fetch_bytes_max=settings.fetch_bytes_max,
-        on_failure=findings.add,
+        failures=RecallFailures(findings),
     )
     retirement = Retirement(files=files, threads=threads, store=store, private=private)
     disks = Disks(

@@ -1,6 +1,7 @@
 """What an operator should know and has not been told: damage, failed recalls, things that start-up could not mend.
 
-In memory; the newest of each kind and disk is kept, and their number is bounded.
+In memory; the newest of each kind and disk is kept, and their number is bounded.  A finding that can be over while
+the daemon runs is taken back by whoever sees that it is: `status` tells how things are, not how they once were.
 """
 
 from __future__ import annotations
@@ -25,14 +26,21 @@ class Findings:
     """The findings of one datastore, oldest first."""
 
     def __init__(self) -> None:
-        self._findings: dict[tuple[str, type[VmfsStubError]], Finding] = {}
+        self._findings: dict[tuple[str, type[VmfsStubError], bool], Finding] = {}
 
-    def add(self, subject: str, error: VmfsStubError) -> None:
-        """Remember an error; what a store that is away does may pass, damaged or lost data does not."""
+    def add(self, subject: str, error: VmfsStubError, *, stays: bool = True) -> None:
+        """Remember an error; unless it ``stays`` until the daemon ends, `settle` takes it back.
+
+        What a store that is away does may pass, damaged or lost data does not.
+        """
         if len(self._findings) >= FINDINGS_MAX:
             self._findings.pop(next(iter(self._findings)))
         may_pass = isinstance(error, (StoreError, RecallError)) and not isinstance(error, ObjectMissing)
-        self._findings[subject, type(error)] = Finding(subject, error, is_problem=not may_pass)
+        self._findings[subject, type(error), stays] = Finding(subject, error, is_problem=not may_pass)
+
+    def settle(self, subject: str, kind: type[VmfsStubError]) -> None:
+        """Take back what was found of ``subject`` and does not stay: it is over."""
+        self._findings.pop((subject, kind, False), None)
 
     def all(self) -> list[Finding]:
         return list(self._findings.values())

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import trio
@@ -34,6 +35,7 @@ from vmfs_stub.core.errors import (
 )
 from vmfs_stub.core.recall_plan import Fetch, plan_fetches
 from vmfs_stub.services.placeholder import Placeholder
+from vmfs_stub.services.recall_failures import RecallFailures
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.chunk_table import ChunkTable
 from vmfs_stub.store.store import Store
@@ -91,7 +93,7 @@ class RecallService:
         concurrency_max: int,
         waiting_max: int,
         fetch_bytes_max: int,
-        on_failure: Callable[[str, VmfsStubError], None],
+        failures: RecallFailures,
     ) -> None:
         self._nursery = nursery
         self._store = store
@@ -100,14 +102,12 @@ class RecallService:
         self._slots = trio.Semaphore(concurrency_max)
         self._waiting_max = waiting_max
         self._fetch_bytes_max = fetch_bytes_max
-        self._on_failure = on_failure
+        self._failures = failures
         self._flights: dict[tuple[Placeholder, int], Flight] = {}
         """By opening: what lands for one that is over fills nothing, and helps no later one of the same disk."""
         self._tables: dict[str, ChunkTable] = {}
         self._timed_out_s: dict[tuple[str, int], float] = {}
         """Chunks for which a guest has waited in vain, and when; those of the last moments only."""
-        self._failing: dict[str, type[VmfsStubError]] = {}
-        """Disks whose last recall failed, and how."""
         self._quiet = trio.lowlevel.ParkingLot()
         self.held = False
         self.counters = RecallCounters()
@@ -188,9 +188,11 @@ class RecallService:
         """Whether any chunk of it is on its way."""
         return any(owner is placeholder for owner, _ in self._flights)
 
-    def forget(self, placeholder: Placeholder) -> None:
-        """Drop what is cached for a placeholder that is closed."""
+    def forget(self, placeholder: Placeholder, *, ended: bool = False) -> None:
+        """Drop what is cached for a placeholder that is closed; of one that has ``ended``, also how it failed."""
         self._tables.pop(placeholder.maps.record.placeholder_id, None)
+        if ended:
+            self._failures.end(placeholder)
 
     # The recall itself
 
@@ -209,7 +211,7 @@ class RecallService:
 
     async def _fly(self, placeholder: Placeholder, flights: dict[int, Flight], demand: bool) -> None:
         try:
-            with self._outcome(placeholder, flights.values()):
+            with self._outcome(placeholder, flights, flights):
                 table = await self.table(placeholder)
                 found = await self._locate(table, sorted(flights))
                 zeros = [chunk for chunk, frame in found if frame is None]
@@ -249,7 +251,7 @@ class RecallService:
         return [(chunk, frames[chunk - chunks[0]]) for chunk in chunks]
 
     async def _fetch(self, placeholder: Placeholder, fetch: Fetch, flights: dict[int, Flight], demand: bool) -> None:
-        with self._outcome(placeholder, [flights[chunk] for chunk in fetch.chunks]):
+        with self._outcome(placeholder, flights, fetch.chunks):
             async with self._slots:
                 if not any(flights[chunk].waiting for chunk in fetch.chunks):
                     # Its readers gave up while it waited for its turn: a store that hangs must not leave a queue.
@@ -270,7 +272,7 @@ class RecallService:
                 for chunk, frame in zip(fetch.chunks, fetch.frames, strict=True):
                     await self._fetch(placeholder, Fetch((chunk,), (frame,)), flights, demand)
                 return
-            self._failing.pop(placeholder.label, None)
+            self._failures.arrived(placeholder, fetch.chunks)
             self.counters.fetches += 1
             size = sum(frame.raw_length for frame in fetch.frames)
             if demand:
@@ -279,57 +281,40 @@ class RecallService:
                 self.counters.background_bytes += size
 
     async def _fill_zeros(self, placeholder: Placeholder, chunks: Sequence[int], flights: dict[int, Flight]) -> None:
-        with self._outcome(placeholder, [flights[chunk] for chunk in chunks]):
+        with self._outcome(placeholder, flights, chunks):
             nothing: list[bytes | None] = [None] * len(chunks)
             for first, run in _consecutive(chunks, nothing):
                 await placeholder.fill(first, run)
+            self._failures.arrived(placeholder, chunks)
 
-    def _outcome(self, placeholder: Placeholder, flights: Iterable[Flight]) -> _Outcome:
-        return _Outcome(self, placeholder, flights)
-
-    def failed(self, placeholder: Placeholder, error: VmfsStubError) -> None:
-        """Count and report a recall that failed."""
-        self.counters.failures += 1
-        self._on_failure(placeholder.label, error)
-        # A guest that waits for a store tries again and again: the log needs each kind of failure once.
-        if self._failing.get(placeholder.label) is not type(error):
-            self._failing[placeholder.label] = type(error)
-            log.error("recall of %s failed: %s", placeholder.label, error)
-
-
-class _Outcome:
-    """Gives flights their outcome: landed when the block ends well, else the error, which names the disk."""
-
-    def __init__(self, service: RecallService, placeholder: Placeholder, flights: Iterable[Flight]) -> None:
-        self._service = service
-        self._placeholder = placeholder
-        self._flights = flights
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: object) -> bool:
+    @contextmanager
+    def _outcome(
+        self, placeholder: Placeholder, flights: Mapping[int, Flight], chunks: Collection[int]
+    ) -> Iterator[None]:
+        """Give the flights of ``chunks`` their outcome: landed when the block ends well, else why it did not."""
         error: VmfsStubError | None = None
-        if value is None:
-            pass
-        elif isinstance(value, (StoreError, IntegrityError, PointNotFound, UnknownFormat)):
-            error = type(value)(f"{self._placeholder.label}: {value}")
-        elif isinstance(value, VmfsStubError):
-            error = value
-        elif isinstance(value, OSError) and value.errno in (errno.ENOSPC, errno.EDQUOT):
-            error = NoSpace(f"{self._placeholder.label}: recalled bytes find no room: the backing filesystem is full")
-        elif isinstance(value, OSError):
-            error = PrimaryIOError(f"{self._placeholder.label}: writing recalled bytes failed: {value.strerror}")
-        elif isinstance(value, Exception):
-            log.exception("%s: a recall met a programming error", self._placeholder.label, exc_info=value)
-            error = PrimaryIOError(f"{self._placeholder.label}: internal error, see the log")
-        else:
-            return False
-        if error is not None:
-            self._service.failed(self._placeholder, error)
-        for flight in self._flights:
-            flight.land(error)
-        return value is not None
+        try:
+            yield
+        except Exception as exc:
+            error = _as_ours(placeholder.label, exc)
+            self.counters.failures += 1
+            self._failures.add(placeholder, chunks, error)
+        for chunk in chunks:
+            flights[chunk].land(error)
+
+
+def _as_ours(label: str, exc: Exception) -> VmfsStubError:
+    """What a reader is told of a recall's failure: it names the disk."""
+    if isinstance(exc, (StoreError, IntegrityError, PointNotFound, UnknownFormat)):
+        return type(exc)(f"{label}: {exc}")
+    if isinstance(exc, VmfsStubError):
+        return exc
+    if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(f"{label}: recalled bytes find no room: the backing filesystem is full; make room")
+    if isinstance(exc, OSError):
+        return PrimaryIOError(f"{label}: writing recalled bytes failed: {exc.strerror}; check the backing filesystem")
+    log.error("%s: a recall met a programming error", label, exc_info=exc)
+    return PrimaryIOError(f"{label}: internal error, see the log")
 
 
 def _consecutive(chunks: Sequence[int], raws: Sequence[bytes | None]) -> list[tuple[int, list[bytes | None]]]:

@@ -77,11 +77,17 @@ class ChunkIndex:
     """Thread-safe; one per host and store.  ``path`` None keeps it in memory.
 
     With ``on_lost``, a file that cannot be used (no room, say) is told to that instead of raised, and nothing is known
-    of the store until a sync finds that it can be used again: less is deduplicated, and every backup still works.
+    of the store until a sync finds that it can be used again, which ``on_regained`` is told: meanwhile less is
+    deduplicated, and every backup still works.
     """
 
     def __init__(
-        self, path: Path | None, store_id: StoreId, *, on_lost: Callable[[NoSpace | PrimaryIOError], None] | None = None
+        self,
+        path: Path | None,
+        store_id: StoreId,
+        *,
+        on_lost: Callable[[NoSpace | PrimaryIOError], None] | None = None,
+        on_regained: Callable[[], None] = lambda: None,
     ) -> None:
         """Open the file, or make it afresh when it is missing, damaged or another store's.
 
@@ -90,6 +96,7 @@ class ChunkIndex:
         self._path = path
         self._store_id = store_id
         self._on_lost = on_lost
+        self._on_regained = on_regained
         self._stands_in = False
         """An empty index in memory stands in for the file."""
         self._lock = threading.RLock()
@@ -204,6 +211,7 @@ class ChunkIndex:
             return False
         self.close()
         self._database, self._stands_in = database, False
+        self._on_regained()
         return True
 
     def _opened(self) -> sqlite3.Connection:
