@@ -194,6 +194,8 @@ class Datastore:
             Finding(severity="warning", subject=f"VM {unread.name}", message=str(unread.error))
             for unread in self._unread
         ]
+        if (elsewhere := self._stored_elsewhere()) is not None:
+            findings.append(Finding(severity="problem", subject="store", message=elsewhere))
         mounted = not self._mount.ended.is_set()
         healthy = mounted and self._store_error is None and all(f.severity != "problem" for f in findings)
         counters = self._recall.counters
@@ -226,6 +228,18 @@ class Datastore:
             findings=findings,
         )
 
+    def _stored_elsewhere(self) -> str | None:
+        """What is wrong when [store] url leads to another store than the one that placeholders depend on."""
+        found = self._disks.placeholders.stored_elsewhere(self._store.id)
+        if not found:
+            return None
+        stores = ", ".join(sorted({each.record.store_id for each in found if each.record is not None}))
+        return (
+            f"{len(found)} placeholders have their bytes in store {stores} and cannot be recalled from "
+            f"{self._store.id}, where [store] url leads ({found[0].label} for one); correct the url, or write them out "
+            "with `vmfs-stub restore`; then start the daemon again"
+        )
+
     def _recalls(self) -> list[RecallStatus]:
         rows = []
         for ino, _known in self._disks.placeholders.items():
@@ -246,6 +260,8 @@ class Datastore:
 
     async def watch_store(self) -> None:
         """Ask the store now and then whether it is there, for `status`."""
+        if (elsewhere := self._stored_elsewhere()) is not None:
+            log.error("%s", elsewhere)
         while True:
             try:
                 await self._threads.store(self._store.check)

@@ -206,6 +206,23 @@ def test_damaged_store(datastore: LiveDatastore, plant: Damage, seed: int, code:
     assert (status.healthy, status.findings) == (True, []), "what is repaired is no finding any more"
 
 
+def test_a_url_that_leads_to_another_store_is_not_healthy(datastore: LiveDatastore) -> None:
+    """A whole store, but not the one that has the placeholders' bytes."""
+    other = datastore.base / "other-store"
+    Store.create(open_objects(other.as_uri(), create=True))
+    datastore.stop()
+    datastore.configure({"store": {"url": other.as_uri()}})
+    datastore.start()
+    status = datastore.cli("status", check=UNHEALTHY)
+    assert "2 placeholders have their bytes in store" in status.out
+    assert datastore.cli("recall", "victim", check=STORE).err.count("correct the url") == 1
+    datastore.stop()
+    datastore.configure({"store": {"url": datastore.store.as_uri()}})
+    datastore.start()
+    assert datastore.cli("status", check=0).out.startswith("healthy")
+    assert disk_of(datastore, "victim").read_bytes() == VICTIM
+
+
 def told(datastore: LiveDatastore, code: int) -> None:
     """The operator learns of it, by the VM's name, from `recall`, `status` and the log."""
     refused = datastore.cli("recall", "victim", check=code)

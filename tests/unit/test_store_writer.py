@@ -19,6 +19,7 @@ from vmfs_stub.core.errors import (
     PointNotFound,
     StoreConflict,
     StoreUnavailable,
+    WrongStore,
 )
 from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
 from vmfs_stub.store import manifest, packs
@@ -338,6 +339,15 @@ def test_one_store_per_place(objects: FakeObjects) -> None:
     with pytest.raises(AlreadyExists):
         Store.create(objects)
     assert Store.open_or_create(objects).id == Store.open(objects).id == first.id
+
+
+def test_another_store_in_its_place_is_told_from_a_race_with_garbage_collection(store: Store) -> None:
+    store.check()
+    other = Store.create(FakeObjects())
+    moved = Store(other.objects, store.description)
+    with pytest.raises(WrongStore, match=f"{other.id} lies where {store.id}"):
+        moved.check()
+    assert not issubclass(WrongStore, StoreConflict)
 
 
 def test_a_damaged_manifest_hides_no_other_point(objects: FakeObjects, store: Store) -> None:

@@ -5,7 +5,7 @@
     2    usage or configuration: nothing was tried
     3    no such VM, restore point or job, or a name that several VMs have
     4    refused: in use, held, locked, exists already, or not supported here
-    5    secondary storage: not there, denied, full, or an object is missing
+    5    secondary storage: not there, another one, denied, full, or an object is missing
     6    damaged data was found; it was not used
     7    no daemon answers
     8    unhealthy: `status` or `doctor` found a problem

@@ -22,6 +22,7 @@ are translated at the edge of the adapter that met them, with ``raise ... from e
     │   ├── StoreUnavailable     no answer, or a refusal that may pass; retried by the store wrapper
     │   ├── StoreDenied          credentials or permissions
     │   ├── StoreConflict        garbage collection takes away what a job uses; run it again
+    │   ├── WrongStore           another store than the one that has these bytes
     │   └── StoreFull            the store has no room left
     ├── IntegrityError           something read is not what was written
     │   ├── CorruptFrame
@@ -122,6 +123,10 @@ class StoreDenied(StoreError):
 
 class StoreConflict(StoreError):
     """Garbage collection takes away something that a job refers to; the job must run again."""
+
+
+class WrongStore(StoreError):
+    """What is needed is in another store than the one that is here."""
 
 
 class StoreFull(StoreError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vmfs_stub.core.errors import ObjectMissing, RecallError, StoreError, VmfsStubError
+from vmfs_stub.core.errors import RecallError, StoreUnavailable, VmfsStubError
 
 FINDINGS_MAX = 1000
 
@@ -31,11 +31,11 @@ class Findings:
     def add(self, subject: str, error: VmfsStubError, *, stays: bool = True) -> None:
         """Remember an error; unless it ``stays`` until the daemon ends, `settle` takes it back.
 
-        What a store that is away does may pass, damaged or lost data does not.
+        A store that is away may come back by itself; for anything else somebody has to act.
         """
         if len(self._findings) >= FINDINGS_MAX:
             self._findings.pop(next(iter(self._findings)))
-        may_pass = isinstance(error, (StoreError, RecallError)) and not isinstance(error, ObjectMissing)
+        may_pass = isinstance(error, (StoreUnavailable, RecallError))
         self._findings[subject, type(error), stays] = Finding(subject, error, is_problem=not may_pass)
 
     def settle(self, subject: str, kind: type[VmfsStubError]) -> None:

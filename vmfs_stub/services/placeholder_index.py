@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vmfs_stub.core.errors import VmfsStubError
+from vmfs_stub.core.ids import StoreId
 from vmfs_stub.primary.record import PlaceholderRecord
 
 
@@ -57,6 +58,11 @@ class PlaceholderIndex:
 
     def items(self) -> Iterator[tuple[int, KnownPlaceholder]]:
         yield from self._by_ino.items()
+
+    def stored_elsewhere(self, store_id: StoreId) -> list[KnownPlaceholder]:
+        """Those whose bytes are in another store than this one: nothing of them can be recalled."""
+        known = self._by_ino.values()
+        return [each for each in known if each.record is not None and each.record.store_id != store_id]
 
     def __len__(self) -> int:
         return len(self._by_ino)

@@ -27,11 +27,11 @@ from vmfs_stub.core.errors import (
     RecallOverload,
     RecallsHeld,
     RecallTimeout,
-    StoreConflict,
     StoreError,
     StoreUnavailable,
     UnknownFormat,
     VmfsStubError,
+    WrongStore,
 )
 from vmfs_stub.core.recall_plan import Fetch, plan_fetches
 from vmfs_stub.services.placeholder import Placeholder
@@ -232,7 +232,7 @@ class RecallService:
         record = placeholder.maps.record
         table = self._tables.get(record.placeholder_id)
         if record.store_id != self._store.id:
-            raise StoreConflict(
+            raise WrongStore(
                 f"its bytes are in store {record.store_id}, but [store] url leads to {self._store.id}; correct the url"
             )
         if table is None:

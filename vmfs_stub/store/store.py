@@ -21,9 +21,9 @@ from vmfs_stub.core.errors import (
     ObjectExists,
     ObjectMissing,
     PointNotFound,
-    StoreConflict,
     StoreUnavailable,
     UnknownFormat,
+    WrongStore,
 )
 from vmfs_stub.core.ids import PlaceholderId, PointId, StoreId, VmId
 from vmfs_stub.store import frames
@@ -133,13 +133,16 @@ class Store:
     def check(self) -> None:
         """See that this store is where it is expected, and is itself.
 
-        Raises: ObjectMissing, CorruptStoreObject, StoreUnavailable, StoreDenied; StoreConflict when another store
-        is in its place.
+        Raises: ObjectMissing, CorruptStoreObject, StoreUnavailable, StoreDenied; WrongStore when another store is
+        in its place.
         """
         found = decode_description(self.objects.get(STORE_KEY, size_max=DOCUMENT_SIZE_MAX))
         if found != self.description:
-            msg = f"store {found.store_id} lies where {self.id} is expected"
-            raise StoreConflict(msg)
+            msg = (
+                f"store {found.store_id} lies where {self.id} is expected; mount what belongs there, or correct "
+                "[store] url and start the daemon again"
+            )
+            raise WrongStore(msg)
 
     def vms(self) -> list[StoredVm]:
         """All VMs with committed restore points, by name."""
