@@ -254,6 +254,11 @@ class Services:
             await self.hydration.stop(file.ino)
         return await self.archiver.run(vm, archive=archive, progress=lambda count: None)
 
+    async def wait_hydrated(self) -> None:
+        """Return when nothing comes back in the background any more."""
+        for course in list(self.hydration._courses.values()):
+            await course.ended.wait()
+
     async def bring_back(self, path: str) -> None:
         with self.rig.path_fd(path) as fd:
             await self.hydration.bring_back(fd, progress=lambda count: None)

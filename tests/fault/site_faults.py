@@ -129,6 +129,7 @@ async def _check_next_life(scenario: Scenario, rig: Rig, possible: Contents, spo
     async with rig.running() as services:
         if services.recovered.findings:
             raise NotWhole(f"after a restart: {services.recovered.findings}")
+        await services.wait_hydrated()  # one that an operator had asked for goes on, and has the disk open
         await _check_whole(services, possible)
         whole = {path: await _read(services, path) for path in possible}
         await services.archive("vm")
