@@ -14,7 +14,7 @@ import trio
 import trio.testing
 
 from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, RigFiles, Services, survives_kill, temporary_rig
-from vmfs_stub.core.errors import StoreError, StoreUnavailable
+from vmfs_stub.core.errors import CorruptFrame, StoreError, StoreUnavailable
 from vmfs_stub.services.locks import SharedSync
 from vmfs_stub.services.placeholder import Placeholder
 
@@ -282,4 +282,25 @@ async def test_a_placeholder_that_ended_in_a_failure_is_not_asked_any_more() -> 
                 await services.disks.graduate(disk)
             with trio.fail_after(5):
                 await disk.write(0, NEW)
+            await services.disks.release(disk)
+
+
+async def test_a_vm_whose_chunks_lie_in_a_damaged_pack_can_be_archived_the_next_time() -> None:
+    """Its chunks were found in the damaged pack again and again, and it could never be archived."""
+    with temporary_rig() as rig:
+        content = random.Random(7).randbytes(4 * CHUNK)
+        rig.make_disk("one/disk.img", content)
+        rig.make_disk("two/disk.img", content)
+        async with rig.running() as services:
+            await services.archive("one")
+            (pack,) = (key for key in rig.objects.contents if key.startswith("packs/"))
+            damaged = bytearray(rig.objects.contents[pack])
+            damaged[CHUNK // 2] ^= 1
+            rig.objects.contents[pack] = bytes(damaged)
+            with pytest.raises(CorruptFrame):
+                await services.archive("two")
+            assert not rig.is_placeholder("two/disk.img")
+            await services.archive("two")
+            disk = await services.open("two/disk.img")
+            assert await disk.read(0, 4 * CHUNK) == content
             await services.disks.release(disk)

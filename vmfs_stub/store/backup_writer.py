@@ -347,9 +347,14 @@ class BackupWriter:
         if pack_id not in dropped and isinstance(self._objects, CacheDropping):
             self._objects.drop_cache(pack_key(pack_id))
             dropped.add(pack_id)
-        for ref, raw in zip(run, self._fetch(run), strict=True):
-            if ref.pack_id not in self._own:
-                frames.check_identity(raw, ref)
+        try:
+            for ref, raw in zip(run, self._fetch(run), strict=True):
+                if ref.pack_id not in self._own:
+                    frames.check_identity(raw, ref)
+        except (IntegrityError, ObjectMissing):
+            # What is there is of no use: the next job stores these chunks again, rather than fail like this one.
+            self._index.forget_packs([pack_id])
+            raise
 
     def _check_used(self) -> None:
         """See that nothing this job uses is condemned or gone."""
