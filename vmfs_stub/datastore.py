@@ -388,7 +388,17 @@ class Datastore:
         report = await self._archiver.run(vm, archive=archive, progress=progress)
         outcome = "archived" if report.placeholders else "backed up"
         abandoned, placeholders = printable(report.abandoned), [printable(path) for path in report.placeholders]
-        shown = {"placeholders": placeholders, "abandoned": abandoned, "message": abandoned, "outcome": outcome}
+        left_out = [printable(path) for path in report.left_out]
+        message = abandoned
+        if left_out and not message:
+            message = f"without {len(left_out)} FIFOs, sockets or devices, which no backup holds: {left_out[0]}"
+        shown = {
+            "placeholders": placeholders,
+            "abandoned": abandoned,
+            "left_out": left_out,
+            "message": message,
+            "outcome": outcome,
+        }
         return VmOutcome.model_validate({**asdict(report), **shown})
 
     async def _bring_back(self, vm: Vm, progress: Callable[[int], None]) -> VmOutcome:

@@ -31,6 +31,7 @@ from vmfs_stub.store.store import Store
 
 RANDOM = random.Random(7)
 DISK = RANDOM.randbytes(300_000) + bytes(5_000_000) + RANDOM.randbytes(9_000_001)
+MARKED = ("disk.raw", "nvram")
 LINK = stored_file("link", 0, kind=FileKind.SYMLINK, target="disk.raw")
 FOLDER = stored_file("nvram", 0, kind=FileKind.DIRECTORY, mode=0o750)
 
@@ -56,8 +57,9 @@ def _tree(folder: Path) -> list[str]:
 
 def test_files_come_back_with_their_attributes(store: Store, tmp_path: Path) -> None:
     point = _point(store, {"disk.raw": DISK, "nvram/vars.fd": b"vars", "deep/er/empty": b""}, (LINK, FOLDER))
-    marked = replace(point.manifest.files[0], xattrs={"user.note": b"\0\xff", "security.capability": b"no"})
-    point = RestorePoint(replace(point.manifest, files=(marked, *point.manifest.files[1:])), point.segments)
+    xattrs = {"user.note": b"\0\xff", "security.capability": b"no"}
+    marked = tuple(replace(each, xattrs=xattrs) if each.path in MARKED else each for each in point.manifest.files)
+    point = RestorePoint(replace(point.manifest, files=marked), point.segments)
     done: list[int] = []
     report = restore_point(store, point, tmp_path / "out", progress=done.append)
     out = tmp_path / "out"
@@ -70,8 +72,10 @@ def test_files_come_back_with_their_attributes(store: Store, tmp_path: Path) -> 
         assert stat.S_IMODE(status.st_mode) == mode
         assert status.st_mtime_ns == 1_700_000_000_123_456_789
     assert (out / "link").lstat().st_mtime_ns == 1_700_000_000_123_456_789
-    assert os.getxattr(out / "disk.raw", "user.note") == b"\0\xff"
-    assert report.warnings == ("disk.raw: xattr 'security.capability' is not one that is restored",)
+    for path in MARKED:
+        assert os.getxattr(out / path, "user.note") == b"\0\xff"
+    (warning,) = report.warnings
+    assert warning.endswith(" and 1 others: xattr 'security.capability' is not one that is restored")
     assert sum(done) == report.size_bytes == len(DISK) + 4
     assert report.file_count == 5
 

@@ -27,6 +27,7 @@ import trio
 
 from vmfs_stub.core.errors import Abandoned, VmfsStubError
 from vmfs_stub.core.ids import PlaceholderId, PointId, SegmentId
+from vmfs_stub.core.names import printable
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PrivateState
@@ -45,6 +46,9 @@ from vmfs_stub.store.pins import Pin
 from vmfs_stub.store.store import Store
 
 log = logging.getLogger(__name__)
+
+LEFT_OUT_LOGGED = 20
+"""Names of what is not backed up that go into the log, for each VM and job; the job's outcome counts them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,8 @@ class BackupReport:
     placeholders: list[str] = field(default_factory=list)
     released_bytes: int = 0
     abandoned: str = ""
+    left_out: list[str] = field(default_factory=list)
+    """Paths of what no backup holds: FIFOs, sockets, devices."""
 
 
 class Archiver:
@@ -160,7 +166,10 @@ class Archiver:
     ) -> int:
         """Returns where in the restore point's list of files the regular ones begin."""
         writer = await self._threads.transfer(self._store.begin_backup, index=self._chunk_index)
-        stored = await self._threads.files(other_entries, self._backing, vm)
+        others = await self._threads.files(other_entries, self._backing, vm)
+        stored, report.left_out = others.stored, others.left_out
+        for path in others.left_out[:LEFT_OUT_LOGGED]:
+            log.warning("VM %s: %s is a FIFO, socket or device: it is not backed up", vm.name, printable(path))
         segments: list[tuple[SegmentId | None, ...]] = []
         try:
             with single_error():

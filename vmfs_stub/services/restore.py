@@ -21,7 +21,7 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,8 @@ RUN_BYTES: Final = 4 * 1024 * 1024
 """Raw bytes per task: large reads of the store, little memory (each worker holds one run)."""
 LOCATE_CHUNKS: Final = 4096
 XATTRS: Final = ("user.", "system.posix_acl_")
-"""Attributes that a backup keeps; a store that names others (capabilities, our own records) is not believed."""
+"""Attributes that are restored.  A backup holds others too (labels, capabilities): they mean something on the host that
+gave them, and a store is not believed about what gives rights."""
 STAGING: Final = ".vmfs-stub-restore-"
 
 Progress = Callable[[int], None]
@@ -101,6 +102,8 @@ class _Restorer:
         self._progress_lock = threading.Lock()
         self._written = 0
         self._warnings: list[str] = []
+        self._not_restored: dict[str, list[str]] = {}
+        """Attribute → the paths that have it; such an attribute is often on every file."""
 
     def run(self) -> RestoreReport:
         files = self._point.manifest.files
@@ -119,7 +122,8 @@ class _Restorer:
                         self._finish(folder, files[index])
         finally:
             os.close(root)
-        return RestoreReport(len(files), self._point.manifest.size, self._written, tuple(self._warnings))
+        warnings = (*self._warnings, *_not_restored_warnings(self._not_restored))
+        return RestoreReport(len(files), self._point.manifest.size, self._written, warnings)
 
     def _make(self, root: int, index: int, executor: ThreadPoolExecutor) -> None:
         stored = self._point.manifest.files[index]
@@ -193,7 +197,7 @@ class _Restorer:
         self._attempt(stored, "owner", lambda: os.fchown(fd, stored.uid, stored.gid))
         for name, value in stored.xattrs.items():
             if not name.startswith(XATTRS) or ".vmfs-stub." in name:
-                self._warnings.append(f"{stored.path}: xattr {name!r} is not one that is restored")
+                self._not_restored.setdefault(name, []).append(stored.path)
                 continue
             self._attempt(stored, f"xattr {name}", lambda name=name, value=value: os.setxattr(fd, name, value))  # type: ignore[misc]
         os.fchmod(fd, stored.mode)
@@ -213,6 +217,13 @@ class _Restorer:
             if exc.errno not in (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EINVAL):
                 raise
             self._warnings.append(f"{stored.path}: {what} could not be set ({exc.strerror})")
+
+
+def _not_restored_warnings(paths_by_name: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """One for each attribute, however many files have it."""
+    for name, paths in paths_by_name.items():
+        others = f" and {len(paths) - 1} others" if len(paths) > 1 else ""
+        yield f"{paths[0]}{others}: xattr {name!r} is not one that is restored"
 
 
 def _continues(run: _Run, ref: FrameRef, index: int, chunk_size: int, limit: int) -> bool:

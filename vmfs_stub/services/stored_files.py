@@ -1,6 +1,7 @@
 """How the files of a VM are described in a manifest: what restore needs to write them out again.
 
-Symbolic links are stored as they are and never followed; private extended attributes are left out.
+Symbolic links are stored as they are and never followed; private extended attributes are left out.  FIFOs, sockets and
+devices have no bytes to back up: they are left out too, and the job says so.
 """
 
 from __future__ import annotations
@@ -9,18 +10,20 @@ import errno
 import os
 import stat
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from vmfs_stub.core.errors import PrimaryIOError
 from vmfs_stub.core.ids import SegmentId
 from vmfs_stub.core.names import XATTR_PREFIX, printable
 from vmfs_stub.inventory.vm import Vm
-from vmfs_stub.primary.tree import Entry, OnError, open_beneath, walk
+from vmfs_stub.primary.tree import Entry, OnError, open_beneath, reopen, walk
 from vmfs_stub.store.manifest import FileKind, StoredFile
 
 
 def public_xattrs(fd: int) -> dict[str, bytes]:
-    """Extended attributes of an open file, without our own.  Raises OSError."""
+    """Extended attributes of an open file or directory, without our own.  Raises OSError."""
     return {name: os.getxattr(fd, name) for name in os.listxattr(fd) if not name.startswith(XATTR_PREFIX)}
 
 
@@ -47,48 +50,69 @@ def stored_file(
     )
 
 
-def other_entries(backing: Path, vm: Vm) -> list[StoredFile]:
-    """Directories and symbolic links of a VM, outermost first; what vanishes meanwhile is left out.
+@dataclass(frozen=True, slots=True)
+class OtherEntries:
+    """What a VM has besides regular files; ``left_out`` are the paths of what no backup holds."""
+
+    stored: list[StoredFile]
+    left_out: list[str]
+
+
+def other_entries(backing: Path, vm: Vm) -> OtherEntries:
+    """Directories and symbolic links of a VM, outermost first; what vanishes meanwhile is not among them.
 
     Raises PrimaryIOError.
     """
     if not vm.is_directory:
-        return []
+        return OtherEntries([], [])
     failed: list[tuple[str, OSError]] = []
     try:
-        stored = _walked(backing, vm, lambda path, exc: failed.append((path, exc)))
+        found = _walked(backing, vm, lambda path, exc: failed.append((path, exc)))
     except OSError as exc:
         raise PrimaryIOError(f"VM {vm.name}: cannot read its directory: {exc.strerror}") from exc
     for path, error in failed:
         # A user who renames directories meanwhile may have any state of them backed up.
         if error.errno not in (errno.ENOENT, errno.ENOTDIR):
             raise PrimaryIOError(f"VM {vm.name}: cannot read {printable(path)}: {error.strerror}") from error
-    return stored
+    return found
 
 
-def _walked(backing: Path, vm: Vm, on_error: OnError) -> list[StoredFile]:
+def _walked(backing: Path, vm: Vm, on_error: OnError) -> OtherEntries:
     backing_fd = os.open(backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         top_fd = open_beneath(backing_fd, vm.path)
     finally:
         os.close(backing_fd)
     try:
-        return [found for entry in walk(top_fd, on_error) if (found := _of_entry(entry)) is not None]
+        found = OtherEntries([], [])
+        for entry in walk(top_fd, on_error):
+            mode = entry.st.st_mode
+            if stat.S_ISDIR(mode):
+                found.stored.append(_entry(entry, FileKind.DIRECTORY, xattrs=_directory_xattrs(entry)))
+            elif stat.S_ISLNK(mode):
+                target = os.readlink("", dir_fd=entry.path_fd)
+                found.stored.append(_entry(entry, FileKind.SYMLINK, target=target))
+            elif not stat.S_ISREG(mode):
+                found.left_out.append(entry.path)
+        return found
     finally:
         os.close(top_fd)
 
 
-def _of_entry(entry: Entry) -> StoredFile | None:
-    if stat.S_ISDIR(entry.st.st_mode):
-        return _entry(entry.path, entry.st, FileKind.DIRECTORY, target=None)
-    if stat.S_ISLNK(entry.st.st_mode):
-        return _entry(entry.path, entry.st, FileKind.SYMLINK, target=os.readlink("", dir_fd=entry.path_fd))
-    return None
+def _directory_xattrs(entry: Entry) -> dict[str, bytes]:
+    fd = reopen(entry.path_fd, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        return public_xattrs(fd)
+    finally:
+        os.close(fd)
 
 
-def _entry(path: str, st: os.stat_result, kind: FileKind, *, target: str | None) -> StoredFile:
+def _entry(
+    entry: Entry, kind: FileKind, *, target: str | None = None, xattrs: Mapping[str, bytes] = MappingProxyType({})
+) -> StoredFile:
+    st = entry.st
     return StoredFile(
-        path=path,
+        path=entry.path,
         kind=kind,
         size=0,
         mode=stat.S_IMODE(st.st_mode),
@@ -96,5 +120,6 @@ def _entry(path: str, st: os.stat_result, kind: FileKind, *, target: str | None)
         gid=st.st_gid,
         mtime_ns=st.st_mtime_ns,
         atime_ns=st.st_atime_ns,
+        xattrs=xattrs,
         target=target,
     )
