@@ -231,3 +231,16 @@ def test_memory_use_does_not_grow_with_the_store(index: ChunkIndex) -> None:
     database = index._opened()
     assert database.execute("PRAGMA cache_size").fetchone()[0] < 0
     assert database.execute("PRAGMA user_version").fetchone()[0] == 1
+
+
+def test_what_comes_after_the_close_is_refused(tmp_path: Path) -> None:
+    """A thread that was abandoned while the store hung, when another daemon may have the file already."""
+    path = tmp_path / "index.sqlite"
+    index = ChunkIndex(path, STORE, on_lost=lambda error: None)
+    index.close()
+    path.unlink()
+    with pytest.raises(PrimaryIOError, match="is closed"):
+        index.add(PackId("1" * 32), _refs(PackId("1" * 32), 1))
+    with pytest.raises(PrimaryIOError, match="is closed"):
+        index.sync(FakeObjects())
+    assert list(tmp_path.iterdir()) == []

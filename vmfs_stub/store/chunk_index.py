@@ -99,17 +99,22 @@ class ChunkIndex:
         self._on_regained = on_regained
         self._stands_in = False
         """An empty index in memory stands in for the file."""
+        self._closed = False
         self._lock = threading.RLock()
         self._database: sqlite3.Connection | None = None
         with self._lock:
             self._guarded(self._forget_unpublished, None)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file for good: a thread that comes late must not open it beside the next daemon."""
         with self._lock:
-            if self._database is not None:
-                self._database.close()
-                self._database = None
+            self._closed = True
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._database is not None:
+            self._database.close()
+            self._database = None
 
     def lookup(self, ids: Sequence[ChunkId]) -> dict[ChunkId, FrameRef]:
         """Where those of the chunks lie that are known.
@@ -193,7 +198,7 @@ class ChunkIndex:
                 if self._on_lost is None or self._stands_in:
                     raise error from exc
                 self._on_lost(error)
-                self.close()
+                self._let_go()
                 self._database, self._stands_in = _open(None, self._store_id), True
                 return rebuilt
             log.warning("chunk index %s is damaged (%s): it is made afresh", self._path, exc)
@@ -204,23 +209,29 @@ class ChunkIndex:
             raise _foreign(exc, self._path) from exc
         return rebuilt
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise PrimaryIOError(f"chunk index {self._path}: is closed, as the daemon ends")
+
     def _took_up_file(self) -> bool:
+        self._check_open()
         try:
             database = _open(self._path, self._store_id)
         except (sqlite3.Error, _Damaged):
             return False
-        self.close()
+        self._let_go()
         self._database, self._stands_in = database, False
         self._on_regained()
         return True
 
     def _opened(self) -> sqlite3.Connection:
+        self._check_open()
         if self._database is None:
             self._database = _open(None if self._stands_in else self._path, self._store_id)
         return self._database
 
     def _remove(self) -> None:
-        self.close()
+        self._let_go()
         if self._path is not None and not self._stands_in:
             for suffix in ("", "-wal", "-shm", "-journal"):
                 with contextlib.suppress(FileNotFoundError):
