@@ -1,8 +1,8 @@
 """The daemon of one datastore: wires everything together, and holds the only `trio.run`.
 
-Order at start: lock the datastore (one daemon, and no late thread of a dead one) → store and catalog → look at every
-placeholder → mount → control socket → go on with what was unfinished.  The end goes backwards, and leaves every disk
-at a point where nothing is unsynced.
+Order at start: lock the datastore (one daemon, and no late thread of a dead one) → store → look at every placeholder →
+catalog and chunk index → mount → go on with what was unfinished, in the background → control socket.  The end goes
+backwards, and leaves every disk at a point where nothing is unsynced; the lock is held until the process is gone.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.groups import single_error
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
-from vmfs_stub.services.recovery import Recovery
+from vmfs_stub.services.recovery import Recovered, Recovery
 from vmfs_stub.services.resumption import resume
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.chunk_index import ChunkIndex
@@ -85,43 +85,63 @@ async def _main(config: Config) -> None:
     # The kernel tells of a lease that somebody wants broken by this signal, which would end the process; the lease
     # is asked for instead.
     signal.signal(signal.SIGIO, signal.SIG_IGN)
-    with locked(config):
-        async with _open_datastore(config) as stop:
-            await stop.wait()
+    take_lock(config)
+    async with _open_datastore(config) as stop:
+        await stop.wait()
 
 
-@contextmanager
-def locked(config: Config) -> Iterator[None]:
-    """Hold the datastore's lock.  Raises DatastoreLocked, PrimaryIOError."""
+def take_lock(config: Config) -> None:
+    """Lock the datastore until this process ends.  Raises DatastoreLocked, PrimaryIOError.
+
+    The descriptor is never closed: a thread that was abandoned because the store hangs may outlive all else here, and
+    no other daemon may begin before it is gone.
+    """
     path = config.lock_path
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as exc:
-        raise PrimaryIOError(f"cannot open the datastore's lock {path}: {exc.strerror}") from exc
+        raise PrimaryIOError(
+            f"cannot open the datastore's lock {path}: {exc.strerror}; is the backing filesystem mounted, and are you "
+            "root?"
+        ) from exc
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The pid is for messages; a full filesystem may have no room for it.
-        with suppress(OSError):
-            os.pwrite(fd, f"{os.getpid()}\n".encode().ljust(16), 0)
-        yield
     except BlockingIOError as exc:
         holder = os.pread(fd, 16, 0).decode("ascii", "replace").strip()
+        os.close(fd)
         raise DatastoreLocked(
             f"another daemon (pid {holder or 'unknown'}) serves {config.datastore.backing}; `vmfs-stub unmount` ends it"
         ) from exc
-    finally:
-        os.close(fd)
+    # The pid is for messages; a full filesystem may have no room for it.
+    with suppress(OSError):
+        os.pwrite(fd, f"{os.getpid()}\n".encode().ljust(16), 0)
+
+
+def look_at_placeholders(
+    config: Config, files: FileCalls, placeholders: PlaceholderIndex
+) -> tuple[PrivateState, Recovered]:
+    """The private state, and what start-up found in it; fills ``placeholders``.  Raises PrimaryIOError."""
+    datastore = config.datastore
+    try:
+        private = PrivateState.at(datastore.backing, datastore.runtime_dir)
+        recovery = Recovery(files=files, backing=datastore.backing, private=private, placeholders=placeholders)
+        return private, recovery.run()
+    except OSError as exc:
+        where = exc.filename or datastore.backing
+        raise PrimaryIOError(
+            f"cannot look at the placeholders of {datastore.backing}: {os.fsdecode(where)}: {exc.strerror}; check that "
+            "the filesystems of [datastore] backing and runtime_dir are mounted, writable and whole, and be root"
+        ) from exc
 
 
 @asynccontextmanager
 async def _open_datastore(config: Config) -> AsyncIterator[trio.Event]:
     """Everything of one datastore; yields the event that is set when it is to end."""
     backing, files = config.datastore.backing, FileCalls()
-    private = PrivateState.at(backing, config.datastore.runtime_dir)
     store = open_store(config)
     placeholders, findings, stop = PlaceholderIndex(), Findings(), trio.Event()
-    recovered = Recovery(files=files, backing=backing, private=private, placeholders=placeholders).run()
+    private, recovered = look_at_placeholders(config, files, placeholders)
     for subject, error in recovered.findings:
         findings.add(subject, error)
     private.reserve.fill(files)

@@ -1,0 +1,86 @@
+"""How a daemon that cannot start says why: by what is wrong and what to do, never as a bug."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vmfs_stub.config import Config, parse_config
+from vmfs_stub.core.errors import DatastoreLocked, PrimaryIOError
+from vmfs_stub.daemon import look_at_placeholders, take_lock
+from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.services.placeholder_index import PlaceholderIndex
+
+HOLDER = """
+import sys
+from pathlib import Path
+from vmfs_stub.config import parse_config
+from vmfs_stub.daemon import take_lock
+take_lock(parse_config(Path(sys.argv[1]).read_text(), origin="c.toml"))
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def config_path(tmp_path: Path) -> Path:
+    (tmp_path / "backing").mkdir()
+    path = tmp_path / "config.toml"
+    path.write_text(f"""
+[datastore]
+name = "main"
+backing = "{tmp_path}/backing"
+mountpoint = "{tmp_path}/mount"
+runtime_dir = "{tmp_path}/run"
+[store]
+url = "file://{tmp_path}/store"
+""")
+    return path
+
+
+@pytest.fixture
+def config(config_path: Path) -> Config:
+    return parse_config(config_path.read_text(), origin="c.toml")
+
+
+def test_a_backing_directory_that_is_gone(config: Config) -> None:
+    config.datastore.backing.rmdir()
+    with pytest.raises(PrimaryIOError, match=r"is the backing filesystem mounted, and are you root\?"):
+        take_lock(config)
+
+
+@pytest.mark.parametrize("name", ["backing/.vmfs-stub/maps", "run"])
+def test_private_state_that_cannot_be_made(config: Config, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(PrimaryIOError, match=f"{name}.*: .*; check that the filesystems") as raised:
+        look_at_placeholders(config, FileCalls(), PlaceholderIndex())
+    assert isinstance(raised.value.__cause__, OSError)
+
+
+def test_a_backing_directory_that_cannot_be_read(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise OSError(5, os.strerror(5))
+
+    monkeypatch.setattr("vmfs_stub.services.recovery.walk", failing)
+    with pytest.raises(PrimaryIOError, match=r"cannot look at the placeholders of .*backing: Input/output error"):
+        look_at_placeholders(config, FileCalls(), PlaceholderIndex())
+
+
+def test_the_lock_is_held_until_the_process_is_gone(config: Config, config_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(config_path)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"locked\n"
+        with pytest.raises(DatastoreLocked, match=f"pid {holder.pid}"):
+            take_lock(config)
+    finally:
+        holder.kill()
+        holder.communicate()
+    probe = subprocess.run(command, input=b"", capture_output=True, check=True)
+    assert probe.stdout == b"locked\n"
