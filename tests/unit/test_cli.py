@@ -348,6 +348,7 @@ def test_the_template_shows_the_defaults(run: Run, tmp_path: Path, mountpoint: P
         ({"store": "file://{tmp}/backing/store"}, "store .* must not lie in backing"),
         ({"backing": "link/backing", "store": "file://{tmp}/real"}, "backing .* must not lie in store"),
         ({"store": "ftp://x/y"}, "not a store URL"),
+        ({"store": "file://{tmp}/missing/store"}, "its parent directory does not exist; make it, or mount"),
         ({"name": "a/b"}, r"datastore\.name"),
     ],
 )
@@ -372,10 +373,30 @@ def test_init_refuses_a_mountpoint_in_use(run: Run, tmp_path: Path, mountpoint: 
     result = run(*init_arguments(tmp_path, mountpoint))
     assert result.code == ExitCode.REFUSED
     assert "not empty" in result.err
-    assert not (tmp_path / "config.toml").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["vms"]
     mounted = run(*init_arguments(tmp_path, Path("/proc")))
     assert mounted.code == ExitCode.REFUSED
     assert "mounted on /proc already" in mounted.err
+
+
+def test_init_makes_what_backing_and_store_lie_in(run: Run, tmp_path: Path, mountpoint: Path) -> None:
+    """As in the README's walk-through."""
+    new = {"backing": tmp_path / "new/backing", "store": f"file://{tmp_path}/new/store"}
+    assert run(*init_arguments(tmp_path, mountpoint, **new)).code == 0
+    assert (tmp_path / "new/store/vmfs-store.json").exists()
+
+
+def test_a_store_that_cannot_be_made_leaves_the_mountpoint_as_it_was(
+    run: Run, tmp_path: Path, mountpoint: Path
+) -> None:
+    mountpoint.mkdir()
+    (tmp_path / "store").touch()
+    result = run(*init_arguments(tmp_path, mountpoint))
+    assert result.code == ExitCode.STORE, result
+    assert not mountpoints.is_immutable(mountpoint)
+    assert not (tmp_path / "config.toml").exists()
+    (tmp_path / "store").unlink()
+    assert run(*init_arguments(tmp_path, mountpoint)).code == 0
 
 
 def test_init_refuses_a_filesystem_without_attributes(run: Run, tmp_path: Path, mountpoint: Path) -> None:

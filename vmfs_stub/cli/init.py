@@ -1,7 +1,7 @@
 """`init`: makes a datastore: configuration, directories, and the store (or a place in one that exists).
 
-What can be refused by looking is refused before anything is made; the configuration is written last, so that a failed
-`init` can simply be repeated.
+What can be refused by looking is refused before anything is made.  Then come backing directory, store, mountpoint and
+configuration: what is hard to take back comes late, so that a failed `init` can simply be repeated.
 """
 
 from __future__ import annotations
@@ -54,9 +54,11 @@ def init(
     )
     config = _checked(text, target)
     objects = open_objects(config.store.url, create=True)
+    _check_mountpoint(config.datastore.mountpoint)
+    _check_store_parent(config.store.url, config.datastore.backing)
     _make_backing(config.datastore.backing)
-    _make_mountpoint(config.datastore.mountpoint)
     _join_store(objects, config.store.url)
+    _make_mountpoint(config.datastore.mountpoint)
     _write_new(target, text)
     say(f"wrote {target}; look at it, then run `vmfs-stub mount`")
 
@@ -138,16 +140,33 @@ def probe_xattrs(backing: Path) -> None:
         raise PrimaryIOError(f"cannot make files in the backing directory {backing}: {exc.strerror}") from exc
 
 
-def _make_mountpoint(mountpoint: Path) -> None:
+def _check_mountpoint(mountpoint: Path) -> None:
     if mounts_at(mountpoint):
         raise AlreadyExists(f"something is mounted on {mountpoint} already: unmount it, or use another directory")
     try:
-        mountpoint.mkdir(mode=0o755, parents=True, exist_ok=True)
         with os.scandir(mountpoint) as entries:
             if any(True for _ in entries):
                 raise AlreadyExists(
                     f"the mountpoint {mountpoint} is not empty: the mount would hide what is in it; use an empty one"
                 )
+    except FileNotFoundError:
+        return
+    except OSError as exc:
+        raise PrimaryIOError(f"the mountpoint {mountpoint} cannot be used: {exc.strerror}; use another one") from exc
+
+
+def _check_store_parent(url: str, backing: Path) -> None:
+    """Nothing above a store is made, unless it is above the backing directory too: it may be a mount that is missing."""
+    directory = _store_directory(url)
+    if directory is not None and not (directory.parent.is_dir() or backing.is_relative_to(directory.parent)):
+        raise ConfigError(
+            f"the store {url} cannot be made: its parent directory does not exist; make it, or mount what belongs there"
+        )
+
+
+def _make_mountpoint(mountpoint: Path) -> None:
+    try:
+        mountpoint.mkdir(mode=0o755, parents=True, exist_ok=True)
     except OSError as exc:
         raise PrimaryIOError(f"cannot make the mountpoint {mountpoint}: {exc.strerror}") from exc
     try:
