@@ -75,7 +75,7 @@ class FakeTarget:
         ]
 
     async def status(self) -> messages.Status:
-        finding = messages.Finding(severity="problem", subject="store", message="gone", remedy="bring it back")
+        finding = messages.Finding(severity="problem", subject="store", message="gone; bring it back")
         return messages.Status(
             healthy=self.healthy,
             daemon=messages.DaemonStatus(pid=os.getpid(), version="0", started=1.0, held=self.held),

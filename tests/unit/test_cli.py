@@ -153,7 +153,7 @@ def test_unhealthy_is_8(run: Run, start_daemon: StartDaemon) -> None:
     start_daemon("--unhealthy")
     result = run("status")
     assert result.code == ExitCode.UNHEALTHY
-    assert "problem: store: gone - bring it back" in result.out
+    assert "problem: store: gone; bring it back" in result.out
     assert json.loads(run("status", "--json").out)["healthy"] is False
 
 
@@ -454,6 +454,18 @@ def test_doctor_checks_that_cannot_be_planted_on_this_host(config: Path, tmp_pat
     (tmp_path / "protected_symlinks").write_text("0\n")
     (tmp_path / "protected_hardlinks").write_text("1\n")
     assert [found.severity for found in host_checks.protected_files(loaded, tmp_path)] == ["note"]
+
+
+def test_each_missing_capability_is_a_problem(config: Path, tmp_path: Path) -> None:
+    loaded, status = load_config(config), tmp_path / "status"
+    held = {"CAP_LINUX_IMMUTABLE": 1 << 9, "CAP_SYS_ADMIN": 1 << 21, "CAP_LEASE": 1 << 28}
+    for missing in held:
+        status.write_text(f"CapEff:\t{sum(held.values()) - held[missing]:016x}\n")
+        (found,) = host_checks.privileges(loaded, status)
+        assert (found.severity, found.message.split()[0]) == ("problem", missing)
+        assert f"--cap-add {missing.removeprefix('CAP_')}" in found.remedy
+    status.write_text(f"CapEff:\t{sum(held.values()):016x}\n")
+    assert [found.severity for found in host_checks.privileges(loaded, status)] == ["ok"]
 
 
 def test_a_check_that_fails_is_a_finding(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

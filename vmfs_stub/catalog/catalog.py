@@ -265,7 +265,9 @@ def _translated(path: Path) -> Iterator[None]:
             raise NoSpace(f"no space left to write the catalog {path}") from exc
         raise PrimaryIOError(f"the catalog {path} failed: {exc}; it is checked when the daemon starts") from exc
     except OSError as exc:
-        raise PrimaryIOError(f"the catalog {path} cannot be opened: {exc.strerror}") from exc
+        raise PrimaryIOError(
+            f"the catalog {path} cannot be opened: {exc.strerror}; check it, then start again"
+        ) from exc
 
 
 def _code(error: sqlite3.Error) -> int:

@@ -28,7 +28,12 @@ Severity = Literal["ok", "note", "warning", "problem"]
 
 _KERNEL_MIN = (5, 17)
 """The mount speaks FUSE protocol 7.36 and looks names up with openat2(RESOLVE_CACHED)."""
-_CAP_SYS_ADMIN = 21
+_CAPABILITIES = {
+    "CAP_SYS_ADMIN": (21, "mounting, and the trusted.* attributes of placeholders"),
+    "CAP_LINUX_IMMUTABLE": (9, "a mountpoint that nobody can write into while nothing is mounted"),
+    "CAP_LEASE": (28, "reserving the disks of other users for a backup"),
+}
+"""Name → number, and what needs it."""
 _UNSTABLE = frozenset({"tmpfs", "ramfs", "overlay", "aufs"})
 _FUSE_TIMEOUT = Path("/proc/sys/fs/fuse/max_request_timeout")
 _PROBE = "doctor-probe"
@@ -85,14 +90,18 @@ def kernel(config: Config) -> Iterator[HostFinding]:
         yield HostFinding("ok", "kernel", release)
 
 
-def privileges(config: Config) -> Iterator[HostFinding]:
-    """CAP_SYS_ADMIN is what mount(2) and trusted.* attributes need."""
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+def privileges(config: Config, status_file: Path = Path("/proc/self/status")) -> Iterator[HostFinding]:
+    """What the daemon does that not every root may do: a container's has fewer capabilities."""
+    status = status_file.read_text(encoding="ascii", errors="replace")
     match = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)
-    if match and int(match[1], 16) >> _CAP_SYS_ADMIN & 1:
-        yield HostFinding("ok", "privileges", "this process has CAP_SYS_ADMIN")
-    else:
-        yield HostFinding("problem", "privileges", "CAP_SYS_ADMIN is missing", "run vmfs-stub as root")
+    held = int(match[1], 16) if match else 0
+    missing = {name: use for name, (bit, use) in _CAPABILITIES.items() if not held >> bit & 1}
+    for name, use in missing.items():
+        option = name.removeprefix("CAP_")
+        remedy = f"run vmfs-stub as root; in a container pass --cap-add {option}"
+        yield HostFinding("problem", "privileges", f"{name} is missing, which is needed for {use}", remedy)
+    if not missing:
+        yield HostFinding("ok", "privileges", f"this process has {', '.join(_CAPABILITIES)}")
 
 
 def backing(config: Config) -> Iterator[HostFinding]:
@@ -221,7 +230,7 @@ def _daemon(config: Config) -> Iterator[HostFinding]:
         return
     yield HostFinding("ok", "control", f"the daemon (pid {status.daemon.pid}) answers")
     for finding in status.findings:
-        yield HostFinding(finding.severity, finding.subject, finding.message, finding.remedy)
+        yield HostFinding(finding.severity, finding.subject, finding.message, "see the message")
 
 
 def request_timeout(config: Config, path: Path = _FUSE_TIMEOUT) -> Iterator[HostFinding]:

@@ -156,7 +156,7 @@ def _check_mountpoint(mountpoint: Path) -> None:
 
 
 def _check_store_parent(url: str, backing: Path) -> None:
-    """Nothing above a store is made, unless it is above the backing directory too: it may be a mount that is missing."""
+    """What a store lies in is made only with the backing directory that lies there too: it may be a missing mount."""
     directory = _store_directory(url)
     if directory is not None and not (directory.parent.is_dir() or backing.is_relative_to(directory.parent)):
         raise ConfigError(

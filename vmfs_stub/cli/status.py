@@ -48,4 +48,4 @@ def _say_status(found: Status) -> None:
         done, total = bytes_text(recall.done_bytes), bytes_text(recall.total_bytes)
         say(f"recall: {recall.vm} {recall.disk}, {done} of {total}, {recall.waiting} requests wait")
     for finding in found.findings:
-        say(f"{finding.severity}: {finding.subject}: {finding.message}{f' - {finding.remedy}' * bool(finding.remedy)}")
+        say(f"{finding.severity}: {finding.subject}: {finding.message}")

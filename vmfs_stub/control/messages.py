@@ -81,12 +81,11 @@ class RecallStatus(_Message):
 
 
 class Finding(_Message):
-    """Something an operator should know; ``problem`` makes the command exit non-zero."""
+    """Something an operator should know, and in ``message`` what to do; ``problem`` makes the command exit non-zero."""
 
     severity: Literal["problem", "warning", "note"]
     subject: Shown
     message: Shown
-    remedy: Shown = ""
 
 
 class Progress(_Message):

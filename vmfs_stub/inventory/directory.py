@@ -75,7 +75,7 @@ class DirectoryInventory:
         except OSError as exc:
             if exc.errno in _OURS:
                 raise
-            error = PrimaryIOError(f"VM {shown} cannot be read: {exc.strerror}")
+            error = PrimaryIOError(f"VM {shown} cannot be read: {exc.strerror}; check the backing filesystem")
             error.__cause__ = exc
         return UnreadVm(printable(PurePosixPath(name).stem), name, error)
 

@@ -134,7 +134,10 @@ class DurableMap:
             copies = [_decode_header(files.call("map.read", os.pread, fd, UNIT, at), label) for at in (0, UNIT)]
             found = max((copy for copy in copies if copy is not None), key=lambda copy: copy[0], default=None)
             if found is None:
-                raise CorruptMap(f"{label}: both copies of the residency map's header are damaged ({path})")
+                raise CorruptMap(
+                    f"{label}: both copies of the residency map's header are damaged ({path}); restore the map from a "
+                    "copy, or write the restore point out elsewhere with `vmfs-stub restore`"
+                )
             return cls(files, fd, path, found[1], found[0])
         except BaseException:
             os.close(fd)
@@ -150,7 +153,10 @@ class DurableMap:
         copies = [_decode_page(raw, page, self.header.placeholder_id) for raw in (first, second)]
         found = max((copy for copy in copies if copy is not None), key=lambda copy: copy[0], default=None)
         if found is None:
-            raise CorruptMap(f"{label}: both copies of page {page} of the residency map are damaged ({self.path})")
+            raise CorruptMap(
+                f"{label}: both copies of page {page} of the residency map are damaged ({self.path}); restore the map "
+                "from a copy, or write the restore point out elsewhere with `vmfs-stub restore`"
+            )
         return found[1]
 
     def update(self, pages: Mapping[int, bytes], header: MapHeader) -> None:

@@ -159,10 +159,16 @@ def open_durable(files: FileCalls, private: PrivateState, record: PlaceholderRec
     header = durable.header
     if header.placeholder_id != record.placeholder_id or header.size != record.size:
         durable.close()
-        raise CorruptMap(f"{label}: the residency map {path} belongs to another placeholder")
+        raise CorruptMap(
+            f"{label}: the residency map {path} belongs to another placeholder; restore the map from a copy, or "
+            "write the restore point out elsewhere with `vmfs-stub restore`"
+        )
     if header.identity != record.identity:
         durable.close()
-        raise IdentityMismatch(f"{label}: the residency map {path} was made for another inode")
+        raise IdentityMismatch(
+            f"{label}: the residency map {path} was made for another inode; restore the map from a copy, or "
+            "write the restore point out elsewhere with `vmfs-stub restore`"
+        )
     return durable
 
 

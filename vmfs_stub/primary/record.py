@@ -60,7 +60,10 @@ def decode_record(raw: bytes, *, label: str) -> PlaceholderRecord:
     except NewerVersion as exc:
         raise UnknownFormat(f"{label}: the placeholder record is of {exc}") from exc
     except (Damaged, TypeError) as exc:
-        raise CorruptRecord(f"{label}: the placeholder record is damaged: {exc}") from exc
+        raise CorruptRecord(
+            f"{label}: the placeholder record is damaged: {exc}; write the restore point out elsewhere with "
+            "`vmfs-stub restore`"
+        ) from exc
 
 
 def read_record(files: FileCalls, site: str, fd: int | str, *, label: str) -> PlaceholderRecord | None:

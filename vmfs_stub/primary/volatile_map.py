@@ -118,9 +118,15 @@ class VolatileMap:
             ) from exc
         try:
             if os.pread(fd, _HEADER.size, 0) != _header(placeholder_id, boot, size):
-                raise CorruptMap(f"{label}: its volatile residency map {path} is damaged or another placeholder's")
+                raise CorruptMap(
+                    f"{label}: its volatile residency map {path} is damaged or another placeholder's; a reboot falls "
+                    "back to what was last synced"
+                )
             if os.fstat(fd).st_size != _UNIT + -(-block_count(size) // _REGION_BLOCKS) * _UNIT:
-                raise CorruptMap(f"{label}: its volatile residency map {path} has the wrong size")
+                raise CorruptMap(
+                    f"{label}: its volatile residency map {path} has the wrong size; a reboot falls back to what was "
+                    "last synced"
+                )
             found = cls(files, fd, path, size)
         except BaseException:
             os.close(fd)

@@ -305,7 +305,11 @@ class RecallService:
 
 def _as_ours(label: str, exc: Exception) -> VmfsStubError:
     """What a reader is told of a recall's failure: it names the disk."""
-    if isinstance(exc, (StoreError, IntegrityError, PointNotFound, UnknownFormat)):
+    if isinstance(exc, (IntegrityError, ObjectMissing, PointNotFound)):
+        return type(exc)(
+            f"{label}: {exc}; `vmfs-stub verify` lists what is damaged: bring it back from a copy of the store"
+        )
+    if isinstance(exc, (StoreError, UnknownFormat)):
         return type(exc)(f"{label}: {exc}")
     if isinstance(exc, VmfsStubError):
         return exc
@@ -314,7 +318,7 @@ def _as_ours(label: str, exc: Exception) -> VmfsStubError:
     if isinstance(exc, OSError):
         return PrimaryIOError(f"{label}: writing recalled bytes failed: {exc.strerror}; check the backing filesystem")
     log.error("%s: a recall met a programming error", label, exc_info=exc)
-    return PrimaryIOError(f"{label}: internal error, see the log")
+    return PrimaryIOError(f"{label}: internal error: a bug in vmfs-stub, whose traceback is in the log")
 
 
 def _consecutive(chunks: Sequence[int], raws: Sequence[bytes | None]) -> list[tuple[int, list[bytes | None]]]:

@@ -43,6 +43,10 @@ def take_lease(disk: Disk) -> None:
                 f"{disk.label} is open in some program, perhaps one left from an earlier mount or outside the mount; "
                 "`fuser -v` on the file in the backing directory finds it"
             ) from exc
+        if exc.errno == errno.EACCES:
+            raise PrimaryIOError(
+                f"{disk.label}: this process may not take a lease on another user's file: run as root with CAP_LEASE"
+            ) from exc
         raise PrimaryIOError(f"{disk.label}: the backing filesystem grants no lease: {exc.strerror}") from exc
 
 
