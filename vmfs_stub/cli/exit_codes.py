@@ -9,10 +9,10 @@
     6    damaged data was found; it was not used
     7    no daemon answers
     8    unhealthy: `status` or `doctor` found a problem
-    9    the backing filesystem has no room
+    9    the backing filesystem, or the directory that `restore` writes to, has no room
     10   a recall did not finish in time
     11   written by a newer version, or not by vmfs-stub
-    12   the backing filesystem failed
+    12   the backing filesystem, or the directory that `restore` writes to, failed
     130  interrupted
 
 An error has the code of its nearest ancestor in the table below.

@@ -1,4 +1,4 @@
-"""`hold` and `unhold`: whether this host accepts new recalls."""
+"""`hold` and `unhold`: whether new recalls of the datastore are accepted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vmfs_stub.cli.output import say
 
 
 def hold(ctx: typer.Context) -> None:
-    """Refuse new recalls on this host until `unhold`."""
+    """Refuse new recalls of this datastore until `unhold`."""
     client_of(load_config_of(ctx)).hold()
     say("new recalls are refused; `vmfs-stub unhold` allows them again")
 

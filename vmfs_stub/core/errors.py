@@ -11,8 +11,8 @@ are translated at the edge of the adapter that met them, with ``raise ... from e
     │   └── PointNotFound        no such restore point
     ├── Refused                  possible, but not now, or not without being told to
     │   ├── InUse                somebody has a disk of the VM open
-    │   ├── Abandoned            somebody opened a disk while it was being archived; nothing was changed
-    │   ├── RecallsHeld          `hold` is in force on this host
+    │   ├── Abandoned            somebody opened or changed something of the VM during the job
+    │   ├── RecallsHeld          `hold` is in force for this datastore
     │   ├── DatastoreLocked      another daemon serves this backing directory
     │   ├── AlreadyExists        would overwrite something
     │   └── Unsupported          this kernel, filesystem or store cannot do what is needed
@@ -82,11 +82,11 @@ class InUse(Refused):
 
 
 class Abandoned(Refused):
-    """Somebody opened a disk while it was being archived; nothing was changed."""
+    """Somebody opened, changed, renamed or replaced something of the VM during the job."""
 
 
 class RecallsHeld(Refused):
-    """`hold` is in force on this host."""
+    """`hold` is in force for this datastore."""
 
 
 class DatastoreLocked(Refused):

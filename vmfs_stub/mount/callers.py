@@ -1,4 +1,4 @@
-"""Who made a request: the process behind it, for the guard and for usage data.
+"""Who made a request: the process behind it, for the catalog and for set-id rules.
 
 Reads procfs only, which never sleeps on a disk, so it may run on the event loop.  The caller waits in its request
 meanwhile, so its pid cannot be another process's.

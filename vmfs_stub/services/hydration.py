@@ -89,7 +89,7 @@ class HydrationService:
             if placeholder is None:
                 return
             if self._recall.held:
-                raise RecallsHeld(f"{disk.label}: recalls are held on this host; `vmfs-stub unhold` allows them")
+                raise RecallsHeld(f"{disk.label}: recalls of this datastore are held; `vmfs-stub unhold` allows them")
             self._check_space(disk, placeholder.absent_bytes())
             while (other := self._courses.get(disk.ino)) is not None:
                 if not other.commanded:
@@ -179,7 +179,9 @@ class HydrationService:
         try:
             while chunks := placeholder.absent_chunks(offset, size):
                 if self._recall.held:
-                    raise RecallsHeld(f"{placeholder.label}: recalls are held on this host")
+                    raise RecallsHeld(
+                        f"{placeholder.label}: recalls of this datastore are held; `vmfs-stub unhold` allows them"
+                    )
                 await self._recall.recall_chunks(placeholder, chunks, demand=False)
         finally:
             slots.release_on_behalf_of(token)

@@ -58,7 +58,7 @@ class Placeholder:
         self.sync = SharedSync(self._sync)
         self._maps_lock = trio.Lock()
         self.ended = False
-        """Graduated or laid down: the maps are closed, and nothing here may touch them."""
+        """Graduated, laid down or superseded: the maps are closed, and nothing here may touch them."""
 
     # What is here
 

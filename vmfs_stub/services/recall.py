@@ -121,7 +121,9 @@ class RecallService:
         IntegrityError, PrimaryIOError).
         """
         if self.held:
-            raise RecallsHeld(f"{placeholder.label}: recalls are held on this host; `vmfs-stub unhold` allows them")
+            raise RecallsHeld(
+                f"{placeholder.label}: recalls of this datastore are held; `vmfs-stub unhold` allows them"
+            )
         if self.counters.waiting >= self._waiting_max:
             raise RecallOverload(
                 f"{placeholder.label}: {self._waiting_max} recalls wait already ([recall] recall_queue_max); try again"

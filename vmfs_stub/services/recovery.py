@@ -17,7 +17,7 @@
 | cannot be read     | any                | not known                       | finding; the file gives errors  |
 | none, file there   | any other          | the record is lost              | finding; the file gives errors  |
 | no such file       | committed, punched | removed behind the mount        | finding; map, pin, point stay   |
-| perhaps not seen   | any                | a directory could not be read   | finding; map, pin, point stay   |
+| perhaps not seen   | any                | a directory could not be read   | finding for it; map, pin stay   |
 
 Nothing here reads the store.  Blocking; runs before the first open is answered.
 """

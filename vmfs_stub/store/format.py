@@ -65,7 +65,7 @@ INDEX_SIZE_MAX: Final = 64 * 1024 * 1024
 
 MANIFEST_SIZE_MAX: Final = 256 * 1024 * 1024
 DOCUMENT_SIZE_MAX: Final = 1024 * 1024
-"""Bound for the small checked documents: store description, pins, claims, leases."""
+"""Bound for the small checked documents: store description, pins."""
 
 COMPRESSION: Final = "lz4-block"
 HASH: Final = "blake3-256"

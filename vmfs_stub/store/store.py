@@ -199,7 +199,11 @@ class Store:
         return found
 
     def remove_pin(self, vm_id: VmId, point_id: PointId, placeholder_id: PlaceholderId) -> None:
-        """Take a pin away; only when the placeholder's unlink is durable.  A missing one is fine."""
+        """Take a pin away; a missing one is fine.
+
+        Only when the placeholder's end (unlink, graduation, supersession, or an archive that did not commit) is
+        certain.
+        """
         self.objects.delete(pin_key(vm_id, point_id, placeholder_id))
 
     def pins(self, vm_id: VmId, point_id: PointId) -> list[Pin]:
