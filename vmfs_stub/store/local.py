@@ -95,7 +95,7 @@ class LocalObjects:
     def put(self, key: str, data: Buffer, *, if_absent: bool = True) -> None:
         """Store an object durably; see ObjectStore."""
         check_key(key)
-        with _translated(key, "write"):
+        with _translated(key, "write"), self._present():
             folder = os.path.dirname(key)
             self._make_folder(folder)
             temporary = f"{self._host}.{self._session}.{next(self._serial)}"
@@ -127,16 +127,20 @@ class LocalObjects:
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """All objects under a folder; see ObjectStore."""
         check_prefix(prefix)
-        with _translated(prefix or str(self.root), "list"):
+        with _translated(prefix or str(self.root), "list"), self._present():
             yield from self._walk(prefix)
+            if self._is_removed():
+                raise FileNotFoundError
 
     def delete(self, key: str) -> None:
         """Remove an object; see ObjectStore."""
         check_key(key)
-        with _translated(key, "delete"):
+        with _translated(key, "delete"), self._present():
             try:
                 os.unlink(key, dir_fd=self._root_fd)
             except (FileNotFoundError, NotADirectoryError):
+                if self._is_removed():
+                    raise
                 return
             self._sync_folder(os.path.dirname(key))
 
@@ -151,9 +155,22 @@ class LocalObjects:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     @contextlib.contextmanager
+    def _present(self) -> Iterator[None]:
+        """In a directory that was removed nothing is found, whatever has been put in its place: say so instead."""
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError):
+            if self._is_removed():
+                raise OSError(errno.ESTALE, "its directory was removed") from None
+            raise
+
+    def _is_removed(self) -> bool:
+        return os.fstat(self._root_fd).st_nlink == 0
+
+    @contextlib.contextmanager
     def _opened(self, key: str) -> Iterator[tuple[int, int]]:
         check_key(key)
-        with _translated(key, _VERB_READ):
+        with _translated(key, _VERB_READ), self._present():
             fd = os.open(key, _READ, dir_fd=self._root_fd)
             try:
                 status = os.fstat(fd)
