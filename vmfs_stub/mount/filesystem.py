@@ -70,21 +70,21 @@ class Filesystem:
 
     async def mkdir(self, parent: int, name: bytes, mode: int, owner: Requester) -> Attributes:
         """Make a directory."""
-        directory = self.inodes.directory_for_new(parent, name)
+        directory = self.inodes.directory_for_new_inode(parent, name)
         return self.inodes.known(
             await self._run("mount.mkdir", entries.make_directory, directory.fd, name, mode, owner)
         )
 
     async def mknod(self, parent: int, name: bytes, mode: int, device: int, owner: Requester) -> Attributes:
         """Make a file, FIFO, socket or device."""
-        directory = self.inodes.directory_for_new(parent, name)
+        directory = self.inodes.directory_for_new_inode(parent, name)
         return self.inodes.known(
             await self._run("mount.mknod", entries.make_node, directory.fd, name, mode, device, owner)
         )
 
     async def symlink(self, parent: int, name: bytes, target: bytes, owner: Requester) -> Attributes:
         """Make a symbolic link; its target is text, which only the kernel follows, through the mount."""
-        directory = self.inodes.directory_for_new(parent, name)
+        directory = self.inodes.directory_for_new_inode(parent, name)
         return self.inodes.known(
             await self._run("mount.symlink", entries.make_symlink, directory.fd, name, target, owner)
         )
@@ -212,7 +212,7 @@ class Filesystem:
         The kernel asks for this when it believes that there is no such name.  Should there be one after all, it must
         look again and check permissions before it may be opened: ESTALE makes it do so.
         """
-        directory = self.inodes.directory_for_new(parent, name)
+        directory = self.inodes.directory_for_new_inode(parent, name)
         kind_mode = stat.S_IFREG | stat.S_IMODE(mode)
         try:
             made = await self._run("mount.create", entries.make_node, directory.fd, name, kind_mode, 0, owner)

@@ -60,6 +60,11 @@ class Inodes:
         """Whether it is the private directory; in a directory that ignores case it has other names too."""
         return entry.st.st_ino == self._private_ino and entry.st.st_dev == self.nodes.device
 
+    def directory_for_new_inode(self, parent: int, name: bytes) -> Node:
+        """The directory for a new name of a new inode, which will be entered; raises as `directory_for_new`, ENFILE."""
+        self.nodes.check_room()
+        return self.directory_for_new(parent, name)
+
     def directory_for_new(self, parent: int, name: bytes) -> Node:
         """The directory for a new name; OSError EPERM for the one that is reserved."""
         check_component(name)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import resource
 import stat
 from dataclasses import dataclass, field
 from typing import Final
@@ -20,6 +21,8 @@ from vmfs_stub.mount.attributes import Requester
 from vmfs_stub.mount.disks import OpenedDisk
 
 ROOT: Final = 1
+NODES_SHARE: Final = 0.5
+"""Of the descriptors that this process may have, how many nodes may hold."""
 
 
 @dataclass(slots=True, eq=False)
@@ -105,8 +108,21 @@ class NodeTable:
         if node is not None:
             os.close(fd)
             return node
+        try:
+            self.check_room()
+        except OSError:
+            os.close(fd)
+            raise
         node = self._nodes[st.st_ino] = Node(st.st_ino, fd, stat.S_IFMT(st.st_mode))
         return node
+
+    def check_room(self) -> None:
+        """OSError ENFILE when another node would take descriptors that disks, maps and the store may need.
+
+        One user can have the kernel know any number of files; that must not be other users' I/O errors.
+        """
+        if len(self._nodes) >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] * NODES_SHARE:
+            raise OSError(errno.ENFILE, "too many files are known to the kernel at once")
 
     def forget(self, ino: int, lookups: int) -> int | None:
         """Take back lookups; the descriptor to close when that was the last one."""

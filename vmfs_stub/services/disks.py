@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -33,6 +34,11 @@ from vmfs_stub.services.retirement import Retirement
 from vmfs_stub.services.threads import Threads
 
 log = logging.getLogger(__name__)
+
+_DESCRIPTORS_PER_DISK = 3
+"""The file, and both maps of a placeholder."""
+_DISKS_SHARE = 0.25
+"""Of the descriptors that this process may have, how many open disks may hold; the mount's nodes take a half."""
 
 
 class Disks:
@@ -104,8 +110,11 @@ class Disks:
     async def open(self, path_fd: int, *, writable: bool, caller: Caller) -> Disk:
         """Open the regular file of an O_PATH descriptor for a guest; each `open` owes one `release`.
 
-        Wins over an archive that has not committed.  Raises IntegrityError kinds, PrimaryIOError, OSError.
+        Wins over an archive that has not committed.  Raises IntegrityError kinds, PrimaryIOError, OSError (ENFILE when
+        too many disks are open).
         """
+        if os.fstat(path_fd).st_ino not in self._open:
+            self._check_room()
         disk = await self._acquire(path_fd, guests=1, kept=0)
         if writable and not disk.writable:
             await self.release(disk)
@@ -113,6 +122,11 @@ class Disks:
         if self.on_open is not None:
             self.on_open(disk, caller)
         return disk
+
+    def _check_room(self) -> None:
+        """One user can open any number of files: that must not take the descriptors that others' I/O needs."""
+        if len(self._open) * _DESCRIPTORS_PER_DISK >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] * _DISKS_SHARE:
+            raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
 
     async def keep(self, path_fd: int) -> Disk:
         """Open a file for our own work; each `keep` owes one `let_go`.  Raises as `open`."""
