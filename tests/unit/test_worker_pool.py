@@ -7,7 +7,10 @@ import threading
 
 import pytest
 import trio
+import trio.testing
 
+from vmfs_stub.core.errors import PrimaryIOError, StoreUnavailable
+from vmfs_stub.services.threads import Threads
 from vmfs_stub.services.worker_pool import NICE_BELOW_DEMAND, WorkerPool
 
 
@@ -120,3 +123,44 @@ async def test_only_the_threads_of_a_pool_below_demand_stand_back(below_demand: 
     assert await pool.run(priority) == (NICE_BELOW_DEMAND if below_demand else usual)
     assert priority() == usual
     pool.close()
+
+
+async def test_at_the_limit_of_threads_work_waits_for_those_that_run_or_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call was queued for a thread that never came, and its caller waited for ever."""
+    pool, start = WorkerPool("test", 4), threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with trio.fail_after(5):
+        with pytest.raises(PrimaryIOError, match="thread"):
+            await pool.run(lambda: 1)
+        monkeypatch.setattr(threading.Thread, "start", start)
+        assert await pool.run(lambda: 1) == 1
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        gate, results = threading.Event(), []
+
+        async def wait() -> None:
+            results.append(await pool.run(lambda: gate.wait(5)))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+            gate.set()
+        assert results == [True] * 3
+    pool.close()
+
+
+async def test_the_store_is_away_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error was none that the daemon knew, and one look at the store ended it."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    threads = Threads(files_max=1, store_max=1, compute_max=1, store_timeout_s=5, transfer_timeout_s=5)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(StoreUnavailable, match="thread"):
+        await threads.store(lambda: 1)
+    threads.close()

@@ -146,7 +146,7 @@ class Jobs:
         try:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(write, limiter=self._history_limiter)
-        except VmfsStubError as exc:
+        except (VmfsStubError, RuntimeError) as exc:  # the latter where no thread can be started
             log.warning("a job could not be recorded: %s", exc)
 
     def _forget_old(self) -> None:

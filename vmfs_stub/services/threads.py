@@ -13,7 +13,7 @@ from typing import ParamSpec, TypeVar
 import trio
 
 from vmfs_stub.core.errors import StoreUnavailable
-from vmfs_stub.services.worker_pool import WorkerPool
+from vmfs_stub.services.worker_pool import NoThread, WorkerPool
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -64,5 +64,8 @@ class Threads:
 
 async def _within(timeout_s: float, pool: WorkerPool, call: Callable[[], T]) -> T:
     with trio.move_on_after(timeout_s):
-        return await pool.run(call, abandonable=True)
+        try:
+            return await pool.run(call, abandonable=True)
+        except NoThread as exc:
+            raise StoreUnavailable(str(exc)) from exc
     raise StoreUnavailable(f"the store did not answer within {timeout_s:g} s")

@@ -20,6 +20,8 @@ from typing import Final, TypeVar
 import outcome
 import trio
 
+from vmfs_stub.core.errors import PrimaryIOError
+
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,10 @@ _IOPRIO_WHO_PROCESS: Final = 1
 _IOPRIO_LOWEST: Final = 2 << 13 | 7
 """Best effort, last.  Not the idle class: on a disk that is never idle it could outwait every time limit."""
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+class NoThread(PrimaryIOError):
+    """The system allows this process not even one thread of a pool."""
 
 
 class _Call:
@@ -64,14 +70,14 @@ class WorkerPool:
 
         Not cancellable unless ``abandonable``: a cancelled caller then goes on at once, and the call, if it has begun,
         keeps its thread until it ends, so that a call that hangs still counts.
+        Raises NoThread when the system allows not even one.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         if self._token is None:
             self._token = trio.lowlevel.current_trio_token()
+        if self._unfinished >= self._thread_count < self._threads_max:
+            self._start_thread()
         self._unfinished += 1
-        if self._unfinished > self._thread_count < self._threads_max:
-            self._thread_count += 1
-            threading.Thread(target=self._work, name=f"{self._name}-{self._thread_count}", daemon=True).start()
         call = _Call(trio.lowlevel.current_task(), function)
         self._calls.put(call)
 
@@ -81,6 +87,17 @@ class WorkerPool:
 
         answer: T = await trio.lowlevel.wait_task_rescheduled(abort)
         return answer
+
+    def _start_thread(self) -> None:
+        thread = threading.Thread(target=self._work, name=f"{self._name}-{self._thread_count + 1}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as exc:
+            # The limit of processes; those that run already do the work, later.
+            if self._thread_count == 0:
+                raise NoThread(f"no thread for {self._name} could be started: {exc}") from exc
+        else:
+            self._thread_count += 1
 
     def close(self) -> None:
         """Let the threads end, each after the call that it is in."""
