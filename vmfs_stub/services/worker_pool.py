@@ -2,15 +2,14 @@
 
 Every write of a guest, and every read that the page cache does not have, hops to a thread and back.  trio's own hop
 makes a coroutine's worth of bookkeeping for each call and wakes the event loop for each answer; here the answers that
-are ready together wake it once, which at queue depth 32 costs a sixth.  And a pool can run below demand: its threads
-get the processor, and as far as the scheduler of the disk knows such things the disk, when nobody else wants them.
+are ready together wake it once, which at queue depth 32 costs a sixth.  And a pool can be below demand: the disk, as
+far as its scheduler knows such things, serves its threads last.  The processor does not: a thread that had to wait for
+it while it holds the interpreter's lock would keep the event loop waiting, too.
 """
 
 from __future__ import annotations
 
 import ctypes
-import logging
-import os
 import platform
 import threading
 from collections.abc import Callable
@@ -24,12 +23,9 @@ from vmfs_stub.core.errors import PrimaryIOError
 
 T = TypeVar("T")
 
-log = logging.getLogger(__name__)
-
-NICE_BELOW_DEMAND: Final = 15
 _SYS_IOPRIO_SET: Final = {"x86_64": 251, "aarch64": 30}.get(platform.machine())
 _IOPRIO_WHO_PROCESS: Final = 1
-_IOPRIO_LOWEST: Final = 2 << 13 | 7
+IOPRIO_BELOW_DEMAND: Final = 2 << 13 | 7
 """Best effort, last.  Not the idle class: on a disk that is never idle it could outwait every time limit."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -131,10 +127,6 @@ class WorkerPool:
 
 
 def _stand_back() -> None:
-    """Give this thread the least of processor and disk; where that is not possible it is no failure."""
-    try:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE_BELOW_DEMAND)
-    except OSError as exc:
-        log.info("background work runs at the priority of guests' requests: %s", exc.strerror)
+    """Put this thread's disk accesses behind those of others; where that is not possible it is no failure."""
     if _SYS_IOPRIO_SET is not None:
-        _libc.syscall(_SYS_IOPRIO_SET, _IOPRIO_WHO_PROCESS, 0, _IOPRIO_LOWEST)
+        _libc.syscall(_SYS_IOPRIO_SET, _IOPRIO_WHO_PROCESS, 0, IOPRIO_BELOW_DEMAND)
