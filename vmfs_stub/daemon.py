@@ -44,10 +44,10 @@ from vmfs_stub.services.archive import ArchiveSettings
 from vmfs_stub.services.disk_services import DiskServices, ServiceSettings, connect_services
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.findings import Findings
-from vmfs_stub.services.groups import single_error
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recovery import Recovered, Recovery
 from vmfs_stub.services.resumption import resume
+from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.format import decode_description, encode_description

@@ -32,7 +32,7 @@ from vmfs_stub.cli.context import Invocation
 from vmfs_stub.cli.exit_codes import ExitCode, exit_code_of
 from vmfs_stub.cli.output import warn
 from vmfs_stub.core.errors import VmfsStubError
-from vmfs_stub.core.groups import unwrapped
+from vmfs_stub.core.wrapped_errors import unwrapped
 
 app = typer.Typer(
     help="Backs up VMs and turns idle ones into placeholders that still boot.",

@@ -22,8 +22,8 @@ from vmfs_stub.control.metrics import CONTENT_TYPE, Metrics
 from vmfs_stub.control.peer import Peer
 from vmfs_stub.control.target import ControlTarget
 from vmfs_stub.core.errors import ConfigError, NotFound, Refused, VmfsStubError
-from vmfs_stub.core.groups import unwrapped
 from vmfs_stub.core.ids import JobId
+from vmfs_stub.core.wrapped_errors import unwrapped
 
 PEER_KEY = "vmfs_stub.peer"
 REQUEST_BYTES_MAX = 16 << 20

@@ -19,8 +19,8 @@ import trio
 from vmfs_stub.control.messages import ErrorInfo, JobInfo, JobKind, JobReport, Progress, VmOutcome, error_info
 from vmfs_stub.control.peer import Peer
 from vmfs_stub.core.errors import InUse, NotFound, Refused, VmfsStubError
-from vmfs_stub.core.groups import unwrapped
 from vmfs_stub.core.ids import JobId
+from vmfs_stub.core.wrapped_errors import unwrapped
 
 log = logging.getLogger(__name__)
 

@@ -34,10 +34,10 @@ from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.services.copying import open_copier
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.disks import Disks
-from vmfs_stub.services.groups import single_error
 from vmfs_stub.services.placeholder_maker import PlaceholderMaker
 from vmfs_stub.services.recall import RecallService
 from vmfs_stub.services.retirement import Ended, Retirement
+from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.sources import Source, Sources
 from vmfs_stub.services.stored_files import other_entries, stored_file
 from vmfs_stub.services.threads import Threads

@@ -18,9 +18,9 @@ import trio
 from vmfs_stub.core.errors import InUse, NoSpace, RecallsHeld, VmfsStubError
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.disks import Disks
-from vmfs_stub.services.groups import single_error
 from vmfs_stub.services.placeholder import Placeholder
 from vmfs_stub.services.recall import RecallService
+from vmfs_stub.services.single_error import single_error
 
 log = logging.getLogger(__name__)
 
