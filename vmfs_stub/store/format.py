@@ -1,8 +1,9 @@
 """Numbers, layouts and names that decide what the bytes on secondary storage mean.
 
 Purpose: the one place for magic values, struct layouts, limits and the store's own description
-(``vmfs-store.json``).  docs/FORMAT.md describes the same in words; change both together, and raise
-``FORMAT_VERSION`` or add a required feature whenever an older reader would misread the result.
+(``vmfs-store.json``).  docs/FORMAT.md describes the same in words; change both together.  Where an older reader would
+misread the result, raise the version of that kind, whose reader goes on accepting the older ones, or add a required
+feature.
 
 Integers are little-endian.  Every limit here is a bound for a *reader*: nothing larger is allocated, whatever a
 damaged or hostile object claims.  This module must not know how objects are transported.
@@ -20,7 +21,13 @@ from vmfs_stub.core.ids import StoreId
 from vmfs_stub.store import documents
 from vmfs_stub.store.keys import STORE_KEY
 
-FORMAT_VERSION: Final = 1
+STORE_VERSION: Final = 1
+MANIFEST_VERSION: Final = 1
+PIN_VERSION: Final = 1
+PACK_VERSION: Final = 1
+SEGMENT_VERSION: Final = 1
+INDEX_VERSION: Final = 1
+"""Each kind of object has a version of its own: raising one makes no other kind unreadable."""
 FEATURES_KNOWN: Final[frozenset[str]] = frozenset()
 """Required features that this reader understands; a store or document that needs another is refused."""
 
@@ -94,7 +101,7 @@ def encode_description(description: StoreDescription) -> bytes:
     """The bytes of ``vmfs-store.json``."""
     return documents.encode(
         STORE_FORMAT,
-        FORMAT_VERSION,
+        STORE_VERSION,
         {
             "store_id": description.store_id,
             "chunk_size": description.chunk_size,
@@ -109,7 +116,7 @@ def decode_description(data: bytes) -> StoreDescription:
 
     Raises: CorruptStoreObject when it is damaged; UnknownFormat when this version cannot use the store.
     """
-    fields = documents.decode(data, STORE_KEY, STORE_FORMAT, version=FORMAT_VERSION, features=FEATURES_KNOWN)
+    fields = documents.decode(data, STORE_KEY, STORE_FORMAT, version=STORE_VERSION, features=FEATURES_KNOWN)
     for name, known in (("compression", COMPRESSION), ("hash", HASH)):
         found = fields.text(name)
         if found != known:

@@ -15,11 +15,11 @@ from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import CorruptPack, CorruptStoreObject, UnknownFormat
 from vmfs_stub.core.ids import PackId
 from vmfs_stub.store.format import (
-    FORMAT_VERSION,
     INDEX_HEADER,
     INDEX_MAGIC,
     INDEX_PACK,
     INDEX_SIZE_MAX,
+    INDEX_VERSION,
     PACK_ENTRY,
     PACK_FRAMES_MAX,
 )
@@ -36,7 +36,7 @@ def encode_index(packs: Iterable[PackEntries]) -> bytes:
         count += 1
         body.append(INDEX_PACK.pack(bytes.fromhex(pack_id), len(refs)))
         body.extend(PACK_ENTRY.pack(r.chunk_id, r.offset, r.length, r.raw_length, r.checksum) for r in refs)
-    data = INDEX_HEADER.pack(INDEX_MAGIC, FORMAT_VERSION, 0, count) + b"".join(body)
+    data = INDEX_HEADER.pack(INDEX_MAGIC, INDEX_VERSION, 0, count) + b"".join(body)
     return data + blake3(data).digest()
 
 
@@ -50,7 +50,7 @@ def decode_index(data: bytes, key: str) -> list[PackEntries]:
         msg = f"{key}: checksum does not match: the object is damaged or cut short"
         raise CorruptStoreObject(msg)
     magic, version, zero, count = INDEX_HEADER.unpack_from(data)
-    if magic != INDEX_MAGIC or version != FORMAT_VERSION or zero:
+    if magic != INDEX_MAGIC or version != INDEX_VERSION or zero:
         msg = f"{key}: index version {version} is not known to this version; use a newer vmfs-stub"
         raise UnknownFormat(msg)
     view = memoryview(data)[:end]

@@ -20,7 +20,7 @@ from vmfs_stub.core.errors import ConfigError, CorruptManifest
 from vmfs_stub.core.ids import PointId, SegmentId, VmId
 from vmfs_stub.store import documents
 from vmfs_stub.store.documents import Fields
-from vmfs_stub.store.format import FEATURES_KNOWN, FORMAT_VERSION, MANIFEST_SIZE_MAX, SEGMENT_CHUNKS, check_chunk_size
+from vmfs_stub.store.format import FEATURES_KNOWN, MANIFEST_SIZE_MAX, MANIFEST_VERSION, SEGMENT_CHUNKS, check_chunk_size
 from vmfs_stub.store.keys import is_segment_id
 
 MANIFEST_FORMAT = "vmfs-stub manifest"
@@ -87,7 +87,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
     """The bytes of a manifest."""
     return documents.encode(
         MANIFEST_FORMAT,
-        FORMAT_VERSION,
+        MANIFEST_VERSION,
         {
             "vm_id": manifest.vm_id,
             "point_id": manifest.point_id,
@@ -106,7 +106,7 @@ def decode_manifest(data: bytes, key: str) -> Manifest:
 
     Raises: CorruptManifest; UnknownFormat.
     """
-    fields = documents.decode(data, key, MANIFEST_FORMAT, version=FORMAT_VERSION, features=FEATURES_KNOWN)
+    fields = documents.decode(data, key, MANIFEST_FORMAT, version=MANIFEST_VERSION, features=FEATURES_KNOWN)
     chunk_size = fields.integer("chunk_size")
     try:
         check_chunk_size(chunk_size)

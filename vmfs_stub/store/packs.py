@@ -15,7 +15,6 @@ from vmfs_stub.core.chunking import CHUNK_SIZE_MAX, FrameRef
 from vmfs_stub.core.errors import CorruptPack, UnknownFormat
 from vmfs_stub.core.ids import ChunkId, PackId
 from vmfs_stub.store.format import (
-    FORMAT_VERSION,
     FRAME_HEADER,
     FRAME_LENGTH_MAX,
     PACK_ENTRY,
@@ -25,6 +24,7 @@ from vmfs_stub.store.format import (
     PACK_SIZE_MAX,
     PACK_TAIL_SIZE,
     PACK_TRAILER,
+    PACK_VERSION,
 )
 from vmfs_stub.store.frames import EncodedChunk
 from vmfs_stub.store.keys import pack_key
@@ -81,7 +81,7 @@ class OpenPack:
             self._end,
             footer_length,
             len(self._refs),
-            FORMAT_VERSION,
+            PACK_VERSION,
             0,
         )
         end += PACK_TRAILER.size
@@ -113,7 +113,7 @@ def read_footer(objects: ObjectStore, pack_id: PackId) -> list[FrameRef]:
     if digest != tail[PACK_TRAILER.size : PACK_TRAILER.size + 32]:
         msg = f"{key}: the checksum of its footer does not match"
         raise CorruptPack(msg)
-    if version != FORMAT_VERSION or zero:
+    if version != PACK_VERSION or zero:
         msg = f"{key}: pack version {version} is not known to this version; use a newer vmfs-stub"
         raise UnknownFormat(msg)
     if named.hex() != pack_id:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
 from vmfs_stub.store import documents
-from vmfs_stub.store.format import FEATURES_KNOWN, FORMAT_VERSION
+from vmfs_stub.store.format import FEATURES_KNOWN, PIN_VERSION
 
 PIN_FORMAT = "vmfs-stub pin"
 
@@ -31,7 +31,7 @@ def encode_pin(pin: Pin, vm_id: VmId, point_id: PointId) -> bytes:
     """The bytes of a pin."""
     return documents.encode(
         PIN_FORMAT,
-        FORMAT_VERSION,
+        PIN_VERSION,
         {
             "vm_id": vm_id,
             "point_id": point_id,
@@ -49,7 +49,7 @@ def decode_pin(data: bytes, key: str) -> Pin:
 
     Raises: CorruptStoreObject; UnknownFormat.
     """
-    fields = documents.decode(data, key, PIN_FORMAT, version=FORMAT_VERSION, features=FEATURES_KNOWN)
+    fields = documents.decode(data, key, PIN_FORMAT, version=PIN_VERSION, features=FEATURES_KNOWN)
     pin = Pin(
         placeholder_id=PlaceholderId(fields.hex_id("placeholder_id")),
         host=fields.text("host"),

@@ -20,7 +20,6 @@ from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import CorruptSegment, UnknownFormat
 from vmfs_stub.core.ids import ChunkId, PackId, SegmentId
 from vmfs_stub.store.format import (
-    FORMAT_VERSION,
     FRAME_HEADER,
     FRAME_LENGTH_MAX,
     PACK_SIZE_MAX,
@@ -30,6 +29,7 @@ from vmfs_stub.store.format import (
     SEGMENT_MAGIC,
     SEGMENT_SIZE_MAX,
     SEGMENT_SLOT_ZERO,
+    SEGMENT_VERSION,
 )
 from vmfs_stub.store.keys import segment_key
 
@@ -63,7 +63,7 @@ def seal_segment(entries: Sequence[FrameRef | None], chunk_size: int) -> SealedS
         slots.append(row)
     if not rows:
         return None
-    header = SEGMENT_HEADER.pack(SEGMENT_MAGIC, FORMAT_VERSION, 0, chunk_size, len(slots), len(rows), len(packs))
+    header = SEGMENT_HEADER.pack(SEGMENT_MAGIC, SEGMENT_VERSION, 0, chunk_size, len(slots), len(rows), len(packs))
     table = b"".join(bytes.fromhex(pack_id) for pack_id in packs)
     data = b"".join((header, table, struct.pack(f"<{len(slots)}H", *slots), *rows))
     return SealedSegment(SegmentId(blake3(data).hexdigest()), data, frozenset(packs))
@@ -119,7 +119,7 @@ class Segment:
         if len(data) < SEGMENT_HEADER.size:
             raise self._corrupt("is too short")
         magic, version, zero, chunk_size, slots, entries, packs = SEGMENT_HEADER.unpack_from(data)
-        if magic != SEGMENT_MAGIC or version != FORMAT_VERSION or zero:
+        if magic != SEGMENT_MAGIC or version != SEGMENT_VERSION or zero:
             msg = f"{self._key}: segment version {version} is not known to this version; use a newer vmfs-stub"
             raise UnknownFormat(msg)
         slots_at = SEGMENT_HEADER.size + packs * 16
