@@ -16,7 +16,7 @@ import trio
 from vmfs_stub.core import errors
 from vmfs_stub.mount import handshake, mountpoint, serving, syscalls
 from vmfs_stub.mount.errno_table import ERRNO_BY_TYPE, data_errno, errno_of
-from vmfs_stub.mount.fuse import FuseOperations
+from vmfs_stub.mount.fuse import Faults, FuseOperations
 from vmfs_stub.mount.nodes import ROOT, NodeTable
 from vmfs_stub.mount.private import check_component, is_private_xattr
 from vmfs_stub.mount.settings import MountSettings
@@ -49,6 +49,16 @@ def test_absent_data_is_never_reported_as_not_found() -> None:
         assert {errno_of(leaf("")) for leaf in leaves(kind)} == {errno.EIO}
     assert data_errno(errno.ENOENT) == errno.EIO
     assert data_errno(errno.ENOSPC) == errno.ENOSPC
+
+
+def test_a_failed_recall_is_not_logged_for_each_read(caplog: pytest.LogCaptureFixture) -> None:
+    faults = Faults()
+    for failure in (errors.RecallTimeout("x"), errors.StoreUnavailable("x"), errors.CorruptFrame("x")):
+        assert faults.answer("read", failure, is_data=True).errno == errno.EIO
+    assert caplog.records == []
+    assert faults.errors["read", errno.EIO] == 3
+    faults.answer("read", errors.MapFrozen("planted"), is_data=True)
+    assert [record.getMessage() for record in caplog.records] == ["read failed: planted"]
 
 
 def test_cause_of_a_primary_failure_is_told_where_it_helps() -> None:

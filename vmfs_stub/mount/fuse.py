@@ -12,10 +12,11 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, Final, ParamSpec, TypeVar
 
 import pyfuse3
 
+from vmfs_stub.core.errors import IntegrityError, RecallError, StoreError
 from vmfs_stub.mount.attributes import Attributes, Change, DirectoryEntry, Requester
 from vmfs_stub.mount.errno_table import data_errno, errno_of
 from vmfs_stub.mount.filesystem import Filesystem
@@ -24,6 +25,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
+
+
+_LOGGED_BY_RECALL: Final = (RecallError, StoreError, IntegrityError)
+"""A guest repeats a read that failed, for hours perhaps; what recalls fail of is in the log once already."""
 
 
 class Faults:
@@ -48,7 +53,8 @@ class Faults:
             return pyfuse3.FUSEError(errno.EIO)
         if is_data:
             code = data_errno(code)
-            _log.warning("%s failed: %s", operation, failure)
+            if not isinstance(failure, _LOGGED_BY_RECALL):
+                _log.warning("%s failed: %s", operation, failure)
         self.errors[operation, code] += 1
         return pyfuse3.FUSEError(code)
 
