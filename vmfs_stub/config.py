@@ -1,8 +1,8 @@
 """The configuration: one frozen object, read from a TOML file and validated once, at start.
 
-Every wait, queue, cache and retry of the program takes its limit from here.  Unknown keys are refused, so that a
-misspelt limit is not silently the default.  Must not know who uses a value, and touches no path that it names:
-whether a directory exists is asked by ``init``, ``doctor`` and the daemon.
+What an operator may have to change takes its limit from here; other bounds are constants beside their use.  Unknown
+keys are refused, so that a misspelt limit is not silently the default.  Must not know who uses a value, and touches no
+path that it names: whether a directory exists is asked by ``init``, ``doctor`` and the daemon.
 """
 
 from __future__ import annotations

@@ -12,8 +12,10 @@ from vmfs_stub.cli.exit_codes import ExitCode
 from vmfs_stub.cli.stored_vms import find_point, find_stored, find_stored_vm, named_points, split_name
 from vmfs_stub.core.errors import AmbiguousName, PointNotFound, VmNotFound
 from vmfs_stub.core.ids import PointId, VmId
+from vmfs_stub.store import objects_url
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.manifest import FileKind, StoredFile
+from vmfs_stub.store.objects import ObjectStore
 from vmfs_stub.store.objects_url import open_objects
 from vmfs_stub.store.store import PointSummary, Store, StoredVm
 
@@ -88,6 +90,32 @@ def test_a_store_that_is_not_there(run: Run, tmp_path: Path) -> None:
     # A mount that is missing looks the same: nobody may be led to make an empty store under it.
     assert "is what belongs there mounted" in result.err
     assert "init" not in result.err
+
+
+def test_the_configured_store_is_tried_as_often_as_configured(
+    run: Run, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, tried = tmp_path / "config.toml", []
+    path.write_text(f"""
+[datastore]
+name = "main"
+backing = "{tmp_path}/backing"
+mountpoint = "{tmp_path}/mount"
+[store]
+url = "{url}"
+retries_max = 7
+""")
+
+    def opening(url: str, *, retries_max: int) -> ObjectStore:
+        tried.append(retries_max)
+        return open_objects(url, retries_max=retries_max)
+
+    monkeypatch.setattr(objects_url, "open_objects", opening)
+    assert run("--config", path, "points").code == 0
+    assert run("--config", path, "verify", "web").code == 0
+    assert run("--config", path, "restore", "web", "--to", tmp_path / "out").code == 0
+    assert run("--config", path, "points", "--store", url).code == 0
+    assert tried == [7, 7, 7, 3]
 
 
 def test_verify_finds_planted_damage(run: Run, url: str, tmp_path: Path) -> None:

@@ -11,6 +11,6 @@ from vmfs_stub.cli.job_progress import follow_job
 
 
 def archive(ctx: typer.Context, vms: Annotated[list[str], typer.Argument(metavar="VM...")]) -> None:
-    """Back up VMs and make placeholders of them, whatever the policy says; a VM in use is refused."""
+    """Back up VMs and make placeholders of them now; a VM in use is refused."""
     client = client_of(load_config_of(ctx))
     follow_job(client, client.start_archive(argument_names(vms)))

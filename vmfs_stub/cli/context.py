@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from vmfs_stub.store.store import Store
 
 
+RETRIES_MAX = 3
+"""Of a store that is named without a configuration."""
+
+
 @dataclass(frozen=True, slots=True)
 class Invocation:
     """The options given before the command."""
@@ -51,14 +55,22 @@ def client_of(config: Config) -> ControlClient:
     return ControlClient(config.socket_path, timeout_s=config.control.request_timeout_s)
 
 
-def open_store(url: str) -> Store:
+def open_store_of(ctx: typer.Context, url: str | None) -> Store:
+    """The store at ``url``, for which no configuration is needed, else the configured one; raises as `open_store`."""
+    if url is not None:
+        return open_store(url)
+    store = load_config_of(ctx).store
+    return open_store(store.url, retries_max=store.retries_max)
+
+
+def open_store(url: str, *, retries_max: int = RETRIES_MAX) -> Store:
     """The secondary store at ``url``; raises StoreError, ConfigError, UnknownFormat."""
     from vmfs_stub.core.errors import ObjectMissing
     from vmfs_stub.store.objects_url import open_objects
     from vmfs_stub.store.store import Store
 
     try:
-        return Store.open(open_objects(url))
+        return Store.open(open_objects(url, retries_max=retries_max))
     except ObjectMissing as exc:
         # Not a word of `init`: in a disaster it would make an empty store in the place of one that is not mounted.
         raise ObjectMissing(

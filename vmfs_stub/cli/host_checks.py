@@ -144,7 +144,7 @@ def _room(path: Path, floor_percent: float) -> Iterator[HostFinding]:
         yield HostFinding(
             "problem",
             "free space",
-            f"{text}, the floor is {floor_percent:g} %: recalls are refused",
+            f"{text}, the floor is {floor_percent:g} %: `recall` and hydration stop; guests' own reads go on",
             "free space in the backing filesystem, or archive idle VMs",
         )
     elif percent <= 2 * floor_percent:
@@ -266,9 +266,9 @@ def store(config: Config) -> Iterator[HostFinding]:
 
     url = config.store.url
     try:
-        found = open_store(url)
+        found = open_store(url, retries_max=config.store.retries_max)
         key = f"{_PROBE}/{secrets.token_hex(8)}"
-        objects = open_objects(url)
+        objects = open_objects(url, retries_max=config.store.retries_max)
         try:
             objects.put(key, b"probe")
             objects.get(key)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmfs_stub.cli.context import argument_names, load_config_of, open_store
+from vmfs_stub.cli.context import argument_names, open_store_of
 from vmfs_stub.cli.output import bytes_text, say_json, say_table, time_text
 from vmfs_stub.cli.stored_vms import find_stored_vm
 
@@ -23,7 +23,7 @@ def points(
     store: Annotated[str | None, typer.Option(help="URL of a store; no configuration is needed then.")] = None,
 ) -> None:
     """List restore points, oldest first."""
-    found = open_store(store or load_config_of(ctx).store.url)
+    found = open_store_of(ctx, store)
     vms = found.vms() if vm is None else [find_stored_vm(found.vms(), argument_names([vm])[0])]
     rows = [(stored, point) for stored in vms for point in stored.points]
     if json:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vmfs_stub.cli.context import argument_names, load_config_of, open_store
+from vmfs_stub.cli.context import argument_names, open_store_of
 from vmfs_stub.cli.job_progress import advance_shown
 from vmfs_stub.cli.output import bytes_text, say, warn
 from vmfs_stub.cli.stored_vms import find_stored
@@ -22,7 +22,7 @@ def restore(
     """Write a restore point out as ordinary files."""
     from vmfs_stub.services.restore import restore_point
 
-    found = open_store(store or load_config_of(ctx).store.url)
+    found = open_store_of(ctx, store)
     stored, summary = find_stored(found.vms(), argument_names([vm])[0])
     name = stored.name or stored.vm_id
     point = found.open_point(stored.vm_id, summary.point_id)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vmfs_stub.cli.context import argument_names, load_config_of, open_store
+from vmfs_stub.cli.context import argument_names, open_store_of
 from vmfs_stub.cli.exit_codes import ExitCode
 from vmfs_stub.cli.job_progress import advance_shown
 from vmfs_stub.cli.output import bytes_text, say, warn
@@ -24,7 +24,7 @@ def verify(
     """Check restore points; exit code 6 when one could not be restored."""
     from vmfs_stub.services import verify as verification
 
-    found = open_store(store or load_config_of(ctx).store.url)
+    found = open_store_of(ctx, store)
     points = named_points(found.vms(), None if vm is None else argument_names([vm])[0])
     one = points.only
     with advance_shown(f"verifying {points.what}", total_bytes=points.size_bytes) as advance:
