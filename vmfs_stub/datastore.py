@@ -208,6 +208,7 @@ class Datastore:
                 held=self._recall.held,
                 recalled_bytes=counters.demand_bytes + counters.background_bytes,
                 recalled_on_demand_bytes=counters.demand_bytes,
+                waiting_reads=counters.waiting,
             ),
             mount=MountStatus(
                 mountpoint=str(datastore.mountpoint),
@@ -251,7 +252,6 @@ class Datastore:
                 RecallStatus(
                     vm=disk.name.vm,
                     disk=disk.name.path,
-                    waiting=self._recall.counters.waiting,
                     done_bytes=max(0, total - absent),
                     total_bytes=total,
                 )

@@ -215,7 +215,7 @@ def block_of(path: Path, chunk: int) -> bytes:
 
 
 def waiting(datastore: LiveDatastore) -> int:
-    return sum(recall.waiting for recall in datastore.client.status().recalls)
+    return datastore.client.status().daemon.waiting_reads
 
 
 def test_unmount_by_force_while_the_store_hangs(

@@ -30,10 +30,10 @@ def status(
 
 def _say_status(found: Status) -> None:
     say("healthy" if found.healthy else "UNHEALTHY")
-    held = ", recalls are held" if found.daemon.held else ""
-    say(
-        f"daemon: pid {found.daemon.pid}, version {found.daemon.version}, since {time_text(found.daemon.started)}{held}"
-    )
+    daemon = found.daemon
+    held = ", recalls are held" if daemon.held else ""
+    waiting = f", {daemon.waiting_reads} reads wait for a recall" if daemon.waiting_reads else ""
+    say(f"daemon: pid {daemon.pid}, version {daemon.version}, since {time_text(daemon.started)}{held}{waiting}")
     mount = found.mount
     state = "mounted" if mount.mounted else "NOT mounted"
     free = f", {bytes_text(mount.free_bytes)} of {bytes_text(mount.size_bytes)} free" if mount.size_bytes else ""
@@ -46,6 +46,6 @@ def _say_status(found: Status) -> None:
         say(f"job: {job.id} {job.kind} of {names}, {job.state}: {job.progress.doing} {done} of {total}")
     for recall in found.recalls:
         done, total = bytes_text(recall.done_bytes), bytes_text(recall.total_bytes)
-        say(f"recall: {recall.vm} {recall.disk}, {done} of {total}, {recall.waiting} requests wait")
+        say(f"recall: {recall.vm} {recall.disk}, {done} of {total}")
     for finding in found.findings:
         say(f"{finding.severity}: {finding.subject}: {finding.message}")

@@ -40,7 +40,10 @@ class DiskRow(_Message):
 
 
 class DaemonStatus(_Message):
-    """The daemon's process; ``recalled_*`` count raw bytes since it started, of whole chunks."""
+    """The daemon's process; ``recalled_*`` count raw bytes since it started, of whole chunks.
+
+    ``waiting_reads`` are those of all disks that wait for a recall now.
+    """
 
     pid: int
     version: str
@@ -48,6 +51,7 @@ class DaemonStatus(_Message):
     held: bool = False
     recalled_bytes: int = 0
     recalled_on_demand_bytes: int = 0
+    waiting_reads: int = 0
 
 
 class MountStatus(_Message):
@@ -75,7 +79,6 @@ class RecallStatus(_Message):
 
     vm: Shown
     disk: Shown
-    waiting: int = 0
     done_bytes: int = 0
     total_bytes: int = 0
 
