@@ -325,11 +325,9 @@ def test_pins(store: Store) -> None:
     }
     store.remove_pin(vm_id, point_id, other.placeholder_id)
     assert store.pins(vm_id, point_id) == [pin]
-    assert store.is_pinned(vm_id, point_id)
     for _ in range(2):  # what is gone already is fine
         store.remove_pin(vm_id, point_id, pin.placeholder_id)
     assert store.pins(vm_id, point_id) == []
-    assert not store.is_pinned(vm_id, point_id)
 
 
 def test_one_store_per_place(objects: FakeObjects) -> None:

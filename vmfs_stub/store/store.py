@@ -219,10 +219,6 @@ class Store:
                 continue  # removed since the listing
         return found
 
-    def is_pinned(self, vm_id: VmId, point_id: PointId) -> bool:
-        """Whether any placeholder needs the point; an unreadable pin counts."""
-        return any(True for _ in self.objects.list(pins_of(vm_id, point_id)))
-
     def begin_backup(self, *, index: ChunkIndex) -> BackupWriter:
         """Start a backup job of one VM; brings ``index`` up to date first.  Raises: as `check`."""
         self.check()
