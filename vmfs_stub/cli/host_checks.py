@@ -1,7 +1,8 @@
 """What `doctor` looks at on this host; each check yields findings with their remedies.
 
-A check never changes anything, and calls into the mount only with a limit of time.  A check that itself fails is a
-finding, not an error.
+A check changes nothing, but for an object that it puts into the store and deletes again (of a directory as the store,
+an empty folder stays), and calls into the mount only with a limit of time.  A check that itself fails is a finding, not
+an error.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Mount:
     """Handle of a mount that is being served.
 
     ``ended`` is set when the kernel's side is gone or serving has stopped, ``faults`` counts failures of handlers,
-    ``channel`` is what another process would need to take the mount over.
+    ``channel`` is the kernel's end of it.
     """
 
     def __init__(self, channel: session.KernelChannel, filesystem: Filesystem, faults: Faults) -> None:

@@ -1,8 +1,7 @@
 """The /dev/fuse descriptor: opening, mounting and handing it to libfuse.
 
-The descriptor and the kernel's INIT request are all that a process needs to serve a mount (`KernelChannel`): one that
-is already mounted can be taken over from another process that kept both.  Blocking; runs in a worker thread, before
-requests are served.
+The descriptor and the kernel's INIT request are all that a process needs to serve a mount (`KernelChannel`).
+Blocking; runs in a worker thread, before requests are served.
 """
 
 from __future__ import annotations

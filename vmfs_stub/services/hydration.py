@@ -2,7 +2,7 @@
 
 It starts when a guest's read had to recall something, or when an operator asks; it is noted in the durable map, so
 that it goes on after a restart.  It stays below demand: before each step it waits while a guest waits for a recall.  It
-stops above a floor of free space on primary, which is kept for what guests write.
+stops where less than a floor of free space would stay on primary, which is kept for what guests write.
 """
 
 from __future__ import annotations
