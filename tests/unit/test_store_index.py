@@ -244,3 +244,23 @@ def test_what_comes_after_the_close_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PrimaryIOError, match="is closed"):
         index.sync(FakeObjects())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_jobs_that_read_the_same_index_object_at_once(path: Path) -> None:
+    """The second found it entered already, and the whole file was given up for one in memory."""
+    lost: list[Exception] = []
+    index = ChunkIndex(path, STORE, on_lost=lost.append)
+    objects = FakeObjects()
+    refs = _refs(PackId(new_id()), 3)
+    key = _publish(objects, refs)
+
+    def other_job(call: str, got: str) -> None:
+        if (call, got) == ("get", key):
+            objects.before = lambda call, key: None
+            assert index.sync(objects).added == 1
+
+    objects.before = other_job
+    index.sync(objects)
+    assert lost == []
+    assert index.lookup([ref.chunk_id for ref in refs]) == {ref.chunk_id: ref for ref in refs}
+    index.close()

@@ -266,6 +266,8 @@ def _open(path: Path | None, store_id: StoreId) -> sqlite3.Connection:
 def _insert(database: sqlite3.Connection, packs: Iterable[tuple[PackId, Sequence[FrameRef]]], key: str | None) -> None:
     number: int | None = None
     if key is not None:
+        if database.execute("SELECT 1 FROM objects WHERE key = ?", (key,)).fetchone() is not None:
+            return  # another job has read it meanwhile
         number = database.execute("INSERT INTO objects (key) VALUES (?)", (key,)).lastrowid
     for pack_id, refs in packs:
         if database.execute("UPDATE packs SET object = ? WHERE id = ?", (number, pack_id)).rowcount:
