@@ -88,7 +88,9 @@ def test_a_copy_gets_an_identity_of_its_own(backing: Path) -> None:
     assert {vm.name: vm.id for vm in inventory.scan().vms} == after
 
 
-@pytest.mark.parametrize("record", [b"", b"{}", b"[]", b"\xff", b'{"vm": "../x", "ino": 1, "generation": ""}'])
+@pytest.mark.parametrize(
+    "record", [b"", b"{}", b"[]", b"\xff", b'{"vm": "../x", "ino": 1, "generation": ""}', b"[" * 1_500 + b"]" * 1_500]
+)
 def test_a_damaged_identity_is_replaced(backing: Path, record: bytes) -> None:
     os.setxattr(make(backing / "a.raw"), VM_XATTR, record)
     inventory = DirectoryInventory(backing)

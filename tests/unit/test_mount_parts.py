@@ -14,9 +14,11 @@ import pytest
 import trio
 
 from vmfs_stub.core import errors
+from vmfs_stub.core.names import TOP_MODE_XATTR
 from vmfs_stub.mount import handshake, mountpoint, serving, syscalls
 from vmfs_stub.mount.errno_table import ERRNO_BY_TYPE, data_errno, errno_of
 from vmfs_stub.mount.fuse import Faults, FuseOperations
+from vmfs_stub.mount.inodes import read_top_mode
 from vmfs_stub.mount.nodes import ROOT, NodeTable
 from vmfs_stub.mount.private import check_component, is_private_xattr
 from vmfs_stub.mount.settings import MountSettings
@@ -279,3 +281,16 @@ def test_cancellation_passes_the_error_boundary() -> None:
         assert scope.cancelled_caught
 
     trio.run(main)
+
+
+@pytest.mark.parametrize("raw", [b"", b"x", b"-7", b"10000", b"7" * 500, b"9"])
+def test_a_mode_that_is_none_is_the_default(tmp_path: Path, raw: bytes) -> None:
+    fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        default = read_top_mode(fd)
+        os.setxattr(fd, TOP_MODE_XATTR, b"1750")
+        assert read_top_mode(fd) == 0o1750
+        os.setxattr(fd, TOP_MODE_XATTR, raw)
+        assert read_top_mode(fd) == default
+    finally:
+        os.close(fd)

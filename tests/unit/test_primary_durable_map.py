@@ -6,7 +6,7 @@ import os
 import random
 import tracemalloc
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,35 @@ def test_a_newer_map_is_said_to_be_newer(made: DurableMap, path: Path) -> None:
     newer = seal(b"VSTBMAP\0", 2, {}).ljust(UNIT, b"\0")
     path.write_bytes(newer * 2 + path.read_bytes()[2 * UNIT :])
     with pytest.raises(UnknownFormat, match="version 2"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"placeholder_id": "not hex"},
+        {"placeholder_id": "../x"},
+        {"size": "4096"},
+        {"size": -4096},
+        {"sequence": 2**64 - 1},
+        {"sequence": float("inf")},
+        {"state": 7},
+        {"state": True},
+        {"chunk_size": 0},
+        {"archived_limit": None},
+        {"guest_mtime_ns": 2**63},
+        {"hydrate": 1},
+        {"identity": {"filesystem": "18" * 16, "ino": 42}},
+        {"identity": []},
+        {"live": {"boot_id": "not hex", "mount_id": 1}},
+        {"live": {"boot_id": "f6" * 16, "mount_id": 2**64}},
+        {"more": 1},
+    ],
+)
+def test_a_whole_header_with_a_wrong_field_is_damage(made: DurableMap, path: Path, change: dict[str, object]) -> None:
+    body = {"sequence": 3, **asdict(header(BLOCKS)), **change}
+    path.write_bytes(seal(b"VSTBMAP\0", 1, body).ljust(UNIT, b"\0") * 2 + path.read_bytes()[2 * UNIT :])
+    with pytest.raises(CorruptMap, match="header"):
         load(path)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmfs_stub.primary.envelope import BODY_SIZE_MAX, Damaged, NewerVersion, seal, unseal
+from vmfs_stub.primary.envelope import BODY_SIZE_MAX, Body, Damaged, NewerVersion, seal, unseal
 
 MAGIC = b"TESTING\0"
 bodies = st.dictionaries(
@@ -49,3 +50,25 @@ def test_a_body_that_is_no_object_or_too_large_is_damage() -> None:
         unseal(seal(MAGIC, 3, [1, 2]), magic=MAGIC, version=3)  # type: ignore[arg-type]
     with pytest.raises(Damaged):
         unseal(seal(MAGIC, 3, {"x": "y" * BODY_SIZE_MAX}), magic=MAGIC, version=3)
+
+
+def test_a_body_that_is_nested_too_deeply_is_damage() -> None:
+    text = b"[" * 30_000 + b"]" * 30_000
+    head = MAGIC + (1).to_bytes(2, "little") + bytes(2) + len(text).to_bytes(4, "little") + text
+    with pytest.raises(Damaged, match="parsed"):
+        unseal(head + xxhash.xxh3_128_digest(head), magic=MAGIC, version=1)
+
+
+def test_each_field_is_taken_once_and_none_is_left() -> None:
+    body = Body({"a": 1, "b": None, "c": {"d": True}, "e": "text"})
+    assert body.integer("a") == 1
+    with pytest.raises(Damaged, match="a is missing"):
+        body.integer("a")
+    assert body.identifier_or_none("b") is None
+    inner = body.body("c")
+    assert inner.flag("d") is True
+    inner.finish()
+    with pytest.raises(Damaged, match="'e' is not a field"):
+        body.finish()
+    assert body.text("e") == "text"
+    body.finish()

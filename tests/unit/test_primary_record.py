@@ -56,6 +56,30 @@ def test_missing_and_unknown_fields_are_damage(disk: Path) -> None:
             decode_record(seal(b"VSPHREC\0", 1, body), label="disk")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"placeholder_id": "../../../etc/x"},
+        {"placeholder_id": "A1" * 16},
+        {"vm_id": 7},
+        {"replaces": "/x"},
+        {"size": "4096"},
+        {"size": -1},
+        {"size": 2**63},
+        {"file_index": True},
+        {"ino": 1.0},
+        {"filesystem": None},
+        {"filesystem": "x" * 256},
+        {"mtime_ns": -(2**63) - 1},
+    ],
+)
+def test_a_whole_record_with_a_wrong_field_is_damage(disk: Path, change: dict[str, object]) -> None:
+    """A right checksum does not make an id one: ids become names of files."""
+    body = {**dataclasses.asdict(record_of(disk)), **change}
+    with pytest.raises(CorruptRecord, match=next(iter(change))):
+        decode_record(seal(b"VSPHREC\0", 1, body), label="disk")
+
+
 def test_a_record_counts_only_on_its_own_inode(disk: Path) -> None:
     record = record_of(disk)
     os.setxattr(disk, PLACEHOLDER_XATTR, encode_record(record))

@@ -216,6 +216,16 @@ def test_a_cut_or_damaged_file_is_refused_before_it_is_touched(live: VolatileMap
             reopen(copy)
 
 
+def test_a_limit_beyond_what_was_archived_is_damage(live: VolatileMap, path: Path) -> None:
+    """It changes in place and has no checksum, but goes into the durable map."""
+    content = bytearray(path.read_bytes())
+    content[128:136] = (BLOCKS * BLOCK + 1).to_bytes(8, "little")
+    copy = path.with_name("copy.bits")
+    copy.write_bytes(content)
+    with pytest.raises(CorruptMap, match="impossible limit"):
+        reopen(copy)
+
+
 def test_a_new_map_replaces_an_old_one_whole(live: VolatileMap, path: Path) -> None:
     live.set_resident(0, BLOCKS)
     again = create(path, {7})

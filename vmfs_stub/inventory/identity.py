@@ -69,7 +69,7 @@ def read_vm_id(path_fd: int) -> VmId | None:
     try:
         record = json.loads(raw)
         vm, ino, made_for = record["vm"], record["ino"], record["generation"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     if not isinstance(vm, str) or _ID.fullmatch(vm) is None:
         return None

@@ -38,7 +38,7 @@ class Inodes:
         self._run = run
         self._settings = settings
         self._private_ino = _inode_number(self.root_fd, PRIVATE_NAME)
-        self._top_mode = _top_mode(self.root_fd)
+        self._top_mode = read_top_mode(self.root_fd)
 
     async def find(self, directory: Node, name: bytes) -> entries.Entry:
         """Find a name, on the event loop when the kernel's name cache knows it, which takes no disk access."""
@@ -150,8 +150,10 @@ def _inode_number(parent_fd: int, name: bytes) -> int | None:
         return None
 
 
-def _top_mode(root_fd: int) -> int:
+def read_top_mode(root_fd: int) -> int:
+    """What the top directory shows; the default where the attribute is missing or no mode."""
     try:
-        return stat.S_IMODE(int(os.getxattr(f"/proc/self/fd/{root_fd}", TOP_MODE_XATTR), 8))
+        mode = int(os.getxattr(f"/proc/self/fd/{root_fd}", TOP_MODE_XATTR), 8)
     except (OSError, ValueError):
         return TOP_MODE
+    return mode if 0 <= mode <= 0o7777 else TOP_MODE

@@ -20,11 +20,12 @@ from pathlib import Path
 
 import xxhash
 
+from vmfs_stub.core.chunking import CHUNK_SIZE_MAX, CHUNK_SIZE_MIN
 from vmfs_stub.core.errors import CorruptMap, UnknownFormat
 from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
 from vmfs_stub.core.residency import block_count, set_range
-from vmfs_stub.primary.envelope import Damaged, NewerVersion, seal, unseal
+from vmfs_stub.primary.envelope import TIME_NS_MIN, UINT64_MAX, Body, Damaged, NewerVersion, seal, unseal
 from vmfs_stub.primary.files import FileCalls, sync_directory, write_fully
 from vmfs_stub.primary.identity import BootIdentity, InodeIdentity
 
@@ -36,6 +37,8 @@ PAGE_BLOCKS = PAGE_BITS_SIZE * 8
 
 _HEADER_MAGIC = b"VSTBMAP\0"
 _HEADER_VERSION = 1
+_SEQUENCE_MAX = 2**62
+"""No map is updated so often; a larger one could not be counted up and written."""
 _PAGE = struct.Struct("<8sIIQ16s")
 """Magic, page number, reserved, sequence, placeholder id; then the bits, and a checksum in the last 16 bytes."""
 _PAGE_MAGIC = b"VSTBPAG\0"
@@ -214,17 +217,44 @@ def _encode_header(header: MapHeader, sequence: int) -> bytes:
 def _decode_header(raw: bytes, label: str) -> tuple[int, MapHeader] | None:
     """Sequence and header of one copy; None when it is damaged."""
     try:
-        body = unseal(raw, magic=_HEADER_MAGIC, version=_HEADER_VERSION)
-        sequence = int(body.pop("sequence"))
-        live = body.pop("live")
-        identity = InodeIdentity(**body.pop("identity"))
-        state = MapState(body.pop("state"))
-        header = MapHeader(identity=identity, state=state, live=None if live is None else BootIdentity(**live), **body)
+        body = Body(unseal(raw, magic=_HEADER_MAGIC, version=_HEADER_VERSION))
+        sequence = body.integer("sequence", high=_SEQUENCE_MAX)
+        header = _header_of(body)
+        body.finish()
     except NewerVersion as exc:
         raise UnknownFormat(f"{label}: the residency map is of {exc}") from exc
-    except (Damaged, TypeError, ValueError, KeyError):
+    except Damaged:
         return None
     return sequence, header
+
+
+def _header_of(body: Body) -> MapHeader:
+    identity, live = body.body("identity"), body.body_or_none("live")
+    header = MapHeader(
+        placeholder_id=PlaceholderId(body.identifier("placeholder_id")),
+        vm_id=VmId(body.identifier("vm_id")),
+        point_id=PointId(body.identifier("point_id")),
+        identity=InodeIdentity(
+            identity.text("filesystem"),
+            identity.integer("ino", high=UINT64_MAX),
+            identity.integer("generation", high=UINT64_MAX),
+        ),
+        state=MapState(body.integer("state", low=min(MapState), high=max(MapState))),
+        size=body.integer("size"),
+        chunk_size=body.integer("chunk_size", low=CHUNK_SIZE_MIN, high=CHUNK_SIZE_MAX),
+        archived_limit=body.integer("archived_limit"),
+        guest_mtime_ns=body.integer("guest_mtime_ns", low=TIME_NS_MIN),
+        hydrate=body.flag("hydrate"),
+        live=None if live is None else _boot_of(live),
+    )
+    identity.finish()
+    return header
+
+
+def _boot_of(body: Body) -> BootIdentity:
+    boot = BootIdentity(body.identifier("boot_id"), body.integer("mount_id", high=UINT64_MAX))
+    body.finish()
+    return boot
 
 
 def _encode_page(page: int, bits: bytes, sequence: int, placeholder_id: PlaceholderId) -> bytes:

@@ -13,7 +13,16 @@ from dataclasses import asdict, dataclass
 from vmfs_stub.core.errors import CorruptRecord, IdentityMismatch, UnknownFormat
 from vmfs_stub.core.ids import PlaceholderId, PointId, StoreId, VmId
 from vmfs_stub.core.names import PLACEHOLDER_XATTR
-from vmfs_stub.primary.envelope import Damaged, NewerVersion, seal, unseal
+from vmfs_stub.primary.envelope import (
+    FILE_TIME_NS_END,
+    TIME_NS_MIN,
+    UINT64_MAX,
+    Body,
+    Damaged,
+    NewerVersion,
+    seal,
+    unseal,
+)
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.identity import InodeIdentity
 
@@ -56,14 +65,34 @@ def encode_record(record: PlaceholderRecord) -> bytes:
 def decode_record(raw: bytes, *, label: str) -> PlaceholderRecord:
     """Parse an extended attribute; ``label`` names the file.  Raises CorruptRecord, UnknownFormat."""
     try:
-        return PlaceholderRecord(**unseal(raw, magic=_MAGIC, version=_VERSION))
+        return _record_of(Body(unseal(raw, magic=_MAGIC, version=_VERSION)))
     except NewerVersion as exc:
         raise UnknownFormat(f"{label}: the placeholder record is of {exc}") from exc
-    except (Damaged, TypeError) as exc:
+    except Damaged as exc:
         raise CorruptRecord(
             f"{label}: the placeholder record is damaged: {exc}; write the restore point out elsewhere with "
             "`vmfs-stub restore`"
         ) from exc
+
+
+def _record_of(body: Body) -> PlaceholderRecord:
+    replaces = body.identifier_or_none("replaces")
+    record = PlaceholderRecord(
+        placeholder_id=PlaceholderId(body.identifier("placeholder_id")),
+        store_id=StoreId(body.identifier("store_id")),
+        vm_id=VmId(body.identifier("vm_id")),
+        point_id=PointId(body.identifier("point_id")),
+        file_index=body.integer("file_index"),
+        size=body.integer("size"),
+        mtime_ns=body.integer("mtime_ns", low=-FILE_TIME_NS_END, high=FILE_TIME_NS_END - 1),
+        archived_ns=body.integer("archived_ns", low=TIME_NS_MIN),
+        filesystem=body.text("filesystem"),
+        ino=body.integer("ino", high=UINT64_MAX),
+        generation=body.integer("generation", high=UINT64_MAX),
+        replaces=None if replaces is None else PlaceholderId(replaces),
+    )
+    body.finish()
+    return record
 
 
 def read_record(files: FileCalls, site: str, fd: int | str, *, label: str) -> PlaceholderRecord | None:

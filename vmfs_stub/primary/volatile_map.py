@@ -131,6 +131,9 @@ class VolatileMap:
         except BaseException:
             os.close(fd)
             raise
+        if found.archived_limit > size:
+            found.close(discard=False)
+            raise CorruptMap(f"{label}: its volatile residency map {path} has an impossible limit")
         found._find_allocated()
         found._dirty.update(found._pages_with_bits())
         found._header_dirty = True
