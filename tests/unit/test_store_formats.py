@@ -55,6 +55,7 @@ CHUNK = 64 * 1024
 RANDOM = random.Random(3)
 IDS = st.binary(min_size=16, max_size=16).map(bytes.hex)
 TEXTS = st.text(max_size=20)
+XATTR_NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=60)
 
 
 def _frame(raw: bytes, pack: str = "ab" * 16, offset: int = 0) -> tuple[bytes, FrameRef]:
@@ -229,7 +230,7 @@ FILES = st.builds(
     size=st.integers(0, 2**33),
     mode=st.integers(0, 0o7777),
     mtime=st.integers(-TIME_NS_END, TIME_NS_END - 1),
-    xattrs=st.dictionaries(TEXTS, st.binary(max_size=20), max_size=3),
+    xattrs=st.dictionaries(XATTR_NAMES, st.binary(max_size=20), max_size=3),
 )
 
 

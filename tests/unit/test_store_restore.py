@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import stat
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +24,10 @@ from vmfs_stub.core.errors import (
     StoreUnavailable,
 )
 from vmfs_stub.services import restore
-from vmfs_stub.services.restore import restore_point
+from vmfs_stub.services.restore import _implied_folders, restore_point
 from vmfs_stub.store import manifest as manifests
 from vmfs_stub.store.chunk_table import RestorePoint
-from vmfs_stub.store.manifest import FileKind, StoredFile, encode_manifest
+from vmfs_stub.store.manifest import FileKind, StoredFile, decode_manifest, encode_manifest
 from vmfs_stub.store.store import Store
 
 RANDOM = random.Random(7)
@@ -156,7 +157,51 @@ def test_a_manifest_with_a_hostile_path_is_refused(objects: FakeObjects, store: 
         store.open_point(hostile.vm_id, hostile.point_id)
 
 
-@pytest.mark.parametrize("paths", [("a", "a"), ("a/b", "a"), ("a", "a/b/c")])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kind": FileKind.SYMLINK, "target": "a\ud8ff"},
+        {"kind": FileKind.SYMLINK, "target": "a\0b"},
+        {"kind": FileKind.SYMLINK, "target": ""},
+        {"kind": FileKind.SYMLINK, "target": "\u00e9" * 3_000},
+        {"xattrs": {"user.a\0b": b"1"}},
+        {"xattrs": {"user.\ud8ff": b"1"}},
+        {"xattrs": {"": b"1"}},
+        {"xattrs": {"user." + "x" * 251: b"1"}},
+    ],
+)
+def test_a_manifest_with_names_that_no_file_system_takes_is_refused(
+    objects: FakeObjects, store: Store, fields: dict[str, object]
+) -> None:
+    point = _point(store, {"a": b"x"})
+    hostile = replace(point.manifest, files=(stored_file("a", 0, **fields),))
+    _plant(objects, hostile)
+    with pytest.raises(CorruptManifest, match=r"target|xattrs"):
+        store.open_point(hostile.vm_id, hostile.point_id)
+
+
+def test_deep_paths_cost_no_more_than_their_length(store: Store, tmp_path: Path) -> None:
+    """All folders of 100 such paths together would be 400 MB."""
+    point = _point(store, {"a": b"x"})
+    deep = tuple(stored_file(f"{number}/" + "a/" * 2_000 + "b", 0) for number in range(100))
+    data = encode_manifest(replace(point.manifest, files=deep))
+    tracemalloc.start()
+    try:
+        manifest = decode_manifest(data, "manifests/x")
+        assert sum(1 for _ in _implied_folders(manifest.files)) == 100 * 2_001
+        assert tracemalloc.get_traced_memory()[1] < 10 * len(data)
+    finally:
+        tracemalloc.stop()
+
+
+def test_folders_that_are_only_in_paths_are_found_once() -> None:
+    paths = ("a/b/c", "a/b-c/d", "a/b/d/e", "a", "f/g", "f-/g")
+    kinds = [FileKind.DIRECTORY if path == "a" else FileKind.FILE for path in paths]
+    files = [stored_file(path, 0, kind=kind) for path, kind in zip(paths, kinds, strict=True)]
+    assert sorted(_implied_folders(files)) == ["a/b", "a/b-c", "a/b/d", "f", "f-"]
+
+
+@pytest.mark.parametrize("paths", [("a", "a"), ("a/b", "a"), ("a", "a/b/c"), ("a", "a-b", "a/b"), ("a/b/c/d", "a/b")])
 def test_a_manifest_that_is_no_tree_is_refused(objects: FakeObjects, store: Store, paths: tuple[str, ...]) -> None:
     point = _point(store, {"x": b"x"})
     hostile = replace(point.manifest, files=tuple(stored_file(path, 0) for path in paths))

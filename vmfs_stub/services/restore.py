@@ -30,7 +30,7 @@ from typing import Final
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import AlreadyExists, NoSpace, PrimaryIOError
 from vmfs_stub.store.chunk_table import ChunkTable, RestorePoint
-from vmfs_stub.store.manifest import FileKind, StoredFile
+from vmfs_stub.store.manifest import FileKind, StoredFile, by_folder
 from vmfs_stub.store.store import Store
 
 WORKERS: Final = 2
@@ -270,14 +270,22 @@ def _folder_of(root: int, path: str) -> Iterator[tuple[int, str]]:
         os.close(folder)
 
 
-def _implied_folders(files: Sequence[StoredFile]) -> list[str]:
-    """Folders that are in paths and not entries of their own."""
+def _implied_folders(files: Sequence[StoredFile]) -> Iterator[str]:
+    """Folders that are in paths and not entries of their own.
+
+    Those of one path at a time: a path of 4 KiB may have 2,000 of them, which are 4 MiB together.
+    """
     named = {stored.path for stored in files}
-    implied = set()
-    for stored in files:
-        parts = stored.path.split("/")
-        implied |= {"/".join(parts[:depth]) for depth in range(1, len(parts))} - named
-    return sorted(implied)
+    before: list[str] = []
+    for path in sorted(named, key=by_folder):
+        parents = path.split("/")[:-1]
+        pairs = enumerate(zip(before, parents, strict=False))
+        known = next((at for at, (one, other) in pairs if one != other), min(len(before), len(parents)))
+        for depth in range(known + 1, len(parents) + 1):
+            folder = "/".join(parents[:depth])
+            if folder not in named:
+                yield folder
+        before = parents
 
 
 def _refuse_taken(to: Path, names: Sequence[str]) -> None:

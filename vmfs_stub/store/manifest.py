@@ -188,8 +188,11 @@ def _decode_file(fields: Fields, chunk_size: int) -> StoredFile:
     target = fields.text_or_none("target")
     if (kind is FileKind.SYMLINK) != (target is not None) or (kind is not FileKind.FILE and size):
         raise fields.error("kind", "does not fit size and target")
-    if target is not None and (not target or "\0" in target or len(target) > PATH_LENGTH_MAX):
+    if target is not None and not 0 < _os_length(target) <= PATH_LENGTH_MAX:
         raise fields.error("target", "is not a symlink's target")
+    xattrs = fields.binary_mapping("xattrs")
+    if not all(0 < _os_length(name) <= NAME_LENGTH_MAX for name in xattrs):
+        raise fields.error("xattrs", "holds something that is not the name of an attribute")
     return StoredFile(
         path=fields.text("path"),
         kind=kind,
@@ -199,7 +202,7 @@ def _decode_file(fields: Fields, chunk_size: int) -> StoredFile:
         gid=fields.integer("gid", high=2**32 - 1),
         mtime_ns=fields.integer("mtime_ns", low=-TIME_NS_END, high=TIME_NS_END - 1),
         atime_ns=fields.integer("atime_ns", low=-TIME_NS_END, high=TIME_NS_END - 1),
-        xattrs=fields.binary_mapping("xattrs"),
+        xattrs=xattrs,
         segments=segments,
         target=target,
     )
@@ -220,25 +223,29 @@ def _check_tree(files: tuple[StoredFile, ...], key: str) -> None:
         parts = stored.path.split("/")
         if (
             len(stored.path) > PATH_LENGTH_MAX
-            or "\0" in stored.path
-            or any(part in ("", ".", "..") or len(os_bytes(part)) > NAME_LENGTH_MAX for part in parts)
+            or not _os_length(stored.path)
+            or any(part in ("", ".", "..") or _os_length(part) > NAME_LENGTH_MAX for part in parts)
             or stored.path in kinds
         ):
             msg = f"{key}: {stored.path!r} is not a path that a VM's file can have, or is there twice"
             raise CorruptManifest(msg)
         kinds[stored.path] = stored.kind
-    for path in kinds:
-        parent = path.rpartition("/")[0]
-        while parent:
-            if kinds.get(parent, FileKind.DIRECTORY) is not FileKind.DIRECTORY:
-                msg = f"{key}: {path!r} lies under {parent!r}, which is not a directory"
-                raise CorruptManifest(msg)
-            parent = parent.rpartition("/")[0]
+    above = ""
+    for path in sorted(kinds, key=by_folder):
+        if above and path.startswith(f"{above}/"):
+            msg = f"{key}: {path!r} lies under {above!r}, which is not a directory"
+            raise CorruptManifest(msg)
+        above = "" if kinds[path] is FileKind.DIRECTORY else path
 
 
-def os_bytes(name: str) -> bytes:
-    """A name as the file system's bytes; a name that has no such form is over-long, so that it is refused."""
+def by_folder(path: str) -> str:
+    """Sort key that puts whatever lies under a path right behind it."""
+    return path.replace("/", "\0")
+
+
+def _os_length(name: str) -> int:
+    """Length of a name in the file system's bytes; 0 for one that has no such form, or an end within."""
     try:
-        return name.encode("utf-8", "surrogateescape")
+        return 0 if "\0" in name else len(name.encode("utf-8", "surrogateescape"))
     except UnicodeEncodeError:
-        return bytes(NAME_LENGTH_MAX + 1)
+        return 0
