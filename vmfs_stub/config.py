@@ -26,25 +26,31 @@ GUEST_TIMEOUT_S = 30
 """SCSI time-out of a Linux guest: a recall that takes longer than this resets the guest's disk."""
 
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-_SIZE = re.compile(r"\s*(\d+)\s*([A-Za-z]*)\s*")
+_SIZE = re.compile(r"([0-9]{1,19}) *([A-Za-z]*)")
+BYTES_MAX = 2**63 - 1
+CONFIG_BYTES_MAX = 1 << 20
+_ERRORS_MAX = 20
+"""More are not told at once: the lines of each are looked for in all of the file."""
 
 
 def parse_bytes(value: object) -> object:
     """Number of bytes of ``"8 MiB"``; whatever is not a string is returned as it is, for pydantic to judge."""
     if not isinstance(value, str):
         return value
-    match = _SIZE.fullmatch(value)
+    match = _SIZE.fullmatch(value.strip())
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError('not a size: write bytes, or a whole number with KiB, MiB, GiB or TiB, as in "8 MiB"')
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
-ByteCount = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
+ByteCount = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, le=BYTES_MAX)]
 
 
 def _absolute(value: Path) -> Path:
     if not value.is_absolute():
         raise ValueError("must be an absolute path")
+    if "\0" in str(value):
+        raise ValueError("must not hold the character NUL")
     return Path(os.path.normpath(value))
 
 
@@ -239,13 +245,17 @@ def config_path(option: Path | None) -> Path:
 def load_config(path: Path) -> Config:
     """Read and validate ``path``; raises ConfigError with file, line and key of everything that is wrong."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            raw = file.read(CONFIG_BYTES_MAX + 1)
+        text = raw.decode("utf-8")
     except FileNotFoundError as exc:
         raise ConfigError(
             f"{path}: no such file; name one with --config or ${CONFIG_ENVIRONMENT}, or write one with `vmfs-stub init`"
         ) from exc
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{path}: cannot be read: {exc}") from exc
+    if len(raw) > CONFIG_BYTES_MAX:
+        raise ConfigError(f"{path}: larger than {CONFIG_BYTES_MAX} bytes: not a configuration")
     return parse_config(text, origin=str(path))
 
 
@@ -253,12 +263,15 @@ def parse_config(text: str, *, origin: str) -> Config:
     """Validate the TOML ``text``; ``origin`` names it in errors.  Raises ConfigError."""
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
+    except ValueError as exc:  # tomllib's own kind, and that of a number of too many digits
         raise ConfigError(f"{origin}: not valid TOML: {exc}") from exc
+    except RecursionError as exc:
+        raise ConfigError(f"{origin}: not valid TOML: nested too deeply") from exc
     try:
         return Config.model_validate(values)
     except ValidationError as exc:
-        lines = [_describe(error["loc"], error["type"], error["msg"], text, origin) for error in exc.errors()]
+        found = exc.errors(include_url=False, include_input=False)
+        lines = [_describe(one["loc"], one["type"], one["msg"], text, origin) for one in found[:_ERRORS_MAX]]
         raise ConfigError("\n".join(lines)) from exc
 
 
@@ -277,9 +290,9 @@ def _line_of(keys: list[str], text: str) -> int | None:
     """Line (from 1) of ``section.key``, else of its section; None when neither is written plainly."""
     section, section_line = "", None
     for number, line in enumerate(text.splitlines(), start=1):
-        header = re.match(r"\s*\[\s*([^\[\]]+?)\s*\]", line)
-        if header is not None:
-            section = header[1]
+        header, closed, _ = line.strip().partition("]")
+        if closed and header.startswith("[") and not header.startswith("[["):
+            section = header[1:].strip()
             if keys and section == keys[0]:
                 section_line = number
             continue

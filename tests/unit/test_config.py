@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,42 @@ def test_where_the_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (tmp_path / "env.toml").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(config_path(None))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = " + "9" * 5_000, "not valid TOML"),
+        ("x = " + "[" * 5_000 + "]" * 5_000, "nested too deeply"),
+        ('[recall]\nrecall_bytes_max = "' + "9" * 4_290 + ' TiB"', "not a size"),
+        ("[recall]\nrecall_bytes_max = " + "9" * 20, "less than or equal"),
+        ('[recall]\nrecall_bytes_max = "9000000000000000000 TiB"', "less than or equal"),
+        ('[control]\nsocket = "/run/a\\u0000b"', "NUL"),
+    ],
+)
+def test_what_no_configuration_needs_is_refused_in_words(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(MINIMAL + "\n" + text + "\n", origin="c.toml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[recall]\nrecall_bytes_max = "1' + " " * 50_000 + '!"',
+        'x = """\n[' + " " * 50_000 + '\n"""',
+        "[recall]\n" + "\n".join(f"x{number} = 1" for number in range(5_000)),
+    ],
+)
+def test_a_refusal_takes_no_long_time(text: str) -> None:
+    started_s = time.process_time()
+    with pytest.raises(ConfigError):
+        parse_config(text + "\n", origin="c.toml")
+    assert time.process_time() - started_s < 1
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ConfigError, match="larger than"):
+        load_config(path)
