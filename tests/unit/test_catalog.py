@@ -131,6 +131,47 @@ def test_a_damaged_catalog_is_set_aside(path: Path, damage: str, caplog: pytest.
     assert (path.parent / "catalog.sqlite.damaged-2").exists()
 
 
+@pytest.mark.parametrize(
+    "script",
+    [
+        "CREATE TABLE vms (x)",
+        "CREATE TABLE jobs (id, state CHECK (state = 'running')); INSERT INTO jobs VALUES (1, 'running')",
+    ],
+)
+def test_a_catalog_with_other_tables_is_set_aside(path: Path, script: str) -> None:
+    """It would fail at every start otherwise, and history would be kept in memory for ever."""
+    connection = sqlite3.connect(path)
+    connection.executescript(f"{script}; PRAGMA user_version = 1")
+    connection.close()
+    catalog = Catalog.open(path)
+    catalog.see_vms([(VM, "web")], now=1.0)
+    catalog.close()
+    assert path.with_name("catalog.sqlite.damaged-1").exists()
+
+
+def test_a_catalog_whose_error_is_no_text_is_set_aside(path: Path) -> None:
+    """SQLite's message quotes what is damaged."""
+    Catalog.open(path).close()
+    content = bytearray(path.read_bytes())
+    at = content.index(b"CREATE TABLE vms")
+    content[at : at + 16] = b"CREATE T\xff\xffLE vms"
+    path.write_bytes(content)
+    with pytest.raises(UnicodeDecodeError):
+        sqlite3.connect(path).execute("SELECT * FROM vms")
+    Catalog.open(path).close()
+    assert path.with_name("catalog.sqlite.damaged-1").read_bytes() == bytes(content)
+
+
+def test_a_job_that_is_no_job_is_an_error_in_words(catalog: Catalog, path: Path) -> None:
+    catalog.start_job(JobId("1" * 32), kind="backup", vms=["a"], caller_uid=0, now=1.0)
+    connection = sqlite3.connect(path)
+    with connection:
+        connection.execute("UPDATE jobs SET vms = '5'")
+    connection.close()
+    with pytest.raises(PrimaryIOError, match="a job in the catalog"):
+        catalog.jobs(count_max=1)
+
+
 def test_a_newer_catalog_is_not_touched(path: Path) -> None:
     Catalog.open(path).close()
     connection = sqlite3.connect(path)

@@ -133,6 +133,20 @@ def test_a_lost_or_damaged_file_is_rebuilt(path: Path, damage: str) -> None:
     again.close()
 
 
+def test_a_file_whose_error_is_no_text_is_rebuilt(path: Path) -> None:
+    """SQLite's message quotes what is damaged."""
+    ChunkIndex(path, STORE).close()
+    content = bytearray(path.read_bytes())
+    at = content.index(b"CREATE TABLE store")
+    content[at : at + 18] = b"CREATE T\xff\xffLE store"
+    path.write_bytes(content)
+    index = ChunkIndex(path, STORE)
+    refs = _refs(PackId(new_id()), 3)
+    index.add(refs[0].pack_id, refs)
+    assert index.lookup([refs[0].chunk_id]) == {refs[0].chunk_id: refs[0]}
+    index.close()
+
+
 def test_a_flipped_bit_anywhere_never_gives_a_wrong_place(path: Path) -> None:
     objects = FakeObjects()
     refs = _refs(PackId(new_id()), 300)

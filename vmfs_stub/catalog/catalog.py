@@ -28,7 +28,18 @@ _BUSY_TIMEOUT_S = 10.0
 _ACCESS_ROWS_PER_DISK = 32
 """Executables and users remembered per disk: any user who may read a disk could otherwise add rows without end."""
 
-_DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+_DAMAGED = frozenset(
+    {
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_NOTADB,
+        sqlite3.SQLITE_FORMAT,
+        sqlite3.SQLITE_ERROR,  # the statements are right, so the tables are not
+        sqlite3.SQLITE_SCHEMA,
+        sqlite3.SQLITE_CONSTRAINT,
+        sqlite3.SQLITE_MISMATCH,
+        sqlite3.SQLITE_READONLY,  # the file says that it is of a later format; a filesystem's refusal comes again
+    }
+)
 
 log = logging.getLogger(__name__)
 
@@ -86,14 +97,12 @@ class Catalog:
         with _translated(path):
             try:
                 connection = _connect(path)
-            except sqlite3.DatabaseError as exc:
-                if _code(exc) not in _DAMAGED:
+            except (sqlite3.DatabaseError, UnicodeDecodeError) as exc:
+                if not _is_damage(exc):
                     raise
                 aside = _set_aside(path)
                 log.warning("%s is damaged (%s): kept as %s, begun anew; usage history is lost", path, exc, aside)
                 connection = _connect(path)
-            with connection:
-                connection.execute("UPDATE jobs SET state = 'interrupted' WHERE state = 'running'")
         return cls(connection, path)
 
     @classmethod
@@ -155,20 +164,10 @@ class Catalog:
             "ORDER BY started DESC, id LIMIT ?",
             (count_max,),
         )
-        return [
-            JobRecord(
-                id=JobId(row[0]),
-                kind=row[1],
-                state=row[2],
-                vms=tuple(json.loads(row[3])),
-                caller_uid=row[4],
-                started=row[5],
-                ended=row[6],
-                report=None if row[7] is None else json.loads(row[7]),
-                error=None if row[8] is None else json.loads(row[8]),
-            )
-            for row in rows
-        ]
+        try:
+            return [_job_of(row) for row in rows]
+        except (ValueError, TypeError, RecursionError) as exc:
+            raise PrimaryIOError(f"a job in the catalog {self._path} is damaged: {exc}") from exc
 
     def forget_jobs(self, *, keep: int) -> None:
         """Remove all but the newest ``keep`` jobs; running ones stay."""
@@ -215,11 +214,27 @@ class Catalog:
             return self._connection.execute(query, parameters).fetchall()
 
 
+def _job_of(row: Sequence[Any]) -> JobRecord:
+    return JobRecord(
+        id=JobId(row[0]),
+        kind=row[1],
+        state=row[2],
+        vms=tuple(json.loads(row[3])),
+        caller_uid=row[4],
+        started=row[5],
+        ended=row[6],
+        report=None if row[7] is None else json.loads(row[7]),
+        error=None if row[8] is None else json.loads(row[8]),
+    )
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
     connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False)
     try:
         _prepare(connection, path)
+        with connection:
+            connection.execute("UPDATE jobs SET state = 'interrupted' WHERE state = 'running'")
     except BaseException:
         connection.close()
         raise
@@ -260,7 +275,7 @@ def _set_aside(path: Path) -> Path:
 def _translated(path: Path) -> Iterator[None]:
     try:
         yield
-    except sqlite3.Error as exc:
+    except (sqlite3.Error, UnicodeDecodeError) as exc:  # the latter, where a message quotes what is damaged
         if _code(exc) == sqlite3.SQLITE_FULL:
             raise NoSpace(f"no space left to write the catalog {path}") from exc
         raise PrimaryIOError(f"the catalog {path} failed: {exc}; it is checked when the daemon starts") from exc
@@ -270,7 +285,11 @@ def _translated(path: Path) -> Iterator[None]:
         ) from exc
 
 
-def _code(error: sqlite3.Error) -> int:
+def _is_damage(error: Exception) -> bool:
+    return isinstance(error, UnicodeDecodeError) or _code(error) in _DAMAGED
+
+
+def _code(error: Exception) -> int:
     """Primary result code; extended codes carry more in the upper bits."""
     return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
 

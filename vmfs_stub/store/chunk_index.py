@@ -192,7 +192,7 @@ class ChunkIndex:
             database = self._opened()
             with database:
                 return action(database)
-        except (sqlite3.Error, _Damaged) as exc:
+        except (sqlite3.Error, _Damaged, UnicodeDecodeError) as exc:
             if not _is_damage(exc):
                 error = _foreign(exc, self._path)
                 if self._on_lost is None or self._stands_in:
@@ -217,7 +217,7 @@ class ChunkIndex:
         self._check_open()
         try:
             database = _open(self._path, self._store_id)
-        except (sqlite3.Error, _Damaged):
+        except (sqlite3.Error, _Damaged, UnicodeDecodeError):
             return False
         self._let_go()
         self._database, self._stands_in = database, False
@@ -312,11 +312,11 @@ def _ref(chunk_id: bytes, pack_id: str, place: bytes) -> FrameRef:
 
 
 def _is_damage(exc: Exception) -> bool:
-    if isinstance(exc, _Damaged):
+    if isinstance(exc, (_Damaged, UnicodeDecodeError)):  # the latter, where a message quotes what is damaged
         return True
     code = getattr(exc, "sqlite_errorcode", None)
-    if code is None:
-        return isinstance(exc, (sqlite3.DataError, sqlite3.IntegrityError))
+    if code is None:  # of the module, not of SQLite: a text that is none
+        return isinstance(exc, (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.OperationalError))
     primary = code & 0xFF
     return primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_ERROR)
 
