@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from vmfs_stub.cli import host_checks
 from vmfs_stub.cli import main as cli
 from vmfs_stub.cli.exit_codes import ExitCode
-from vmfs_stub.cli.output import bytes_text
+from vmfs_stub.cli.output import bytes_text, time_text
 from vmfs_stub.config import load_config
 from vmfs_stub.control.client import ControlClient
 from vmfs_stub.core.errors import DaemonUnreachable
@@ -507,6 +507,11 @@ def test_a_dead_mount_is_found_and_removed(run: Run, dead_mount: Path) -> None:
     assert run("unmount", "--force").code == 0
     assert not mountpoints.is_mounted(dead_mount)
     assert not mountpoints.is_dead(dead_mount)
+
+
+def test_numbers_beyond_all_bounds_are_shown() -> None:
+    assert bytes_text(10**400).endswith(" PiB")
+    assert [time_text(seconds) for seconds in (None, float("nan"), float("inf"), 1e20, -1e20)] == ["-"] * 5
 
 
 def test_sizes_for_people() -> None:

@@ -8,8 +8,9 @@ import os
 import socket
 import stat
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import tracemalloc
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -296,6 +297,79 @@ async def test_what_is_not_our_daemon(socket_path: Path) -> None:
         nursery.start_soon(trio.serve_listeners, rude, [trio.SocketListener(sock)])
         with pytest.raises(errors.DaemonUnreachable, match="does not speak"):
             await ask(socket_path, lambda client: client.status())
+        nursery.cancel_scope.cancel()
+    sock.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 99999999999999\r\n\r\n[]", "broke off"),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nffffffffffff\r\n[]", "broke off"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 2000\r\n\r\n" + b" " * 2000, "does not speak"),
+        (b"HTTP/1.1 200 OK\r\n\r\n" + b" " * 2100, "larger than"),
+    ],
+)
+async def test_an_answer_gets_no_more_memory_than_it_has_bytes(
+    socket_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes, message: str
+) -> None:
+    monkeypatch.setattr("vmfs_stub.control.client.REPLY_BYTES_MAX", 2050)
+    tracemalloc.start()
+    try:
+        async with answering(socket_path, [answer]):
+            with pytest.raises(errors.DaemonUnreachable, match=message):
+                await ask(socket_path, lambda client: client.jobs())
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("piece", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n", b" "])
+async def test_an_answer_that_does_not_end_is_given_up(socket_path: Path, piece: bytes) -> None:
+    pieces = [piece] + [piece if b"100" in piece else b" "] * 200
+    async with answering(socket_path, pieces, interval_s=0.02):
+        client = ControlClient(socket_path, timeout_s=0.3)
+        with pytest.raises(errors.DaemonUnreachable, match="no answer within"), trio.fail_after(3):
+            await trio.to_thread.run_sync(client.status)
+
+
+async def test_metrics_that_are_no_text_are_shown_all_the_same(socket_path: Path) -> None:
+    async with answering(socket_path, [b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\na\xff"]):
+        assert await ask(socket_path, lambda client: client.metrics()) == "a\ufffd"
+
+
+async def test_a_client_that_leaves_amid_its_request_is_no_failure(
+    socket_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_fake_daemon(socket_path) as target:
+        stream = await trio.open_unix_socket(str(socket_path))
+        await stream.send_all(b"POST /v1/backup HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\n{")
+        await stream.aclose()
+        await eventually_answers(socket_path)
+        with trio.move_on_after(0.3):
+            await trio.sleep_forever()
+        assert [call[0] for call in target.calls if call[0] == "backup"] == []
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+@asynccontextmanager
+async def answering(path: Path, pieces: Sequence[bytes], *, interval_s: float = 0.0) -> AsyncIterator[None]:
+    """Something at ``path`` that answers each request with ``pieces``, one by one, whatever it is."""
+
+    async def answer(stream: trio.SocketStream) -> None:
+        with suppress(trio.BrokenResourceError):
+            await stream.receive_some(4096)
+            for piece in pieces:
+                await stream.send_all(piece)
+                await trio.sleep(interval_s)
+            await stream.aclose()
+
+    sock = trio.socket.socket(trio.socket.AF_UNIX)
+    await sock.bind(str(path))
+    sock.listen(1)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, answer, [trio.SocketListener(sock)])
+        yield
         nursery.cancel_scope.cancel()
     sock.close()
 

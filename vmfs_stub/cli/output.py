@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+_SHOWN_MAX = 2**64
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -49,7 +50,7 @@ def say_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: f
 
 def bytes_text(size: int) -> str:
     """``size`` bytes for people, in powers of 1024."""
-    value = float(size)
+    value = float(min(size, _SHOWN_MAX))
     for unit in _UNITS:
         if value < 1024 or unit == _UNITS[-1]:
             return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
@@ -58,5 +59,10 @@ def bytes_text(size: int) -> str:
 
 
 def time_text(seconds: float | None) -> str:
-    """Local time of ``seconds`` since the epoch; "-" for None."""
-    return "-" if seconds is None else datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    """Local time of ``seconds`` since the epoch; "-" for None and for what no calendar has."""
+    if seconds is None:
+        return "-"
+    try:
+        return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError, OSError):
+        return "-"

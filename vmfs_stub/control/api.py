@@ -13,9 +13,10 @@ from typing import TypeVar, cast
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from vmfs_stub.control import messages
 from vmfs_stub.control.metrics import CONTENT_TYPE, Metrics
@@ -70,6 +71,9 @@ class ControlApi:
         async def handle(request: Request) -> Response:
             try:
                 response = await endpoint(request)
+            except ClientDisconnect:
+                self._requests.labels(route, "disconnected").inc()
+                return _NoReply()
             except Exception as exc:
                 return self._failed(route, exc)
             self._requests.labels(route, "ok").inc()
@@ -139,6 +143,13 @@ def _logged(request: Request, command: str, vms: Sequence[str] = (), **options: 
     names = f" of {', '.join(map(repr, vms))}" if vms else ""
     log.info("%s%s%s commanded by uid %d (pid %d)", command, names, details, peer.uid, peer.pid)
     return peer
+
+
+class _NoReply(Response):
+    """Sends nothing: the client is gone."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        return
 
 
 async def _body(request: Request, model: type[M]) -> M:

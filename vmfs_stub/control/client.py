@@ -6,13 +6,14 @@ that it runs.
 
 from __future__ import annotations
 
+import errno
 import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPResponse, IncompleteRead
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Final, TypeVar
 from urllib.parse import quote, urlencode
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -23,6 +24,8 @@ from vmfs_stub.core.ids import JobId
 
 T = TypeVar("T")
 
+REPLY_BYTES_MAX: Final = 256 << 20
+_PIECE_BYTES: Final = 1 << 16
 _POLL_S_MIN, _POLL_S_MAX = 0.05, 1.0
 
 _DISKS = TypeAdapter(list[messages.DiskRow])
@@ -35,17 +38,48 @@ class _Reply:
     content: bytes
 
 
+class _BoundedSocket(socket.socket):
+    """Receives until a deadline for all of it, and no more than a bound: whoever answers need not be a daemon."""
+
+    deadline_s = 0.0
+    received = 0
+
+    def recv_into(self, *arguments: Any, **options: Any) -> int:
+        """As of a socket; raises TimeoutError, OSError."""
+        left_s = self.deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError
+        self.settimeout(left_s)
+        count = super().recv_into(*arguments, **options)
+        self.received += count
+        if self.received > REPLY_BYTES_MAX:
+            raise OSError(errno.EMSGSIZE, f"the answer is larger than {REPLY_BYTES_MAX} bytes")
+        return count
+
+
 class _UnixConnection(HTTPConnection):
-    """HTTP over a unix socket."""
+    """HTTP over a unix socket; ``timeout_s`` is for the whole of an answer."""
 
     def __init__(self, path: Path, *, timeout_s: float) -> None:
         super().__init__("vmfs-stub", timeout=timeout_s)
         self._path = path
+        self._timeout_s = timeout_s
 
     def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
+        self.sock = sock = _BoundedSocket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        sock.deadline_s = time.monotonic() + self._timeout_s
+        sock.settimeout(self._timeout_s)
+        sock.connect(str(self._path))
+
+
+def _content(response: HTTPResponse) -> bytes:
+    """The whole body; in pieces, since asked for at once it would be given as much memory as its length claims."""
+    parts = []
+    while part := response.read(_PIECE_BYTES):
+        parts.append(part)
+    if response.length:
+        raise IncompleteRead(b"", response.length)
+    return b"".join(parts)
 
 
 class ControlClient:
@@ -104,7 +138,7 @@ class ControlClient:
 
     def metrics(self) -> str:
         """The daemon's metrics as text."""
-        return self._send("GET", "/metrics").content.decode("utf-8")
+        return self._send("GET", "/metrics").content.decode("utf-8", "replace")
 
     def wait_job(self, job_id: JobId, on_progress: Callable[[messages.JobInfo], None]) -> messages.JobInfo:
         """Poll until the job is no longer running; ``on_progress`` sees every poll.  A failed job is returned."""
@@ -126,8 +160,8 @@ class ControlClient:
         try:
             content = None if body is None else body.model_dump_json()
             connection.request(method, path, body=content, headers={"connection": "close"})
-            response = connection.getresponse()
-            reply = _Reply(response.status, response.read())
+            with connection.getresponse() as response:
+                reply = _Reply(response.status, _content(response))
         except TimeoutError as exc:
             raise DaemonUnreachable(
                 f"the daemon on {self._path} gave no answer within {self._timeout_s:g} s; look at its log"
