@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from scripts.lab import soak_churn
+from scripts.lab import soak_churn, soak_fuzz
 from scripts.lab.datastore import end_on_signals, temporary_datastore
 from scripts.lab.failure import LabError
 
@@ -21,6 +21,8 @@ Step = Callable[[], str]
 """Does one thing and says what it was; raises LabError when something is not as it should be."""
 
 SOAKS = {"churn": soak_churn.Churn}
+"""Those that need a datastore."""
+ABOUT = {name: (soak.__doc__ or "").splitlines()[0] for name, soak in SOAKS.items()} | {"fuzz": soak_fuzz.ABOUT}
 _REPORT_INTERVAL_S = 30.0
 
 
@@ -43,15 +45,19 @@ def run_steps(name: str, step: Step, *, seed: int, duration_s: float, say: Calla
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="scripts/soak", description=__doc__)
-    parser.add_argument("soak", nargs="?", choices=sorted(SOAKS))
+    parser.add_argument("soak", nargs="?", choices=sorted(ABOUT))
     parser.add_argument("--list", action="store_true", help="list the soaks and stop")
     parser.add_argument(
         "--seed", type=int, help="take the decisions of this seed (default: a new one, which is printed)"
     )
     parser.add_argument("--minutes", type=float, default=10, help="how long (default 10)")
+    parser.add_argument("--target", action="append", help="fuzz: only this target (may be repeated)")
+    parser.add_argument("--replay", metavar="FILE", help="fuzz: only this input, as a finding saved it, of one target")
     options = parser.parse_args(arguments)
     if not options.list and options.soak is None:
         parser.error("name a soak; --list says which there are")
+    if (options.target or options.replay) and options.soak != "fuzz":
+        parser.error("--target and --replay are for the soak `fuzz`")
     return options
 
 
@@ -59,13 +65,17 @@ def main() -> None:
     """Run one soak; exit code 1 when it finds something."""
     options = parse()
     if options.list:
-        for name, soak in SOAKS.items():
-            print(f"{name:10} {(soak.__doc__ or '').splitlines()[0]}")
+        for name, about in ABOUT.items():
+            print(f"{name:10} {about}")
+        print(f"targets of fuzz: {', '.join(soak_fuzz.names())}")
         return
     end_on_signals()
     seed = secrets.randbelow(1 << 32) if options.seed is None else options.seed
-    print(f"soak {options.soak}: seed {seed}, {options.minutes:g} minutes")
+    print(f"soak {options.soak}: seed {seed}, {options.minutes:g} minutes", flush=True)
     try:
+        if options.soak == "fuzz":
+            soak_fuzz.fuzz(seed, duration_s=options.minutes * 60, only=options.target or (), replayed=options.replay)
+            return
         kind = SOAKS[options.soak]
         with temporary_datastore(kind.settings) as datastore, kind(datastore, random.Random(seed)) as running:
             steps = run_steps(options.soak, running.step, seed=seed, duration_s=options.minutes * 60)

@@ -1,0 +1,32 @@
+"""All fuzz targets by name."""
+
+from __future__ import annotations
+
+from tests.fuzz import targets_edge, targets_primary, targets_store
+from tests.fuzz.target import Target
+
+TARGETS: dict[str, type[Target]] = {
+    kind.name: kind
+    for kind in (
+        targets_primary.RecordTarget,
+        targets_primary.VmIdentityTarget,
+        targets_primary.TopModeTarget,
+        targets_primary.DurableMapTarget,
+        targets_primary.VolatileMapTarget,
+        targets_primary.PlaceholderTarget,
+        targets_store.FrameTarget,
+        targets_store.PackTarget,
+        targets_store.SegmentTarget,
+        targets_store.IndexObjectTarget,
+        targets_store.DocumentTarget,
+        targets_store.PinTarget,
+        targets_store.ManifestTarget,
+        targets_store.RestoreTarget,
+        targets_edge.ConfigTarget,
+        targets_edge.FuseInitTarget,
+        targets_edge.ControlRequestTarget,
+        targets_edge.ControlReplyTarget,
+        targets_edge.CatalogTarget,
+        targets_edge.ChunkIndexTarget,
+    )
+}
