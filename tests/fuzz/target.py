@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar
@@ -81,14 +80,17 @@ def require(condition: bool, rule: str, detail: str = "") -> None:
 
 def check_types(value: Any, where: str = "") -> None:
     """Every field of a dataclass, at any depth, has the type that it is declared with.  Raises Violation."""
-    hints: dict[str, Any] = _hints(type(value))
-    for name, kind in hints.items():
+    for name, kind in _hints(type(value)).items():
         _check_type(getattr(value, name), kind, f"{where}.{name}")
 
 
-@cache
-def _hints(kind: Hashable) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+_HINTS: dict[type, dict[str, Any]] = {}
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    if kind not in _HINTS:
+        _HINTS[kind] = typing.get_type_hints(kind)
+    return _HINTS[kind]
 
 
 def _check_type(value: object, kind: Any, where: str) -> None:
