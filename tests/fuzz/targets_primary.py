@@ -13,7 +13,7 @@ from xxhash import xxh3_128_digest
 
 from tests.fuzz.seals import ENVELOPE_HEAD, edit_envelope, seal_envelope
 from tests.fuzz.target import Bound, Edit, Target, Violation, check_types, require
-from tests.primary_samples import BOOT, PLACEHOLDER, POINT, STORE, VM, bits_of, header
+from tests.primary_samples import BOOT, PLACEHOLDER, POINT, STORE, VM, bits_of, header, make_map, pages_in_turn
 from vmfs_stub.core.errors import (
     CorruptMap,
     CorruptRecord,
@@ -29,7 +29,8 @@ from vmfs_stub.core.names import PLACEHOLDER_XATTR, TOP_MODE_XATTR, VM_XATTR
 from vmfs_stub.core.residency import block_count
 from vmfs_stub.inventory.identity import new_vm_id, read_vm_id, write_vm_id
 from vmfs_stub.mount.inodes import read_top_mode
-from vmfs_stub.primary.durable_map import UNIT, DurableMap, MapHeader, pages_of
+from vmfs_stub.primary.durable_map import PAGE_BITS_SIZE, UNIT, DurableMap, MapHeader
+from vmfs_stub.primary.envelope import FILE_TIME_NS_END
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.identity import inode_identity
 from vmfs_stub.primary.placeholder import PrivateState, take_up
@@ -54,7 +55,7 @@ def check_record(record: PlaceholderRecord) -> None:
     require(all(is_id(one) for one in ids), "an id that is none")
     numbers = (record.file_index, record.size, record.ino, record.generation)
     require(all(0 <= number <= _INT64_MAX * 2 + 1 for number in numbers), "a number that no file has")
-    require(record.size <= _INT64_MAX and abs(record.mtime_ns) <= _INT64_MAX, "a number that no file has")
+    require(record.size <= _INT64_MAX and abs(record.mtime_ns) <= FILE_TIME_NS_END, "a number that no file has")
 
 
 class RecordTarget(Target):
@@ -105,7 +106,7 @@ class DurableMapTarget(Target):
         made = []
         for number, blocks in enumerate(self._blocks):
             about = replace(header(blocks), placeholder_id=PlaceholderId(f"{number}a" * 16), live=(None, BOOT)[number])
-            opened = DurableMap.create(FileCalls(), self._path, about, bits_of(blocks, {0, 3, blocks - 1}))
+            opened = make_map(FileCalls(), self._path, about, {0, 3, blocks - 1})
             opened.update(
                 {0: bits_of(min(blocks, 32_256), {0, 2, 3})}, replace(about, archived_limit=4096, hydrate=True)
             )
@@ -117,11 +118,12 @@ class DurableMapTarget(Target):
         self._path.write_bytes(data)
         value = self._read()
         found, bits = value
-        require(len(bits) == (block_count(found.size) + 7) // 8, "bits for another size")
+        require(len(bits) == found.page_count * PAGE_BITS_SIZE, "bits for another size")
         require(is_id(found.placeholder_id) and is_id(found.vm_id) and is_id(found.point_id), "an id that is none")
         opened = DurableMap.open(FileCalls(), self._path, label="disk")
         try:
-            opened.update(pages_of(bits), replace(found, archived_limit=max(0, found.archived_limit - 1)))
+            pages = {n: bits[n * PAGE_BITS_SIZE :][:PAGE_BITS_SIZE] for n in range(found.page_count)}
+            opened.update(pages, replace(found, archived_limit=max(0, found.archived_limit - 1)))
         finally:
             opened.close()
         again, bits_again = self._read()
@@ -132,7 +134,7 @@ class DurableMapTarget(Target):
         opened = DurableMap.open(FileCalls(), self._path, label="disk")
         try:
             check_types(opened.header)
-            return opened.header, bytes(opened.load_bits(label="disk"))
+            return opened.header, b"".join(opened.load_pages(label="disk"))
         finally:
             opened.close()
 
@@ -178,7 +180,7 @@ class VolatileMapTarget(Target):
                 placeholder_id=PLACEHOLDER,
                 boot=BOOT,
                 size=self._size,
-                bits=bits_of(block_count(self._size), resident),
+                pages=pages_in_turn(block_count(self._size), resident),
                 archived_limit=self._size - 4096,
                 guest_mtime_ns=17,
             )
@@ -236,7 +238,7 @@ class PlaceholderTarget(Target):
         for live in (None, BOOT, self._state.boot):
             path = self._state.durable_path(PLACEHOLDER)
             about = header(5, identity=identity, live=live)
-            DurableMap.create(FileCalls(), path, about, bits_of(5, {0, 4})).close()
+            make_map(FileCalls(), path, about, {0, 4}).close()
             raw = encode_record(replace(record, replaces=None if live else PlaceholderId("b2" * 16)))
             made.append(struct.pack("<I", len(raw)) + raw + path.read_bytes())
             path.unlink()
