@@ -28,7 +28,9 @@ GUEST_TIMEOUT_S = 30
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _SIZE = re.compile(r"([0-9]{1,19}) *([A-Za-z]*)")
 BYTES_MAX = 2**63 - 1
-CONFIG_BYTES_MAX = 1 << 20
+CONFIG_BYTES_MAX = 256 << 10
+_DOTS_MAX = 128
+"""In one line: tomllib needs time by the square of a dotted key's parts, and no key here has more than two."""
 _ERRORS_MAX = 20
 """More are not told at once: the lines of each are looked for in all of the file."""
 
@@ -261,6 +263,9 @@ def load_config(path: Path) -> Config:
 
 def parse_config(text: str, *, origin: str) -> Config:
     """Validate the TOML ``text``; ``origin`` names it in errors.  Raises ConfigError."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.count(".") > _DOTS_MAX and not line.startswith("#"):
+            raise ConfigError(f"{origin}:{number}: more than {_DOTS_MAX} dots in one line")
     try:
         values = tomllib.loads(text)
     except ValueError as exc:  # tomllib's own kind, and that of a number of too many digits

@@ -131,6 +131,8 @@ def test_what_no_configuration_needs_is_refused_in_words(text: str, message: str
     "text",
     [
         '[recall]\nrecall_bytes_max = "1' + " " * 50_000 + '!"',
+        "x" + ".y" * 30_000 + " = 1",
+        ("x" + ".y" * 128 + " = 1\n") * 800,
         'x = """\n[' + " " * 50_000 + '\n"""',
         "[recall]\n" + "\n".join(f"x{number} = 1" for number in range(5_000)),
     ],
