@@ -352,6 +352,22 @@ async def test_a_client_that_leaves_amid_its_request_is_no_failure(
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
+async def test_what_follows_a_request_is_no_failure_of_the_daemon(
+    socket_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is refused, and the connection ended, while the reply may still be going out."""
+    async with open_fake_daemon(socket_path):
+        for _ in range(20):
+            stream = await trio.open_unix_socket(str(socket_path))
+            await stream.send_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n{}\0 no request")
+            with suppress(trio.BrokenResourceError), trio.fail_after(5):
+                while await stream.receive_some():
+                    pass
+            await stream.aclose()
+            await eventually_answers(socket_path)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
 @asynccontextmanager
 async def answering(path: Path, pieces: Sequence[bytes], *, interval_s: float = 0.0) -> AsyncIterator[None]:
     """Something at ``path`` that answers each request with ``pieces``, one by one, whatever it is."""

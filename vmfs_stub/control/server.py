@@ -39,6 +39,41 @@ _GOODBYE_S = 3.0
 log = logging.getLogger(__name__)
 
 
+class _OrderedStream(trio.abc.HalfCloseableStream):
+    """Sends one thing after the other: hypercorn may end a connection while a reply is still going out.
+
+    Attributes: ``socket`` is what hypercorn asks for addresses.
+    """
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.socket = stream.socket
+        self._stream = stream
+        self._turn = trio.Lock()
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """As of a SocketStream."""
+        async with self._turn:
+            await self._stream.send_all(data)
+
+    async def send_eof(self) -> None:
+        """As of a SocketStream."""
+        async with self._turn:
+            await self._stream.send_eof()
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """As of a SocketStream."""
+        async with self._turn:
+            await self._stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        """As of a SocketStream."""
+        return await self._stream.receive_some(max_bytes)
+
+    async def aclose(self) -> None:
+        """As of a SocketStream."""
+        await self._stream.aclose()
+
+
 class ControlServer:
     """Accepts connections up to a limit and serves the application on each."""
 
@@ -84,7 +119,8 @@ class ControlServer:
             await self._app({**scope, PEER_KEY: peer}, receive, send)
 
         state = ConnectionState({})
-        await TCPServer(ASGIWrapper(app), self._config, self._context, state, stream)  # type: ignore[arg-type]
+        ordered = _OrderedStream(stream)
+        await TCPServer(ASGIWrapper(app), self._config, self._context, state, ordered)  # type: ignore[arg-type]
 
 
 @asynccontextmanager
