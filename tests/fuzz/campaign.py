@@ -134,6 +134,7 @@ class Campaign:
         edited = target.edit_json(data, mutator.json_of) if chance.random() < 0.8 else None
         if edited is None:
             edited = mutator.bytes_of(data, None if isolated else self._corpus[chance.randrange(len(self._corpus))])
+        edited = edited[:SIZE_MAX]
         return (target.reseal(edited), True) if is_sealed else (edited, False)
 
     def _fingerprint_of_seed(self, data: bytes) -> bytes:

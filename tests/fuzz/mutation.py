@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 SIZE_MAX = 256 * 1024
-"""No input grows beyond this, unless its seed is larger."""
+"""No input grows beyond this."""
 
 _WIDTHS = {1: "<B", 2: "<H", 4: "<I", 8: "<Q"}
 _DEPTHS = (10, 400, 1_500, 20_000)
@@ -49,7 +49,7 @@ class Mutator:
             actions += [self._token] * 4
         for _ in range(self._chance.choice((1, 1, 1, 2, 3, 4))):
             data = self._chance.choice(actions)(data)
-        return data[: max(SIZE_MAX, len(data) if other is None else len(other))]
+        return data[:SIZE_MAX]
 
     def json_of(self, text: bytes) -> bytes:
         """JSON text after one to three changes of its structure; of its bytes where it cannot be parsed."""
@@ -126,7 +126,7 @@ class Mutator:
         if self._chance.random() < 0.3:
             token *= self._chance.choice(_DEPTHS)
         end = at + self._chance.choice((0, 0, 1, len(token)))
-        return (data[:at] + token + data[end:])[: max(SIZE_MAX, len(data))]
+        return (data[:at] + token + data[end:])[:SIZE_MAX]
 
     def _splice(self, data: bytes, other: bytes) -> bytes:
         if self._chance.random() < 0.5:
