@@ -1,63 +1,56 @@
-"""Long tests: a named soak runs for a while from a seed, and every byte read is compared with a model.
+"""Long tests: a named soak runs for a while from a seed.
 
-A soak that fails says its seed and the number of its step; the same seed takes the same decisions again (what they
-meet, such as how far hydration came, may differ).
+A soak that fails says its seed and what it was doing; the same seed takes the same decisions again (what they meet,
+such as how far hydration came, may differ).
 """
 
 from __future__ import annotations
 
 import argparse
-import random
 import secrets
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
-from scripts.lab import soak_churn, soak_fuzz
-from scripts.lab.datastore import end_on_signals, temporary_datastore
+from scripts.lab.datastore import end_on_signals
 from scripts.lab.failure import LabError
-
-Step = Callable[[], str]
-"""Does one thing and says what it was; raises LabError when something is not as it should be."""
-
-SOAKS = {"churn": soak_churn.Churn}
-"""Those that need a datastore."""
-ABOUT = {name: (soak.__doc__ or "").splitlines()[0] for name, soak in SOAKS.items()} | {"fuzz": soak_fuzz.ABOUT}
-_REPORT_INTERVAL_S = 30.0
+from scripts.lab.soak_churn import Churn
+from scripts.lab.soak_fsx import Fsx
+from scripts.lab.soak_fuzz import FuzzSoak
+from scripts.lab.soak_steps import StepSoak
 
 
-def run_steps(name: str, step: Step, *, seed: int, duration_s: float, say: Callable[[str], None] = print) -> int:
-    """Take steps for ``duration_s``; returns how many.  Raises LabError naming the seed and step that failed."""
-    started_s = reported_s = time.monotonic()
-    done, what = 0, "nothing yet"
-    while time.monotonic() - started_s < duration_s:
-        try:
-            what = step()
-        except (LabError, OSError) as exc:
-            raise LabError(f"soak {name}, seed {seed}, step {done} (after {what!r}): {exc}") from exc
-        done += 1
-        if time.monotonic() - reported_s >= _REPORT_INTERVAL_S:
-            reported_s = time.monotonic()
-            say(f"{name}: {done} steps in {reported_s - started_s:.0f} s; the last: {what}")
-    return done
+class Soak(Protocol):
+    """One long test; ``about`` says in a line what it does."""
+
+    about: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Options of its own."""
+
+    def run(self, options: argparse.Namespace, seed: int) -> str:
+        """Run it and return what is to be said at the end; raises LabError when it finds something."""
+
+
+SOAKS: Mapping[str, Soak] = {
+    "churn": StepSoak("churn", Churn),
+    "fsx": StepSoak("fsx", Fsx),
+    "fuzz": FuzzSoak(),
+}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="scripts/soak", description=__doc__)
-    parser.add_argument("soak", nargs="?", choices=sorted(ABOUT))
     parser.add_argument("--list", action="store_true", help="list the soaks and stop")
-    parser.add_argument(
-        "--seed", type=int, help="take the decisions of this seed (default: a new one, which is printed)"
-    )
-    parser.add_argument("--minutes", type=float, default=10, help="how long (default 10)")
-    parser.add_argument("--target", action="append", help="fuzz: only this target (may be repeated)")
-    parser.add_argument("--replay", metavar="FILE", help="fuzz: only this input, as a finding saved it, of one target")
+    of_soaks = parser.add_subparsers(dest="soak", metavar="SOAK")
+    for name, soak in SOAKS.items():
+        one = of_soaks.add_parser(name, help=soak.about, description=soak.about)
+        one.add_argument("--seed", type=int, help="take this seed's decisions (default: a new one, which is printed)")
+        soak.add_arguments(one)
     options = parser.parse_args(arguments)
     if not options.list and options.soak is None:
         parser.error("name a soak; --list says which there are")
-    if (options.target or options.replay) and options.soak != "fuzz":
-        parser.error("--target and --replay are for the soak `fuzz`")
     return options
 
 
@@ -65,26 +58,19 @@ def main() -> None:
     """Run one soak; exit code 1 when it finds something."""
     options = parse()
     if options.list:
-        for name, about in ABOUT.items():
-            print(f"{name:10} {about}")
-        print(f"targets of fuzz: {', '.join(soak_fuzz.names())}")
+        for name, soak in SOAKS.items():
+            print(f"{name:10} {soak.about}")
         return
     end_on_signals()
     seed = secrets.randbelow(1 << 32) if options.seed is None else options.seed
-    print(f"soak {options.soak}: seed {seed}, {options.minutes:g} minutes", flush=True)
+    print(f"soak {options.soak}: seed {seed}", flush=True)
     try:
-        if options.soak == "fuzz":
-            soak_fuzz.fuzz(seed, duration_s=options.minutes * 60, only=options.target or (), replayed=options.replay)
-            return
-        kind = SOAKS[options.soak]
-        with temporary_datastore(kind.settings) as datastore, kind(datastore, random.Random(seed)) as running:
-            steps = run_steps(options.soak, running.step, seed=seed, duration_s=options.minutes * 60)
-            running.verify_all()
+        summary = SOAKS[options.soak].run(options, seed)
     except LabError as failure:
         sys.exit(f"soak failed: {failure}")
     except KeyboardInterrupt:
         sys.exit("interrupted; everything was cleaned up")
-    print(f"soak {options.soak}: {steps} steps, every byte as it should be")
+    print(f"soak {options.soak}, seed {seed}: {summary}")
 
 
 if __name__ == "__main__":

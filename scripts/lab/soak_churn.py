@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 from types import TracebackType
 from typing import ClassVar, Self
 
@@ -30,6 +31,7 @@ class Churn:
         self._disk = datastore.mountpoint / _VM / "disk.raw"
         self._model_path = datastore.home / "model"
         self._model = -1
+        self._counts: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
         content = b"".join(self._content(_TRANSFER_MAX) for _ in range(_DISK_SIZE // _TRANSFER_MAX))
@@ -50,7 +52,13 @@ class Churn:
         """One random thing; raises LabError when a byte is wrong."""
         actions = {self._read: 40, self._write: 30, self._archive: 10, self._recall: 4, self._remount: 2, self._kill: 2}
         action = self._chance.choices(list(actions), weights=list(actions.values()))[0]
-        return action()
+        what = action()
+        self._counts[what] += 1
+        return what
+
+    def summary(self) -> str:
+        """What was done."""
+        return ", ".join(f"{what} {count}" for what, count in self._counts.most_common())
 
     def verify_all(self) -> None:
         """Compare the whole disk with the model."""

@@ -10,7 +10,7 @@ import pytest
 
 from scripts.lab.datastore import allocated_bytes, pss_bytes, with_settings, working_directory
 from scripts.lab.failure import LabError, run
-from scripts.lab.soak import run_steps
+from scripts.lab.soak_steps import run_steps
 
 CONFIG = """\
 # a comment
@@ -77,3 +77,7 @@ def test_a_soak_names_the_seed_and_step_that_failed() -> None:
 
 def test_a_soak_stops_when_its_time_is_over() -> None:
     assert run_steps("quiet", lambda: "nothing", seed=0, duration_s=0.01) > 0
+
+
+def test_a_soak_stops_after_so_many_steps() -> None:
+    assert run_steps("counted", lambda: "nothing", seed=0, steps_max=12) == 12

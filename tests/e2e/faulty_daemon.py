@@ -1,0 +1,140 @@
+"""The daemon with a planted fault: ``python faulty_daemon.py FAULT --config FILE mount``.
+
+Each fault is a mistake that the program could make, in a process that is otherwise the real one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import trio
+
+from vmfs_stub.cli.main import main
+from vmfs_stub.core.extents import Extent
+from vmfs_stub.core.residency import block_count
+from vmfs_stub.primary.durable_map import MapState
+from vmfs_stub.primary.volatile_map import VolatileMap
+from vmfs_stub.services import disk as disks
+from vmfs_stub.services.disk import Disk
+from vmfs_stub.services.placeholder import Placeholder
+
+write_runs, write, truncate, read = Placeholder._write_runs, Placeholder.write, Disk.truncate, Disk.read
+
+
+def fill_ignores_set_bits() -> None:
+    def fill_all(
+        self: Placeholder, runs: Sequence[Extent], first_chunk: int, raws: Sequence[bytes | None], limit: int
+    ) -> None:
+        first, end = first_chunk * self.chunk_blocks, (first_chunk + len(raws)) * self.chunk_blocks
+        write_runs(self, [Extent(first, min(end, block_count(limit)))], first_chunk, raws, limit)
+
+    Placeholder._write_runs = fill_all  # type: ignore[method-assign]
+
+
+def write_forgets_its_bit() -> None:
+    async def forgetful(self: Placeholder, offset: int, data: bytes) -> int | None:
+        if self.ended:
+            return None
+        return await self._threads.files(os.pwrite, self._fd, data, offset)
+
+    Placeholder.write = forgetful  # type: ignore[method-assign]
+
+
+def truncate_keeps_the_limit() -> None:
+    VolatileMap.lower_archived_limit = lambda self, size: None  # type: ignore[method-assign]
+
+
+def fill_goes_beyond_the_end() -> None:
+    def beyond(
+        self: Placeholder, runs: Sequence[Extent], first_chunk: int, raws: Sequence[bytes | None], limit: int
+    ) -> None:
+        write_runs(self, runs, first_chunk, raws, self.maps.record.size)
+
+    Placeholder._write_runs = beyond  # type: ignore[method-assign]
+    truncate_keeps_the_limit()
+
+
+def partial_write_recalls_nothing() -> None:
+    async def careless(self: Placeholder, offset: int, data: bytes) -> int | None:
+        if not self.ended:
+            self.maps.live.set_resident(offset // 4096, block_count(offset + len(data)))
+        return await write(self, offset, data)
+
+    Placeholder.write = careless  # type: ignore[method-assign]
+    disks.blocks_merged = lambda *args, **kwargs: []  # type: ignore[assignment]
+
+
+def bits_are_set_before_the_data() -> None:
+    async def fill(self: Placeholder, first_chunk: int, raws: Sequence[bytes | None]) -> None:
+        async with self._locks.hold(first_chunk, first_chunk + len(raws)):
+            if self.ended:
+                return
+            live, end_chunk = self.maps.live, first_chunk + len(raws)
+            runs = list(live.absent_runs(first_chunk * self.chunk_blocks, end_chunk * self.chunk_blocks))
+            for run in runs:
+                live.set_resident(run.start, run.end)
+            await trio.sleep(0.3)
+            await self._threads.files(write_runs, self, runs, first_chunk, raws, live.archived_limit)
+
+    Placeholder.fill = fill  # type: ignore[method-assign]
+
+
+def graduates_too_early() -> None:
+    VolatileMap.absent_count = lambda self: 0  # type: ignore[method-assign]
+    next_absent = Placeholder.next_absent
+
+    def of_the_first_half(self: Placeholder, chunk: int) -> int | None:
+        found = next_absent(self, chunk)
+        is_released = self.maps.durable.header.state is MapState.PUNCHED
+        return None if found is None or (is_released and found * self.chunk_size * 2 > self.maps.record.size) else found
+
+    Placeholder.next_absent = of_the_first_half  # type: ignore[method-assign]
+
+
+def write_loses_its_last_byte() -> None:
+    whole = Disk.write
+
+    async def shorter(self: Disk, offset: int, data: bytes) -> int:
+        if len(data) % 4096 and self.placeholder is None and offset + len(data) < self.fstat().st_size:
+            return await whole(self, offset, data[:-1]) + 1
+        return await whole(self, offset, data)
+
+    Disk.write = shorter  # type: ignore[method-assign]
+
+
+def growing_is_forgotten() -> None:
+    async def only_down(self: Disk, size: int) -> None:
+        await truncate(self, min(size, self.fstat().st_size))
+
+    Disk.truncate = only_down  # type: ignore[method-assign]
+
+
+def read_at_the_end_is_cut() -> None:
+    async def cut(self: Disk, offset: int, size: int) -> bytes | bytearray:
+        found = await read(self, offset, size)
+        return found if len(found) in (0, size) else found[:-1]
+
+    Disk.read = cut  # type: ignore[method-assign]
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    fault.__name__: fault
+    for fault in (
+        fill_ignores_set_bits,
+        write_forgets_its_bit,
+        truncate_keeps_the_limit,
+        fill_goes_beyond_the_end,
+        partial_write_recalls_nothing,
+        bits_are_set_before_the_data,
+        graduates_too_early,
+        write_loses_its_last_byte,
+        growing_is_forgotten,
+        read_at_the_end_is_cut,
+    )
+}
+
+if __name__ == "__main__":
+    FAULTS[sys.argv.pop(1)]()
+    main()
