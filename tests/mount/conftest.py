@@ -5,21 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 
 from vmfs_stub.mount import mountpoint as mountpoints
 from vmfs_stub.mount import syscalls
-
-T = TypeVar("T")
 
 
 class PlainMount:
@@ -96,32 +92,6 @@ def tear_down(mountpoint: Path) -> None:
     while mountpoints.mounts_at(mountpoint):
         syscalls.unmount(os.fsencode(mountpoint), flags=syscalls.MNT_DETACH | syscalls.MNT_FORCE)
     mountpoints.clear_immutable(mountpoint)
-
-
-def as_user(function: Callable[[], T], *, uid: int = 1000, gid: int = 1000, groups: tuple[int, ...] = ()) -> T:
-    """Call in a child process of another user; an exception comes back as itself."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.setgroups(groups)
-            os.setgid(gid)
-            os.setuid(uid)
-            try:
-                result = (True, function())
-            except BaseException as exc:
-                result = (False, exc)
-            os.write(writer, pickle.dumps(result))
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        data = pipe.read()
-    os.waitpid(pid, 0)
-    done, value = pickle.loads(data)
-    if not done:
-        raise value
-    return value
 
 
 @pytest.fixture

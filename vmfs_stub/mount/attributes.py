@@ -50,3 +50,8 @@ class Change:
     atime_ns: int | None = None
     mtime_ns: int | None = None
     handle: int | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it changes nothing that was named."""
+        return all(each is None for each in (self.size, self.mode, self.uid, self.gid, self.atime_ns, self.mtime_ns))

@@ -157,8 +157,10 @@ class Filesystem:
         if node.ino == ROOT:
             await self.inodes.change_top(mode=change.mode, uid=change.uid, gid=change.gid)
             change = replace(change, mode=None, uid=None, gid=None)
-        if change.uid is not None or change.gid is not None:
+        if change.uid is not None or change.gid is not None or self._is_touch(node, change, requester):
             uid, gid = (-1 if each is None else each for each in (change.uid, change.gid))
+            if node.has_setid:
+                await self._clear_setid(node, requester)
             await self._run("mount.chown", syscalls.change_owner, node.fd, uid=uid, gid=gid)
         if change.mode is not None:
             await self._run("mount.chmod", os.chmod, node.proc_path, stat.S_IMODE(change.mode))
@@ -300,6 +302,14 @@ class Filesystem:
             await file.opened.disk.truncate(size)
         else:
             await self._disks.truncate(node.fd, size)
+
+    def _is_touch(self, node: Node, change: Change, requester: Requester) -> bool:
+        """Whether this is chown to nobody, which moves ctime and clears set-id bits.
+
+        The kernel asks for the same nothing before a write clears set-id bits, and checks no owner then.  So for who
+        may not change the mode nothing is done: the write that follows clears them, and chown has no business to.
+        """
+        return change.is_empty and (not node.has_setid or requester.uid in {0, os.fstat(node.fd).st_uid})
 
     async def _clear_setid(self, node: Node, requester: Requester) -> None:
         """Take set-id bits from a file that somebody without privileges changed, as the kernel does elsewhere.
