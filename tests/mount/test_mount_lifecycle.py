@@ -210,3 +210,32 @@ def test_everything_is_released_in_the_end(make_mount: MakeMount) -> None:
         time.sleep(0.05)
     descriptors = names(Path(f"/proc/{mount.process.pid}/fd"))
     assert len(descriptors) < 60
+
+
+def wait_nodes_below(mount: PlainMount, count: int) -> None:
+    deadline = time.monotonic() + 10
+    while int(str(mount.command("nodes"))) >= count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_kernel_forgets_what_nobody_uses_when_there_are_too_many(make_mount: MakeMount) -> None:
+    mount = make_mount("nodes_wanted_max=200")
+    top = mount.mountpoint / "many"
+    top.mkdir()
+    (top / "open").write_text("open")
+    (top / "below").mkdir()
+    at = os.open(top / "below", os.O_RDONLY)
+    with (top / "open").open("r+") as file:
+        for number in range(800):
+            (top / f"file{number}").touch()
+            if number % 200 == 199:
+                wait_nodes_below(mount, 200)
+        assert file.read() == "open"
+        assert (top / "open").stat().st_ino == os.fstat(file.fileno()).st_ino
+        assert Path(f"/proc/self/fd/{file.fileno()}").readlink() == top / "open"
+        assert os.fstat(at).st_ino == (top / "below").stat().st_ino
+    os.close(at)
+    assert len(names(top)) == 802
+    assert mount.command("bugs") == {}
+    assert "forgetting them failed" not in mount.stop()

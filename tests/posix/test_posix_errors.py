@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import Places
+from places import Places
 from plain_comparison import acting_as, outcome, status
 
 from vmfs_stub.mount import syscalls

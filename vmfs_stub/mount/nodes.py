@@ -14,6 +14,8 @@ import itertools
 import os
 import resource
 import stat
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -78,11 +80,16 @@ class DirectoryHandle:
 
 
 class NodeTable:
-    """All nodes by number.  Owns their descriptors."""
+    """All nodes by number.  Owns their descriptors.
+
+    ``on_crowded`` is called when there are ``crowded_at`` of them or more; who serves sets both.
+    """
 
     def __init__(self, root_fd: int) -> None:
         """Take over ``root_fd``, an O_PATH descriptor of the backing directory."""
         self.device: Final = os.fstat(root_fd).st_dev
+        self.crowded_at = sys.maxsize
+        self.on_crowded: Callable[[], None] = lambda: None
         self._nodes: dict[int, Node] = {ROOT: Node(ROOT, root_fd, stat.S_IFDIR, lookups=1)}
 
     def __len__(self) -> int:
@@ -114,6 +121,8 @@ class NodeTable:
             os.close(fd)
             raise
         node = self._nodes[st.st_ino] = Node(st.st_ino, fd, stat.S_IFMT(st.st_mode))
+        if len(self._nodes) >= self.crowded_at:
+            self.on_crowded()
         return node
 
     def check_room(self) -> None:

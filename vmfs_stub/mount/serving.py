@@ -29,6 +29,9 @@ _log = logging.getLogger(__name__)
 _WORKERS_IDLE_MAX = 16
 """pyfuse3's tasks that wait for a request; each that ends frees a buffer of 1 MiB, which the next makes anew."""
 
+_RELIEF_INTERVAL_S = 0.1
+"""Between two times that the kernel is made to forget what nobody uses."""
+
 _serving = False
 
 
@@ -134,6 +137,9 @@ class _Server:
         )
         self.mount = Mount(channel, filesystem, self._operations.faults)
         filesystem.attributes_changed = self.mount.attributes_changed
+        self._nodes = filesystem.inodes.nodes
+        self._crowded = trio.Event()
+        self._relief = trio.CancelScope()
 
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
         global _serving  # noqa: PLW0603 - it mirrors pyfuse3's own module state
@@ -146,6 +152,7 @@ class _Server:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._serve)
+                nursery.start_soon(self._relieve)
                 with trio.fail_after(self._settings.start_timeout_s):
                     await self._started.wait()
                 if self._failure is not None:
@@ -169,6 +176,30 @@ class _Server:
                 await pyfuse3.main(min_tasks=_WORKERS_IDLE_MAX, max_tasks=self._settings.requests_max)
         finally:
             self.mount.ended.set()
+            self._relief.cancel()
+
+    async def _relieve(self) -> None:
+        """Whenever the kernel knows of many inodes, each of which takes a descriptor: have it forget the unused ones.
+
+        It keeps them until memory is short, which may be long after descriptors are.
+        """
+        wanted_max = min(self._settings.nodes_wanted_max, session.descriptors_max() // 2)
+        self._nodes.crowded_at, self._nodes.on_crowded = wanted_max, self._ask_for_relief
+        with self._relief:
+            while True:
+                await self._crowded.wait()
+                try:
+                    # Abandoned at the end: it waits for requests, which are not answered then.
+                    await trio.to_thread.run_sync(session.have_unused_forgotten, self._channel, abandon_on_cancel=True)
+                except OSError as exc:
+                    _log.warning("the kernel keeps %d inodes: forgetting them failed (%s)", len(self._nodes), exc)
+                # What it told is read soon; what is left then is in use, and asking again at once would not help.
+                await trio.sleep(_RELIEF_INTERVAL_S)
+                self._nodes.crowded_at = max(wanted_max, len(self._nodes) + wanted_max // 8)
+                self._crowded = trio.Event()
+
+    def _ask_for_relief(self) -> None:
+        self._crowded.set()
 
     def _swap_descriptors(self) -> None:
         # Called from C, where an exception would be lost.

@@ -25,6 +25,7 @@ from vmfs_stub.mount.settings import MountSettings
 _log = logging.getLogger(__name__)
 
 _DEVICE: Final = "/dev/fuse"
+_MOUNT_FLAGS: Final = syscalls.MS_NOSUID | syscalls.MS_NODEV
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,23 @@ def raise_descriptor_limit() -> int:
     return _soft
 
 
+def have_unused_forgotten(channel: KernelChannel) -> None:
+    """Have the kernel forget every name that nobody uses, and tell so of their inodes; what is open stays.
+
+    To mount again what is mounted, without a change, drops the names that are cached.  Requests must be answered
+    meanwhile: it writes out dirty pages first.  Raises OSError.
+    """
+    mounted = mountpoint.mounts_at(channel.mountpoint)
+    if mounted and mounted[-1].device_minor == channel.device_minor:
+        target = os.fsencode(channel.mountpoint)
+        syscalls.mount(b"none", target, b"none", flags=syscalls.MS_REMOUNT | _MOUNT_FLAGS, options=b"")
+
+
+def descriptors_max() -> int:
+    """How many descriptors this process may have."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
 def _mount(fd: int, target: Path, settings: MountSettings) -> None:
     options = f"fd={fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()},default_permissions"
     if settings.allow_other:
@@ -112,7 +130,7 @@ def _mount(fd: int, target: Path, settings: MountSettings) -> None:
             os.fsencode(settings.name),
             os.fsencode(target),
             os.fsencode(mountpoint.FILESYSTEM_TYPE),
-            flags=syscalls.MS_NOSUID | syscalls.MS_NODEV,
+            flags=_MOUNT_FLAGS,
             options=os.fsencode(options),
         )
     except OSError as exc:

@@ -11,7 +11,8 @@ class MountSettings:
 
     ``attr_timeout_s`` may be long, since only the daemon changes the backing directory; a placeholder's st_blocks
     changes while it is recalled, so its attributes are kept for ``placeholder_attr_timeout_s``.  ``requests_max``
-    are answered at once; it must be well above the recalls that may wait, or a wait for them stops `stat`.
+    are answered at once; it must be well above the recalls that may wait, or a wait for them stops `stat`.  Beyond
+    ``nodes_wanted_max`` inodes, and beyond half the descriptors, the kernel is made to forget those that nobody uses.
     """
 
     name: str = "vmfs-stub"
@@ -22,5 +23,6 @@ class MountSettings:
     max_write_bytes: int = 1024 * 1024
     readahead_bytes: int = 1024 * 1024
     requests_max: int = 4096
+    nodes_wanted_max: int = 1 << 19
     start_timeout_s: float = 10.0
     shutdown_grace_s: float = 5.0

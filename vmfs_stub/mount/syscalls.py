@@ -14,6 +14,7 @@ from typing import Final
 
 MS_NOSUID: Final = 0x2
 MS_NODEV: Final = 0x4
+MS_REMOUNT: Final = 0x20
 MNT_FORCE: Final = 0x1
 MNT_DETACH: Final = 0x2
 RENAME_NOREPLACE: Final = 0x1
