@@ -2,45 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from live_datastore import LiveDatastore, remove_base
+from live_datastore import Hold, Holder, LiveDatastore, MakeDatastore, remove_base
 
 from scripts.lab.datastore import Settings
-
-MakeDatastore = Callable[..., LiveDatastore]
-Hold = Callable[..., "Holder"]
-
-
-class Holder:
-    """A process that keeps a file open: ``mode`` is r or rw, or map for a mapping whose descriptor is closed."""
-
-    _CODE = """
-import mmap, os, sys
-path, mode = sys.argv[1:]
-fd = os.open(path, os.O_RDONLY if mode in ("r", "map") else os.O_RDWR)
-if mode == "map":
-    kept = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
-    os.close(fd)
-print("open", flush=True)
-sys.stdin.read()
-"""
-
-    def __init__(self, path: Path, mode: str) -> None:
-        command = [sys.executable, "-c", self._CODE, str(path), mode]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == b"open\n"
-
-    def let_go(self) -> None:
-        """Close the file; it is closed on return."""
-        self.process.kill()
-        self.process.communicate()
 
 
 @pytest.fixture

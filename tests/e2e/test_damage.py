@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import MakeDatastore
 from live_datastore import (
     BLOCK,
     CHUNK,
     MIB,
     QUIET,
     LiveDatastore,
+    MakeDatastore,
     damage,
     forget_pages,
     merged,

@@ -19,13 +19,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import MakeDatastore
 from live_datastore import (
     BLOCK,
     CHUNK,
     MIB,
     QUIET,
     LiveDatastore,
+    MakeDatastore,
     detach,
     merged,
     noise,

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from conftest import MakeDatastore
 from faulty_daemon import FAULTS
-from live_datastore import MIB, LiveDatastore
+from live_datastore import MIB, LiveDatastore, MakeDatastore
 
 from scripts.lab.file_play import Mismatch
 from scripts.lab.soak_fsx import KINDS, SETTINGS, Courses, Kind

@@ -6,8 +6,7 @@ import json
 import os
 
 import pytest
-from conftest import MakeDatastore
-from live_datastore import MIB, QUIET, LiveDatastore, forget_pages, noise
+from live_datastore import MIB, QUIET, LiveDatastore, MakeDatastore, forget_pages, noise
 
 UNHEALTHY = 8
 CONTENT = noise(2 * MIB, seed=1)

@@ -11,8 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Hold, MakeDatastore
-from live_datastore import BLOCK, CHUNK, MIB, QUIET, LiveDatastore, forget_pages, image, merged, noise, wait_until
+from live_datastore import (
+    BLOCK,
+    CHUNK,
+    MIB,
+    QUIET,
+    Hold,
+    LiveDatastore,
+    MakeDatastore,
+    forget_pages,
+    image,
+    merged,
+    noise,
+    wait_until,
+)
 
 from vmfs_stub.core.names import PLACEHOLDER_XATTR
 

@@ -10,8 +10,19 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Hold, MakeDatastore
-from live_datastore import CHUNK, MIB, QUIET, SMALL_ENDS, forget_pages, image, merged, noise, wait_until
+from live_datastore import (
+    CHUNK,
+    MIB,
+    QUIET,
+    SMALL_ENDS,
+    Hold,
+    MakeDatastore,
+    forget_pages,
+    image,
+    merged,
+    noise,
+    wait_until,
+)
 
 from vmfs_stub.mount import mountpoint as mountpoints
 

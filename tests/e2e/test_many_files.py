@@ -8,8 +8,7 @@ import os
 import resource
 
 import pytest
-from conftest import MakeDatastore
-from live_datastore import BLOCK, MIB, QUIET, LiveDatastore, merged, noise
+from live_datastore import BLOCK, MIB, QUIET, LiveDatastore, MakeDatastore, merged, noise
 
 DESCRIPTORS = 512
 

@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from conftest import MakeDatastore
-from live_datastore import BLOCK, CHUNK, MIB, QUIET, SMALL_ENDS, LiveDatastore, image, merged
+from live_datastore import BLOCK, CHUNK, MIB, QUIET, SMALL_ENDS, LiveDatastore, MakeDatastore, image, merged
 
 SIZE_MAX = 40 * MIB
 OPERATIONS = 10_000

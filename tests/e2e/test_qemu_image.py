@@ -7,8 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import MakeDatastore
-from live_datastore import CHUNK, MIB, QUIET, LiveDatastore, image
+from live_datastore import CHUNK, MIB, QUIET, LiveDatastore, MakeDatastore, image
 
 SIZE = 16 * MIB
 

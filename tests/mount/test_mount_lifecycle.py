@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PlainMount, names, tear_down
+from plain_mount import PlainMount, names, tear_down
 
 from vmfs_stub.mount import mountpoint as mountpoints
 from vmfs_stub.mount import syscalls

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import PlainMount
+from plain_mount import PlainMount
 from plain_scenarios import SCENARIOS, directories
 
 

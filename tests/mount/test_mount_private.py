@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PlainMount, names
+from plain_mount import PlainMount, names
 
 from vmfs_stub.mount import syscalls
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PlainMount, names
 from plain_comparison import as_user
+from plain_mount import PlainMount, names
 
 from vmfs_stub.core import errors
 from vmfs_stub.mount.errno_table import errno_of

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PlainMount
+from plain_mount import PlainMount
 
 PAGE = Path(__file__).parents[2] / "docs" / "SEMANTICS.md"
 

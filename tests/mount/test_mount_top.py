@@ -7,7 +7,7 @@ import os
 import subprocess
 
 import pytest
-from conftest import PlainMount
+from plain_mount import PlainMount
 
 
 def test_others_reach_their_disks_while_the_backing_directory_is_closed(mounted: PlainMount) -> None:

@@ -23,6 +23,7 @@ from vmfs_stub.mount import mountpoint as mountpoints
 from vmfs_stub.mount import session
 from vmfs_stub.mount.filesystem import Filesystem
 from vmfs_stub.mount.fuse import Faults, FuseOperations
+from vmfs_stub.mount.nodes import NODES_SHARE
 from vmfs_stub.mount.settings import MountSettings
 
 _log = logging.getLogger(__name__)
@@ -181,9 +182,10 @@ class _Server:
     async def _relieve(self) -> None:
         """Whenever the kernel knows of many inodes, each of which takes a descriptor: have it forget the unused ones.
 
-        It keeps them until memory is short, which may be long after descriptors are.
+        It keeps them until memory is short, which may be long after descriptors are.  This begins well before
+        the table refuses more.
         """
-        wanted_max = min(self._settings.nodes_wanted_max, session.descriptors_max() // 2)
+        wanted_max = min(self._settings.nodes_wanted_max, int(session.descriptors_max() * NODES_SHARE / 2))
         self._nodes.crowded_at, self._nodes.on_crowded = wanted_max, self._ask_for_relief
         with self._relief:
             while True:

@@ -12,7 +12,8 @@ class MountSettings:
     ``attr_timeout_s`` may be long, since only the daemon changes the backing directory; a placeholder's st_blocks
     changes while it is recalled, so its attributes are kept for ``placeholder_attr_timeout_s``.  ``requests_max``
     are answered at once; it must be well above the recalls that may wait, or a wait for them stops `stat`.  Beyond
-    ``nodes_wanted_max`` inodes, and beyond half the descriptors, the kernel is made to forget those that nobody uses.
+    ``nodes_wanted_max`` inodes, and beyond a quarter of the descriptors, the kernel is made to forget those that nobody
+    uses.
     """
 
     name: str = "vmfs-stub"
