@@ -117,6 +117,49 @@ def test_the_same_times_move(places: Places, name: str) -> None:
     assert mounted == plain
 
 
+def read_by_mapping(path: Path) -> None:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
+        assert mapping[0] == ord("t")
+
+
+def read_directly(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    with mmap.mmap(-1, 4096) as memory:
+        os.preadv(fd, [memory], 0)
+    os.close(fd)
+
+
+@scenario
+def access_times(top: Path) -> object:
+    """What reading moves where atime is older than mtime, which is what `relatime` keeps up to date."""
+    acts: tuple[tuple[str, Callable[[Path], object]], ...] = (
+        ("file", Path.read_bytes),
+        ("file", read_by_mapping),
+        ("file", read_directly),
+        ("file", lambda path: os.close(os.open(path, os.O_RDONLY))),
+        ("file", Path.stat),
+        ("directory", lambda path: list(path.iterdir())),
+        ("directory", lambda path: os.access(path / "x", os.F_OK)),
+        ("link", Path.readlink),
+    )
+    found: list[object] = []
+    for number, (name, act) in enumerate(acts):
+        path = top / f"{name}{number}"
+        if name == "file":
+            path.write_text("text")
+        elif name == "directory":
+            path.mkdir()
+        else:
+            path.symlink_to("file0")
+        os.utime(path, ns=OLD_NS, follow_symlinks=False)
+        os.posix_fadvise(fd := os.open(top / "file0", os.O_RDONLY), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+        act(path)
+        st = path.lstat()
+        found.append((name, number, st.st_atime_ns != OLD_NS[0], st.st_mtime_ns == OLD_NS[1]))
+    return found
+
+
 @scenario
 def chosen_times(top: Path) -> object:
     """Nanoseconds, before 1970, far beyond 2038, only one of both, and what one may not set."""
