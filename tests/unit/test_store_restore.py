@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import stat
 import tracemalloc
 from collections.abc import Iterator
@@ -147,7 +148,21 @@ def test_short_writes_are_continued(store: Store, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize(
     "path",
-    ["../evil", "/etc/evil", "a/../../evil", "..", ".", "", "a//b", "a/", "a\0b", "x" * 300, "./a", "\ud800"],
+    [
+        "../evil",
+        "/etc/evil",
+        "a/../../evil",
+        "..",
+        ".",
+        "",
+        "a//b",
+        "a/",
+        "a\0b",
+        "x" * 300,
+        "./a",
+        "\ud800",
+        "a/" * 256 + "b",
+    ],
 )
 def test_a_manifest_with_a_hostile_path_is_refused(objects: FakeObjects, store: Store, path: str) -> None:
     point = _point(store, {"a": b"x"})
@@ -181,17 +196,26 @@ def test_a_manifest_with_names_that_no_file_system_takes_is_refused(
 
 
 def test_deep_paths_cost_no_more_than_their_length(store: Store, tmp_path: Path) -> None:
-    """All folders of 100 such paths together would be 400 MB."""
+    """All folders of 100 such paths together would be 50 MB."""
     point = _point(store, {"a": b"x"})
-    deep = tuple(stored_file(f"{number}/" + "a/" * 2_000 + "b", 0) for number in range(100))
+    deep = tuple(stored_file(f"{number:03d}/" + "a name of 14 B/" * 254 + "b", 0) for number in range(100))
     data = encode_manifest(replace(point.manifest, files=deep))
     tracemalloc.start()
     try:
         manifest = decode_manifest(data, "manifests/x")
-        assert sum(1 for _ in _implied_folders(manifest.files)) == 100 * 2_001
+        assert sum(1 for _ in _implied_folders(manifest.files)) == 100 * 255
         assert tracemalloc.get_traced_memory()[1] < 10 * len(data)
     finally:
         tracemalloc.stop()
+
+
+def test_the_deepest_path_is_restored_and_removed_again(store: Store, tmp_path: Path) -> None:
+    point = _point(store, {"a": b"x"})
+    deep = (stored_file("a/" * 255 + "b", 0),)
+    report = restore_point(store, replace(point, manifest=replace(point.manifest, files=deep)), tmp_path / "out")
+    assert report.file_count == 1
+    assert (tmp_path / "out" / ("a/" * 255 + "b")).is_file()
+    shutil.rmtree(tmp_path / "out")
 
 
 def test_folders_that_are_only_in_paths_are_found_once() -> None:

@@ -273,7 +273,7 @@ def _folder_of(root: int, path: str) -> Iterator[tuple[int, str]]:
 def _implied_folders(files: Sequence[StoredFile]) -> Iterator[str]:
     """Folders that are in paths and not entries of their own.
 
-    Those of one path at a time: a path of 4 KiB may have 2,000 of them, which are 4 MiB together.
+    Those of one path at a time: a path of 4 KiB may have 255 of them, which are 512 KiB together.
     """
     named = {stored.path for stored in files}
     before: list[str] = []

@@ -26,6 +26,8 @@ from vmfs_stub.store.keys import is_segment_id
 MANIFEST_FORMAT = "vmfs-stub manifest"
 PATH_LENGTH_MAX = 4095
 NAME_LENGTH_MAX = 255
+PATH_PARTS_MAX = 256
+"""No VM is so deep; what makes and removes trees recurses."""
 TIME_NS_END = 2**63 * 1_000_000_000
 """A file's time is below this and not below its negative: seconds have 64 bits, so nanoseconds need more."""
 
@@ -223,6 +225,7 @@ def _check_tree(files: tuple[StoredFile, ...], key: str) -> None:
         parts = stored.path.split("/")
         if (
             len(stored.path) > PATH_LENGTH_MAX
+            or len(parts) > PATH_PARTS_MAX
             or not _os_length(stored.path)
             or any(part in ("", ".", "..") or _os_length(part) > NAME_LENGTH_MAX for part in parts)
             or stored.path in kinds
