@@ -147,6 +147,27 @@ def test_a_file_whose_error_is_no_text_is_rebuilt(path: Path) -> None:
     index.close()
 
 
+def test_a_pack_is_forgotten_also_where_the_table_s_own_index_is_damaged(path: Path) -> None:
+    index = ChunkIndex(path, STORE)
+    refs = _refs(PackId(new_id()), 3)
+    _publish(objects := FakeObjects(), refs)
+    index.sync(objects)
+    index.close()
+    pack_id = refs[0].pack_id.encode()
+    content = path.read_bytes()
+    places = [at for at in range(len(content)) if content.startswith(pack_id, at)]
+    outcomes = set()
+    for at in places:  # in the table, and in its index
+        path.write_bytes(content[:at] + b"0" * 32 + content[at + 32 :])
+        index = ChunkIndex(path, STORE)
+        index.forget_packs([refs[0].pack_id])
+        found = index.lookup([ref.chunk_id for ref in refs])
+        outcomes.add(len(found))
+        index.close()
+    assert len(places) >= 2
+    assert outcomes == {0}
+
+
 def test_a_flipped_bit_anywhere_never_gives_a_wrong_place(path: Path) -> None:
     objects = FakeObjects()
     refs = _refs(PackId(new_id()), 300)

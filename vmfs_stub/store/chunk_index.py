@@ -150,9 +150,8 @@ class ChunkIndex:
 
     def forget_packs(self, pack_ids: Iterable[PackId]) -> None:
         """Never hand out these packs again (they are gone or condemned)."""
-        rows = [(pack_id,) for pack_id in pack_ids]
         with self._lock:
-            self._guarded(lambda database: database.executemany("DELETE FROM packs WHERE id = ?", rows), None)
+            self._guarded(partial(_forget, pack_ids=list(pack_ids)), None)
 
     def sync(self, objects: ObjectStore) -> SyncReport:
         """Bring the file up to date with the store's ``index/``, by listing it and reading what is new.
@@ -280,12 +279,19 @@ def _insert(database: sqlite3.Connection, packs: Iterable[tuple[PackId, Sequence
         )
 
 
+def _forget(database: sqlite3.Connection, pack_ids: Sequence[PackId]) -> None:
+    """Not by the table's index: with a damaged one a row may not be found there, and yet be handed out."""
+    for start in range(0, len(pack_ids), _LOOKUP_MAX):
+        part = pack_ids[start : start + _LOOKUP_MAX]
+        database.execute(f"DELETE FROM packs NOT INDEXED WHERE id IN ({','.join('?' * len(part))})", part)
+
+
 def _known_objects(database: sqlite3.Connection) -> set[str]:
     return {key for (key,) in database.execute("SELECT key FROM objects")}
 
 
 def _drop_object(database: sqlite3.Connection, key: str) -> None:
-    database.execute("DELETE FROM packs WHERE object = (SELECT number FROM objects WHERE key = ?)", (key,))
+    database.execute("DELETE FROM packs NOT INDEXED WHERE object = (SELECT number FROM objects WHERE key = ?)", (key,))
     database.execute("DELETE FROM objects WHERE key = ?", (key,))
 
 
