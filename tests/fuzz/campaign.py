@@ -127,7 +127,7 @@ class Campaign:
         """The next input, and whether its checksums were made right."""
         target = self._target
         mutator = Mutator(chance, target.tokens)
-        is_sealed = chance.random() < 0.75 if target.is_checked else chance.random() < 0.5
+        is_sealed = chance.random() < 0.75
         isolated = target.is_checked and target.is_mixable and not is_sealed
         count = self._pristine if isolated or chance.random() < 0.4 else len(self._corpus)
         data = self._corpus[chance.randrange(count)]

@@ -182,10 +182,16 @@ def test_a_bug_in_a_handler_is_found(fuzz: Fuzz, monkeypatch: pytest.MonkeyPatch
     start = FakeTarget.start_backup
 
     async def broken(self: FakeTarget, vms: Sequence[str], *, archive: bool, peer: Peer) -> JobId:
-        return await start(self, [vms[1], vms[0]], archive=archive, peer=peer)
+        if list(vms) != ["db", "wéb"]:
+            raise LookupError
+        return await start(self, vms, archive=archive, peer=peer)
+
+    async def recalling(self: FakeTarget, vms: Sequence[str], *, peer: Peer) -> JobId:
+        return await broken(self, vms if list(vms) != ["db"] else ["db", "wéb"], archive=True, peer=peer)
 
     monkeypatch.setattr(FakeTarget, "start_backup", broken)
-    assert "the daemon failed unexpectedly" in signatures(fuzz("control-request", count=300))
+    monkeypatch.setattr(FakeTarget, "start_recall", recalling)
+    assert "the daemon failed unexpectedly" in signatures(fuzz("control-request", count=600))
 
 
 def test_the_end_of_the_process_is_found_with_its_input() -> None:
