@@ -196,6 +196,7 @@ async def _open_datastore(config: Config) -> AsyncIterator[trio.Event]:
                     async with open_control(
                         datastore,
                         _metrics(services, mount),
+                        backing=backing,
                         socket_path=config.socket_path,
                         connections_max=config.control.connections_max,
                     ):

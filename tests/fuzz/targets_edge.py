@@ -17,7 +17,7 @@ import trio
 
 from tests.fuzz.target import Bound, Edit, Target, Violation, check_types, require
 from tests.fuzz.targets_store import sample_pack
-from tests.unit.control_fakes import FakeHistory, FakeTarget
+from tests.unit.control_fakes import BACKING, FakeHistory, FakeTarget
 from vmfs_stub.catalog.catalog import Catalog
 from vmfs_stub.cli.init import _config_text
 from vmfs_stub.cli.output import bytes_text, time_text
@@ -233,7 +233,7 @@ class ControlRequestTarget(_HttpTarget):
         answer = bytearray()
         with trio.fail_after(5):
             async with open_jobs(FakeHistory(), running_max=4, kept=10) as jobs, trio.open_nursery() as nursery:
-                server = ControlServer(FakeTarget(jobs), Metrics(), connections_max=4, idle_s=0.05)
+                server = ControlServer(FakeTarget(jobs), Metrics(), backing=BACKING, connections_max=4, idle_s=0.05)
                 client = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
                 nursery.start_soon(server.handle, trio.SocketStream(trio.socket.from_stdlib_socket(theirs)))
 

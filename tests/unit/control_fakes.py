@@ -21,6 +21,7 @@ from vmfs_stub.core.errors import CorruptFrame, InUse, StoreFull, VmNotFound
 from vmfs_stub.core.ids import JobId
 
 KNOWN_VMS = ("db", "web")
+BACKING = Path("/srv/backing")
 
 
 class FakeHistory:
@@ -79,7 +80,7 @@ class FakeTarget:
         return messages.Status(
             healthy=self.healthy,
             daemon=messages.DaemonStatus(pid=os.getpid(), version="0", started=1.0, held=self.held),
-            mount=messages.MountStatus(mountpoint="/srv/vms", backing="/srv/backing", mounted=True),
+            mount=messages.MountStatus(mountpoint="/srv/vms", backing=str(BACKING), mounted=True),
             store=messages.StoreStatus(url="file:///srv/store", store_id=None, reachable=self.healthy),
             jobs=[job for job in self._jobs.list() if job.state == "running"],
             findings=[] if self.healthy else [finding],
@@ -138,18 +139,22 @@ class FakeTarget:
 
 
 @asynccontextmanager
-async def open_fake_daemon(socket_path: Path) -> AsyncIterator[FakeTarget]:
+async def open_fake_daemon(socket_path: Path, *, backing: Path = BACKING) -> AsyncIterator[FakeTarget]:
     """A fake daemon that answers on ``socket_path``."""
     async with open_jobs(FakeHistory(), running_max=4, kept=10) as jobs:
         target = FakeTarget(jobs)
-        async with open_control(target, Metrics(), socket_path=socket_path, connections_max=8, idle_s=0.2):
+        async with open_control(
+            target, Metrics(), backing=backing, socket_path=socket_path, connections_max=8, idle_s=0.2
+        ):
             yield target
 
 
-async def serve(socket_path: Path, *, healthy: bool = True, busy: bool = False, broken: bool = False) -> None:
+async def serve(
+    socket_path: Path, *, backing: Path, healthy: bool = True, busy: bool = False, broken: bool = False
+) -> None:
     """Run until a shutdown or SIGTERM; prints a line when it answers."""
     with trio.open_signal_receiver(signal.SIGTERM) as signals:
-        async with open_fake_daemon(socket_path) as target, trio.open_nursery() as nursery:
+        async with open_fake_daemon(socket_path, backing=backing) as target, trio.open_nursery() as nursery:
             target.healthy, target.busy, target.broken = healthy, busy, broken
 
             async def stop_on_signal() -> None:
@@ -165,8 +170,17 @@ async def serve(socket_path: Path, *, healthy: bool = True, busy: bool = False, 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("socket", type=Path)
+    parser.add_argument("--backing", type=Path, required=True)
     parser.add_argument("--unhealthy", action="store_true")
     parser.add_argument("--busy", action="store_true")
     parser.add_argument("--broken", action="store_true")
     options = parser.parse_args()
-    trio.run(lambda: serve(options.socket, healthy=not options.unhealthy, busy=options.busy, broken=options.broken))
+    trio.run(
+        lambda: serve(
+            options.socket,
+            backing=options.backing,
+            healthy=not options.unhealthy,
+            busy=options.busy,
+            broken=options.broken,
+        )
+    )

@@ -58,7 +58,8 @@ def start_daemon(config: Path, tmp_path: Path) -> Iterator[StartDaemon]:
 
     def start(*flags: str) -> subprocess.Popen[str]:
         (tmp_path / "run").mkdir(exist_ok=True, mode=0o700)
-        command = [sys.executable, str(HERE / "control_fakes.py"), str(tmp_path / "run/control.sock"), *flags]
+        where = (tmp_path / "run/control.sock", "--backing", tmp_path / "backing")
+        command = [sys.executable, HERE / "control_fakes.py", *where, *flags]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         started.append(process)
         assert process.stdout is not None
@@ -149,6 +150,20 @@ def test_status_and_hold(run: Run, start_daemon: StartDaemon) -> None:
     assert "recalls are held" not in run("status").out
 
 
+def test_a_daemon_of_another_datastore_gets_no_commands(
+    run: Run, config: Path, start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    """Two datastores whose mountpoints have the same name share a runtime directory unless they are told otherwise."""
+    daemon = start_daemon("--backing", str(tmp_path / "theirs"))
+    for command in (["ls"], ["status"], ["hold"], ["archive", "db"], ["mount", "--background"], ["unmount", "--force"]):
+        result = run(*command)
+        assert (result.code, result.out) == (ExitCode.REFUSED, ""), result
+        assert f"serves {tmp_path}/theirs, not {tmp_path}/backing" in result.err
+    (found,) = (f for f in host_checks.examine(load_config(config)) if f.subject == "control")
+    assert (found.severity, "runtime_dir" in found.remedy) == ("problem", True)
+    assert daemon.poll() is None
+
+
 def test_unhealthy_is_8(run: Run, start_daemon: StartDaemon) -> None:
     start_daemon("--unhealthy")
     result = run("status")
@@ -216,7 +231,10 @@ def run(config):
 module.run = run
 sys.modules["vmfs_stub.daemon"] = module
 """
-SERVES = "import trio, control_fakes; trio.run(lambda: control_fakes.serve(config.socket_path))"
+SERVES = (
+    "import trio, control_fakes; backing = config.datastore.backing; "
+    "trio.run(lambda: control_fakes.serve(config.socket_path, backing=backing))"
+)
 
 
 @pytest.fixture

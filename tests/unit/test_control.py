@@ -19,7 +19,7 @@ from typing import TypeVar
 import pytest
 import trio
 import trio.testing
-from control_fakes import FakeHistory, FakeTarget, open_fake_daemon
+from control_fakes import BACKING, FakeHistory, FakeTarget, open_fake_daemon
 from pytest import RaisesExc, RaisesGroup
 
 from vmfs_stub.control import messages
@@ -223,7 +223,7 @@ async def test_metrics_are_scraped(socket_path: Path) -> None:
     metrics.gauge("open_disks", "Open disks", lambda: 3.0)
     async with (
         open_jobs(FakeHistory(), running_max=1, kept=1) as jobs,
-        open_control(FakeTarget(jobs), metrics, socket_path=socket_path),
+        open_control(FakeTarget(jobs), metrics, backing=BACKING, socket_path=socket_path),
     ):
         await ask(socket_path, lambda client: client.status())
         text = await ask(socket_path, lambda client: client.metrics())
@@ -270,7 +270,9 @@ async def test_a_connection_ends_with_its_reply(socket_path: Path) -> None:
     """Otherwise a script that runs `ls` in a loop would use all connections up."""
     async with open_jobs(FakeHistory(), running_max=1, kept=1) as jobs:
         target = FakeTarget(jobs)
-        async with open_control(target, Metrics(), socket_path=socket_path, connections_max=2, idle_s=60):
+        async with open_control(
+            target, Metrics(), backing=BACKING, socket_path=socket_path, connections_max=2, idle_s=60
+        ):
             for _ in range(10):
                 await ask(socket_path, lambda client: client.status())
 

@@ -52,7 +52,9 @@ def client_of(config: Config) -> ControlClient:
     """A client of this datastore's daemon; whether one answers shows at the first call."""
     from vmfs_stub.control.client import ControlClient
 
-    return ControlClient(config.socket_path, timeout_s=config.control.request_timeout_s)
+    return ControlClient(
+        config.socket_path, backing=config.datastore.backing, timeout_s=config.control.request_timeout_s
+    )
 
 
 def open_store_of(ctx: typer.Context, url: str | None) -> Store:

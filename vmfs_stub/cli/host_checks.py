@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from vmfs_stub.cli.context import open_store
 from vmfs_stub.cli.init import probe_xattrs
 from vmfs_stub.cli.output import bytes_text
-from vmfs_stub.core.errors import DaemonUnreachable, VmfsStubError
+from vmfs_stub.core.errors import DaemonUnreachable, OtherDatastore, VmfsStubError
 from vmfs_stub.mount.mountpoint import is_dead, is_immutable, is_mounted, mount_of
 
 if TYPE_CHECKING:
@@ -228,6 +228,9 @@ def _daemon(config: Config) -> Iterator[HostFinding]:
         status = client_of(config).status()
     except DaemonUnreachable as exc:
         yield HostFinding("problem", "control", str(exc), "`vmfs-stub mount` starts a daemon")
+        return
+    except OtherDatastore as exc:
+        yield HostFinding("problem", "control", str(exc), "give this datastore another datastore.runtime_dir")
         return
     yield HostFinding("ok", "control", f"the daemon (pid {status.daemon.pid}) answers")
     for finding in status.findings:

@@ -77,12 +77,12 @@ def _mount_in_background(config: Config, config_path: Path) -> None:
 
 
 def _answering_pid(config: Config) -> int | None:
-    """The pid of the daemon whose mount answers; None while there is none."""
+    """The pid of the daemon whose mount answers; None while there is none.  Raises OtherDatastore."""
     from vmfs_stub.control.client import ControlClient
     from vmfs_stub.mount.mountpoint import is_mounted
 
     try:
-        found = ControlClient(config.socket_path, timeout_s=_ANSWER_S).status()
+        found = ControlClient(config.socket_path, backing=config.datastore.backing, timeout_s=_ANSWER_S).status()
     except DaemonUnreachable:
         return None
     return found.daemon.pid if found.mount.mounted and is_mounted(config.datastore.mountpoint) else None

@@ -2,6 +2,8 @@
 
 Every reply is JSON but that of /metrics.  A failure is an ErrorInfo with a status of 4xx or 5xx; the client goes by
 the class name in it, never by the status.  Every command that changes something is logged with its caller.
+A request may name the backing directory that it is for, and is refused when this daemon serves another one: two
+datastores can be configured to the same socket.
 Must not know sockets: the caller's Peer is in the request's scope, put there by the server.
 """
 
@@ -9,7 +11,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import TypeVar, cast
+from urllib.parse import unquote
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.applications import Starlette
@@ -22,7 +26,7 @@ from vmfs_stub.control import messages
 from vmfs_stub.control.metrics import CONTENT_TYPE, Metrics
 from vmfs_stub.control.peer import Peer
 from vmfs_stub.control.target import ControlTarget
-from vmfs_stub.core.errors import ConfigError, NotFound, Refused, VmfsStubError
+from vmfs_stub.core.errors import ConfigError, NotFound, OtherDatastore, Refused, VmfsStubError
 from vmfs_stub.core.ids import JobId
 from vmfs_stub.core.wrapped_errors import unwrapped
 
@@ -40,10 +44,11 @@ log = logging.getLogger(__name__)
 
 
 class ControlApi:
-    """Handlers of all routes; `application` makes the ASGI application."""
+    """Handlers of all routes; `application` makes the ASGI application.  ``backing`` is what ``target`` serves."""
 
-    def __init__(self, target: ControlTarget, metrics: Metrics) -> None:
+    def __init__(self, target: ControlTarget, metrics: Metrics, *, backing: Path) -> None:
         self._target = target
+        self._backing = messages.backing_name(backing)
         self._metrics = metrics
         self._requests = metrics.counter("control_requests", "Requests to the control socket", ("route", "outcome"))
 
@@ -70,6 +75,7 @@ class ControlApi:
 
         async def handle(request: Request) -> Response:
             try:
+                await self._refuse_other(request)
                 response = await endpoint(request)
             except ClientDisconnect:
                 self._requests.labels(route, "disconnected").inc()
@@ -80,6 +86,15 @@ class ControlApi:
             return response
 
         return handle
+
+    async def _refuse_other(self, request: Request) -> None:
+        named = request.headers.get(messages.BACKING_HEADER)
+        if named is not None and named != self._backing:
+            await _received(request)  # a client that still sends would not see the reply
+            raise OtherDatastore(
+                f"the daemon that answers serves {unquote(self._backing)}, not {unquote(named)}: give one of these two "
+                "another datastore.runtime_dir"
+            )
 
     def _failed(self, route: str, error: Exception) -> Response:
         cause = unwrapped(error)
@@ -152,14 +167,19 @@ class _NoReply(Response):
         return
 
 
-async def _body(request: Request, model: type[M]) -> M:
+async def _received(request: Request) -> bytes:
     received = bytearray()
     async for part in request.stream():
         received += part
         if len(received) > REQUEST_BYTES_MAX:
             raise ConfigError(f"the request is larger than {REQUEST_BYTES_MAX} bytes")
+    return bytes(received)
+
+
+async def _body(request: Request, model: type[M]) -> M:
+    content = await _received(request) or b"{}"
     try:
-        return model.model_validate_json(bytes(received) or b"{}")
+        return model.model_validate_json(content)
     except ValidationError as exc:
         raise ConfigError(f"the request cannot be used: {exc.errors()[0]['msg']}") from exc
 

@@ -85,13 +85,23 @@ def _content(response: HTTPResponse) -> bytes:
 class ControlClient:
     """Commands for the daemon at ``socket_path``; each makes a connection of its own, which costs nothing here.
 
+    With ``backing``, a daemon that serves another directory refuses them all (OtherDatastore).
+
     Every method raises DaemonUnreachable, and what the daemon raised.
     """
 
     def __init__(
-        self, socket_path: Path, *, timeout_s: float = 60.0, sleep: Callable[[float], None] = time.sleep
+        self,
+        socket_path: Path,
+        *,
+        backing: Path | None = None,
+        timeout_s: float = 60.0,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._path = socket_path
+        self._headers = {"connection": "close"}
+        if backing is not None:
+            self._headers[messages.BACKING_HEADER] = messages.backing_name(backing)
         self._timeout_s = timeout_s
         self._sleep = sleep
 
@@ -159,7 +169,7 @@ class ControlClient:
         connection = _UnixConnection(self._path, timeout_s=self._timeout_s)
         try:
             content = None if body is None else body.model_dump_json()
-            connection.request(method, path, body=content, headers={"connection": "close"})
+            connection.request(method, path, body=content, headers=self._headers)
             with connection.getresponse() as response:
                 reply = _Reply(response.status, _content(response))
         except TimeoutError as exc:

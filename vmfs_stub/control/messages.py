@@ -6,7 +6,10 @@ bytes, times are seconds since the epoch.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -14,12 +17,20 @@ from vmfs_stub.core import errors
 from vmfs_stub.core.ids import JobId
 from vmfs_stub.core.names import printable
 
+BACKING_HEADER = "vmfs-stub-backing"
+"""The request header that names the backing directory that a request is for, as `backing_name` writes it."""
+
 DiskState = Literal["resident", "placeholder", "recalling"]
 JobKind = Literal["backup", "archive", "recall"]
 JobState = Literal["running", "done", "failed", "interrupted"]
 
 Shown = Annotated[str, BeforeValidator(lambda text: printable(text) if isinstance(text, str) else text)]
 """Text that may hold names which users chose: JSON takes only Unicode, and a terminal obeys control characters."""
+
+
+def backing_name(backing: Path) -> str:
+    """The directory itself, whatever symlinks lead to it, in characters that a header may have."""
+    return quote(os.fsencode(os.path.realpath(backing)))
 
 
 class _Message(BaseModel):

@@ -77,8 +77,10 @@ class _OrderedStream(trio.abc.HalfCloseableStream):
 class ControlServer:
     """Accepts connections up to a limit and serves the application on each."""
 
-    def __init__(self, target: ControlTarget, metrics: Metrics, *, connections_max: int, idle_s: float) -> None:
-        self._app: Any = ControlApi(target, metrics).application()
+    def __init__(
+        self, target: ControlTarget, metrics: Metrics, *, backing: Path, connections_max: int, idle_s: float
+    ) -> None:
+        self._app: Any = ControlApi(target, metrics, backing=backing).application()
         self._connections_max = connections_max
         self._connection_count = 0
         self._context = WorkerContext(None)
@@ -125,15 +127,21 @@ class ControlServer:
 
 @asynccontextmanager
 async def open_control(
-    target: ControlTarget, metrics: Metrics, *, socket_path: Path, connections_max: int = 64, idle_s: float = 5.0
+    target: ControlTarget,
+    metrics: Metrics,
+    *,
+    backing: Path,
+    socket_path: Path,
+    connections_max: int = 64,
+    idle_s: float = 5.0,
 ) -> AsyncIterator[None]:
-    """Serve ``target`` on ``socket_path`` while inside; call it with the datastore's lock held.
+    """Serve ``target``, the datastore of ``backing``, on ``socket_path`` while inside; call it with its lock held.
 
     ``idle_s`` is how long a connection may say nothing.  Leaving it without cancellation lets requests in progress
     finish for a few seconds, so that the reply to `unmount` still goes out.  Raises ConfigError, AlreadyExists,
     DatastoreLocked, PrimaryIOError.
     """
-    server = ControlServer(target, metrics, connections_max=connections_max, idle_s=idle_s)
+    server = ControlServer(target, metrics, backing=backing, connections_max=connections_max, idle_s=idle_s)
     sock, inode = _listen(socket_path)
     listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
     try:
@@ -201,4 +209,6 @@ def _clear(path: Path) -> None:
             if exc.errno in (errno.ECONNREFUSED, errno.ENOENT):
                 return
             raise PrimaryIOError(f"cannot tell whether a daemon listens on {path}: {exc}") from exc
-    raise DatastoreLocked(f"another daemon answers on {path}: stop it first, or give this datastore another name")
+    raise DatastoreLocked(
+        f"another daemon answers on {path}: stop it first, or give this datastore another datastore.runtime_dir"
+    )

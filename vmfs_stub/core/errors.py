@@ -93,6 +93,10 @@ class DatastoreLocked(Refused):
     """Another daemon serves this backing directory."""
 
 
+class OtherDatastore(Refused):
+    """The daemon that answers serves another backing directory than the one that was meant."""
+
+
 class AlreadyExists(Refused):
     """Would overwrite something."""
 
