@@ -109,7 +109,8 @@ def backing(config: Config) -> Iterator[HostFinding]:
     """The backing directory: mode, filesystem, attributes, room."""
     path = config.datastore.backing
     if not path.is_dir():
-        yield HostFinding("problem", "backing", f"{path} is no directory", "make it, or run `vmfs-stub init`")
+        remedy = f"mount what belongs there; for a new datastore: mkdir -m 0700 {path}"
+        yield HostFinding("problem", "backing", f"{path} is no directory", remedy)
         return
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
@@ -130,7 +131,7 @@ def backing(config: Config) -> Iterator[HostFinding]:
     try:
         probe_xattrs(path)
     except VmfsStubError as exc:
-        yield HostFinding("problem", "backing", str(exc), "see the message")
+        yield HostFinding("problem", "backing", str(exc), "root must be able to make files with attributes there")
     else:
         yield HostFinding("ok", "backing", f"{path} ({here.kind}) has trusted.* attributes")
     yield from _room(path, config.primary.free_floor_percent)
