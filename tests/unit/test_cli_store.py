@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 from command_line import Run, runner
+from store_points import back_up
 
 from vmfs_stub.cli.exit_codes import ExitCode
 from vmfs_stub.cli.stored_vms import find_point, find_stored, find_stored_vm, named_points, split_name
@@ -14,12 +16,14 @@ from vmfs_stub.core.errors import AmbiguousName, PointNotFound, VmNotFound
 from vmfs_stub.core.ids import PointId, VmId
 from vmfs_stub.store import objects_url
 from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.keys import pack_key
 from vmfs_stub.store.manifest import FileKind, StoredFile
 from vmfs_stub.store.objects import ObjectStore
 from vmfs_stub.store.objects_url import open_objects
 from vmfs_stub.store.store import PointSummary, Store, StoredVm
 
 CONTENT = bytes(range(256)) * 1024 + bytes(1 << 20) + b"end"
+CHUNK = 64 * 1024
 
 
 @pytest.fixture
@@ -136,6 +140,30 @@ def test_verify_finds_planted_damage(run: Run, url: str, tmp_path: Path) -> None
     restored = run("restore", "web", "--to", tmp_path / "out", "--store", url)
     assert restored.code == ExitCode.INTEGRITY
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_verify_folds_neighbours_with_the_same_problem(run: Run, url: str, tmp_path: Path) -> None:
+    """A pack that is missing takes hundreds of chunks with it; one line says so."""
+    content = random.Random(5).randbytes(6 * CHUNK)
+    made = back_up(Store.open(open_objects(url)), {"big.raw": content}, vm_name="big")
+    verified = run("verify", "big", "--store", url)
+    assert verified.code == 0, verified
+    found = Store.open(open_objects(url)).open_point(made.vm_id, made.point_id).chunks(0).locate(0, 6)
+    refs = [ref for ref in found if ref is not None]
+    pack = tmp_path / "store" / pack_key(refs[0].pack_id)
+    whole = pack.read_bytes()
+    pack.unlink()
+    gone = run("verify", "big", "--store", url)
+    assert gone.code == ExitCode.INTEGRITY
+    assert len(gone.err.splitlines()) == 2  # what it does, and the finding
+    assert f"big@{made.point_id} big.raw chunks 0 to 5: " in gone.err
+    assert "6 findings" in gone.out
+    damaged = bytearray(whole)
+    for ref in (refs[1], refs[4]):
+        damaged[ref.end - 1] ^= 1
+    pack.write_bytes(damaged)
+    apart = run("verify", "big", "--store", url)
+    assert [word in apart.err for word in ("chunk 1: ", "chunk 4: ", " to ")] == [True, True, False]
 
 
 def stored(vm_id: str, name: str, *points: str, damaged: str = "") -> StoredVm:

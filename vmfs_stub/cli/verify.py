@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +13,9 @@ from vmfs_stub.cli.exit_codes import ExitCode
 from vmfs_stub.cli.job_progress import advance_shown
 from vmfs_stub.cli.output import bytes_text, say, warn
 from vmfs_stub.cli.stored_vms import named_points
+
+if TYPE_CHECKING:
+    from vmfs_stub.services.verify import Finding
 
 
 def verify(
@@ -31,14 +36,40 @@ def verify(
         report = verification.verify(
             found, vm_id=points.vm_id, point_id=None if one is None else one.point_id, progress=advance
         )
-    for finding in report.findings:
+    for finding, chunk_count in _folded(report.findings):
         place = f"{finding.vm_name or finding.vm_id}@{finding.point_id}"
         part = f" {finding.path}" if finding.path else ""
-        chunk = "" if finding.chunk is None else f" chunk {finding.chunk}"
-        warn(f"{place}{part}{chunk}: {finding.problem}")
+        warn(f"{place}{part}{_chunks(finding.chunk, chunk_count)}: {finding.problem}")
     say(
         f"{points.what}: {report.point_count} restore points, {report.file_count} files, "
         f"{bytes_text(report.read_bytes)} read, {len(report.findings)} findings"
     )
     if report.findings:
         raise typer.Exit(ExitCode.INTEGRITY)
+
+
+def _folded(findings: Iterable[Finding]) -> Iterator[tuple[Finding, int]]:
+    """The first of each run of neighbouring chunks with the same problem, and how many they are.
+
+    A pack that is missing takes hundreds of chunks with it.
+    """
+    first, count = None, 0
+    for finding in findings:
+        if (
+            first is not None
+            and first.chunk is not None
+            and finding == dataclasses.replace(first, chunk=first.chunk + count)
+        ):
+            count += 1
+            continue
+        if first is not None:
+            yield first, count
+        first, count = finding, 1
+    if first is not None:
+        yield first, count
+
+
+def _chunks(first: int | None, count: int) -> str:
+    if first is None:
+        return ""
+    return f" chunk {first}" if count == 1 else f" chunks {first} to {first + count - 1}"
