@@ -52,6 +52,7 @@ class FakeTarget:
         self.broken = False
         self.healthy = True
         self.stopping = trio.Event()
+        self.working = trio.Event()
         self.may_finish = trio.Event()
         self.may_finish.set()
 
@@ -121,6 +122,7 @@ class FakeTarget:
     def _work(self, vms: Sequence[str]) -> Any:
         async def work(progress: JobProgress) -> messages.JobReport:
             progress.update(done_bytes=1, total_bytes=2, doing="copying db")
+            self.working.set()
             await self.may_finish.wait()
             if "damaged" in vms:
                 raise CorruptFrame("a frame of 'damaged' does not decode")

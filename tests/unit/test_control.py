@@ -170,6 +170,7 @@ async def test_jobs_report_progress_and_outcome(socket_path: Path) -> None:
     async with open_fake_daemon(socket_path) as target:
         target.may_finish = trio.Event()
         job_id = await ask(socket_path, lambda client: client.start_backup(["db"], archive=True))
+        await target.working.wait()  # a job is recorded, in a thread, before its work begins
         running = await ask(socket_path, lambda client: client.job(job_id))
         assert (running.state, running.caller_uid) == ("running", ME.uid)
         assert (running.progress.done_bytes, running.progress.total_bytes) == (1, 2)
