@@ -142,6 +142,7 @@ def test_hydration_goes_on_after_a_restart(make_datastore: MakeDatastore) -> Non
     datastore.restart()
     wait_until("all of it is back", lambda: datastore.state("vm") == "resident")
     wait_until("its pin is gone", lambda: not datastore.pins())
+    wait_until("its maps are gone", lambda: not datastore.durable_maps() + datastore.volatile_maps())
     datastore.assert_nothing_left(datastore.backing_of(disk))
     assert datastore.backing_of(disk).read_bytes() == content
 
