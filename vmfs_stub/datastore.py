@@ -334,7 +334,7 @@ class Datastore:
         """Bring the named VMs back in full; raises RecallsHeld."""
         found = await self._named(vms)
         if self._recall.held:
-            raise RecallsHeld("recalls of this datastore are held; `vmfs-stub unhold` allows them again")
+            raise RecallsHeld("recalls are held for this datastore; `vmfs-stub unhold` allows them again")
         return self._start("recall", found, self._bring_back, peer=peer)
 
     async def job(self, job_id: JobId) -> JobInfo:

@@ -89,7 +89,7 @@ class HydrationService:
             if placeholder is None:
                 return
             if self._recall.held:
-                raise RecallsHeld(f"{disk.label}: recalls of this datastore are held; `vmfs-stub unhold` allows them")
+                raise RecallsHeld(f"{disk.label}: recalls are held for this datastore; `vmfs-stub unhold` allows them")
             self._check_space(disk, placeholder.absent_bytes())
             while (other := self._courses.get(disk.ino)) is not None:
                 if not other.commanded:
@@ -180,7 +180,7 @@ class HydrationService:
             while chunks := placeholder.absent_chunks(offset, size):
                 if self._recall.held:
                     raise RecallsHeld(
-                        f"{placeholder.label}: recalls of this datastore are held; `vmfs-stub unhold` allows them"
+                        f"{placeholder.label}: recalls are held for this datastore; `vmfs-stub unhold` allows them"
                     )
                 await self._recall.recall_chunks(placeholder, chunks, demand=False)
         finally:

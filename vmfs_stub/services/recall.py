@@ -122,7 +122,7 @@ class RecallService:
         """
         if self.held:
             raise RecallsHeld(
-                f"{placeholder.label}: recalls of this datastore are held; `vmfs-stub unhold` allows them"
+                f"{placeholder.label}: recalls are held for this datastore; `vmfs-stub unhold` allows them"
             )
         if self.counters.waiting >= self._waiting_max:
             raise RecallOverload(
