@@ -14,23 +14,29 @@ import random
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
 import trio
 
-from tests.store_fakes import FakeObjects
+from tests.site_tags import ROOT
+from tests.store_fakes import FakeObjects, SitedObjects
 from vmfs_stub.core.names import PLACEHOLDER_XATTR, PRIVATE_DIR
+from vmfs_stub.core.sites import PLAIN
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.vm import Vm
+from vmfs_stub.mount.entries import Entry
 from vmfs_stub.primary.files import FileCalls, punch_hole, sync_directory, sync_filesystem
 from vmfs_stub.primary.identity import BootIdentity, inode_generation
 from vmfs_stub.primary.placeholder import PrivateState
+from vmfs_stub.primary.tree import open_beneath, reopen
 from vmfs_stub.services.archive import ArchiveSettings, BackupReport
 from vmfs_stub.services.disk import Caller, Disk
 from vmfs_stub.services.disk_services import DiskServices, ServiceSettings, connect_services
@@ -154,20 +160,46 @@ def _record(fd: int) -> bytes | None:
 # What fails
 
 
+@dataclass(slots=True)
+class Fault:
+    """What goes wrong at a call: it raises ``error``, instead of being made or ``late`` (after it took effect), or
+    what it returns is changed; ``for_good`` also all later ones of the site, until `RigFiles.repair`.
+    """
+
+    error: BaseException | None = None
+    late: bool = False
+    change: Callable[[Any], Any] | None = None
+    for_good: bool = False
+
+
 class RigFiles(FileCalls):
-    """Makes file calls of one life; ``plan`` says at which call of which site an error is raised."""
+    """Makes file calls, and those on the store, of one life; a plan says which of them go wrong."""
 
     def __init__(self, medium: Medium) -> None:
         self.medium = medium
         self.counts: Counter[str] = Counter()
+        self.places: dict[tuple[str, str], int] = {}
+        """The number of the first call of each site from each place in the source, when ``watches_places``."""
+        self.watches_places = False
         self.dead = False
-        self._plan: dict[tuple[str, int], BaseException] = {}
+        self.spoiled: set[str] = set()
+        """Sites whose calls went wrong."""
+        self._plan: dict[str, tuple[int, Fault]] = {}
+        self._lock = threading.Lock()
         self.instead: dict[str, Callable[..., Any]] = {}
         """Site → what is called instead of the function, with the function first."""
 
     def fail(self, site: str, number: int, error: BaseException) -> None:
         """The ``number``-th call (from 1, counted from now) at ``site`` raises ``error`` instead of being made."""
-        self._plan[site, self.counts[site] + number] = error
+        self.spoil(site, number, Fault(error))
+
+    def spoil(self, site: str, number: int, fault: Fault) -> None:
+        """The ``number``-th call (from 1, counted from now) at ``site`` goes wrong."""
+        self._plan[site] = (self.counts[site] + number, fault)
+
+    def repair(self) -> None:
+        """From now on nothing goes wrong."""
+        self._plan.clear()
 
     def check_alive(self) -> None:
         if self.dead:
@@ -178,12 +210,11 @@ class RigFiles(FileCalls):
 
     def call(self, site: str, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         self.check_alive()
-        self.counts[site] += 1
-        error = self._plan.get((site, self.counts[site]))
-        if error is not None:
-            if isinstance(error, Killed):
+        fault = self._counted(site)
+        if fault is not None and not fault.late and fault.error is not None:
+            if isinstance(fault.error, Killed):
                 self.kill()
-            raise error
+            raise fault.error
         if site == "map.remove" and isinstance(getattr(function, "__self__", None), Path):
             self.medium.unlinking(function.__self__)  # type: ignore[attr-defined]
         if site in self.instead:
@@ -192,32 +223,95 @@ class RigFiles(FileCalls):
             done = None  # type: ignore[assignment]
         else:
             done = function(*args, **kwargs)
-        self.medium.after(function, args)
-        return done
+        if not site.startswith(("start.", "restore.")):  # elsewhere, or directories in which no map is named
+            self.medium.after(function, args)
+        if fault is not None and fault.error is not None:
+            _give_back(function, done)
+            raise fault.error
+        return fault.change(done) if fault is not None and fault.change is not None else done
+
+    def _counted(self, site: str) -> Fault | None:
+        with self._lock:
+            self.counts[site] += 1
+            if self.watches_places:
+                self.places.setdefault((site, calling_place()), self.counts[site])
+            number, fault = self._plan.get(site, (0, None))
+            if fault is None or self.counts[site] < number or (self.counts[site] > number and not fault.for_good):
+                return None
+            self.spoiled.add(site)
+            return fault
+
+
+def _give_back(function: object, done: Any) -> None:
+    """Close what a call opened whose caller is told that it failed."""
+    if function in (os.open, open_beneath, reopen):
+        os.close(done)
+    elif hasattr(done, "close"):
+        done.close()
+    for entry in done if isinstance(done, list) else [done]:
+        if isinstance(entry, Entry):
+            os.close(entry.fd)
+
+
+def calling_place() -> str:
+    """Where in the program a call comes from that reached the harness; empty when a test made it."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not frame.f_code.co_filename.startswith(str(ROOT)):
+        frame = frame.f_back
+    return "" if frame is None else f"{Path(frame.f_code.co_filename).relative_to(ROOT)}:{frame.f_lineno}"
 
 
 class RigThreads(Threads):
-    """Threads that do nothing more once the daemon was killed."""
+    """Threads that do nothing more once the daemon was killed; ``inline`` does without threads, which is faster."""
 
-    def __init__(self, life: RigFiles) -> None:
-        super().__init__(files_max=4, store_max=4, compute_max=2, store_timeout_s=60, transfer_timeout_s=60)
+    def __init__(self, life: RigFiles, *, inline: bool = False, store_timeout_s: float = 60) -> None:
+        super().__init__(
+            files_max=4,
+            store_max=4,
+            compute_max=2,
+            store_timeout_s=store_timeout_s,
+            transfer_timeout_s=store_timeout_s,
+        )
         self._life = life
+        self._inline = inline
+
+    def be_patient(self) -> None:
+        """From now on no call on the store takes too long."""
+        self._store_timeout_s = self._transfer_timeout_s = 60
 
     async def files(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         self._life.check_alive()
+        if self._inline:
+            await trio.lowlevel.checkpoint()
+            return function(*args, **kwargs)
         return await super().files(function, *args, **kwargs)
 
     async def store(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         self._life.check_alive()
+        if self._inline:
+            await trio.lowlevel.checkpoint()
+            return function(*args, **kwargs)
         return await super().store(function, *args, **kwargs)
 
     async def background(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         self._life.check_alive()
+        if self._inline:
+            await trio.lowlevel.checkpoint()
+            return function(*args, **kwargs)
         return await super().background(function, *args, **kwargs)
 
     async def transfer(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         self._life.check_alive()
+        if self._inline:
+            await trio.lowlevel.checkpoint()
+            return function(*args, **kwargs)
         return await super().transfer(function, *args, **kwargs)
+
+    async def compute(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        if self._inline:
+            await trio.lowlevel.checkpoint()
+            return function(*args, **kwargs)
+        return await super().compute(function, *args, **kwargs)
 
 
 # The datastore
@@ -234,6 +328,7 @@ class Services:
     private: PrivateState
     connected: DiskServices
     findings: Findings
+    store: Store
 
     def __post_init__(self) -> None:
         self.recall = self.connected.recall
@@ -249,7 +344,7 @@ class Services:
 
     async def archive(self, name: str, *, archive: bool = True) -> BackupReport:
         """One backup job of a VM; as in the daemon, it ends what hydrates in the background first."""
-        vm = self.rig.vm(name)
+        vm = self.rig.vm(name, files=self.files)
         for file in vm.files:
             await self.hydration.stop(file.ino)
         return await self.archiver.run(vm, archive=archive, progress=lambda count: None)
@@ -281,6 +376,9 @@ class Rig:
         self.objects = FakeObjects()
         self.store = Store.create(self.objects, chunk_size=CHUNK)
         self.medium = Medium()
+        self.inline = False
+        """Whether lives do without threads."""
+        self.store_timeout_s = 60.0
         self.boot = _new_boot()
         self.settings = ArchiveSettings(
             resident_head_bytes=head,
@@ -302,8 +400,8 @@ class Rig:
         finally:
             os.close(fd)
 
-    def vm(self, name: str) -> Vm:
-        return DirectoryInventory(self.backing).find(name)
+    def vm(self, name: str, *, files: FileCalls = PLAIN) -> Vm:
+        return DirectoryInventory(self.backing, files=files).find(name)
 
     @contextlib.contextmanager
     def path_fd(self, path: str) -> Iterator[int]:
@@ -317,7 +415,8 @@ class Rig:
         return PLACEHOLDER_XATTR in os.listxattr(self.backing / path)
 
     def maps(self) -> list[Path]:
-        return sorted((self.backing / PRIVATE_DIR / "maps").iterdir())
+        maps = self.backing / PRIVATE_DIR / "maps"
+        return sorted(maps.iterdir()) if maps.exists() else []
 
     def pins(self) -> list[str]:
         return [key for key in self.objects.contents if key.startswith("pins/")]
@@ -328,7 +427,7 @@ class Rig:
         self.medium.lose_power([*disks, *self.maps()], chosen)
         self.reboot()
         if chosen.random() < 0.5:
-            shutil.rmtree(self.runtime)
+            shutil.rmtree(self.runtime, ignore_errors=True)  # a start that failed has not made it
 
     def reboot(self) -> None:
         self.boot = _new_boot()
@@ -339,10 +438,10 @@ class Rig:
     ) -> AsyncIterator[Services]:
         """One life of a daemon.  It ends cleanly, or as a killed one when `Killed` is raised in it or its files."""
         life = files or RigFiles(self.medium)
-        private = replace(PrivateState.at(self.backing, self.runtime), boot=self.boot)
+        private = replace(PrivateState.at(self.backing, self.runtime, files=life), boot=self.boot)
         placeholders = PlaceholderIndex()
         recovered = Recovery(files=life, backing=self.backing, private=private, placeholders=placeholders).run()
-        threads = RigThreads(life)
+        threads = RigThreads(life, inline=self.inline, store_timeout_s=self.store_timeout_s)
         services: Services | None = None
         try:
             async with trio.open_nursery() as nursery:
@@ -359,6 +458,8 @@ class Rig:
         finally:
             if services is not None:
                 _drop(services.disks)
+            if life.dead:
+                _close_below(private.maps)
             threads.close()
 
     def _connected(
@@ -383,6 +484,7 @@ class Rig:
             free_floor_percent=0,
             archive=self.settings,
         )
+        store = Store(SitedObjects(self.objects, files), self.store.description)
         connected = connect_services(
             nursery,
             settings,
@@ -390,12 +492,12 @@ class Rig:
             files=files,
             threads=threads,
             private=private,
-            store=self.store,
+            store=store,
             chunk_index=ChunkIndex(None, self.store.id),
             placeholders=placeholders,
             findings=findings,
         )
-        return Services(self, files, threads, recovered, private, connected, findings)
+        return Services(self, files, threads, recovered, private, connected, findings, store)
 
 
 def _drop(disks: Disks) -> None:
@@ -411,6 +513,14 @@ def _drop(disks: Disks) -> None:
             os.close(disk.fd)
     disks._open.clear()
     disks._reservations.clear()
+
+
+def _close_below(maps: Path) -> None:
+    """Close the maps that a killed daemon had open; nothing else knows their descriptors any more."""
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if link.readlink().is_relative_to(maps):
+                os.close(int(link.name))
 
 
 def _new_boot() -> BootIdentity:

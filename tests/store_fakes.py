@@ -6,8 +6,10 @@ import threading
 from collections.abc import Callable, Iterator
 
 from vmfs_stub.core.errors import ObjectExists, ObjectMissing
+from vmfs_stub.core.sites import FileCalls
+from vmfs_stub.store import keys
 from vmfs_stub.store.keys import check_key, check_prefix
-from vmfs_stub.store.objects import OBJECT_SIZE_MAX, Buffer, ObjectInfo, oversized, truncated
+from vmfs_stub.store.objects import OBJECT_SIZE_MAX, Buffer, ObjectInfo, ObjectStore, oversized, truncated
 
 
 class FakeObjects:
@@ -64,3 +66,46 @@ class FakeObjects:
             if key not in self.contents:
                 raise ObjectMissing(key)
             return self.contents[key]
+
+
+KINDS = {
+    keys.STORE_KEY: "description",
+    keys.PACKS: "pack",
+    keys.SEGMENTS: "segment",
+    keys.MANIFESTS: "manifest",
+    keys.INDEX: "index",
+    keys.PINS: "pin",
+    keys.CONDEMNED: "condemned",
+}
+
+
+def store_site(call: str, key: str) -> str:
+    """The site tag of a call on the store: what kind of object is meant, and what is done with it."""
+    kind = next(kind for start, kind in KINDS.items() if key.startswith(start))
+    return f"store.{'pending' if key.endswith(keys.PENDING_SUFFIX) else kind}.{call}"
+
+
+class SitedObjects:
+    """Makes every call on an object store under a site tag, so that a test makes exactly that one fail."""
+
+    def __init__(self, inner: ObjectStore, files: FileCalls) -> None:
+        self._inner = inner
+        self._files = files
+
+    def get(self, key: str, *, size_max: int = OBJECT_SIZE_MAX) -> bytes:
+        return self._files.call(store_site("get", key), self._inner.get, key, size_max=size_max)
+
+    def get_range(self, key: str, *, offset: int, length: int) -> bytes:
+        return self._files.call(store_site("get_range", key), self._inner.get_range, key, offset=offset, length=length)
+
+    def put(self, key: str, data: Buffer, *, if_absent: bool = True) -> None:
+        self._files.call(store_site("put", key), self._inner.put, key, data, if_absent=if_absent)
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        return self._files.call(store_site("list", prefix), self._inner.list, prefix)
+
+    def delete(self, key: str) -> None:
+        self._files.call(store_site("delete", key), self._inner.delete, key)
+
+    def size(self, key: str) -> int:
+        return self._files.call(store_site("size", key), self._inner.size, key)

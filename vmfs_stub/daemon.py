@@ -32,6 +32,7 @@ from vmfs_stub.core.errors import (
     StoreError,
     UnknownFormat,
 )
+from vmfs_stub.core.sites import PLAIN
 from vmfs_stub.datastore import Datastore
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.mount.filesystem import Filesystem
@@ -124,7 +125,7 @@ def look_at_placeholders(
     """The private state, and what start-up found in it; fills ``placeholders``.  Raises PrimaryIOError."""
     datastore = config.datastore
     try:
-        private = PrivateState.at(datastore.backing, datastore.runtime_dir)
+        private = PrivateState.at(datastore.backing, datastore.runtime_dir, files=files)
         recovery = Recovery(files=files, backing=datastore.backing, private=private, placeholders=placeholders)
         return private, recovery.run()
     except OSError as exc:
@@ -148,7 +149,7 @@ async def _open_datastore(config: Config) -> AsyncIterator[trio.Event]:
     with (
         _closing(_threads(config)) as threads,
         _closing(open_catalog(config, findings)) as catalog,
-        _closing(open_chunk_index(config, store, findings)) as chunk_index,
+        _closing(open_chunk_index(config, store, findings, files=files)) as chunk_index,
     ):
         async with trio.open_nursery() as background:
             services = connect_services(
@@ -175,7 +176,7 @@ async def _open_datastore(config: Config) -> AsyncIterator[trio.Event]:
                 datastore = Datastore(
                     config=config,
                     threads=threads,
-                    inventory=DirectoryInventory(backing),
+                    inventory=DirectoryInventory(backing, files=files),
                     catalog=catalog,
                     store=store,
                     services=services,
@@ -287,7 +288,7 @@ def open_catalog(config: Config, findings: Findings) -> Catalog:
         return Catalog.in_memory()
 
 
-def open_chunk_index(config: Config, store: Store, findings: Findings) -> ChunkIndex:
+def open_chunk_index(config: Config, store: Store, findings: Findings, *, files: FileCalls = PLAIN) -> ChunkIndex:
     """The chunk index; while its file cannot be used, that is a finding."""
     lost: list[PrimaryError] = []
 
@@ -301,7 +302,7 @@ def open_chunk_index(config: Config, store: Store, findings: Findings) -> ChunkI
         while lost:
             findings.settle("index", type(lost.pop()))
 
-    return ChunkIndex(config.index_path, store.id, on_lost=on_lost, on_regained=on_regained)
+    return ChunkIndex(config.index_path, store.id, files=files, on_lost=on_lost, on_regained=on_regained)
 
 
 async def _sync_regularly(disks: Disks, interval_s: float) -> None:

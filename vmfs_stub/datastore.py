@@ -99,7 +99,9 @@ class Datastore:
         self._accessed: dict[int, tuple[Caller, float]] = {}
         self._disks.on_open = self._opened
         self._recall.held = config.hold_path.exists()
-        self._backing_fd = os.open(config.datastore.backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._files = services.files
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+        self._backing_fd = self._files.call("list.backing", os.open, config.datastore.backing, flags)
 
     def close(self) -> None:
         """Give back the descriptor of the backing directory."""
@@ -162,7 +164,7 @@ class Datastore:
         return rows
 
     def _stat(self, file: VmFile) -> os.stat_result:
-        path_fd = open_beneath(self._backing_fd, file.path)
+        path_fd = self._files.call("list.open", open_beneath, self._backing_fd, file.path)
         try:
             return os.fstat(path_fd)
         finally:
@@ -180,7 +182,7 @@ class Datastore:
 
     async def status(self) -> Status:
         """What the daemon knows about itself; ``healthy`` is false when an operator has to act."""
-        vfs = os.statvfs(self._backing_fd)
+        vfs = os.fstatvfs(self._backing_fd)
         datastore = self._config.datastore
         findings = [
             Finding(
@@ -408,7 +410,8 @@ class Datastore:
         return VmOutcome(vm=vm.name, outcome="recalled")
 
     async def _bring_file_back(self, file: VmFile, progress: Callable[[int], None]) -> None:
-        path_fd = await self._threads.files(open_beneath, self._backing_fd, file.path)
+        opened = partial(self._files.call, "hydrate.open", open_beneath, self._backing_fd, file.path)
+        path_fd = await self._threads.files(opened)
         try:
             await self._hydration.bring_back(path_fd, progress=progress)
         finally:

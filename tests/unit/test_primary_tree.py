@@ -39,7 +39,10 @@ def descriptors() -> set[str]:
 def walked(top_fd: int, *, skipped: str = "") -> tuple[list[str], list[tuple[str, int | None]]]:
     """Paths, and what failed with which errno."""
     failed: list[tuple[str, int | None]] = []
-    paths = [entry.path for entry in walk(top_fd, lambda path, exc: failed.append((path, exc.errno)), skipped=skipped)]
+    paths = [
+        entry.path
+        for entry in walk(top_fd, lambda path, exc: failed.append((path, exc.errno)), site="test.walk", skipped=skipped)
+    ]
     return paths, failed
 
 
@@ -75,7 +78,7 @@ def test_what_vanishes_is_told(tmp_path: Path, top_fd: int) -> None:
     for name in ("a", "b", "c"):
         (tmp_path / name).touch()
     failed: list[tuple[str, int | None]] = []
-    entries = walk(top_fd, lambda path, exc: failed.append((path, exc.errno)))
+    entries = walk(top_fd, lambda path, exc: failed.append((path, exc.errno)), site="test.walk")
     assert next(entries).path == "a"
     (tmp_path / "b").unlink()
     assert [entry.path for entry in entries] == ["c"]
@@ -85,7 +88,7 @@ def test_what_vanishes_is_told(tmp_path: Path, top_fd: int) -> None:
 def test_no_descriptor_is_left(tmp_path: Path, top_fd: int) -> None:
     nest(top_fd, "d", 3)
     before = descriptors()
-    entries = walk(top_fd, lambda path, exc: None)
+    entries = walk(top_fd, lambda path, exc: None, site="test.walk")
     assert [next(entries).path for _ in range(3)] == ["d", "d/d", "d/d/d"]
     assert len(descriptors()) > len(before)
     entries.close()  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.primary_samples import BLOCK, BOOT, LATER_BOOT, OTHER, PLACEHOLDER, pages_in_turn, resident_of
-from vmfs_stub.core.errors import CorruptMap, MapMissing
+from vmfs_stub.core.errors import CorruptMap, MapMissing, NoSpace
 from vmfs_stub.primary.durable_map import PAGE_BLOCKS
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.identity import BootIdentity
@@ -113,7 +113,7 @@ def test_a_full_filesystem_is_an_error_and_sets_no_bit(path: Path) -> None:
     live = create(path, {0}, files=files)
     files.is_full = True
     live.set_resident(1, 2)
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(NoSpace, match="runtime directory"):
         live.set_resident(_REGION_BLOCKS - 3, _REGION_BLOCKS + 3)
     assert not live.is_resident(_REGION_BLOCKS - 1, _REGION_BLOCKS)
     assert absent(live) == set(range(BLOCKS)) - {0, 1}
@@ -126,7 +126,7 @@ def test_a_full_filesystem_is_an_error_and_sets_no_bit(path: Path) -> None:
 def test_a_full_filesystem_at_creation_leaves_nothing(path: Path) -> None:
     files = Full()
     files.is_full = True
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(NoSpace, match="runtime directory"):
         create(path, {0}, files=files)
     assert list(path.parent.iterdir()) == []
 

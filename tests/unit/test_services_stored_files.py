@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
 from vmfs_stub.core.errors import PrimaryIOError
 from vmfs_stub.core.ids import VmId
+from vmfs_stub.core.sites import FileCalls
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.primary.tree import Entry, OnError
 from vmfs_stub.services import stored_files
@@ -63,9 +64,9 @@ def test_what_vanishes_is_left_out_and_what_cannot_be_read_fails_this_vm(
     (tmp_path / "vm/b").mkdir(parents=True)
     walk = stored_files.walk
 
-    def losing(top_fd: int, on_error: OnError) -> Iterator[Entry]:
+    def losing(top_fd: int, on_error: OnError, *, site: str, files: FileCalls) -> Generator[Entry, None, None]:
         on_error("a\udcff", OSError(code, os.strerror(code)))
-        yield from walk(top_fd, on_error)
+        yield from walk(top_fd, on_error, site=site, files=files)
 
     monkeypatch.setattr(stored_files, "walk", losing)
     if fails:

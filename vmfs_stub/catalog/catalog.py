@@ -15,13 +15,14 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from vmfs_stub.core.errors import NoSpace, PrimaryIOError, UnknownFormat
 from vmfs_stub.core.ids import JobId, VmId
 from vmfs_stub.core.names import printable
+from vmfs_stub.core.sites import PLAIN, FileCalls
 
 SCHEMA_VERSION = 1
 _BUSY_TIMEOUT_S = 10.0
@@ -89,20 +90,20 @@ class Catalog:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: Path) -> Catalog:
+    def open(cls, path: Path, *, files: FileCalls = PLAIN) -> Catalog:
         """Open or create the catalog at ``path`` (0600); a damaged one is kept beside it under another name.
 
         Jobs that were running are marked interrupted.  Raises PrimaryIOError, NoSpace, UnknownFormat.
         """
         with _translated(path):
             try:
-                connection = _connect(path)
+                connection = files.call("catalog.open", _connect, path)
             except (sqlite3.DatabaseError, UnicodeDecodeError) as exc:
                 if not _is_damage(exc):
                     raise
-                aside = _set_aside(path)
+                aside = files.call("catalog.set_aside", _set_aside, path)
                 log.warning("%s is damaged (%s): kept as %s, begun anew; usage history is lost", path, exc, aside)
-                connection = _connect(path)
+                connection = files.call("catalog.open", _connect, path)
         return cls(connection, path)
 
     @classmethod
@@ -110,7 +111,7 @@ class Catalog:
         """A catalog that is forgotten with the daemon, for when there is no room for any other."""
         path = Path(":memory:")
         with _translated(path):
-            connection = sqlite3.connect(path, check_same_thread=False)
+            connection = sqlite3.connect(":memory:", check_same_thread=False)
             _prepare(connection, path)
         return cls(connection, path)
 
@@ -251,7 +252,7 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         raise damage
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version == 0:
-        schema = files("vmfs_stub.catalog").joinpath("schema.sql").read_text(encoding="utf-8")
+        schema = resources.files("vmfs_stub.catalog").joinpath("schema.sql").read_text(encoding="utf-8")
         connection.executescript(f"BEGIN;\n{schema}\nCOMMIT;")
     elif version != SCHEMA_VERSION:
         raise UnknownFormat(

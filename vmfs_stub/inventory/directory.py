@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from vmfs_stub.core.errors import PrimaryError, PrimaryIOError, Unsupported, VmfsStubError
 from vmfs_stub.core.names import PRIVATE_DIR, printable
+from vmfs_stub.core.sites import PLAIN, FileCalls
 from vmfs_stub.inventory.identity import ensure_vm_id
 from vmfs_stub.inventory.vm import Scan, UnreadVm, Vm, VmFile
 
@@ -37,8 +38,9 @@ class DirectoryInventory:
     A scan gives every VM an identity, so only the daemon that serves the directory may use it.
     """
 
-    def __init__(self, backing: Path) -> None:
+    def __init__(self, backing: Path, *, files: FileCalls = PLAIN) -> None:
         self._backing = backing
+        self._files = files
         self._lock = threading.Lock()
 
     def scan(self) -> Scan:
@@ -48,12 +50,13 @@ class DirectoryInventory:
         """
         with self._lock:
             try:
-                top_fd = os.open(self._backing, _DIRECTORY)
+                top_fd = self._files.call("inventory.open", os.open, self._backing, _DIRECTORY)
             except OSError as exc:
                 raise PrimaryIOError(f"cannot open the backing directory {self._backing}: {exc.strerror}") from exc
             try:
                 device = os.fstat(top_fd).st_dev
-                found = [self._tolerant_vm(top_fd, name, device) for name in _names(top_fd) if name not in _SKIPPED]
+                names = self._names(top_fd)
+                found = [self._tolerant_vm(top_fd, name, device) for name in names if name not in _SKIPPED]
             except OSError as exc:
                 raise PrimaryIOError(f"cannot read the backing directory {self._backing}: {exc}") from exc
             finally:
@@ -81,7 +84,7 @@ class DirectoryInventory:
 
     def _vm(self, top_fd: int, name: str, device: int) -> Vm | None:
         try:
-            path_fd = os.open(name, _HANDLE, dir_fd=top_fd)
+            path_fd = self._files.call("inventory.open", os.open, name, _HANDLE, dir_fd=top_fd)
         except FileNotFoundError:
             return None
         try:
@@ -90,48 +93,55 @@ class DirectoryInventory:
                 log.warning("%s is another filesystem, mounted in the backing directory: not a VM", printable(name))
                 return None
             if stat.S_ISDIR(st.st_mode):
-                files = sorted(_walk(path_fd, name, "", device, _DEPTH_MAX), key=lambda file: file.relative)
-                return Vm(ensure_vm_id(path_fd), printable(name), name, True, tuple(files))
+                files = sorted(self._walk(path_fd, name, "", device, _DEPTH_MAX), key=lambda file: file.relative)
+                return Vm(ensure_vm_id(path_fd, files=self._files), printable(name), name, True, tuple(files))
             if stat.S_ISREG(st.st_mode):
                 stem = printable(PurePosixPath(name).stem)
-                return Vm(ensure_vm_id(path_fd), stem, name, False, (VmFile(name, name, st.st_size, st.st_ino),))
+                return Vm(
+                    ensure_vm_id(path_fd, files=self._files),
+                    stem,
+                    name,
+                    False,
+                    (VmFile(name, name, st.st_size, st.st_ino),),
+                )
             return None
         finally:
             os.close(path_fd)
 
+    def _names(self, fd: int) -> list[str]:
+        return self._files.call("inventory.list", _list_names, fd)
 
-def _names(fd: int) -> list[str]:
+    def _walk(self, parent_fd: int, path: str, relative: str, device: int, depth: int) -> Iterator[VmFile]:
+        """Regular files below the directory ``parent_fd`` (O_PATH); ``path`` is its own, from the backing directory."""
+        if depth == 0:
+            raise PrimaryIOError(f"directories in it are nested deeper than {_DEPTH_MAX}; remove or move them")
+        try:
+            fd = self._files.call("inventory.open", os.open, ".", _DIRECTORY, dir_fd=parent_fd)
+        except FileNotFoundError:
+            return
+        try:
+            for name in self._names(fd):
+                yield from self._entry(fd, name, f"{path}/{name}", f"{relative}{name}", device, depth)
+        finally:
+            os.close(fd)
+
+    def _entry(self, fd: int, name: str, path: str, relative: str, device: int, depth: int) -> Iterator[VmFile]:
+        try:
+            child_fd = self._files.call("inventory.open", os.open, name, _HANDLE, dir_fd=fd)
+        except FileNotFoundError:
+            return
+        try:
+            st = os.fstat(child_fd)
+            if st.st_dev != device:
+                log.warning("%s is on another filesystem: not part of the VM", printable(path))
+            elif stat.S_ISDIR(st.st_mode):
+                yield from self._walk(child_fd, path, f"{relative}/", device, depth - 1)
+            elif stat.S_ISREG(st.st_mode):
+                yield VmFile(path, relative, st.st_size, st.st_ino)
+        finally:
+            os.close(child_fd)
+
+
+def _list_names(fd: int) -> list[str]:
     with os.scandir(fd) as entries:
         return [entry.name for entry in entries]
-
-
-def _walk(parent_fd: int, path: str, relative: str, device: int, depth: int) -> Iterator[VmFile]:
-    """Regular files below the directory ``parent_fd`` (O_PATH), whose path from the backing directory is ``path``."""
-    if depth == 0:
-        raise PrimaryIOError(f"directories in it are nested deeper than {_DEPTH_MAX}; remove or move them")
-    try:
-        fd = os.open(".", _DIRECTORY, dir_fd=parent_fd)
-    except FileNotFoundError:
-        return
-    try:
-        for name in _names(fd):
-            yield from _entry(fd, name, f"{path}/{name}", f"{relative}{name}", device, depth)
-    finally:
-        os.close(fd)
-
-
-def _entry(fd: int, name: str, path: str, relative: str, device: int, depth: int) -> Iterator[VmFile]:
-    try:
-        child_fd = os.open(name, _HANDLE, dir_fd=fd)
-    except FileNotFoundError:
-        return
-    try:
-        st = os.fstat(child_fd)
-        if st.st_dev != device:
-            log.warning("%s is on another filesystem: not part of the VM", printable(path))
-        elif stat.S_ISDIR(st.st_mode):
-            yield from _walk(child_fd, path, f"{relative}/", device, depth - 1)
-        elif stat.S_ISREG(st.st_mode):
-            yield VmFile(path, relative, st.st_size, st.st_ino)
-    finally:
-        os.close(child_fd)

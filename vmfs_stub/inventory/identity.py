@@ -18,6 +18,7 @@ from collections.abc import Callable
 from vmfs_stub.core.errors import PrimaryIOError, Unsupported
 from vmfs_stub.core.ids import VmId
 from vmfs_stub.core.names import VM_XATTR
+from vmfs_stub.core.sites import PLAIN, FileCalls
 
 _AT_EMPTY_PATH = 0x1000
 _MAX_HANDLE_SZ = 128
@@ -56,10 +57,10 @@ def generation(path_fd: int) -> str:
     return f"{handle.handle_type:x}:{bytes(handle.f_handle[: handle.handle_bytes]).hex()}"
 
 
-def read_vm_id(path_fd: int) -> VmId | None:
+def read_vm_id(path_fd: int, *, files: FileCalls = PLAIN) -> VmId | None:
     """The id recorded for this very inode; None when there is none, it is damaged, or it came with a copy."""
     try:
-        raw = os.getxattr(f"/proc/self/fd/{path_fd}", VM_XATTR)
+        raw = files.call("inventory.identity", os.getxattr, f"/proc/self/fd/{path_fd}", VM_XATTR)
     except OSError as exc:
         if exc.errno == errno.ENODATA:
             return None
@@ -76,27 +77,28 @@ def read_vm_id(path_fd: int) -> VmId | None:
     return VmId(vm) if ino == os.fstat(path_fd).st_ino and made_for == generation(path_fd) else None
 
 
-def write_vm_id(path_fd: int, vm_id: VmId) -> None:
+def write_vm_id(path_fd: int, vm_id: VmId, *, files: FileCalls = PLAIN) -> None:
     """Record ``vm_id`` for this inode; raises Unsupported and PrimaryIOError."""
     record = {"vm": vm_id, "ino": os.fstat(path_fd).st_ino, "generation": generation(path_fd)}
     try:
-        os.setxattr(f"/proc/self/fd/{path_fd}", VM_XATTR, json.dumps(record).encode("ascii"))
+        raw = json.dumps(record).encode("ascii")
+        files.call("inventory.identify", os.setxattr, f"/proc/self/fd/{path_fd}", VM_XATTR, raw)
     except OSError as exc:
         if exc.errno in (errno.EOPNOTSUPP, errno.EPERM):
             raise Unsupported(_NO_XATTRS) from exc
         raise PrimaryIOError(f"cannot write its identity, the attribute {VM_XATTR}: {exc.strerror}") from exc
 
 
-def ensure_vm_id(path_fd: int, make_id: Callable[[], VmId] = new_vm_id) -> VmId:
+def ensure_vm_id(path_fd: int, make_id: Callable[[], VmId] = new_vm_id, *, files: FileCalls = PLAIN) -> VmId:
     """The id of this inode, made and recorded when it has none of its own.
 
     Callers serialise this for one inode; only the daemon calls it.
     """
-    known = read_vm_id(path_fd)
+    known = read_vm_id(path_fd, files=files)
     if known is not None:
         return known
     vm_id = make_id()
-    write_vm_id(path_fd, vm_id)
+    write_vm_id(path_fd, vm_id, files=files)
     return vm_id
 
 

@@ -32,13 +32,13 @@ class Inodes:
 
     def __init__(self, backing: Path, *, disks: PathDisks, run: Runner, settings: MountSettings) -> None:
         """Open the backing directory, whose private directory must exist by now if there is to be one."""
-        self.root_fd = os.open(backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.root_fd = run.now("mount.top", os.open, backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self.nodes = NodeTable(self.root_fd)
         self._disks = disks
         self._run = run
         self._settings = settings
-        self._private_ino = _inode_number(self.root_fd, PRIVATE_NAME)
-        self._top_mode = read_top_mode(self.root_fd)
+        self._private_ino = run.now("mount.top", _inode_number, self.root_fd, PRIVATE_NAME)
+        self._top_mode = run.now("mount.top", read_top_mode, self.root_fd)
 
     async def find(self, directory: Node, name: bytes) -> entries.Entry:
         """Find a name, on the event loop when the kernel's name cache knows it, which takes no disk access."""

@@ -29,7 +29,7 @@ class Xattrs:
 
     def __init__(self, run: Runner, *, root_fd: int) -> None:
         self._run = run
-        self._listed = _LISTED if _has_unlisted_label(root_fd) else _LISTED_WITHOUT_LABELS
+        self._listed = _LISTED if run.now("mount.top", _has_unlisted_label, root_fd) else _LISTED_WITHOUT_LABELS
 
     async def get(self, node: Node, name: bytes) -> bytes:
         """Value of an xattr; OSError ENODATA when there is none."""

@@ -15,6 +15,7 @@ import enum
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
 from vmfs_stub.core.residency import block_count, set_range
 from vmfs_stub.primary.envelope import TIME_NS_MIN, UINT64_MAX, Body, Damaged, NewerVersion, seal, unseal
-from vmfs_stub.primary.files import FileCalls, sync_directory, write_fully
+from vmfs_stub.primary.files import FileCalls, read_fully, sync_directory, write_fully
 from vmfs_stub.primary.identity import BootIdentity, InodeIdentity
 
 UNIT = 4096
@@ -124,8 +125,10 @@ class DurableMap:
             files.call("map.create_entry", sync_directory, path.parent)
         except BaseException:
             made.close()
-            new.unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+            # What cannot be removed is *prepared*, or has no name of a map: the next start removes it.
+            with suppress(OSError):
+                files.call("map.undo", new.unlink, missing_ok=True)
+                files.call("map.undo", path.unlink, missing_ok=True)
             raise
         return made
 
@@ -134,7 +137,7 @@ class DurableMap:
         """Open the map at ``path``.  Raises FileNotFoundError, CorruptMap, UnknownFormat, OSError."""
         fd = files.call("map.open", os.open, path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            copies = [_decode_header(files.call("map.read", os.pread, fd, UNIT, at), label) for at in (0, UNIT)]
+            copies = [_decode_header(read_fully(files, "map.read", fd, UNIT, at), label) for at in (0, UNIT)]
             found = max((copy for copy in copies if copy is not None), key=lambda copy: copy[0], default=None)
             if found is None:
                 raise CorruptMap(
@@ -149,7 +152,7 @@ class DurableMap:
     def load_pages(self, *, label: str) -> Iterator[bytes]:
         """The bits of each page in turn, ``PAGE_BITS_SIZE`` bytes each.  Raises CorruptMap, OSError."""
         for page in range(self.header.page_count):
-            raw = self._files.call("map.read", os.pread, self._fd, 2 * UNIT, _page_offset(page))
+            raw = read_fully(self._files, "map.read", self._fd, 2 * UNIT, _page_offset(page))
             yield self._newest_page(page, raw[:UNIT], raw[UNIT:], label)
 
     def _newest_page(self, page: int, first: bytes, second: bytes, label: str) -> bytes:

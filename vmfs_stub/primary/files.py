@@ -1,7 +1,6 @@
-"""Every call on the backing filesystem goes through here, with a *site tag*.
+"""Calls on files that Python's os module does not offer, or offers in pieces.
 
-A site says which call of which operation this is ("archive.punch", "recall.fill").  It costs nothing in
-production; in tests a subclass makes exactly one site fail, and the outcome that is documented for it is checked.
+They are made through `FileCalls`, with a *site tag*, as every call on the backing filesystem (core/sites.py).
 Calls block: run them in a thread wherever the disk may be waited for.
 """
 
@@ -10,24 +9,14 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from pathlib import Path
 
-P = ParamSpec("P")
-T = TypeVar("T")
+from vmfs_stub.core.sites import FileCalls as FileCalls
 
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-
-
-class FileCalls:
-    """Makes file calls; the seam at which tests inject failures."""
-
-    def call(self, site: str, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call ``function``; ``site`` names the place for fault injection.  Raises what the function raises."""
-        return function(*args, **kwargs)
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:
@@ -48,11 +37,29 @@ def write_fully(fd: int, data: bytes | memoryview, offset: int) -> None:
         offset += count
 
 
-def sync_filesystem(fd: int) -> None:
-    """Make everything of the filesystem that ``fd`` lies on durable.  Raises OSError."""
-    if _libc.syncfs(fd) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+def read_fully(files: FileCalls, site: str, fd: int, length: int, offset: int) -> bytes:
+    """Read ``length`` bytes at ``offset``, fewer only at end of file: what is short elsewhere is read on.
+
+    Raises OSError.
+    """
+    data = files.call(site, os.pread, fd, length, offset)
+    while data and len(data) < length:
+        more = files.call(site, os.pread, fd, length - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def sync_filesystem(directory: Path) -> None:
+    """Make everything of the filesystem that ``directory`` lies on durable.  Raises OSError."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if _libc.syncfs(fd) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+    finally:
+        os.close(fd)
 
 
 def sync_directory(fd_or_path: int | str | os.PathLike[str]) -> None:

@@ -24,7 +24,7 @@ class Orphans:
         """Give the open file a link here; it must still have a name.  Raises OSError."""
         link = self._path(os.fstat(fd).st_ino)
         # One of that number is left from a file that is gone: its number would not have been given away otherwise.
-        link.unlink(missing_ok=True)
+        files.call("orphan.clear", link.unlink, missing_ok=True)
         # With a descriptor Python calls linkat with AT_SYMLINK_FOLLOW, which follows the procfs link to the inode.
         files.call("orphan.link", os.link, proc_path(fd), link, src_dir_fd=fd)
 
@@ -34,7 +34,7 @@ class Orphans:
 
     def sweep(self, files: FileCalls) -> int:
         """Remove every link; returns how many.  Raises OSError."""
-        found = list(self._directory.iterdir())
+        found = [self._directory / name for name in files.call("orphan.list", os.listdir, self._directory)]
         for path in found:
             files.call("orphan.unlink", path.unlink)
         return len(found)

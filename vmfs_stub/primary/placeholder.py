@@ -17,6 +17,7 @@ from pathlib import Path
 from vmfs_stub.core.errors import CorruptMap, IdentityMismatch, MapFrozen, MapMissing, UnknownFormat
 from vmfs_stub.core.ids import PlaceholderId
 from vmfs_stub.core.names import ORPHANS_DIR, PRIVATE_DIR, RESERVE_FILE
+from vmfs_stub.core.sites import PLAIN
 from vmfs_stub.primary.durable_map import PAGE_BITS_SIZE, DurableMap, MapHeader, MapState
 from vmfs_stub.primary.files import FileCalls, sync_directory
 from vmfs_stub.primary.identity import BootIdentity, boot_identity, inode_identity
@@ -37,15 +38,16 @@ class PrivateState:
     orphans: Orphans
 
     @classmethod
-    def at(cls, backing: Path, runtime_dir: Path) -> PrivateState:
+    def at(cls, backing: Path, runtime_dir: Path, *, files: FileCalls = PLAIN) -> PrivateState:
         """Make the directories where they are missing.  Raises OSError."""
         maps, volatile = backing / PRIVATE_DIR / "maps", runtime_dir / "maps"
         orphans = backing / PRIVATE_DIR / ORPHANS_DIR
         for directory in (backing / PRIVATE_DIR, maps, orphans, runtime_dir, volatile):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(backing, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            files.call("start.private", directory.mkdir, mode=0o700, parents=True, exist_ok=True)
+        files.call("start.private_sync", sync_directory, backing / PRIVATE_DIR)
+        fd = files.call("start.backing", os.open, backing, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(fd)
+            files.call("start.private_sync", os.fsync, fd)
             reserve = Reserve(backing / PRIVATE_DIR / RESERVE_FILE)
             return cls(maps, volatile, boot_identity(fd), reserve, Orphans(orphans))
         finally:
@@ -132,11 +134,14 @@ def _end_replaced(files: FileCalls, fd: int, private: PrivateState, record: Plac
 
     Without that, once this one's record goes, the old map would tell of a record that is lost.
     """
-    if record.replaces is None or not private.durable_path(record.replaces).exists():
+    if record.replaces is None:
+        return
+    path = private.durable_path(record.replaces)
+    if not files.call("replaced.look", path.exists):
         return
     files.call("replaced.sync", os.fsync, fd)
     try:
-        replaced = DurableMap.open(files, private.durable_path(record.replaces), label=label)
+        replaced = DurableMap.open(files, path, label=label)
     except (CorruptMap, UnknownFormat, FileNotFoundError):
         return
     try:
@@ -261,9 +266,9 @@ def live_guest_mtime_ns(
 
 def discard_maps(files: FileCalls, private: PrivateState, placeholder_id: PlaceholderId) -> None:
     """Remove both maps of a placeholder that is no more; durable on return.  Raises OSError."""
-    private.volatile_path(placeholder_id).unlink(missing_ok=True)
+    files.call("volatile.remove", private.volatile_path(placeholder_id).unlink, missing_ok=True)
     path = private.durable_path(placeholder_id)
-    if path.exists():
+    if files.call("map.look", path.exists):
         files.call("map.remove", path.unlink)
         files.call("map.remove", sync_directory, private.maps)
 

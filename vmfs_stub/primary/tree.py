@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+
+from vmfs_stub.core.sites import PLAIN, FileCalls
 
 _PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _LIST_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -60,17 +62,19 @@ def proc_path(path_fd: int) -> str:
     return f"/proc/self/fd/{path_fd}"
 
 
-def walk(top_fd: int, on_error: OnError, *, skipped: str = "") -> Iterator[Entry]:
+def walk(
+    top_fd: int, on_error: OnError, *, site: str, files: FileCalls = PLAIN, skipped: str = ""
+) -> Generator[Entry, None, None]:
     """Everything below a directory, each directory before what is in it, names in order.
 
     Symbolic links are not followed, other filesystems not entered, and ``skipped`` (a name at the top) is left out.
-    What cannot be read is passed to ``on_error`` and left out, also when it vanished.  Raises OSError when the top
-    itself cannot be read.
+    What cannot be read is passed to ``on_error`` and left out, also when it vanished.  Whoever does not walk to the end
+    closes it.  Raises OSError when the top itself cannot be read.
     """
     device = os.fstat(top_fd).st_dev
-    levels = [_Level("", os.open(".", _LIST_FLAGS, dir_fd=top_fd))]
+    levels = [_Level("", files.call(site, os.open, ".", _LIST_FLAGS, dir_fd=top_fd))]
     try:
-        levels[0].list(skipped)
+        levels[0].names = files.call(site, _names, levels[0].fd, skipped)
         while levels:
             level = levels[-1]
             if not level.names:
@@ -79,7 +83,7 @@ def walk(top_fd: int, on_error: OnError, *, skipped: str = "") -> Iterator[Entry
             name = level.names.pop()
             path = f"{level.prefix}{name}"
             try:
-                path_fd = os.open(name, _PATH_FLAGS, dir_fd=level.fd)
+                path_fd = files.call(site, os.open, name, _PATH_FLAGS, dir_fd=level.fd)
             except OSError as exc:
                 on_error(path, exc)
                 continue
@@ -89,7 +93,7 @@ def walk(top_fd: int, on_error: OnError, *, skipped: str = "") -> Iterator[Entry
                     continue
                 yield Entry(path, path_fd, st)
                 if stat.S_ISDIR(st.st_mode):
-                    _descend(levels, path, path_fd, on_error)
+                    _descend(levels, path, path_fd, on_error, files=files, site=site)
             finally:
                 os.close(path_fd)
     finally:
@@ -105,18 +109,19 @@ class _Level:
         self.fd = fd
         self.names: list[str] = []
 
-    def list(self, skipped: str = "") -> None:
-        with os.scandir(self.fd) as entries:
-            self.names = sorted((entry.name for entry in entries if entry.name != skipped), reverse=True)
+
+def _names(fd: int, skipped: str = "") -> list[str]:
+    with os.scandir(fd) as entries:
+        return sorted((entry.name for entry in entries if entry.name != skipped), reverse=True)
 
 
-def _descend(levels: list[_Level], path: str, path_fd: int, on_error: OnError) -> None:
+def _descend(levels: list[_Level], path: str, path_fd: int, on_error: OnError, *, files: FileCalls, site: str) -> None:
     if len(levels) > DEPTH_MAX:
         on_error(path, OSError(errno.ELOOP, f"directories are nested deeper than {DEPTH_MAX}"))
         return
     try:
-        below = _Level(f"{path}/", os.open(".", _LIST_FLAGS, dir_fd=path_fd))
+        below = _Level(f"{path}/", files.call(site, os.open, ".", _LIST_FLAGS, dir_fd=path_fd))
         levels.append(below)
-        below.list()
+        below.names = files.call(site, _names, below.fd)
     except OSError as exc:
         on_error(path, exc)

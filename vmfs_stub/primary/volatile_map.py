@@ -12,22 +12,23 @@ Invariants:
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import os
 import struct
 from collections.abc import Iterable, Iterator
-from functools import partial
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import xxhash
 
-from vmfs_stub.core.errors import CorruptMap, MapMissing
+from vmfs_stub.core.errors import CorruptMap, MapMissing, NoSpace
 from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.ids import PlaceholderId
 from vmfs_stub.core.residency import all_set, block_count, clear_runs, set_range
 from vmfs_stub.primary.durable_map import PAGE_BITS_SIZE, PAGE_BLOCKS
-from vmfs_stub.primary.files import FileCalls, write_fully
+from vmfs_stub.primary.files import FileCalls, read_fully, write_fully
 from vmfs_stub.primary.identity import BootIdentity
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class VolatileMap:
         self._path = path
         self._block_count = block_count(size)
         length = _UNIT + -(-self._block_count // _REGION_BLOCKS) * _UNIT
-        self._memory = mmap.mmap(fd, length)
+        self._memory = files.call("volatile.map", mmap.mmap, fd, length)
         self._bits = memoryview(self._memory)[_UNIT:]
         self._allocated = bytearray(-(-self._block_count // _REGION_BLOCKS))
         self._dirty: set[int] = set()
@@ -79,27 +80,30 @@ class VolatileMap:
     ) -> VolatileMap:
         """Make a new map at ``path``, in place of what is there, from the durable one's ``pages`` of bits, in turn.
 
-        Raises OSError, and what ``pages`` raises.
+        Raises NoSpace, OSError, and what ``pages`` raises.
         """
         temporary = path.with_suffix(".new")
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = files.call("volatile.create", os.open, temporary, flags, 0o600)
+        with _room_for(path):
+            fd = files.call("volatile.create", os.open, temporary, flags, 0o600)
         try:
-            regions = -(-block_count(size) // _REGION_BLOCKS)
-            files.call("volatile.allocate", os.posix_fallocate, fd, 0, _UNIT)
-            files.call("volatile.create", os.ftruncate, fd, _UNIT + regions * _UNIT)
-            head = _header(placeholder_id, boot, size)
-            files.call("volatile.create", write_fully, fd, head, 0)
-            limits = _VARIABLE.pack(archived_limit, guest_mtime_ns, 0)
-            files.call("volatile.create", write_fully, fd, limits, _VARIABLE_OFFSET)
-            for region, part in enumerate(_regions(pages, block_count(size))):
-                if any(part):
-                    files.call("volatile.allocate", write_fully, fd, part, (1 + region) * _UNIT)
-            files.call("volatile.create", os.rename, temporary, path)
+            with _room_for(path):
+                regions = -(-block_count(size) // _REGION_BLOCKS)
+                files.call("volatile.allocate", os.posix_fallocate, fd, 0, _UNIT)
+                files.call("volatile.create", os.ftruncate, fd, _UNIT + regions * _UNIT)
+                head = _header(placeholder_id, boot, size)
+                files.call("volatile.create", write_fully, fd, head, 0)
+                limits = _VARIABLE.pack(archived_limit, guest_mtime_ns, 0)
+                files.call("volatile.create", write_fully, fd, limits, _VARIABLE_OFFSET)
+                for region, part in enumerate(_regions(pages, block_count(size))):
+                    if any(part):
+                        files.call("volatile.allocate", write_fully, fd, part, (1 + region) * _UNIT)
+                files.call("volatile.create", os.rename, temporary, path)
             made = cls(files, fd, path, size)
         except BaseException:
             os.close(fd)
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                files.call("volatile.undo", temporary.unlink, missing_ok=True)
             raise
         made._find_allocated()
         return made
@@ -117,7 +121,7 @@ class VolatileMap:
                 "guest wrote since is not known any more. A reboot falls back to what was last synced"
             ) from exc
         try:
-            if os.pread(fd, _HEADER.size, 0) != _header(placeholder_id, boot, size):
+            if read_fully(files, "volatile.read", fd, _HEADER.size, 0) != _header(placeholder_id, boot, size):
                 raise CorruptMap(
                     f"{label}: its volatile residency map {path} is damaged or another placeholder's; a reboot falls "
                     "back to what was last synced"
@@ -140,13 +144,23 @@ class VolatileMap:
         return found
 
     def _find_allocated(self) -> None:
+        """Learn which regions have space; closes this when that cannot be told, or set bits would count as clear."""
+        try:
+            self._look_for_regions()
+        except BaseException:
+            self.close(discard=False)
+            raise
+
+    def _look_for_regions(self) -> None:
         at, end = _UNIT, os.fstat(self._fd).st_size
         while at < end:
             try:
-                start = os.lseek(self._fd, at, os.SEEK_DATA)
-            except OSError:
+                start = self._files.call("volatile.seek", os.lseek, self._fd, at, os.SEEK_DATA)
+            except OSError as exc:
+                if exc.errno != errno.ENXIO:
+                    raise
                 return
-            at = os.lseek(self._fd, start, os.SEEK_HOLE)
+            at = self._files.call("volatile.seek", os.lseek, self._fd, start, os.SEEK_HOLE)
             for region in range(start // _UNIT - 1, -(-at // _UNIT) - 1):
                 self._allocated[region] = 1
 
@@ -193,13 +207,14 @@ class VolatileMap:
     # Changes
 
     def set_resident(self, first: int, end: int) -> None:
-        """Mark blocks valid; the data is in the backing file already.  Raises OSError (no room for the map)."""
+        """Mark blocks valid; the data is in the backing file already.  Raises NoSpace, OSError."""
         end = min(end, self._block_count)
         if first >= end:
             return
         for region in range(first // _REGION_BLOCKS, (end - 1) // _REGION_BLOCKS + 1):
             if not self._allocated[region]:
-                self._files.call("volatile.allocate", os.posix_fallocate, self._fd, (1 + region) * _UNIT, _UNIT)
+                with _room_for(self._path):
+                    self._files.call("volatile.allocate", os.posix_fallocate, self._fd, (1 + region) * _UNIT, _UNIT)
                 self._allocated[region] = 1
         set_range(self._bits, first, end)
         self._dirty.update(range(first // PAGE_BLOCKS, (end - 1) // PAGE_BLOCKS + 1))
@@ -275,9 +290,20 @@ class VolatileMap:
         os.close(self._fd)
         if discard:
             try:
-                self._files.call("volatile.remove", partial(self._path.unlink, missing_ok=True))
+                self._files.call("volatile.remove", self._path.unlink, missing_ok=True)
             except OSError as exc:
                 log.warning("the volatile map %s could not be removed: %s", self._path, exc.strerror)
+
+
+@contextmanager
+def _room_for(path: Path) -> Iterator[None]:
+    """Say which filesystem is full: this is not the one that the disk is on."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(f"there is no room for the residency map {path}; make room in the runtime directory") from exc
+        raise
 
 
 def _regions(pages: Iterable[bytes], blocks: int) -> Iterator[bytes]:

@@ -166,7 +166,7 @@ class Archiver:
     ) -> int:
         """Returns where in the restore point's list of files the regular ones begin."""
         writer = await self._threads.transfer(self._store.begin_backup, index=self._chunk_index)
-        others = await self._threads.files(other_entries, self._backing, vm)
+        others = await self._threads.files(other_entries, self._backing, vm, files=self._files)
         stored, report.left_out = others.stored, others.left_out
         for path in others.left_out[:LEFT_OUT_LOGGED]:
             log.warning("VM %s: %s is a FIFO, socket or device: it is not backed up", vm.name, printable(path))

@@ -158,12 +158,12 @@ class Copier:
             # In a placeholder a hole may be an absent block as well as zeros.
             return Extent(at, count)
         try:
-            start = os.lseek(disk.fd, at * chunk_size, os.SEEK_DATA)
+            start = self._files.call("archive.seek", os.lseek, disk.fd, at * chunk_size, os.SEEK_DATA)
+            end = self._files.call("archive.seek", os.lseek, disk.fd, start, os.SEEK_HOLE)
         except OSError as exc:
             if exc.errno != errno.ENXIO:
                 raise PrimaryIOError(f"{disk.label}: looking for data failed: {exc.strerror}") from exc
             return Extent(count, count)
-        end = os.lseek(disk.fd, start, os.SEEK_HOLE)
         return Extent(max(at, start // chunk_size), min(count, -(-end // chunk_size)))
 
     def _wholly_absent(self, disk: Disk, at: int, size: int) -> Extent | None:

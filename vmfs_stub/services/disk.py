@@ -91,7 +91,7 @@ class Disk:
         buffer = bytearray(size)
         try:
             # What the page cache has is read here and now: a hop to a thread costs more than the read.
-            if os.preadv(self.fd, [buffer], offset, os.RWF_NOWAIT) == size:
+            if self._files.call("read.cached", os.preadv, self.fd, [buffer], offset, os.RWF_NOWAIT) == size:
                 return buffer
         except OSError as exc:
             if exc.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
@@ -132,9 +132,8 @@ class Disk:
             await placeholder.sync()
             if data_only and self.placeholder is placeholder:
                 return
-        function = os.fdatasync if data_only else os.fsync
         try:
-            await self._threads.files(self._files.call, "sync.file", function, self.fd)
+            await self._threads.files(self._files.call, "sync.file", os.fdatasync if data_only else os.fsync, self.fd)
         except OSError as exc:
             # The kernel tells of lost data once: the next sync would believe that all is well.
             if placeholder is not None and not placeholder.ended:

@@ -40,6 +40,7 @@ class ServiceSettings:
 class DiskServices:
     """The services of one datastore."""
 
+    files: FileCalls
     recall: RecallService
     retirement: Retirement
     disks: Disks
@@ -84,6 +85,7 @@ def connect_services(
     )
     hydration = HydrationService(
         nursery=nursery,
+        files=files,
         disks=disks,
         recall=recall,
         backing=backing,
@@ -104,4 +106,4 @@ def connect_services(
         backing=backing,
         settings=settings.archive,
     )
-    return DiskServices(recall, retirement, disks, hydration, archiver)
+    return DiskServices(files, recall, retirement, disks, hydration, archiver)

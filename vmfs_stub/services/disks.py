@@ -203,7 +203,7 @@ class Disks:
                 raise InUse(f"{self._opener.name(path_fd)} is open; shut the VM down first")
             disk = await self._opener.open(path_fd)
             try:
-                take_lease(disk)
+                take_lease(self._files, disk)
             except BaseException:
                 await self._closer.close(disk)
                 raise

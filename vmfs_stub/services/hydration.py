@@ -16,6 +16,7 @@ from pathlib import Path
 import trio
 
 from vmfs_stub.core.errors import InUse, NoSpace, RecallsHeld, VmfsStubError
+from vmfs_stub.core.sites import FileCalls
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.placeholder import Placeholder
@@ -48,6 +49,7 @@ class HydrationService:
         self,
         *,
         nursery: trio.Nursery,
+        files: FileCalls,
         disks: Disks,
         recall: RecallService,
         backing: Path,
@@ -56,6 +58,7 @@ class HydrationService:
         free_floor_percent: float,
     ) -> None:
         self._nursery = nursery
+        self._files = files
         self._disks = disks
         self._recall = recall
         self._backing = backing
@@ -188,7 +191,7 @@ class HydrationService:
 
     def _check_space(self, disk: Disk, needed_bytes: int) -> None:
         # statvfs of a mounted local filesystem does not wait for the disk.
-        vfs = os.statvfs(self._backing)
+        vfs = self._files.call("hydrate.space", os.statvfs, self._backing)
         floor = vfs.f_blocks * vfs.f_frsize * self._free_floor_percent / 100
         free = vfs.f_bavail * vfs.f_frsize
         if free - needed_bytes < floor:

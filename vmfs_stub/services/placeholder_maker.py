@@ -171,8 +171,10 @@ class PlaceholderMaker:
         """The commit point.  From here on the file is a placeholder, whatever happens next: stat and open must know."""
         known = KnownPlaceholder(record, disk.label, record.mtime_ns)
         try:
-            set_it = partial(os.setxattr, disk.fd, PLACEHOLDER_XATTR, encode_record(record))
-            self._private.reserve.lend(self._files, lambda: self._files.call("archive.record", set_it))
+            set_it = partial(
+                self._files.call, "archive.record", os.setxattr, disk.fd, PLACEHOLDER_XATTR, encode_record(record)
+            )
+            self._private.reserve.lend(self._files, set_it)
         except OSError:
             # A call that failed may have taken effect; what cannot be told counts as done, and the next start decides.
             try:

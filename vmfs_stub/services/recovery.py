@@ -27,6 +27,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,15 +83,17 @@ class Recovery:
     def run(self) -> Recovered:
         """Look at everything once.  Raises OSError when the backing directory itself cannot be read."""
         self._sweep_orphans()
-        for unfinished in self._private.maps.glob(f"*{NEW_SUFFIX}"):
-            unfinished.unlink()
-        backing_fd = os.open(self._backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._remove_unfinished()
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+        backing_fd = self._files.call("recovery.open", os.open, self._backing, flags)
         try:
-            for entry in walk(backing_fd, self._not_seen, skipped=PRIVATE_DIR):
-                if stat.S_ISREG(entry.st.st_mode):
-                    self._inodes[entry.st.st_ino] = entry.path
-                    self._look_at_file(entry)
-            for map_path in sorted(self._private.maps.glob("*.map")):
+            entries = walk(backing_fd, self._not_seen, files=self._files, site="recovery.walk", skipped=PRIVATE_DIR)
+            with closing(entries):
+                for entry in entries:
+                    if stat.S_ISREG(entry.st.st_mode):
+                        self._inodes[entry.st.st_ino] = entry.path
+                        self._look_at_file(entry)
+            for map_path in self._private_files(".map"):
                 placeholder_id = PlaceholderId(map_path.stem)
                 if placeholder_id not in self._matched:
                     try:
@@ -100,6 +103,18 @@ class Recovery:
         finally:
             os.close(backing_fd)
         return self._result
+
+    def _remove_unfinished(self) -> None:
+        """Maps that never got their name mean nothing; one that cannot be removed is in nobody's way."""
+        for unfinished in self._private_files(NEW_SUFFIX):
+            try:
+                self._files.call("recovery.clean", unfinished.unlink)
+            except OSError as exc:
+                log.warning("%s, left by a crash, could not be removed: %s", unfinished, exc.strerror)
+
+    def _private_files(self, suffix: str) -> list[Path]:
+        names = self._files.call("recovery.list", os.listdir, self._private.maps)
+        return [self._private.maps / name for name in sorted(names) if name.endswith(suffix)]
 
     def _sweep_orphans(self) -> None:
         """Nobody has a file open when a mount begins: those without a name go for good."""
@@ -126,7 +141,7 @@ class Recovery:
             record = read_record(self._files, "recovery.record", proc_path(entry.path_fd), label=label)
             if record is None:
                 return
-            fd = reopen(entry.path_fd, os.O_RDONLY | os.O_NONBLOCK)
+            fd = self._files.call("recovery.open", reopen, entry.path_fd, os.O_RDONLY | os.O_NONBLOCK)
             try:
                 check_identity(record, inode_identity(fd), label=label)
                 guest_mtime_ns = self._take_up_map(path, fd, record, label)
@@ -177,7 +192,7 @@ class Recovery:
         over = over or (present and header.identity.ino in self._settled)
         if over or (header.state == MapState.REMOVED and not present):
             if not present:
-                self._sync_removals(backing_fd)
+                self._sync_removals()
             log.info(
                 "placeholder %s ended (%s); removing what is left of it", placeholder_id, header.state.name.lower()
             )
@@ -190,21 +205,17 @@ class Recovery:
             )
             self._result.findings.append((label, _file_gone(placeholder_id, header, map_path)))
 
-    def _sync_removals(self, backing_fd: int) -> None:
+    def _sync_removals(self) -> None:
         """A killed daemon's unlink may be in memory only, and the file come back without what it depends on."""
         if not self._synced:
-            fd = reopen(backing_fd, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                self._files.call("recovery.sync_removals", sync_filesystem, fd)
-            finally:
-                os.close(fd)
+            self._files.call("recovery.sync_removals", sync_filesystem, self._backing)
             self._synced = True
 
     def _is_same_inode(self, backing_fd: int, path: str, header: MapHeader) -> bool:
         """Whether that file is the map's; then what was last done to its record is durable, too."""
-        path_fd = open_beneath(backing_fd, path)
+        path_fd = self._files.call("recovery.open", open_beneath, backing_fd, path)
         try:
-            fd = reopen(path_fd, os.O_RDONLY | os.O_NONBLOCK)
+            fd = self._files.call("recovery.open", reopen, path_fd, os.O_RDONLY | os.O_NONBLOCK)
         finally:
             os.close(path_fd)
         try:

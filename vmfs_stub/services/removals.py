@@ -122,15 +122,8 @@ class Removals:
     async def end(self, record: PlaceholderRecord) -> None:
         """The placeholder's file is gone: make that durable, then let its pin and maps go.  Raises OSError."""
         # Descriptors of files without a name cannot be synced for that: the maps lie on the same filesystem.
-        await self._threads.files(self._sync_filesystem)
+        await self._threads.files(self._files.call, "remove.sync", sync_filesystem, self._private.maps)
         await self._retirement.retire(Ended.of(record))
-
-    def _sync_filesystem(self) -> None:
-        fd = os.open(self._private.maps, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            self._files.call("remove.sync", sync_filesystem, fd)
-        finally:
-            os.close(fd)
 
     async def _unmark(self, disk: Disk | None, known: KnownPlaceholder, before: MapState) -> None:
         if disk is not None and disk.placeholder is not None:

@@ -12,6 +12,7 @@ import fcntl
 import trio
 
 from vmfs_stub.core.errors import InUse, PrimaryIOError
+from vmfs_stub.core.sites import FileCalls
 from vmfs_stub.services.disk import Disk
 
 
@@ -33,10 +34,10 @@ class Reservation:
         return not self.lost and fcntl.fcntl(self.disk.fd, fcntl.F_GETLEASE) == fcntl.F_WRLCK
 
 
-def take_lease(disk: Disk) -> None:
+def take_lease(files: FileCalls, disk: Disk) -> None:
     """Take the write lease on a disk that nobody has open.  Raises InUse, PrimaryIOError."""
     try:
-        fcntl.fcntl(disk.fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        files.call("archive.lease", fcntl.fcntl, disk.fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
     except OSError as exc:
         if exc.errno == errno.EAGAIN:
             raise InUse(

@@ -20,15 +20,19 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import AlreadyExists, NoSpace, PrimaryIOError
+from vmfs_stub.core.sites import PLAIN, FileCalls
+from vmfs_stub.primary.files import write_fully
 from vmfs_stub.store.chunk_table import ChunkTable, RestorePoint
 from vmfs_stub.store.manifest import FileKind, StoredFile, by_folder
 from vmfs_stub.store.store import Store
@@ -64,7 +68,13 @@ class _Run:
 
 
 def restore_point(
-    store: Store, point: RestorePoint, to: Path, *, workers: int = WORKERS, progress: Progress | None = None
+    store: Store,
+    point: RestorePoint,
+    to: Path,
+    *,
+    files: FileCalls = PLAIN,
+    workers: int = WORKERS,
+    progress: Progress | None = None,
 ) -> RestoreReport:
     """Write all files of ``point`` into the directory ``to`` (made when absent; its parent must exist).
 
@@ -73,18 +83,19 @@ def restore_point(
     StoreUnavailable; NoSpace; PrimaryIOError.
     """
     with _translated(to):
-        to.mkdir(mode=0o700, exist_ok=True)
+        files.call("restore.folder", to.mkdir, mode=0o700, exist_ok=True)
         names = sorted({stored.path.split("/", 1)[0] for stored in point.manifest.files})
-        _refuse_taken(to, names)
+        _refuse_taken(files, to, names)
         staging = to / f"{STAGING}{secrets.token_hex(8)}"
-        staging.mkdir(mode=0o700)
+        files.call("restore.folder", staging.mkdir, mode=0o700)
         try:
-            restorer = _Restorer(store, point, staging, workers=workers, progress=progress)
+            restorer = _Restorer(store, point, staging, files=files, workers=workers, progress=progress)
             report = restorer.run()
-            _move_in(staging, to, names)
+            _move_in(files, staging, to, names)
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        _sync(to)
+            with contextlib.suppress(OSError):
+                files.call("restore.clean", shutil.rmtree, staging, ignore_errors=True)
+        files.call("restore.sync", _sync, to)
     return report
 
 
@@ -92,8 +103,16 @@ class _Restorer:
     """One restore into a staging folder."""
 
     def __init__(
-        self, store: Store, point: RestorePoint, staging: Path, *, workers: int, progress: Progress | None
+        self,
+        store: Store,
+        point: RestorePoint,
+        staging: Path,
+        *,
+        files: FileCalls,
+        workers: int,
+        progress: Progress | None,
     ) -> None:
+        self._files = files
         self._store = store
         self._point = point
         self._staging = staging
@@ -108,17 +127,18 @@ class _Restorer:
     def run(self) -> RestoreReport:
         files = self._point.manifest.files
         order = sorted(range(len(files)), key=lambda index: files[index].path.encode("utf-8", "surrogateescape"))
-        root = os.open(self._staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        root = self._files.call("restore.folder", os.open, self._staging, flags)
         try:
             with ThreadPoolExecutor(self._workers, thread_name_prefix="restore") as executor:
                 for index in order:
                     self._make(root, index, executor)
             for folder_path in _implied_folders(files):
-                with _folder_of(root, f"{folder_path}/.") as (folder, _):
-                    os.fsync(folder)
+                with self._folder_of(root, f"{folder_path}/.") as (folder, _):
+                    self._files.call("restore.sync", os.fsync, folder)
             for index in reversed(order):  # a folder's times are set when nothing more is made in it
                 if files[index].kind is FileKind.DIRECTORY:
-                    with _folder_of(root, f"{files[index].path}/.") as (folder, _):
+                    with self._folder_of(root, f"{files[index].path}/.") as (folder, _):
                         self._finish(folder, files[index])
         finally:
             os.close(root)
@@ -127,17 +147,17 @@ class _Restorer:
 
     def _make(self, root: int, index: int, executor: ThreadPoolExecutor) -> None:
         stored = self._point.manifest.files[index]
-        with _folder_of(root, stored.path) as (folder, name):
+        with self._folder_of(root, stored.path) as (folder, name):
             if stored.kind is FileKind.DIRECTORY:
                 with contextlib.suppress(FileExistsError):  # made already for a file in it
-                    os.mkdir(name, 0o700, dir_fd=folder)
+                    self._files.call("restore.folder", os.mkdir, name, 0o700, dir_fd=folder)
             elif stored.kind is FileKind.SYMLINK:
                 assert stored.target is not None
-                os.symlink(stored.target, name, dir_fd=folder)
+                self._files.call("restore.symlink", os.symlink, stored.target, name, dir_fd=folder)
                 self._set_owner_and_times_of_symlink(folder, name, stored)
             else:
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-                fd = os.open(name, flags, 0o600, dir_fd=folder)
+                fd = self._files.call("restore.create", os.open, name, flags, 0o600, dir_fd=folder)
                 try:
                     self._fill(fd, stored, self._point.chunks(index), executor)
                     self._finish(fd, stored)
@@ -145,7 +165,7 @@ class _Restorer:
                     os.close(fd)
 
     def _fill(self, fd: int, stored: StoredFile, table: ChunkTable, executor: ThreadPoolExecutor) -> None:
-        os.truncate(fd, stored.size)
+        self._files.call("restore.size", os.ftruncate, fd, stored.size)
         running: set[Future[None]] = set()
         try:
             for run in self._runs(table):
@@ -183,8 +203,25 @@ class _Restorer:
     def _write_run(self, fd: int, run: _Run) -> None:
         chunks = self._store.fetch(run.refs)
         total = sum(map(len, chunks))
-        _write_all(fd, chunks, run.offset, total)
+        self._files.call("restore.write", _write_all, fd, chunks, run.offset, total)
         self._advance(total, written=total)
+
+    @contextlib.contextmanager
+    def _folder_of(self, root: int, path: str) -> Iterator[tuple[int, str]]:
+        """The folder of ``path`` below ``root``, made as needed, and the last name; follows no symlink."""
+        *parents, name = path.split("/")
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        folder = os.dup(root)
+        try:
+            for parent in parents:
+                with contextlib.suppress(FileExistsError):
+                    self._files.call("restore.folder", os.mkdir, parent, 0o700, dir_fd=folder)
+                below = self._files.call("restore.folder", os.open, parent, flags, dir_fd=folder)
+                os.close(folder)
+                folder = below
+            yield folder, name
+        finally:
+            os.close(folder)
 
     def _advance(self, count: int, *, written: int = 0) -> None:
         with self._progress_lock:
@@ -194,21 +231,23 @@ class _Restorer:
 
     def _finish(self, fd: int, stored: StoredFile) -> None:
         """Owner before mode (a change clears setuid), mode after xattrs (it may forbid them), then times, then sync."""
-        self._attempt(stored, "owner", lambda: os.fchown(fd, stored.uid, stored.gid))
+        set_owner = partial(self._files.call, "restore.attributes", os.fchown, fd, stored.uid, stored.gid)
+        self._attempt(stored, "owner", set_owner)
         for name, value in stored.xattrs.items():
             if not name.startswith(XATTRS) or ".vmfs-stub." in name:
                 self._not_restored.setdefault(name, []).append(stored.path)
                 continue
-            self._attempt(stored, f"xattr {name}", lambda name=name, value=value: os.setxattr(fd, name, value))  # type: ignore[misc]
-        os.fchmod(fd, stored.mode)
-        os.utime(fd, ns=(stored.atime_ns, stored.mtime_ns))
-        os.fsync(fd)
+            set_it = partial(self._files.call, "restore.attributes", os.setxattr, fd, name, value)
+            self._attempt(stored, f"xattr {name}", set_it)
+        self._files.call("restore.attributes", os.fchmod, fd, stored.mode)
+        self._files.call("restore.attributes", os.utime, fd, ns=(stored.atime_ns, stored.mtime_ns))
+        self._files.call("restore.sync", os.fsync, fd)
 
     def _set_owner_and_times_of_symlink(self, folder: int, name: str, stored: StoredFile) -> None:
-        self._attempt(
-            stored, "owner", lambda: os.chown(name, stored.uid, stored.gid, dir_fd=folder, follow_symlinks=False)
-        )
-        os.utime(name, ns=(stored.atime_ns, stored.mtime_ns), dir_fd=folder, follow_symlinks=False)
+        owner, times = (stored.uid, stored.gid), (stored.atime_ns, stored.mtime_ns)
+        set_owner = partial(self._files.call, "restore.attributes", _change_owner, folder, name, *owner)
+        self._attempt(stored, "owner", set_owner)
+        self._files.call("restore.attributes", os.utime, name, ns=times, dir_fd=folder, follow_symlinks=False)
 
     def _attempt(self, stored: StoredFile, what: str, action: Callable[[], None]) -> None:
         try:
@@ -217,6 +256,10 @@ class _Restorer:
             if exc.errno not in (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EINVAL):
                 raise
             self._warnings.append(f"{stored.path}: {what} could not be set ({exc.strerror})")
+
+
+def _change_owner(folder: int, name: str, uid: int, gid: int) -> None:
+    os.chown(name, uid, gid, dir_fd=folder, follow_symlinks=False)
 
 
 def _not_restored_warnings(paths_by_name: Mapping[str, Sequence[str]]) -> Iterator[str]:
@@ -238,36 +281,13 @@ def _continues(run: _Run, ref: FrameRef, index: int, chunk_size: int, limit: int
 
 def _write_all(fd: int, chunks: Sequence[bytes], offset: int, total: int) -> None:
     written = os.pwritev(fd, chunks, offset)
-    if written == total:
-        return
-    rest = memoryview(b"".join(chunks))[written:]
-    while rest:  # a signal, or the file system is nearly full
-        count = os.pwrite(fd, rest, offset + written)
-        written += count
-        rest = rest[count:]
+    if written < total:  # a signal, or the file system is nearly full
+        write_fully(fd, memoryview(b"".join(chunks))[written:], offset + written)
 
 
 def _raise_first(done: set[Future[None]]) -> None:
     for future in done:
         future.result()
-
-
-@contextlib.contextmanager
-def _folder_of(root: int, path: str) -> Iterator[tuple[int, str]]:
-    """The folder of ``path`` below ``root``, made as needed, and the last name; follows no symlink."""
-    *parents, name = path.split("/")
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    folder = os.dup(root)
-    try:
-        for parent in parents:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(parent, 0o700, dir_fd=folder)
-            below = os.open(parent, flags, dir_fd=folder)
-            os.close(folder)
-            folder = below
-        yield folder, name
-    finally:
-        os.close(folder)
 
 
 def _implied_folders(files: Sequence[StoredFile]) -> Iterator[str]:
@@ -288,33 +308,35 @@ def _implied_folders(files: Sequence[StoredFile]) -> Iterator[str]:
         before = parents
 
 
-def _refuse_taken(to: Path, names: Sequence[str]) -> None:
+def _refuse_taken(files: FileCalls, to: Path, names: Sequence[str]) -> None:
     for name in names:
-        if os.path.lexists(to / name):
+        if files.call("restore.look", os.path.lexists, to / name):
             msg = f"{to / name} exists already; nothing was written; restore to an empty directory"
             raise AlreadyExists(msg)
 
 
-def _move_in(staging: Path, to: Path, names: Sequence[str]) -> None:
+def _move_in(files: FileCalls, staging: Path, to: Path, names: Sequence[str]) -> None:
     """Give everything its final name, and replace nothing that appeared meanwhile."""
     for name in names:
         source, target = staging / name, to / name
-        if source.is_dir() and not source.is_symlink():
-            _refuse_taken(to, [name])
-            source.rename(target)  # the kernel refuses a directory that is not empty, and anything else
+        if stat.S_ISDIR(files.call("restore.look", os.lstat, source).st_mode):
+            _refuse_taken(files, to, [name])
+            files.call(
+                "restore.move", source.rename, target
+            )  # the kernel refuses a directory that is not empty, and anything else
             continue
         try:
-            os.link(source, target, follow_symlinks=False)
+            files.call("restore.move", os.link, source, target, follow_symlinks=False)
         except FileExistsError:
-            _refuse_taken(to, [name])
+            _refuse_taken(files, to, [name])
             raise
         except OSError as exc:
             if exc.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
                 raise
-            _refuse_taken(to, [name])  # no hard links here
-            source.rename(target)
+            _refuse_taken(files, to, [name])  # no hard links here
+            files.call("restore.move", source.rename, target)
         else:
-            source.unlink()
+            files.call("restore.unlink", source.unlink)
 
 
 def _sync(folder: Path) -> None:

@@ -19,7 +19,8 @@ async def resume(recovered: Recovered, backing: Path, services: DiskServices) ->
     """Finish what can be finished; what fails is logged, and found again at the next start."""
     for ended in recovered.ended:
         await services.retirement.retire(ended)
-    backing_fd = os.open(backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+    backing_fd = services.files.call("resume.open", os.open, backing, flags)
     try:
         for path in dict.fromkeys([*recovered.punch, *recovered.graduate, *recovered.hydrate]):
             try:
@@ -35,7 +36,7 @@ async def resume(recovered: Recovered, backing: Path, services: DiskServices) ->
 
 
 async def _resume_disk(path: str, backing_fd: int, recovered: Recovered, services: DiskServices) -> None:
-    path_fd = open_beneath(backing_fd, path)
+    path_fd = services.files.call("resume.open", open_beneath, backing_fd, path)
     try:
         # Opening and closing graduates what is wholly resident.
         disk = await services.disks.keep(path_fd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Sequence
@@ -67,12 +68,14 @@ class Sources:
         Raises InUse, Abandoned (the VM is not what it was when the job began), PrimaryError.
         """
         sources = []
-        backing_fd = os.open(self._backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        backing_fd = await self._threads.files(self._open_backing, vm)
         try:
-            await self._threads.files(_check_same_vm, vm, backing_fd)
+            await self._threads.files(self._check_same_vm, vm, backing_fd)
             for files in _by_inode(vm.files):
                 file = files[0]
-                path_fd = await self._threads.files(open_beneath, backing_fd, file.path)
+                path_fd = await self._threads.files(
+                    self._files.call, "archive.open", open_beneath, backing_fd, file.path
+                )
                 try:
                     if os.fstat(path_fd).st_ino != file.ino:
                         raise Abandoned(
@@ -100,7 +103,8 @@ class Sources:
         becomes_placeholder = archive and (disk.placeholder is not None or self._is_worth_it(st))
         placeholder_id = PlaceholderId(secrets.token_hex(16)) if becomes_placeholder else None
         names = tuple(file.relative for file in files)
-        return Source(files[0], names, reservation, st, mtime_ns, public_xattrs(disk.fd), placeholder_id)
+        xattrs = public_xattrs(disk.fd, files=self._files)
+        return Source(files[0], names, reservation, st, mtime_ns, xattrs, placeholder_id)
 
     def _is_worth_it(self, st: os.stat_result) -> bool:
         """Whether a placeholder frees more than it costs: a huge file of holes needs a map and has nothing to give."""
@@ -116,27 +120,35 @@ class Sources:
         await self._threads.files(self._check_still_same_vm, vm)
 
     def _check_still_same_vm(self, vm: Vm) -> None:
-        backing_fd = os.open(self._backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        backing_fd = self._open_backing(vm)
         try:
-            _check_same_vm(vm, backing_fd)
+            self._check_same_vm(vm, backing_fd)
         finally:
             os.close(backing_fd)
 
+    def _open_backing(self, vm: Vm) -> int:
+        try:
+            flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+            return self._files.call("archive.backing", os.open, self._backing, flags)
+        except OSError as exc:
+            raise PrimaryIOError(f"VM {vm.name}: cannot open the backing directory: {exc.strerror}") from exc
 
-def _check_same_vm(vm: Vm, backing_fd: int) -> None:
-    """See that the VM is where it was found: its users can rename it, and put another one in its place.
+    def _check_same_vm(self, vm: Vm, backing_fd: int) -> None:
+        """See that the VM is where it was found: its users can rename it, and put another one in its place.
 
-    Raises Abandoned.
-    """
-    try:
-        path_fd = open_beneath(backing_fd, vm.path)
-    except OSError as exc:
-        raise Abandoned(f"VM {vm.name} was renamed or removed since the job began; run it again") from exc
-    try:
-        if read_vm_id(path_fd) != vm.id:
-            raise Abandoned(f"VM {vm.name}: another VM has its name since the job began; run it again")
-    finally:
-        os.close(path_fd)
+        Raises Abandoned, PrimaryIOError.
+        """
+        try:
+            path_fd = self._files.call("archive.look", open_beneath, backing_fd, vm.path)
+        except OSError as exc:
+            if exc.errno in (errno.ENOENT, errno.ENOTDIR):
+                raise Abandoned(f"VM {vm.name} was renamed or removed since the job began; run it again") from exc
+            raise PrimaryIOError(f"VM {vm.name}: cannot look whether it is still there: {exc.strerror}") from exc
+        try:
+            if read_vm_id(path_fd, files=self._files) != vm.id:
+                raise Abandoned(f"VM {vm.name}: another VM has its name since the job began; run it again")
+        finally:
+            os.close(path_fd)
 
 
 def _by_inode(files: Sequence[VmFile]) -> list[list[VmFile]]:

@@ -17,14 +17,17 @@ from types import MappingProxyType
 from vmfs_stub.core.errors import PrimaryIOError
 from vmfs_stub.core.ids import SegmentId
 from vmfs_stub.core.names import XATTR_PREFIX, printable
+from vmfs_stub.core.sites import PLAIN, FileCalls
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.primary.tree import Entry, OnError, open_beneath, reopen, walk
 from vmfs_stub.store.manifest import FileKind, StoredFile
 
 
-def public_xattrs(fd: int) -> dict[str, bytes]:
+def public_xattrs(fd: int, *, files: FileCalls) -> dict[str, bytes]:
     """Extended attributes of an open file or directory, without our own.  Raises OSError."""
-    return {name: os.getxattr(fd, name) for name in os.listxattr(fd) if not name.startswith(XATTR_PREFIX)}
+    names = files.call("archive.xattrs", os.listxattr, fd)
+    public = [name for name in names if not name.startswith(XATTR_PREFIX)]
+    return {name: files.call("archive.xattrs", os.getxattr, fd, name) for name in public}
 
 
 def stored_file(
@@ -58,7 +61,7 @@ class OtherEntries:
     left_out: list[str]
 
 
-def other_entries(backing: Path, vm: Vm) -> OtherEntries:
+def other_entries(backing: Path, vm: Vm, *, files: FileCalls = PLAIN) -> OtherEntries:
     """Directories and symbolic links of a VM, outermost first; what vanishes meanwhile is not among them.
 
     Raises PrimaryIOError.
@@ -67,7 +70,7 @@ def other_entries(backing: Path, vm: Vm) -> OtherEntries:
         return OtherEntries([], [])
     failed: list[tuple[str, OSError]] = []
     try:
-        found = _walked(backing, vm, lambda path, exc: failed.append((path, exc)))
+        found = _walked(files, backing, vm, lambda path, exc: failed.append((path, exc)))
     except OSError as exc:
         raise PrimaryIOError(f"VM {vm.name}: cannot read its directory: {exc.strerror}") from exc
     for path, error in failed:
@@ -77,20 +80,20 @@ def other_entries(backing: Path, vm: Vm) -> OtherEntries:
     return found
 
 
-def _walked(backing: Path, vm: Vm, on_error: OnError) -> OtherEntries:
-    backing_fd = os.open(backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+def _walked(files: FileCalls, backing: Path, vm: Vm, on_error: OnError) -> OtherEntries:
+    backing_fd = files.call("archive.backing", os.open, backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        top_fd = open_beneath(backing_fd, vm.path)
+        top_fd = files.call("archive.look", open_beneath, backing_fd, vm.path)
     finally:
         os.close(backing_fd)
     try:
         found = OtherEntries([], [])
-        for entry in walk(top_fd, on_error):
+        for entry in walk(top_fd, on_error, files=files, site="archive.walk"):
             mode = entry.st.st_mode
             if stat.S_ISDIR(mode):
-                found.stored.append(_entry(entry, FileKind.DIRECTORY, xattrs=_directory_xattrs(entry)))
+                found.stored.append(_entry(entry, FileKind.DIRECTORY, xattrs=_directory_xattrs(files, entry)))
             elif stat.S_ISLNK(mode):
-                target = os.readlink("", dir_fd=entry.path_fd)
+                target = files.call("archive.readlink", os.readlink, "", dir_fd=entry.path_fd)
                 found.stored.append(_entry(entry, FileKind.SYMLINK, target=target))
             elif not stat.S_ISREG(mode):
                 found.left_out.append(entry.path)
@@ -99,10 +102,10 @@ def _walked(backing: Path, vm: Vm, on_error: OnError) -> OtherEntries:
         os.close(top_fd)
 
 
-def _directory_xattrs(entry: Entry) -> dict[str, bytes]:
-    fd = reopen(entry.path_fd, os.O_RDONLY | os.O_DIRECTORY)
+def _directory_xattrs(files: FileCalls, entry: Entry) -> dict[str, bytes]:
+    fd = files.call("archive.xattrs", reopen, entry.path_fd, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        return public_xattrs(fd)
+        return public_xattrs(fd, files=files)
     finally:
         os.close(fd)
 

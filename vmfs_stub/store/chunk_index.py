@@ -12,7 +12,6 @@ This module must not know frames' contents.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sqlite3
 import struct
@@ -28,6 +27,7 @@ from xxhash import xxh3_64_intdigest
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import CorruptStoreObject, NoSpace, ObjectMissing, PrimaryIOError, UnknownFormat
 from vmfs_stub.core.ids import ChunkId, PackId, StoreId
+from vmfs_stub.core.sites import PLAIN, FileCalls
 from vmfs_stub.store.format import INDEX_SIZE_MAX
 from vmfs_stub.store.index_objects import decode_index
 from vmfs_stub.store.keys import INDEX
@@ -86,6 +86,7 @@ class ChunkIndex:
         path: Path | None,
         store_id: StoreId,
         *,
+        files: FileCalls = PLAIN,
         on_lost: Callable[[NoSpace | PrimaryIOError], None] | None = None,
         on_regained: Callable[[], None] = lambda: None,
     ) -> None:
@@ -93,6 +94,7 @@ class ChunkIndex:
 
         Raises: PrimaryIOError, NoSpace.
         """
+        self._files = files
         self._path = path
         self._store_id = store_id
         self._on_lost = on_lost
@@ -189,8 +191,7 @@ class ChunkIndex:
         """Run ``action`` in a transaction; a damaged file is made afresh, and the answer is ``rebuilt``."""
         try:
             database = self._opened()
-            with database:
-                return action(database)
+            return self._files.call("index.use", _transact, database, action)
         except (sqlite3.Error, _Damaged, UnicodeDecodeError) as exc:
             if not _is_damage(exc):
                 error = _foreign(exc, self._path)
@@ -198,7 +199,7 @@ class ChunkIndex:
                     raise error from exc
                 self._on_lost(error)
                 self._let_go()
-                self._database, self._stands_in = _open(None, self._store_id), True
+                self._database, self._stands_in = self._open(in_memory=True), True
                 return rebuilt
             log.warning("chunk index %s is damaged (%s): it is made afresh", self._path, exc)
         self._remove()
@@ -215,7 +216,7 @@ class ChunkIndex:
     def _took_up_file(self) -> bool:
         self._check_open()
         try:
-            database = _open(self._path, self._store_id)
+            database = self._open(in_memory=False)
         except (sqlite3.Error, _Damaged, UnicodeDecodeError):
             return False
         self._let_go()
@@ -226,19 +227,26 @@ class ChunkIndex:
     def _opened(self) -> sqlite3.Connection:
         self._check_open()
         if self._database is None:
-            self._database = _open(None if self._stands_in else self._path, self._store_id)
+            self._database = self._open(in_memory=self._stands_in)
         return self._database
 
     def _remove(self) -> None:
         self._let_go()
         if self._path is not None and not self._stands_in:
             for suffix in ("", "-wal", "-shm", "-journal"):
-                with contextlib.suppress(FileNotFoundError):
-                    self._path.with_name(self._path.name + suffix).unlink()
+                self._files.call("index.remove", self._path.with_name(self._path.name + suffix).unlink, missing_ok=True)
+
+    def _open(self, *, in_memory: bool) -> sqlite3.Connection:
+        return self._files.call("index.open", _open, None if in_memory else self._path, self._store_id)
 
     @staticmethod
     def _forget_unpublished(database: sqlite3.Connection) -> None:
         database.execute("DELETE FROM packs WHERE object IS NULL")
+
+
+def _transact(database: sqlite3.Connection, action: Callable[[sqlite3.Connection], T]) -> T:
+    with database:
+        return action(database)
 
 
 def _open(path: Path | None, store_id: StoreId) -> sqlite3.Connection:

@@ -1,0 +1,93 @@
+"""Failures that the sweep over all sites found, each by the call that showed it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.datastore_harness import BLOCK, CHUNK, Fault, Rig, RigFiles, Services, temporary_rig
+from vmfs_stub.core.errors import PrimaryIOError
+
+DISK = "vm/disk.img"
+CONTENT = random.Random(9).randbytes(3 * CHUNK + 700)
+EIO = OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+async def archived(rig: Rig) -> None:
+    rig.make_disk(DISK, CONTENT)
+    async with rig.running() as services:
+        await services.archive("vm")
+
+
+async def read(services: Services) -> bytes:
+    disk = await services.open(DISK)
+    try:
+        return bytes(await disk.read(0, len(CONTENT) + BLOCK))
+    finally:
+        await services.disks.release(disk)
+
+
+def open_below(rig: Rig) -> list[str]:
+    """What this process has open in a rig."""
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        try:
+            target = link.readlink()
+        except OSError:
+            continue
+        if target.is_relative_to(rig.base):
+            found.append(str(target))
+    return found
+
+
+def failing(rig: Rig, site: str, *, for_good: bool = False) -> RigFiles:
+    files = RigFiles(rig.medium)
+    files.spoil(site, 1, Fault(EIO, for_good=for_good))
+    return files
+
+
+async def test_a_half_made_map_that_cannot_be_removed_does_not_keep_the_daemon_from_starting() -> None:
+    with temporary_rig() as rig:
+        await archived(rig)
+        left = rig.maps()[0].with_name("left.new")
+        left.write_bytes(b"half")
+        async with rig.running(files=failing(rig, "recovery.clean")) as services:
+            assert await read(services) == CONTENT
+        async with rig.running():
+            assert not left.exists()
+
+
+async def test_a_volatile_map_that_cannot_be_removed_is_no_failure() -> None:
+    """A graduation broke off after the record was gone, and the durable map stayed open."""
+    with temporary_rig() as rig:
+        await archived(rig)
+        async with rig.running(files=failing(rig, "volatile.remove")) as services:
+            await services.bring_back(DISK)
+            assert (rig.is_placeholder(DISK), rig.maps(), rig.pins()) == (False, [], [])
+        assert open_below(rig) == []
+
+
+async def test_what_the_volatile_map_holds_is_told_or_the_disk_is_refused() -> None:
+    """Where its data lies could not be asked, and then all its blocks counted as absent: a guest's writes were lost."""
+    with temporary_rig() as rig:
+        await archived(rig)
+        async with rig.running(files=failing(rig, "volatile.seek")) as services:
+            with pytest.raises(OSError, match="Input/output error"):
+                await services.open(DISK)
+            assert await read(services) == CONTENT
+        assert open_below(rig) == []
+
+
+@pytest.mark.parametrize("site", ["archive.backing", "archive.look", "archive.open", "archive.xattrs", "archive.seek"])
+async def test_a_vm_that_cannot_be_looked_at_is_not_one_that_was_renamed(site: str) -> None:
+    with temporary_rig() as rig:
+        rig.make_disk(DISK, CONTENT)
+        async with rig.running(files=failing(rig, site)) as services:
+            with pytest.raises(PrimaryIOError):
+                await services.archive("vm")
+            await services.archive("vm")
+            assert rig.is_placeholder(DISK)
