@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.datastore_harness import BLOCK, CHUNK, Fault, Rig, RigFiles, Services, temporary_rig
+from tests.fault.spoilings import shortened
 from vmfs_stub.core.errors import PrimaryIOError
 
 DISK = "vm/disk.img"
@@ -48,6 +49,18 @@ def failing(rig: Rig, site: str, *, for_good: bool = False) -> RigFiles:
     files = RigFiles(rig.medium)
     files.spoil(site, 1, Fault(EIO, for_good=for_good))
     return files
+
+
+async def test_a_short_read_is_read_on_and_is_no_end_of_file() -> None:
+    """The kernel gives a guest zeros for what is missing of an answer."""
+    with temporary_rig() as rig:
+        rig.make_disk(DISK, CONTENT)
+        files = RigFiles(rig.medium)
+        files.spoil("read.cached", 1, Fault(change=lambda count: 0, for_good=True))
+        files.spoil("read.data", 1, Fault(change=shortened, for_good=True))
+        async with rig.running(files=files) as services:
+            assert await read(services) == CONTENT
+        assert files.counts["read.data"] > 1
 
 
 async def test_a_half_made_map_that_cannot_be_removed_does_not_keep_the_daemon_from_starting() -> None:

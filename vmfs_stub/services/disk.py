@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from vmfs_stub.core.chunking import BLOCK_SIZE
 from vmfs_stub.core.errors import PrimaryIOError
 from vmfs_stub.core.residency import blocks_merged
-from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.primary.files import FileCalls, read_fully
 from vmfs_stub.services.disk_name import DiskName
 from vmfs_stub.services.placeholder import Placeholder
 from vmfs_stub.services.recall import RecallService
@@ -97,7 +97,7 @@ class Disk:
             if exc.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
                 raise PrimaryIOError(f"{self.label}: reading the backing file failed: {exc.strerror}") from exc
         try:
-            return await self._threads.files(self._files.call, "read.data", os.pread, self.fd, size, offset)
+            return await self._threads.files(read_fully, self._files, "read.data", self.fd, size, offset)
         except OSError as exc:
             raise PrimaryIOError(f"{self.label}: reading the backing file failed: {exc.strerror}") from exc
 
