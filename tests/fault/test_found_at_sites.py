@@ -63,6 +63,13 @@ async def test_a_short_read_is_read_on_and_is_no_end_of_file() -> None:
         assert files.counts["read.data"] > 1
 
 
+async def test_going_on_with_what_was_unfinished_does_not_end_the_daemon() -> None:
+    with temporary_rig() as rig:
+        await archived(rig)
+        async with rig.running(files=failing(rig, "resume.open")) as services:
+            assert await read(services) == CONTENT
+
+
 async def test_a_half_made_map_that_cannot_be_removed_does_not_keep_the_daemon_from_starting() -> None:
     with temporary_rig() as rig:
         await archived(rig)

@@ -19,8 +19,12 @@ async def resume(recovered: Recovered, backing: Path, services: DiskServices) ->
     """Finish what can be finished; what fails is logged, and found again at the next start."""
     for ended in recovered.ended:
         await services.retirement.retire(ended)
-    flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-    backing_fd = services.files.call("resume.open", os.open, backing, flags)
+    try:
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+        backing_fd = services.files.call("resume.open", os.open, backing, flags)
+    except OSError as exc:
+        log.warning("%s cannot be opened (%s): what the last run left unfinished waits", backing, exc.strerror)
+        return
     try:
         for path in dict.fromkeys([*recovered.punch, *recovered.graduate, *recovered.hydrate]):
             try:
