@@ -102,6 +102,21 @@ async def test_what_the_volatile_map_holds_is_told_or_the_disk_is_refused() -> N
         assert open_below(rig) == []
 
 
+@pytest.mark.parametrize("site", ["archive.readlink", "archive.walk"])
+async def test_a_walk_that_breaks_off_leaves_nothing_open(site: str) -> None:
+    with temporary_rig() as rig:
+        rig.make_disk(DISK, CONTENT)
+        (rig.backing / "vm/link").symlink_to("nowhere")
+        async with rig.running(files=failing(rig, site)) as services:
+            caught: BaseException | None = None
+            try:
+                await services.archive("vm")
+            except PrimaryIOError as exc:
+                caught = exc  # whoever keeps the error keeps what its frames hold
+            assert caught is not None
+            assert [path for path in open_below(rig) if "vm" in Path(path).relative_to(rig.base).parts] == []
+
+
 @pytest.mark.parametrize("site", ["archive.backing", "archive.look", "archive.open", "archive.xattrs", "archive.seek"])
 async def test_a_vm_that_cannot_be_looked_at_is_not_one_that_was_renamed(site: str) -> None:
     with temporary_rig() as rig:

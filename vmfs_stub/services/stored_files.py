@@ -10,6 +10,7 @@ import errno
 import os
 import stat
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -88,15 +89,16 @@ def _walked(files: FileCalls, backing: Path, vm: Vm, on_error: OnError) -> Other
         os.close(backing_fd)
     try:
         found = OtherEntries([], [])
-        for entry in walk(top_fd, on_error, files=files, site="archive.walk"):
-            mode = entry.st.st_mode
-            if stat.S_ISDIR(mode):
-                found.stored.append(_entry(entry, FileKind.DIRECTORY, xattrs=_directory_xattrs(files, entry)))
-            elif stat.S_ISLNK(mode):
-                target = files.call("archive.readlink", os.readlink, "", dir_fd=entry.path_fd)
-                found.stored.append(_entry(entry, FileKind.SYMLINK, target=target))
-            elif not stat.S_ISREG(mode):
-                found.left_out.append(entry.path)
+        with closing(walk(top_fd, on_error, files=files, site="archive.walk")) as entries:
+            for entry in entries:
+                mode = entry.st.st_mode
+                if stat.S_ISDIR(mode):
+                    found.stored.append(_entry(entry, FileKind.DIRECTORY, xattrs=_directory_xattrs(files, entry)))
+                elif stat.S_ISLNK(mode):
+                    target = files.call("archive.readlink", os.readlink, "", dir_fd=entry.path_fd)
+                    found.stored.append(_entry(entry, FileKind.SYMLINK, target=target))
+                elif not stat.S_ISREG(mode):
+                    found.left_out.append(entry.path)
         return found
     finally:
         os.close(top_fd)
