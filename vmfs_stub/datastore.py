@@ -35,7 +35,7 @@ from vmfs_stub.control.messages import (
     error_info,
 )
 from vmfs_stub.control.peer import Peer
-from vmfs_stub.core.errors import InUse, RecallsHeld, VmfsStubError
+from vmfs_stub.core.errors import InUse, PrimaryIOError, RecallsHeld, VmfsStubError
 from vmfs_stub.core.ids import JobId, VmId
 from vmfs_stub.core.names import printable
 from vmfs_stub.inventory.directory import DirectoryInventory
@@ -410,8 +410,11 @@ class Datastore:
         return VmOutcome(vm=vm.name, outcome="recalled")
 
     async def _bring_file_back(self, file: VmFile, progress: Callable[[int], None]) -> None:
-        opened = partial(self._files.call, "hydrate.open", open_beneath, self._backing_fd, file.path)
-        path_fd = await self._threads.files(opened)
+        try:
+            opened = partial(self._files.call, "hydrate.open", open_beneath, self._backing_fd, file.path)
+            path_fd = await self._threads.files(opened)
+        except OSError as exc:
+            raise PrimaryIOError(f"{disk_label(file.path)}: cannot be opened: {exc.strerror}") from exc
         try:
             await self._hydration.bring_back(path_fd, progress=progress)
         finally:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.datastore_harness import BLOCK, CHUNK, Fault, Rig, RigFiles, Services, temporary_rig
 from tests.fault.spoilings import shortened
-from vmfs_stub.core.errors import PrimaryIOError
+from vmfs_stub.core.errors import PrimaryError, PrimaryIOError
 
 DISK = "vm/disk.img"
 CONTENT = random.Random(9).randbytes(3 * CHUNK + 700)
@@ -126,3 +126,15 @@ async def test_a_vm_that_cannot_be_looked_at_is_not_one_that_was_renamed(site: s
                 await services.archive("vm")
             await services.archive("vm")
             assert rig.is_placeholder(DISK)
+
+
+@pytest.mark.parametrize("site", ["hydrate.space", "open.file", "graduate.times", "graduate.record", "graduate.sync"])
+async def test_a_recall_fails_with_an_error_that_says_what_failed(site: str) -> None:
+    """It was reported as a bug of the daemon."""
+    with temporary_rig() as rig:
+        await archived(rig)
+        async with rig.running(files=failing(rig, site)) as services:
+            with pytest.raises(PrimaryError, match=r"disk vm/disk\.img"):
+                await services.bring_back(DISK)
+            await services.bring_back(DISK)
+            assert (rig.is_placeholder(DISK), rig.maps(), rig.pins()) == (False, [], [])

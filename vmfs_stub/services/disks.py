@@ -25,6 +25,7 @@ from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PlaceholderMaps, PrivateState
 from vmfs_stub.services.disk import Caller, Disk
 from vmfs_stub.services.disk_closer import DiskCloser
+from vmfs_stub.services.disk_name import DiskName
 from vmfs_stub.services.disk_opener import DiskOpener
 from vmfs_stub.services.placeholder_index import PlaceholderIndex, StatOverride
 from vmfs_stub.services.recall import RecallService
@@ -280,6 +281,10 @@ class Disks:
         await self._removals.removed(os.fstat(path_fd))
 
     # Looking around
+
+    def name(self, path_fd: int) -> DiskName:
+        """How messages name the file of a descriptor."""
+        return self._opener.name(path_fd)
 
     def get(self, ino: int) -> Disk | None:
         """The open disk of that inode, if it is open."""

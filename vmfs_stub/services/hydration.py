@@ -7,17 +7,20 @@ stops where less than a floor of free space would stay on primary, which is kept
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
 
-from vmfs_stub.core.errors import InUse, NoSpace, RecallsHeld, VmfsStubError
+from vmfs_stub.core.errors import InUse, NoSpace, PrimaryIOError, RecallsHeld, VmfsStubError
 from vmfs_stub.core.sites import FileCalls
 from vmfs_stub.services.disk import Disk
+from vmfs_stub.services.disk_name import DiskName
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.placeholder import Placeholder
 from vmfs_stub.services.recall import RecallService
@@ -84,8 +87,12 @@ class HydrationService:
     async def bring_back(self, path_fd: int, *, progress: Callable[[int], None]) -> None:
         """Make a placeholder an ordinary file, at full speed; ``progress`` gets bytes as they arrive.
 
-        Raises NoSpace at once when it does not fit, RecallsHeld, StoreError, IntegrityError.
+        Raises NoSpace at once when it does not fit, RecallsHeld, StoreError, IntegrityError, PrimaryError.
         """
+        with _translated(self._disks.name(path_fd)):
+            await self._bring_back(path_fd, progress)
+
+    async def _bring_back(self, path_fd: int, progress: Callable[[int], None]) -> None:
         disk = await self._disks.keep(path_fd)
         try:
             placeholder = disk.placeholder
@@ -199,3 +206,13 @@ class HydrationService:
                 f"{disk.label}: {needed_bytes >> 20} MiB more would leave less than {self._free_floor_percent:g} % of "
                 f"the backing filesystem free ({free >> 20} MiB are); make room, or lower [primary] free_floor_percent"
             )
+
+
+@contextmanager
+def _translated(name: DiskName) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(f"{name}: it cannot be brought back: the backing filesystem is full") from exc
+        raise PrimaryIOError(f"{name}: it cannot be brought back: {exc.strerror}") from exc
