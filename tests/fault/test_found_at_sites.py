@@ -11,7 +11,8 @@ import pytest
 
 from tests.datastore_harness import BLOCK, CHUNK, Fault, Rig, RigFiles, Services, temporary_rig
 from tests.fault.spoilings import shortened
-from vmfs_stub.core.errors import PrimaryError, PrimaryIOError
+from vmfs_stub.core.errors import PrimaryError, PrimaryIOError, VmfsStubError
+from vmfs_stub.services.restore import restore_point
 
 DISK = "vm/disk.img"
 CONTENT = random.Random(9).randbytes(3 * CHUNK + 700)
@@ -138,3 +139,46 @@ async def test_a_recall_fails_with_an_error_that_says_what_failed(site: str) -> 
                 await services.bring_back(DISK)
             await services.bring_back(DISK)
             assert (rig.is_placeholder(DISK), rig.maps(), rig.pins()) == (False, [], [])
+
+
+@pytest.mark.parametrize(
+    ("site", "number"), [("restore.move", 1), ("restore.move", 2), ("restore.unlink", 1), ("restore.sync", 4)]
+)
+async def test_a_restore_that_fails_at_the_end_leaves_nothing_in_its_way(site: str, number: int) -> None:
+    """Some names were there, and the next try was refused because of them."""
+    with temporary_rig() as rig:
+        await archived(rig)
+        rig.make_disk("vm/below/second.img", CONTENT[::-1])
+        target = rig.base / "restored"
+        async with rig.running() as services:
+            await services.archive("vm")
+            (vm,) = services.store.vms()
+            point = services.store.open_point(vm.vm_id, vm.points[-1].point_id)
+            files = services.files
+            files.fail(site, number, EIO)
+            with pytest.raises(PrimaryIOError):
+                restore_point(services.store, point, target, files=files)
+            assert list(target.iterdir()) == []
+            restore_point(services.store, point, target, files=files)
+        assert (target / "disk.img").read_bytes() == CONTENT
+        assert (target / "below/second.img").read_bytes() == CONTENT[::-1]
+
+
+async def test_a_restore_undoes_only_what_it_did() -> None:
+    with temporary_rig() as rig:
+        await archived(rig)
+        target, taken = rig.base / "restored", b"somebody else's"
+        target.mkdir()
+        async with rig.running() as services:
+            (vm,) = services.store.vms()
+            point = services.store.open_point(vm.vm_id, vm.points[-1].point_id)
+            services.files.instead["restore.move"] = lambda *args, **kwargs: _take(target / "disk.img", taken)
+            with pytest.raises(VmfsStubError):
+                restore_point(services.store, point, target, files=services.files)
+        assert [path.name for path in target.iterdir()] == ["disk.img"]
+        assert (target / "disk.img").read_bytes() == taken
+
+
+def _take(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))

@@ -87,15 +87,14 @@ def restore_point(
         names = sorted({stored.path.split("/", 1)[0] for stored in point.manifest.files})
         _refuse_taken(files, to, names)
         staging = to / f"{STAGING}{secrets.token_hex(8)}"
-        files.call("restore.folder", staging.mkdir, mode=0o700)
         try:
+            files.call("restore.folder", staging.mkdir, mode=0o700)
             restorer = _Restorer(store, point, staging, files=files, workers=workers, progress=progress)
             report = restorer.run()
             _move_in(files, staging, to, names)
         finally:
             with contextlib.suppress(OSError):
                 files.call("restore.clean", shutil.rmtree, staging, ignore_errors=True)
-        files.call("restore.sync", _sync, to)
     return report
 
 
@@ -316,27 +315,39 @@ def _refuse_taken(files: FileCalls, to: Path, names: Sequence[str]) -> None:
 
 
 def _move_in(files: FileCalls, staging: Path, to: Path, names: Sequence[str]) -> None:
-    """Give everything its final name, and replace nothing that appeared meanwhile."""
-    for name in names:
-        source, target = staging / name, to / name
-        if stat.S_ISDIR(files.call("restore.look", os.lstat, source).st_mode):
-            _refuse_taken(files, to, [name])
-            files.call(
-                "restore.move", source.rename, target
-            )  # the kernel refuses a directory that is not empty, and anything else
-            continue
-        try:
-            files.call("restore.move", os.link, source, target, follow_symlinks=False)
-        except FileExistsError:
-            _refuse_taken(files, to, [name])
+    """Give everything its final name, durably, and replace nothing that appeared meanwhile; all of it or none."""
+    inodes = {name: files.call("restore.look", os.lstat, staging / name).st_ino for name in names}
+    try:
+        for name in names:
+            _move_one(files, staging / name, to, name)
+        files.call("restore.sync", _sync, to)
+    except BaseException:
+        for name, ino in inodes.items():
+            with contextlib.suppress(OSError):
+                if files.call("restore.look", os.lstat, to / name).st_ino == ino:
+                    files.call("restore.undo", (to / name).rename, staging / f"{STAGING}{ino}")
+        raise
+
+
+def _move_one(files: FileCalls, source: Path, to: Path, name: str) -> None:
+    target = to / name
+    if stat.S_ISDIR(files.call("restore.look", os.lstat, source).st_mode):
+        _refuse_taken(files, to, [name])
+        # The kernel refuses a directory that is not empty, and anything else.
+        files.call("restore.move", source.rename, target)
+        return
+    try:
+        files.call("restore.move", os.link, source, target, follow_symlinks=False)
+    except FileExistsError:
+        _refuse_taken(files, to, [name])
+        raise
+    except OSError as exc:
+        if exc.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
             raise
-        except OSError as exc:
-            if exc.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
-                raise
-            _refuse_taken(files, to, [name])  # no hard links here
-            files.call("restore.move", source.rename, target)
-        else:
-            files.call("restore.unlink", source.unlink)
+        _refuse_taken(files, to, [name])  # no hard links here
+        files.call("restore.move", source.rename, target)
+    else:
+        files.call("restore.unlink", source.unlink)
 
 
 def _sync(folder: Path) -> None:
