@@ -67,11 +67,15 @@ class LocalObjects:
             if not root.is_dir():
                 root.mkdir(mode=0o700)
                 _sync_folder(root.absolute().parent)
-            self._root_fd = os.open(root, _FOLDER)
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(TEMPORARY, 0o700, dir_fd=self._root_fd)
-            self._temporary_fd = os.open(TEMPORARY, _FOLDER | os.O_NOFOLLOW, dir_fd=self._root_fd)
-            self._sweep()
+            with contextlib.ExitStack() as opened:
+                self._root_fd = os.open(root, _FOLDER)
+                opened.callback(os.close, self._root_fd)
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(TEMPORARY, 0o700, dir_fd=self._root_fd)
+                self._temporary_fd = os.open(TEMPORARY, _FOLDER | os.O_NOFOLLOW, dir_fd=self._root_fd)
+                opened.callback(os.close, self._temporary_fd)
+                self._sweep()
+                opened.pop_all()  # from here on `close` closes them
 
     def close(self) -> None:
         """Give the descriptors back; no call is allowed afterwards."""
