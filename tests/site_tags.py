@@ -113,7 +113,7 @@ class Source:
             for node in ast.walk(module.tree):
                 if isinstance(node, ast.Call) and (given := _site_of(node, self._takers)) is not None:
                     place = f"{module.path}:{node.lineno}"
-                    if isinstance(given, ast.Constant) and _is_tag(given):
+                    if isinstance(given, ast.Constant) and isinstance(given.value, str) and _is_tag(given):
                         found.setdefault(given.value, []).append(place)
                     elif not (isinstance(given, ast.Name) and given.id == "site") and _name(node.func) != "run":
                         raise ValueError(f"{place}: a site that is not written out")

@@ -1,148 +1,250 @@
-"""Scenarios in which each file call is made to fail, or the daemon is killed at it, and what must hold afterwards.
+"""Runs a scenario with one call spoiled, and checks what must hold afterwards.
 
-A scenario prepares a datastore, then does one thing (`act`).  A first run without faults counts the calls of each site;
-then every one of them is spoiled in a datastore of its own:
+A first run without faults counts the calls of each site; then each is spoiled in a datastore of its own:
 
-* an error: what was done fails or not, but no read returns a wrong byte; after a restart (a reboot, when a sync failed)
-  the VM is whole, and archiving and bringing it back work;
-* a kill, perhaps with the power going: the same, and the start finds nothing that it cannot explain.
+* an error, for once or for good: what was done fails or not, but no read returns a wrong byte; when it is repaired, the
+  same is done again and succeeds; so it does after a restart (a reboot, when a sync failed), where the VM is whole and
+  archiving and bringing it back work;
+* a kill, perhaps with the power going: the VM is whole at the next start, which finds nothing that it cannot explain.
+
+At the end nothing is left over: no map, pin, half-made file or descriptor.
 """
 
 from __future__ import annotations
 
-import errno
-import os
+import contextlib
 import random
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, RigFiles, Services, survives_kill, temporary_rig
+from tests.datastore_harness import BLOCK, Rig, RigFiles, Services, survives_kill, temporary_rig
+from tests.fault.scenarios import BY_NAME, SCENARIOS, NotWhole, Scenario, contents_of, make_vm
+from tests.fault.spoilings import Spoiling, kinds_at, numbers
 from vmfs_stub.core.errors import MapFrozen, VmfsStubError
+from vmfs_stub.services import hydration, recall
 from vmfs_stub.store.keys import pin_key
 
-PATHS = ("vm/disk.img", "vm/second.img")
-DISK = PATHS[0]
+__all__ = ["BY_NAME", "SCENARIOS", "Calls", "NotWhole", "Scenario", "Spoiling", "run", "spoilings"]
 
-
-class NotWhole(AssertionError):
-    """A disk is not what it should be after a failure."""
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """``prepare`` leaves the state in which ``act`` is spoiled; ``act`` returns nothing and may raise.
-
-    ``writes`` are what a guest writes to the first disk in `act`; where act failed, any of them may have been done.
-    """
-
-    name: str
-    prepare: Callable[[Rig], Awaitable[None]]
-    act: Callable[[Services], Awaitable[None]]
-    writes: tuple[tuple[int, bytes], ...] = ()
-
-
-@dataclass(frozen=True)
-class Spoiling:
-    """The ``number``-th call at ``site`` goes wrong: an errno, or a kill, perhaps with the power going."""
-
-    site: str
-    number: int
-    error: int = 0
-    power: bool = False
-
-    def plan(self, files: RigFiles) -> None:
-        error = OSError(self.error, os.strerror(self.error)) if self.error else Killed()
-        files.fail(self.site, self.number, error)
-
+GUEST_WAITS_S = 0.05
+"""How long a recall is tried while something is broken for good."""
 
 Contents = dict[str, list[bytes]]
 """What each disk may hold."""
 
 
-def first_contents() -> dict[str, bytes]:
-    chosen = random.Random(5)
-    large = chosen.randbytes(2 * CHUNK) + bytes(CHUNK) + chosen.randbytes(CHUNK + 3 * BLOCK + 512)
-    return {DISK: large, PATHS[1]: chosen.randbytes(CHUNK + 100)}
+@dataclass(slots=True)
+class Calls:
+    """What a scenario called: how often each site, from which places, and the first call of a site from each."""
+
+    counts: dict[str, int]
+    places: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
-async def run(scenario: Scenario, spoiling: Spoiling | None) -> dict[str, int]:
-    """Run a scenario with one call spoiled, and check everything after; returns the calls that `act` made, by site."""
-    with temporary_rig(head=BLOCK) as rig:
-        contents = first_contents()
-        for path, content in contents.items():
-            rig.make_disk(path, content)
+def spoilings(calls: Calls, *, every: bool = False) -> Iterator[Spoiling]:
+    """All ways in which a scenario can be spoiled that made these calls.
+
+    Of a site: its first, second and last call, and the first from each place; with ``every`` all of them.
+    """
+    for site, count in sorted(calls.counts.items()):
+        firsts = [number for (other, _), number in calls.places.items() if other == site]
+        for number in range(1, count + 1) if every else numbers(count, firsts):
+            for kind, for_good in kinds_at(site):
+                yield Spoiling(site, number, kind, for_good)
+
+
+async def run(scenario: Scenario, spoiling: Spoiling | None) -> Calls:
+    """Run a scenario with one call spoiled, and check everything after.  Raises NotWhole."""
+    descriptors = _descriptors()
+    with short_waits(), temporary_rig(head=BLOCK) as rig:
+        rig.inline = True
+        contents = make_vm(rig)
         await scenario.prepare(rig)
         files = RigFiles(rig.medium)
-        possible, counts = await _life(scenario, rig, files, spoiling, contents)
+        files.watches_places = spoiling is None
+        if spoiling is not None:
+            spoiling.plan(files)
+        outcome = await _life(scenario, rig, files, spoiling, contents)
+        calls = Calls(dict(files.counts), files.places)
         if spoiling is not None:
             if spoiling.power:
                 rig.lose_power(random.Random(f"{spoiling}"))
-            await _check_next_life(scenario, rig, possible, spoiling)
-        return counts
+            await _check_next_life(scenario, rig, outcome, spoiling)
+            left = set(_descriptors().items()) - set(descriptors.items())
+            if not spoiling.is_kill and "kill" not in scenario.name and left:
+                raise NotWhole(f"descriptors are still open: {left}")
+        return calls
+
+
+@contextlib.contextmanager
+def short_waits() -> Iterator[None]:
+    """A guest's patience, and the pauses between tries, are a test's."""
+    kept = recall.RETRY_PAUSE_S, recall.SECOND_TRY_S, hydration.RETRY_INTERVAL_S
+    recall.RETRY_PAUSE_S, recall.SECOND_TRY_S, hydration.RETRY_INTERVAL_S = 0.005, 0.0, 0.005
+    try:
+        yield
+    finally:
+        recall.RETRY_PAUSE_S, recall.SECOND_TRY_S, hydration.RETRY_INTERVAL_S = kept
+
+
+def _descriptors() -> dict[str, str]:
+    """What this process has open below temporary directories, by descriptor."""
+    found = {}
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found[path.name] = str(path.readlink())
+    return {fd: target for fd, target in found.items() if "vmfs-stub-rig-" in target}
+
+
+# The life in which something goes wrong
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What the disks may hold after a life; ``told`` is whether its start said that it could not look at something."""
+
+    possible: Contents
+    told: bool = False
 
 
 async def _life(
     scenario: Scenario, rig: Rig, files: RigFiles, spoiling: Spoiling | None, contents: dict[str, bytes]
-) -> tuple[Contents, dict[str, int]]:
-    before = {path: [content] for path, content in contents.items()}
-    versions = [contents[DISK]]
+) -> Outcome:
+    during = _versions(scenario, contents)
+    after = {path: versions[-1:] for path, versions in during.items()}
+    done = told = False
+    with survives_kill():
+        try:
+            async with rig.running(files=files, hydrates=scenario.hydrates) as services:
+                told = bool(services.recovered.findings)
+                if spoiling is not None and spoiling.for_good:
+                    services.recall.deadline_s = GUEST_WAITS_S
+                done = await _act(scenario, services, must_work=spoiling is None)
+                if not files.dead and spoiling is not None:
+                    await _check_no_wrong_byte(services, after if done else during)
+                    files.repair()
+                    services.recall.deadline_s = 30
+                    done = await _act_again(scenario, services, done=done)
+        except (VmfsStubError, OSError):
+            # The start itself failed, which is told, and tried again.
+            if spoiling is None:
+                raise
+    if spoiling is not None and not files.spoiled:
+        raise NotWhole(f"{spoiling}: there was no such call")
+    return Outcome(after if done else during, told)
+
+
+def _versions(scenario: Scenario, contents: dict[str, bytes]) -> Contents:
+    """What each disk may hold at some time while the scenario acts, the last being what it then holds."""
+    (first, *_) = contents
+    versions = [contents[first]]
     for offset, data in scenario.writes:
         changed = bytearray(versions[-1])
         changed[offset : offset + len(data)] = data
         versions.append(bytes(changed))
-    during: Contents = {**before, DISK: versions}
-    if spoiling is not None:
-        spoiling.plan(files)
-    done = False
-    with survives_kill():
-        async with rig.running(files=files) as services:
-            try:
-                await scenario.act(services)
-                done = True
-            except (VmfsStubError, OSError):
-                if spoiling is None:
-                    raise
-            if not files.dead:
-                possible = {**before, DISK: versions[-1:]} if done else during
-                await _check_no_wrong_byte(services, possible)
-    return ({**before, DISK: versions[-1:]} if done else during), dict(files.counts)
+    cut = [version[:size] for size in scenario.sizes for version in versions]
+    return {**{path: [content] for path, content in contents.items()}, first: [versions[0], *cut, *versions[1:]]}
+
+
+async def _act(scenario: Scenario, services: Services, *, must_work: bool) -> bool:
+    try:
+        await scenario.act(services)
+    except (VmfsStubError, OSError):
+        if must_work:
+            raise
+        return False
+    return True
+
+
+async def _act_again(scenario: Scenario, services: Services, *, done: bool) -> bool:
+    """What failed is tried again now that nothing is broken.
+
+    Only a disk that is frozen may refuse, and one that the start could not look at, which it said.
+    """
+    if done or not scenario.again:
+        return done
+    try:
+        await scenario.act(services)
+    except MapFrozen:
+        return False
+    except (VmfsStubError, OSError) as exc:
+        if services.recovered.findings:
+            return False
+        raise NotWhole(f"the next try failed: {exc!r}") from exc
+    return True
 
 
 async def _check_no_wrong_byte(services: Services, possible: Contents) -> None:
     """A disk may be refused here, or all it says is true."""
     for path, versions in possible.items():
+        if not (services.rig.backing / path).exists():
+            continue
         try:
-            found = await _read(services, path)
+            found = await contents_of(services, path)
         except (VmfsStubError, OSError):
             continue
         _expect_one_of(found, versions, path)
 
 
-async def _check_next_life(scenario: Scenario, rig: Rig, possible: Contents, spoiling: Spoiling) -> None:
+# The next life
+
+
+async def _check_next_life(scenario: Scenario, rig: Rig, outcome: Outcome, spoiling: Spoiling) -> None:
+    left = {path: versions for path, versions in outcome.possible.items() if (rig.backing / path).exists()}
+    gone = set(outcome.possible) - set(left)
+    if gone - set(scenario.gone):
+        raise NotWhole(f"{gone} is gone")
+    was_killed = spoiling.is_kill or "kill" in scenario.name
     async with rig.running() as services:
-        if not spoiling.error and services.recovered.findings:
+        if services.recovered.findings and was_killed:
             raise NotWhole(f"after a kill: {services.recovered.findings}")
+        if gone and outcome.told:
+            # A disk that the start could not look at was removed: its restore point stays, which is told.
+            await _check_whole(services, left)
+            return
         try:
-            await _check_whole(services, possible)
+            await check_works(services, left, was_killed=was_killed)
         except MapFrozen:
-            rig.lose_power(random.Random(f"{spoiling}"))
+            if spoiling.is_kill:
+                raise
+        else:
+            await check_ordinary(services, left, staging_may_stay=was_killed or spoiling.site == "restore.clean")
+            return
+    rig.lose_power(random.Random(f"{spoiling}"))
     async with rig.running() as services:
-        if services.recovered.findings:
-            raise NotWhole(f"after a restart: {services.recovered.findings}")
-        await services.wait_hydrated()  # one that an operator had asked for goes on, and has the disk open
-        await _check_whole(services, possible)
-        whole = {path: await _read(services, path) for path in possible}
-        await services.archive("vm")
-        await _check_whole(services, {path: [content] for path, content in whole.items()})
-        for path in possible:
-            await services.bring_back(path)
-        # A kill between the pin and the map that remembers it leaves a pin too many: a point is kept, nothing is lost.
-        was_killed = not spoiling.error or "kill" in scenario.name
-        if rig.maps() or len(rig.pins()) > (len(possible) if was_killed else 0):
-            raise NotWhole(f"left over: {rig.maps()} {rig.pins()}")
-    for path, content in whole.items():
+        await check_works(services, left, was_killed=was_killed)
+        await check_ordinary(services, left, staging_may_stay=was_killed or spoiling.site == "restore.clean")
+
+
+async def check_works(services: Services, possible: Contents, *, was_killed: bool) -> None:
+    """The VM is whole, can be archived and brought back, and leaves nothing."""
+    if services.recovered.findings:
+        raise NotWhole(f"after a restart: {services.recovered.findings}")
+    await services.wait_hydrated()  # one that an operator had asked for goes on, and has the disk open
+    await _check_whole(services, possible)
+    for path in possible:
+        possible[path] = [await contents_of(services, path)]
+    await services.archive("vm")
+    await _check_whole(services, possible)
+    for path in possible:
+        await services.bring_back(path)
+    rig = services.rig
+    # A kill between the pin and the map that remembers it leaves a pin too many: a point is kept, nothing is lost.
+    if rig.maps() or len(rig.pins()) > (len(possible) if was_killed else 0):
+        raise NotWhole(f"left over: {rig.maps()} {rig.pins()}")
+
+
+async def check_ordinary(services: Services, possible: Contents, *, staging_may_stay: bool) -> None:
+    rig = services.rig
+    for path, (content,) in possible.items():
         if (rig.backing / path).read_bytes() != content:
             raise NotWhole(f"{path} as an ordinary file differs")
+    volatile = [path.name for path in (rig.runtime / "maps").iterdir()]
+    restored = rig.base / "restored"
+    staging = [path.name for path in restored.iterdir() if path.name.startswith(".")] if restored.exists() else []
+    if volatile or (staging and not staging_may_stay):
+        raise NotWhole(f"left over: {volatile} {staging}")
 
 
 async def _check_whole(services: Services, possible: Contents) -> None:
@@ -155,126 +257,14 @@ async def _check_whole(services: Services, possible: Contents) -> None:
             record = known.record
             if pin_key(record.vm_id, record.point_id, record.placeholder_id) not in services.rig.pins():
                 raise NotWhole(f"{path} is a placeholder whose restore point is not pinned")
-        _expect_one_of(await _read(services, path), versions, path)
-
-
-async def _read(services: Services, path: str) -> bytes:
-    disk = await services.open(path)
-    try:
-        return bytes(await disk.read(0, 1 << 24))
-    finally:
-        await services.disks.release(disk)
+        _expect_one_of(await contents_of(services, path), versions, path)
 
 
 def _expect_one_of(found: bytes, versions: list[bytes], path: str) -> None:
     if len(found) not in {len(version) for version in versions}:
         raise NotWhole(f"{path} has {len(found)} bytes")
     for at in range(0, len(found), BLOCK):
-        if not any(found[at : at + BLOCK] == version[at : at + BLOCK] for version in versions):
-            zeros = "" if any(found[at : at + BLOCK]) else ", zeros"
+        block = found[at : at + BLOCK]
+        if not any(block == version[at : at + BLOCK].ljust(len(block), b"\0") for version in versions):
+            zeros = "" if any(block) else ", zeros"
             raise NotWhole(f"{path}: block {at // BLOCK} is wrong{zeros}")
-
-
-# The scenarios
-
-
-async def _nothing(rig: Rig) -> None:
-    """Plain files."""
-
-
-async def _archived(rig: Rig) -> None:
-    async with rig.running() as services:
-        await services.archive("vm")
-
-
-async def _partly_recalled(rig: Rig) -> None:
-    await _archived(rig)
-    async with rig.running() as services:
-        disk = await services.open(DISK)
-        await disk.read(CHUNK, 1)
-        await disk.sync(data_only=True)
-        await services.disks.release(disk)
-
-
-async def _killed_while_punching(rig: Rig) -> None:
-    await _killed_at(rig, "archive.punch", _archive)
-
-
-async def _killed_at_commit(rig: Rig) -> None:
-    await _killed_at(rig, "archive.record_sync", _archive)
-
-
-async def _killed_at_second_commit(rig: Rig) -> None:
-    await _partly_recalled(rig)
-    await _killed_at(rig, "archive.record_sync", _archive)
-
-
-async def _killed_before_commit(rig: Rig) -> None:
-    await _killed_at(rig, "archive.record", _archive)
-
-
-async def _killed_while_graduating(rig: Rig) -> None:
-    await _archived(rig)
-    await _killed_at(rig, "graduate.record", _bring_back)
-
-
-async def _killed_after_graduation(rig: Rig) -> None:
-    await _archived(rig)
-    await _killed_at(rig, "graduate.sync", _bring_back)
-
-
-async def _killed_at(rig: Rig, site: str, act: Callable[[Services], Awaitable[None]]) -> None:
-    files = RigFiles(rig.medium)
-    files.fail(site, 1, Killed())
-    with survives_kill():
-        async with rig.running(files=files) as services:
-            await act(services)
-    if not files.dead:
-        raise NotWhole(f"{site} was never called")
-
-
-async def _archive(services: Services) -> None:
-    report = await services.archive("vm")
-    if report.abandoned:
-        raise OSError(errno.EIO, report.abandoned)
-
-
-async def _read_first(services: Services) -> None:
-    _expect_one_of(await _read(services, DISK), [first_contents()[DISK]], DISK)
-
-
-async def _bring_back(services: Services) -> None:
-    for path in PATHS:
-        await services.bring_back(path)
-
-
-async def _start_only(services: Services) -> None:
-    """The start is what is spoiled."""
-
-
-WRITES = ((3 * BLOCK, b"w" * BLOCK), (CHUNK - 10, b"across a border of chunks"), (2 * CHUNK, b"z" * CHUNK))
-
-
-async def _write_and_sync(services: Services) -> None:
-    disk = await services.open(DISK)
-    try:
-        for offset, data in WRITES:
-            await disk.write(offset, data)
-        await disk.sync(data_only=False)
-    finally:
-        await services.disks.release(disk)
-
-
-SCENARIOS = [
-    Scenario("archive", _nothing, _archive),
-    Scenario("archive_again", _partly_recalled, _archive),
-    Scenario("recall", _archived, _read_first),
-    Scenario("write_and_sync", _archived, _write_and_sync, WRITES),
-    Scenario("graduate", _partly_recalled, _bring_back),
-    Scenario("start_after_kill_while_punching", _killed_while_punching, _start_only),
-    Scenario("start_after_kill_at_commit", _killed_at_commit, _start_only),
-    Scenario("start_after_kill_at_second_commit", _killed_at_second_commit, _start_only),
-    Scenario("start_after_kill_before_commit", _killed_before_commit, _start_only),
-    Scenario("start_after_kill_while_graduating", _killed_while_graduating, _start_only),
-    Scenario("start_after_kill_after_graduation", _killed_after_graduation, _start_only),
-]

@@ -52,7 +52,11 @@ class Filesystem:
         self.inodes = Inodes(backing, disks=disks, run=self._run, settings=settings)
         self.handles = HandleTable()
         self.attributes_changed: Callable[[int], None] = lambda _ino: None
-        self._xattrs = Xattrs(self._run, root_fd=self.inodes.root_fd)
+        try:
+            self._xattrs = Xattrs(self._run, root_fd=self.inodes.root_fd)
+        except BaseException:
+            self.inodes.nodes.close()
+            raise
         self._node = self.inodes.nodes.__getitem__
 
     async def aclose(self) -> None:

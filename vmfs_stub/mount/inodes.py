@@ -37,8 +37,12 @@ class Inodes:
         self._disks = disks
         self._run = run
         self._settings = settings
-        self._private_ino = run.now("mount.top", _inode_number, self.root_fd, PRIVATE_NAME)
-        self._top_mode = run.now("mount.top", read_top_mode, self.root_fd)
+        try:
+            self._private_ino = run.now("mount.top", _inode_number, self.root_fd, PRIVATE_NAME)
+            self._top_mode = run.now("mount.top", read_top_mode, self.root_fd)
+        except BaseException:
+            self.nodes.close()
+            raise
 
     async def find(self, directory: Node, name: bytes) -> entries.Entry:
         """Find a name, on the event loop when the kernel's name cache knows it, which takes no disk access."""

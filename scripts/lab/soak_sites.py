@@ -1,0 +1,76 @@
+"""Sites: every file and store call of every operation goes wrong in every way, and the VM is whole afterwards.
+
+The scenarios are those of the tests (tests/fault), which take a sample; here all calls of each site are spoiled, in the
+order of the seed, without daemon or mount.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import trio
+
+from scripts.lab.failure import LabError
+from scripts.lab.soak_steps import run_steps
+from tests.fault.site_faults import SCENARIOS, Scenario, Spoiling, run, spoilings
+
+
+class SiteSoak:
+    """Spoils one call after another, each in a datastore of its own, until all of them were."""
+
+    about = "Every file and store call goes wrong, one at a time, in all ways and all operations."
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """How long."""
+        length = parser.add_mutually_exclusive_group()
+        length.add_argument(
+            "--minutes", type=float, default=math.inf, help="stop after so long (default: when all calls were spoiled)"
+        )
+        length.add_argument("--operations", type=int, help="spoil so many calls instead, however long they take")
+
+    def run(self, options: argparse.Namespace, seed: int) -> str:
+        """Raises LabError when the VM is not whole afterwards, naming the call and how it went wrong."""
+        with _without_log():
+            waiting = _everything()
+            everything = len(waiting)
+            random.Random(seed).shuffle(waiting)
+            done = run_steps(
+                "sites",
+                lambda: _spoil(*waiting.pop()),
+                seed=seed,
+                duration_s=options.minutes * 60,
+                steps_max=everything if options.operations is None else min(options.operations, everything),
+            )
+        return f"{done} of {everything} calls went wrong, the VM was whole after each"
+
+
+def _everything() -> list[tuple[Scenario, Spoiling]]:
+    """All ways in which a scenario can be spoiled, found by running each once."""
+    return [
+        (scenario, spoiling)
+        for scenario in SCENARIOS
+        for spoiling in spoilings(trio.run(run, scenario, None), every=True)
+    ]
+
+
+def _spoil(scenario: Scenario, spoiling: Spoiling) -> str:
+    try:
+        trio.run(run, scenario, spoiling)
+    except (Exception, BaseExceptionGroup) as exc:
+        raise LabError(f"{scenario.name} {spoiling}: {exc!r}") from exc
+    return f"{scenario.name} {spoiling}"
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """What goes wrong on purpose is not worth a line each."""
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)

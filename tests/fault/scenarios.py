@@ -1,0 +1,523 @@
+"""What is done while one call goes wrong: every operation on a VM, and every state in which a start can find one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import stat
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import trio
+
+from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, RigFiles, Services, survives_kill
+from tests.store_fakes import FakeObjects, SitedObjects
+from vmfs_stub.catalog.catalog import Catalog
+from vmfs_stub.config import Config, parse_config
+from vmfs_stub.control.jobs import Jobs, open_jobs
+from vmfs_stub.control.peer import Peer
+from vmfs_stub.core.errors import MapFrozen, PointNotFound, PrimaryIOError, StoreConflict, VmfsStubError
+from vmfs_stub.core.ids import PackId, PointId, VmId
+from vmfs_stub.datastore import Datastore
+from vmfs_stub.inventory.directory import DirectoryInventory
+from vmfs_stub.mount.attributes import Change, Requester
+from vmfs_stub.mount.filesystem import Filesystem
+from vmfs_stub.mount.nodes import ROOT
+from vmfs_stub.mount.serving import Mount
+from vmfs_stub.mount.settings import MountSettings
+from vmfs_stub.services import verify
+from vmfs_stub.services.restore import STAGING, restore_point
+from vmfs_stub.services.single_error import single_error
+from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.keys import CONDEMNED_PACKS, PACKS, SEGMENTS
+from vmfs_stub.store.packs import read_footer
+from vmfs_stub.store.store import Store
+
+PATHS = ("vm/disk.img", "vm/below/second.img")
+DISK, SECOND = PATHS
+LAST = (SECOND,)
+LINK = "vm/below/link"
+Act = Callable[[Services], Awaitable[None]]
+Prepare = Callable[[Rig], Awaitable[None]]
+
+
+class NotWhole(AssertionError):
+    """A disk is not what it should be after a failure."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """``prepare`` leaves the state in which ``act`` is spoiled; ``act`` returns nothing and may raise.
+
+    ``writes`` are what a guest writes to the first disk in `act`, and ``sizes`` those that it may have meanwhile;
+    where act failed, any of them may have been done.  ``gone`` are disks that `act` removes.  ``again`` is whether
+    act can be done once more.
+    """
+
+    name: str
+    prepare: Prepare
+    act: Act
+    writes: tuple[tuple[int, bytes], ...] = ()
+    sizes: tuple[int, ...] = ()
+    gone: tuple[str, ...] = ()
+    again: bool = True
+    hydrates: bool = False
+
+
+def first_contents() -> dict[str, bytes]:
+    chosen = random.Random(5)
+    large = chosen.randbytes(2 * CHUNK) + bytes(CHUNK) + chosen.randbytes(CHUNK + 3 * BLOCK + 512)
+    return {DISK: large, SECOND: chosen.randbytes(CHUNK + 100)}
+
+
+def make_vm(rig: Rig) -> dict[str, bytes]:
+    """A VM with two disks, a hole, a symbolic link and an attribute; returns the disks' contents."""
+    contents = first_contents()
+    (rig.backing / "vm/below").mkdir(parents=True)
+    for path, content in contents.items():
+        rig.make_disk(path, content)
+    os.setxattr(rig.backing / SECOND, "user.note", b"kept")
+    (rig.backing / LINK).symlink_to("nowhere")
+    return contents
+
+
+# States
+
+
+async def nothing(rig: Rig) -> None:
+    """Plain files."""
+
+
+async def archived(rig: Rig) -> None:
+    async with rig.running() as services:
+        await services.archive("vm")
+
+
+async def partly_recalled(rig: Rig) -> None:
+    await archived(rig)
+    async with rig.running() as services:
+        disk = await services.open(DISK)
+        await disk.read(CHUNK, 1)
+        await disk.sync(data_only=True)
+        await services.disks.release(disk)
+
+
+def killed(site: str, act: Act, *, after: Prepare = nothing) -> Prepare:
+    """The state that a kill at the first call of ``site`` in ``act`` leaves."""
+
+    async def prepare(rig: Rig) -> None:
+        await after(rig)
+        files = RigFiles(rig.medium)
+        files.fail(site, 1, Killed())
+        with survives_kill():
+            async with rig.running(files=files) as services:
+                await act(services)
+        if not files.dead:
+            raise NotWhole(f"{site} was never called")
+
+    return prepare
+
+
+async def unfinished(rig: Rig) -> None:
+    """A map that never got its name, and a chunk index that is damaged."""
+    (rig.backing / ".vmfs-stub/maps").mkdir(parents=True, exist_ok=True)
+    (rig.backing / ".vmfs-stub/maps/left.new").write_bytes(b"half")
+
+
+async def returned(rig: Rig) -> None:
+    """Plain files again, of which the store has all."""
+    await archived(rig)
+    async with rig.running() as services:
+        await bring_back(services)
+
+
+async def with_damaged_segments(rig: Rig) -> None:
+    await returned(rig)
+    contents = rig.objects.contents
+    contents.update({key: data[:-1] for key, data in contents.items() if key.startswith(SEGMENTS)})
+
+
+async def hydrating(rig: Rig) -> None:
+    await archived(rig)
+    async with rig.running() as services:
+        disk = await services.open(DISK)
+        assert disk.placeholder is not None
+        await disk.placeholder.set_hydrate()
+        await services.disks.release(disk)
+
+
+# Acts
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """A job fails in a way that an operator can use."""
+    try:
+        yield
+    except OSError as exc:
+        raise NotWhole(f"an error that is not ours: {exc!r}") from exc
+
+
+async def archive(services: Services) -> None:
+    with translated():
+        report = await services.archive("vm")
+    if report.abandoned:
+        raise OSError(errno.EIO, report.abandoned)
+
+
+async def archive_after(services: Services, site: str, code: int) -> None:
+    """An archive that fails at a site, as planned beside whatever else goes wrong, and a second that does not."""
+    services.files.fail(site, 1, OSError(code, os.strerror(code)))
+    try:
+        await archive(services)
+    except (VmfsStubError, OSError):
+        await archive(services)
+
+
+async def archive_undone(services: Services) -> None:
+    await archive_after(services, "map.create_entry", errno.EIO)
+
+
+async def archive_unmapped(services: Services) -> None:
+    await archive_after(services, "volatile.allocate", errno.EIO)
+
+
+async def archive_unrecorded(services: Services) -> None:
+    """Whether the record was set is asked; where that cannot be told, the next start decides."""
+    await archive_after(services, "archive.record", errno.EIO)
+
+
+async def archive_without_room(services: Services) -> None:
+    services.private.reserve.fill(services.files)
+    await archive_after(services, "map.create", errno.ENOSPC)
+    services.private.reserve.fill(services.files)
+
+
+async def archive_condemned(services: Services) -> None:
+    """Garbage collection is about to remove what the backup would use; then it is not."""
+    contents = services.rig.objects.contents
+    for key in [key for key in contents if key.startswith(PACKS)]:
+        contents[f"{CONDEMNED_PACKS}{key.rpartition('/')[2]}"] = b""
+    try:
+        await archive(services)
+        if not services.files.spoiled:
+            raise NotWhole("condemned packs were used")
+    except StoreConflict:
+        pass
+    finally:
+        for key in [key for key in contents if key.startswith(CONDEMNED_PACKS)]:
+            del contents[key]
+    await archive(services)
+
+
+async def back_up(services: Services) -> None:
+    with translated():
+        await services.archive("vm", archive=False)
+
+
+async def read(services: Services) -> None:
+    expect(await contents_of(services, DISK), first_contents()[DISK], DISK)
+
+
+async def bring_back(services: Services) -> None:
+    for path in PATHS:
+        with translated():
+            await services.bring_back(path)
+
+
+async def read_until_ordinary(services: Services) -> None:
+    """A guest reads a little, and the rest comes back while it has the disk open."""
+    disk = await services.open(DISK)
+    try:
+        await disk.read(0, 1)
+        with trio.fail_after(20):
+            while disk.placeholder is not None and services.hydration.is_hydrating(disk.ino):  # noqa: ASYNC110
+                await trio.sleep(0.001)
+    finally:
+        await services.disks.release(disk)
+
+
+async def start_only(services: Services) -> None:
+    """The start is what is spoiled."""
+
+
+WRITES = ((3 * BLOCK, b"w" * BLOCK), (CHUNK - 10, b"across a border of chunks"), (2 * CHUNK, b"z" * CHUNK))
+
+
+async def write_and_sync(services: Services) -> None:
+    disk = await services.open(DISK)
+    try:
+        for offset, data in WRITES:
+            await disk.write(offset, data)
+        await disk.sync(data_only=False)
+    finally:
+        await services.disks.release(disk)
+
+
+FULL = len(first_contents()[DISK])
+CUT = CHUNK + 700
+
+
+async def truncate(services: Services) -> None:
+    """Cut and let grow, by the path and by an open file; times are set both ways, too."""
+    with services.rig.path_fd(DISK) as fd:
+        await services.disks.truncate(fd, CUT)
+        await services.disks.set_times(fd, atime_ns=1, mtime_ns=None)
+    disk = await services.open(DISK)
+    try:
+        await disk.truncate(FULL)
+        await disk.set_times(atime_ns=None, mtime_ns=10**18)
+        await disk.sync(data_only=False)
+    finally:
+        await services.disks.release(disk)
+
+
+async def unlink(services: Services) -> None:
+    await _unlink(services, SECOND)
+
+
+async def unlink_open(services: Services) -> None:
+    disk = await services.open(SECOND)
+    try:
+        await _unlink(services, SECOND)
+        expect(bytes(await disk.read(0, 2 * CHUNK)), first_contents()[SECOND], SECOND)
+    finally:
+        await services.disks.release(disk)
+
+
+async def _unlink(services: Services, path: str) -> None:
+    """As the mount does it."""
+    with services.rig.path_fd(path) as fd:
+        await services.disks.removing(fd)
+        try:
+            await services.threads.files(services.files.call, "mount.unlink", os.unlink, services.rig.backing / path)
+        finally:
+            await services.disks.removed(fd)
+
+
+async def restore(services: Services) -> None:
+    """Everything, or nothing, is in the directory afterwards."""
+    target, store = services.rig.base / "restored", services.store
+    undoing = {"restore.undo", "restore.look"}
+    if services.files.spoiled & undoing and target.exists():
+        shutil.rmtree(target)  # what the second failure has left is the operator's to remove
+    try:
+        (vm,) = store.vms()
+        point = store.open_point(vm.vm_id, vm.points[-1].point_id)
+        restore_point(store, point, target, files=services.files, workers=1)
+    except (VmfsStubError, OSError):
+        if not services.files.dead and not services.files.spoiled & undoing:
+            _check_nothing_restored(target)
+        raise
+    for path, content in first_contents().items():
+        expect((target / path.removeprefix("vm/")).read_bytes(), content, f"restored {path}")
+
+
+async def restore_undone(services: Services) -> None:
+    """One that fails when a part has its final name already, and another."""
+    services.files.fail("restore.unlink", 1, OSError(errno.EIO, os.strerror(errno.EIO)))
+    try:
+        await restore(services)
+    except (VmfsStubError, OSError):
+        await restore(services)
+
+
+def _check_nothing_restored(target: Path) -> None:
+    found = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    if found - {name for name in found if name.startswith(STAGING)}:
+        raise NotWhole(f"a restore that failed has left {found}")
+
+
+async def check_store(services: Services) -> None:
+    """Everything that looks at a store: points, pins, verification."""
+    store, files = services.store, services.files
+    objects = SitedObjects(FakeObjects(), files)
+    created = Store.open_or_create(objects, chunk_size=CHUNK)
+    created.check()
+    store.check()
+    store.point_counts()
+    for vm in store.vms():
+        for point in store.points(vm.vm_id):
+            store.pins(vm.vm_id, point.point_id)
+    for info in store.objects.list(PACKS):
+        read_footer(store.objects, PackId(info.key.rpartition("/")[2]))
+    try:
+        store.open_point(VmId("00" * 16), PointId("00" * 16))
+        raise NotWhole("a point was opened that is not there")
+    except PointNotFound:
+        pass
+    report = verify.verify(store, workers=1)
+    if report.findings and not files.spoiled:
+        raise NotWhole(f"verify: {report.findings}")
+
+
+async def keep_history(services: Services) -> None:
+    """What the daemon keeps beside the disks, each damaged once."""
+    base, files = services.rig.base, services.files
+    for path in (base / "catalog.sqlite", base / "index.sqlite"):
+        if not path.exists():
+            path.write_bytes(b"damaged" * 100)
+    Catalog.open(base / "catalog.sqlite", files=files).close()
+    lost: list[Exception] = []
+    index = ChunkIndex(base / "index.sqlite", services.rig.store.id, files=files, on_lost=lost.append)
+    try:
+        index.sync(SitedObjects(services.rig.objects, files))
+    finally:
+        index.close()
+
+
+async def use_datastore(services: Services) -> None:
+    """An operator lists the disks and has the VM brought back."""
+    rig = services.rig
+    where = f'name = "vms"\nbacking = "{rig.backing}"\nmountpoint = "{rig.base}/mount"\nruntime_dir = "{rig.runtime}"'
+    config = parse_config(f'[datastore]\n{where}\n[store]\nurl = "{(rig.base / "store").as_uri()}"\n', origin="test")
+    catalog = Catalog.in_memory()
+    with closing(catalog), single_error():
+        async with open_jobs(catalog, running_max=1, kept=1) as jobs:
+            await _list_and_recall(services, config, catalog, jobs)
+
+
+async def _list_and_recall(services: Services, config: Config, catalog: Catalog, jobs: Jobs) -> None:
+    rig = services.rig
+    datastore = Datastore(
+        config=config,
+        threads=services.threads,
+        inventory=DirectoryInventory(rig.backing, files=services.files),
+        catalog=catalog,
+        store=services.store,
+        services=services.connected,
+        findings=services.findings,
+        jobs=jobs,
+        mount=cast("Mount", SimpleNamespace(ended=trio.Event())),
+        reserve=partial(services.private.reserve.fill, services.files),
+        stop=trio.Event(),
+    )
+    with closing(datastore):
+        if len(await datastore.list_disks("vm")) != len(PATHS):
+            raise OSError(errno.EIO, "a disk is not listed")
+        job = await datastore.start_recall(["vm"], peer=Peer(1, 0, 0))
+        while (info := await datastore.job(job)).state == "running":  # noqa: ASYNC110 - as a client does
+            await trio.sleep(0.001)
+        if info.state == "interrupted":
+            await trio.sleep_forever()  # killed, which ends this soon
+        if info.state != "done":
+            if "log has the traceback" in str(info.error):
+                raise NotWhole(f"a programming error: {info.error}")
+            error = MapFrozen if "MapFrozen" in str(info.error) else PrimaryIOError
+            raise error(str(info.error))
+
+
+OWNER = Requester(pid=1, uid=0, gid=0, umask=0o022)
+
+
+async def use_mount(services: Services) -> None:
+    """What a program does to names and attributes through the mount."""
+    rig = services.rig
+    settings = MountSettings(name="vms")
+    filesystem = Filesystem(
+        rig.backing, disks=services.disks, threads=services.threads, files=services.files, settings=settings
+    )
+    try:
+        await _use(filesystem, f"top{len(list(rig.backing.iterdir()))}".encode())
+    finally:
+        await filesystem.aclose()
+
+
+async def _use(filesystem: Filesystem, name: bytes) -> None:
+    top = (await filesystem.mkdir(ROOT, name, 0o755, OWNER)).ino
+    made = (await filesystem.mknod(top, b"node", stat.S_IFREG | 0o644, 0, OWNER)).ino
+    handle, created = await filesystem.create(top, b"file", 0o644, os.O_RDWR, OWNER)
+    await filesystem.write(handle, 0, b"text")
+    await filesystem.fsync(handle, data_only=False)
+    await filesystem.unlink(top, b"file")
+    await filesystem.release(handle)
+    await filesystem.inodes.close_descriptors([fd for fd in [filesystem.inodes.forget(created.ino, 1)] if fd])
+    link = (await filesystem.symlink(top, b"symlink", b"nowhere", OWNER)).ino
+    assert await filesystem.readlink(link) == b"nowhere"
+    await filesystem.link(made, top, b"other")
+    await filesystem.rename(top, b"other", top, b"third", flags=0)
+    await filesystem.rename(top, b"third", top, b"node", flags=0)
+    await filesystem.setattr(made, Change(mode=0o600, uid=1, gid=1, atime_ns=1, mtime_ns=2), OWNER)
+    await filesystem.setattr(top, Change(atime_ns=1, mtime_ns=2), OWNER)
+    await filesystem.setattr(ROOT, Change(mode=0o750), OWNER)
+    await filesystem.setxattr(made, b"user.a", b"value", OWNER)
+    assert await filesystem.getxattr(made, b"user.a") == b"value"
+    assert b"user.a" in await filesystem.listxattr(made)
+    await filesystem.removexattr(made, b"user.a")
+    await filesystem.statfs()
+    directory = await filesystem.opendir(top)
+    await filesystem.readdir(directory, 0, lambda entry: True)
+    await filesystem.fsyncdir(directory)
+    await filesystem.releasedir(directory)
+    await filesystem.lookup(top, b"node")
+    for each in (b"node", b"third", b"symlink"):
+        try:
+            await filesystem.unlink(top, each)
+        except FileNotFoundError:
+            continue
+    await filesystem.rmdir(ROOT, name)
+
+
+async def contents_of(services: Services, path: str) -> bytes:
+    disk = await services.open(path)
+    try:
+        return bytes(await disk.read(0, 1 << 20))
+    finally:
+        await services.disks.release(disk)
+
+
+def expect(found: bytes, wanted: bytes, path: str) -> None:
+    """Raises NotWhole where they differ."""
+    if found != wanted:
+        at = next((at for at in range(0, len(wanted), BLOCK) if found[at : at + BLOCK] != wanted[at : at + BLOCK]), -1)
+        raise NotWhole(f"{path}: {len(found)} of {len(wanted)} bytes; block {at // BLOCK} is wrong")
+
+
+SCENARIOS = [
+    Scenario("archive", nothing, archive),
+    Scenario("archive_again", partly_recalled, archive),
+    Scenario("archive_undone", nothing, archive_undone),
+    Scenario("archive_unmapped", nothing, archive_unmapped),
+    Scenario("archive_unrecorded", nothing, archive_unrecorded, again=False),
+    Scenario("archive_without_room", nothing, archive_without_room),
+    Scenario("archive_condemned", returned, archive_condemned),
+    Scenario("archive_damaged_segments", with_damaged_segments, archive),
+    Scenario("back_up", nothing, back_up),
+    Scenario("back_up_placeholder", partly_recalled, back_up),
+    Scenario("recall", archived, read),
+    Scenario("hydrate", archived, read_until_ordinary, hydrates=True),
+    Scenario("write_and_sync", archived, write_and_sync, WRITES),
+    Scenario("truncate", archived, truncate, ((CUT, bytes(FULL - CUT)),), (FULL, CUT)),
+    Scenario("unlink", archived, unlink, gone=LAST, again=False),
+    Scenario("unlink_open", archived, unlink_open, gone=LAST, again=False),
+    Scenario("graduate", partly_recalled, bring_back),
+    Scenario("restore", archived, restore),
+    Scenario("restore_undone", archived, restore_undone),
+    Scenario("check_store", archived, check_store),
+    Scenario("keep_history", archived, keep_history),
+    Scenario("use_mount", archived, use_mount),
+    Scenario("use_datastore", archived, use_datastore),
+    Scenario("start_with_unfinished_map", unfinished, start_only),
+    Scenario("start_after_kill_while_punching", killed("archive.punch", archive), start_only),
+    Scenario("start_after_kill_at_commit", killed("archive.record_sync", archive), start_only),
+    Scenario(
+        "start_after_kill_at_second_commit", killed("archive.record_sync", archive, after=partly_recalled), start_only
+    ),
+    Scenario("start_after_kill_before_commit", killed("archive.record", archive), start_only),
+    Scenario("start_after_kill_with_pin", killed("store.pending.put", archive), start_only),
+    Scenario("start_after_kill_while_recalling", killed("recall.fill", read, after=archived), start_only),
+    Scenario("start_after_kill_while_writing", killed("sync.data", write_and_sync, after=archived), start_only, WRITES),
+    Scenario("start_after_kill_while_graduating", killed("graduate.record", bring_back, after=archived), start_only),
+    Scenario("start_after_kill_after_graduation", killed("graduate.sync", bring_back, after=archived), start_only),
+    Scenario("start_after_kill_while_removing", killed("mount.unlink", unlink, after=archived), start_only),
+    Scenario("start_after_kill_after_removal", killed("remove.sync", unlink, after=archived), start_only, gone=LAST),
+    Scenario("start_hydrating", hydrating, start_only, hydrates=True),
+]
+BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
