@@ -40,9 +40,9 @@ class DiskCloser:
 
     async def close(self, disk: Disk) -> None:
         """Close the descriptor where nothing is unsynced; what fails is logged, and left to the next opening."""
-        await self._removals.drop_orphan(disk)
         placeholder = disk.placeholder
         try:
+            await self._removals.drop_orphan(disk)
             if placeholder is not None and not placeholder.ended:
                 if not placeholder.is_frozen and placeholder.next_absent(0) is None and disk.has_name:
                     await self._graduate_at_end(disk)
