@@ -75,7 +75,7 @@ def bits_are_set_before_the_data() -> None:
             runs = list(live.absent_runs(first_chunk * self.chunk_blocks, end_chunk * self.chunk_blocks))
             for run in runs:
                 live.set_resident(run.start, run.end)
-            await trio.sleep(0.3)
+            await trio.sleep(1)
             await self._threads.files(write_runs, self, runs, first_chunk, raws, live.archived_limit)
 
     Placeholder.fill = fill  # type: ignore[method-assign]
