@@ -29,6 +29,7 @@ from vmfs_stub.control.metrics import Metrics
 from vmfs_stub.control.peer import Peer
 from vmfs_stub.control.server import open_control
 from vmfs_stub.core import errors
+from vmfs_stub.services.worker_pool import NoThread
 
 T = TypeVar("T")
 
@@ -150,11 +151,19 @@ async def test_errors_keep_their_class_and_message(socket_path: Path) -> None:
 
 def test_every_error_crosses_as_itself() -> None:
     for error in _tree(errors.VmfsStubError):
+        if error.__module__ != errors.__name__:
+            continue
         received = messages.error_of(messages.error_info(error("why")))
         assert type(received) is error
         assert str(received) == "why"
     strange = messages.error_of(messages.ErrorInfo(error="annotations", message="m"))
     assert type(strange) is errors.VmfsStubError
+
+
+def test_an_error_of_one_module_crosses_as_what_it_is_a_kind_of() -> None:
+    received = messages.error_of(messages.error_info(NoThread("no thread could be started")))
+    assert type(received) is errors.PrimaryIOError
+    assert str(received) == "no thread could be started"
 
 
 async def test_a_bug_in_a_handler_is_an_answer(socket_path: Path, caplog: pytest.LogCaptureFixture) -> None:

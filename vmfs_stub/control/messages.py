@@ -190,8 +190,9 @@ class JobStarted(_Message):
 
 
 def error_info(error: errors.VmfsStubError) -> ErrorInfo:
-    """What to send of ``error``."""
-    return ErrorInfo(error=type(error).__name__, message=str(error))
+    """What to send of ``error``: its class, or the nearest above it that every client knows."""
+    known = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+    return ErrorInfo(error=known.__name__, message=str(error))
 
 
 def error_of(info: ErrorInfo) -> errors.VmfsStubError:
