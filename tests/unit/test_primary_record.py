@@ -12,7 +12,7 @@ import pytest
 from tests.primary_samples import OTHER, record_of
 from vmfs_stub.core.errors import CorruptRecord, IdentityMismatch, UnknownFormat
 from vmfs_stub.core.names import PLACEHOLDER_XATTR
-from vmfs_stub.primary.envelope import seal
+from vmfs_stub.primary.envelope import FILE_TIME_NS_END, seal
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.identity import inode_identity
 from vmfs_stub.primary.record import check_identity, decode_record, encode_record, read_record
@@ -70,7 +70,8 @@ def test_missing_and_unknown_fields_are_damage(disk: Path) -> None:
         {"ino": 1.0},
         {"filesystem": None},
         {"filesystem": "x" * 256},
-        {"mtime_ns": -(2**63) - 1},
+        {"mtime_ns": -FILE_TIME_NS_END - 1},
+        {"mtime_ns": FILE_TIME_NS_END},
     ],
 )
 def test_a_whole_record_with_a_wrong_field_is_damage(disk: Path, change: dict[str, object]) -> None:
