@@ -1,9 +1,9 @@
 """A datastore without FUSE: the services wired as the daemon wires them, on a directory that can lose power.
 
-`Rig` is what outlives a daemon: backing directory, runtime directory, store, the current boot.  `Rig.running` is one
-life of a daemon in it, which ends cleanly, by a kill (objects dropped, nothing laid down) or by a power loss (what was
-not synced is old or new, block by block).  `RigFiles` is the seam: it fails or kills at a named call, and knows what
-was made durable; it does not really sync, which is what makes many lives a second possible.
+`Rig` is what outlives a daemon: backing directory and the medium below it, runtime directory, store, current boot.
+`Rig.running` is one life of a daemon in it, which ends cleanly, by a kill (objects dropped, nothing laid down) or by a
+power loss (what was not synced is old or new, see `medium`).  `RigFiles` is the seam: it fails or kills at a named
+call, and tells the medium; it does not really sync, which is what makes many lives a second possible.
 """
 
 from __future__ import annotations
@@ -18,23 +18,27 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, ParamSpec, TypeVar
+from types import FrameType, SimpleNamespace
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import trio
 
+from tests.medium import ALL_SYNCS, SYNCS, Key, Medium
+from tests.medium import BLOCK as BLOCK
 from tests.site_tags import ROOT
 from tests.store_fakes import FakeObjects, SitedObjects
+from vmfs_stub import daemon
+from vmfs_stub.config import Config
 from vmfs_stub.core.names import PLACEHOLDER_XATTR, PRIVATE_DIR
 from vmfs_stub.core.sites import PLAIN
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.mount.entries import Entry
-from vmfs_stub.primary.files import FileCalls, punch_hole, sync_directory, sync_filesystem
-from vmfs_stub.primary.identity import BootIdentity, inode_generation
+from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.primary.identity import BootIdentity
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.primary.tree import open_beneath, reopen
 from vmfs_stub.services.archive import ArchiveSettings, BackupReport
@@ -52,109 +56,13 @@ from vmfs_stub.store.store import Store
 P = ParamSpec("P")
 T = TypeVar("T")
 
-BLOCK = 4096
 CHUNK = 64 * 1024
 DEADLINE_S = 30.0
 CALLER = Caller(pid=1, uid=0, executable=None, cgroup=None)
-SYNCS = (os.fdatasync, os.fsync)
 
 
 class Killed(BaseException):
     """The daemon was killed here; nothing of it runs on."""
-
-
-# What is on the medium
-
-
-@dataclass
-class _Synced:
-    """What of one inode is certain to be on the medium."""
-
-    content: bytes
-    record: bytes | None
-
-
-class Medium:
-    """Knows what was synced, and at a power loss takes back some of the rest."""
-
-    def __init__(self) -> None:
-        self._synced: dict[tuple[int, int], _Synced] = {}
-        self._unlinked: dict[Path, bytes] = {}
-        self._named: set[Path] = set()
-        self._lock = threading.Lock()
-
-    def after(self, function: object, args: tuple[Any, ...]) -> None:
-        """Note a call that was made."""
-        if function in SYNCS:
-            self.note(args[0], with_record=function is os.fsync)
-        elif function is os.rename:
-            self._named.add(Path(args[1]))
-        elif function is sync_directory:
-            self._unlinked.clear()
-            self._named.clear()
-
-    def note(self, fd: int, *, with_record: bool = True) -> None:
-        """All of this file is on the medium now."""
-        key = _key(fd)
-        with self._lock:
-            before = self._synced.get(key)
-            content = os.pread(fd, os.fstat(fd).st_size, 0)
-            record = _record(fd) if with_record or before is None else before.record
-            self._synced[key] = _Synced(content, record)
-
-    def unlinking(self, path: Path) -> None:
-        self._unlinked[path] = path.read_bytes()
-
-    def lose_power(self, files: list[Path], chosen: random.Random) -> None:
-        """Make each block, size, record and name what it was or what it is, at random."""
-        for path in self._named:
-            if chosen.random() < 0.5:
-                path.unlink(missing_ok=True)
-        for path, content in self._unlinked.items():
-            if chosen.random() < 0.5:
-                path.write_bytes(content)
-        self._unlinked.clear()
-        self._named.clear()
-        for path in files:
-            if path.exists():
-                fd = os.open(path, os.O_RDWR)
-                try:
-                    self._roll_back(fd, chosen)
-                    self.note(fd)
-                finally:
-                    os.close(fd)
-
-    def _roll_back(self, fd: int, chosen: random.Random) -> None:
-        synced = self._synced.get(_key(fd))
-        if synced is None:
-            return
-        size = chosen.choice((len(synced.content), os.fstat(fd).st_size))
-        os.ftruncate(fd, size)
-        now = os.pread(fd, size, 0)
-        bias = chosen.random()
-        for at in range(0, min(size, max(len(now), len(synced.content))), BLOCK):
-            old = synced.content[at : at + BLOCK].ljust(BLOCK, b"\0")[: size - at]
-            if old != now[at : at + BLOCK] and chosen.random() < bias:
-                if any(old):
-                    os.pwrite(fd, old, at)
-                else:
-                    punch_hole(fd, at, BLOCK)
-        if _record(fd) != synced.record and chosen.random() < 0.5:
-            if synced.record is None:
-                os.removexattr(fd, PLACEHOLDER_XATTR)
-            else:
-                os.setxattr(fd, PLACEHOLDER_XATTR, synced.record)
-
-
-def _key(fd: int) -> tuple[int, int]:
-    return (os.fstat(fd).st_ino, inode_generation(fd))
-
-
-def _record(fd: int) -> bytes | None:
-    try:
-        return os.getxattr(fd, PLACEHOLDER_XATTR)
-    except OSError:
-        return None
 
 
 # What fails
@@ -170,6 +78,17 @@ class Fault:
     late: bool = False
     change: Callable[[Any], Any] | None = None
     for_good: bool = False
+
+
+class LateCall(Protocol):
+    """A call that was in progress when the daemon was killed; it has a descriptor of its own."""
+
+    @property
+    def fd(self) -> int: ...
+
+    def happen(self) -> None: ...
+
+    def drop(self) -> None: ...
 
 
 class RigFiles(FileCalls):
@@ -188,6 +107,8 @@ class RigFiles(FileCalls):
         self._lock = threading.Lock()
         self.instead: dict[str, Callable[..., Any]] = {}
         """Site → what is called instead of the function, with the function first."""
+        self.late: list[LateCall] = []
+        """Calls that were in progress when the daemon was killed: its threads end when these are over."""
 
     def fail(self, site: str, number: int, error: BaseException) -> None:
         """The ``number``-th call (from 1, counted from now) at ``site`` raises ``error`` instead of being made."""
@@ -215,16 +136,18 @@ class RigFiles(FileCalls):
             if isinstance(fault.error, Killed):
                 self.kill()
             raise fault.error
-        if site == "map.remove" and isinstance(getattr(function, "__self__", None), Path):
-            self.medium.unlinking(function.__self__)  # type: ignore[attr-defined]
+        change = self.medium.calling(function, args, kwargs)
+        if function in SYNCS:
+            # What is written while it runs need not become durable by it.
+            self.medium.called(function, args, change)
         if site in self.instead:
             done: T = self.instead[site](function, *args, **kwargs)
-        elif function in (*SYNCS, sync_directory, sync_filesystem):
+        elif function in ALL_SYNCS:
             done = None  # type: ignore[assignment]
         else:
             done = function(*args, **kwargs)
-        if not site.startswith(("start.", "restore.")):  # elsewhere, or directories in which no map is named
-            self.medium.after(function, args)
+        if function not in SYNCS:
+            self.medium.called(function, args, change)
         if fault is not None and fault.error is not None:
             _give_back(function, done)
             raise fault.error
@@ -375,11 +298,13 @@ class Rig:
         self.backing.mkdir(mode=0o700)
         self.objects = FakeObjects()
         self.store = Store.create(self.objects, chunk_size=CHUNK)
-        self.medium = Medium()
+        self.medium = Medium(self.backing)
         self.inline = False
         """Whether lives do without threads."""
         self.store_timeout_s = 60.0
         self.boot = _new_boot()
+        self.dying: list[tuple[RigFiles, int]] = []
+        """Killed lives of which threads are still in a call, and the lock that they hold until then."""
         self.settings = ArchiveSettings(
             resident_head_bytes=head,
             resident_tail_bytes=tail,
@@ -394,11 +319,7 @@ class Rig:
         full = self.backing / path
         full.parent.mkdir(exist_ok=True)
         full.write_bytes(content)
-        fd = os.open(full, os.O_RDONLY)
-        try:
-            self.medium.note(fd)
-        finally:
-            os.close(fd)
+        self.medium.note(full)
 
     def vm(self, name: str, *, files: FileCalls = PLAIN) -> Vm:
         return DirectoryInventory(self.backing, files=files).find(name)
@@ -421,13 +342,43 @@ class Rig:
     def pins(self) -> list[str]:
         return [key for key in self.objects.contents if key.startswith("pins/")]
 
-    def lose_power(self, chosen: random.Random) -> None:
-        """Between two lives: what was not synced is old or new, and another boot begins."""
-        disks = [path for path in self.backing.rglob("*") if path.is_file() and PRIVATE_DIR not in path.parts]
-        self.medium.lose_power([*disks, *self.maps()], chosen)
+    def lose_power(self, chosen: random.Random) -> dict[Key, Key]:
+        """Between two lives: what was not synced is old or new, and another boot begins.
+
+        Returns what inodes are now that had to be made again.
+        """
+        self._drop_dying()
+        renumbered = self.medium.lose_power(chosen)
         self.reboot()
         if chosen.random() < 0.5:
             shutil.rmtree(self.runtime, ignore_errors=True)  # a start that failed has not made it
+        return renumbered
+
+    def close(self) -> None:
+        """Give back what is held for lives that are not quite over, and for files that are not quite gone."""
+        self._drop_dying()
+        self.medium.close()
+
+    def finish_dying(self) -> None:
+        """The last threads of killed daemons do what they were at, and are gone."""
+        while self.dying:
+            life, lock_fd = self.dying.pop(0)
+            for call in life.late:
+                call.happen()
+            os.close(lock_fd)
+
+    def _drop_dying(self) -> None:
+        while self.dying:
+            life, lock_fd = self.dying.pop(0)
+            for call in life.late:
+                call.drop()
+            os.close(lock_fd)
+
+    def _lock(self) -> int:
+        """The lock as the daemon takes it.  Raises DatastoreLocked while a thread of another one is there."""
+        lock_path = self.backing / PRIVATE_DIR / "lock"
+        config = SimpleNamespace(lock_path=lock_path, datastore=SimpleNamespace(backing=self.backing))
+        return daemon.take_lock(cast(Config, config))
 
     def reboot(self) -> None:
         self.boot = _new_boot()
@@ -436,8 +387,22 @@ class Rig:
     async def running(
         self, *, files: RigFiles | None = None, hydrates: bool = False, goes_on: bool = True
     ) -> AsyncIterator[Services]:
-        """One life of a daemon.  It ends cleanly, or as a killed one when `Killed` is raised in it or its files."""
-        life = files or RigFiles(self.medium)
+        """One life of a daemon.  It ends cleanly, or as a killed one when `Killed` is raised in it or its files.
+
+        Raises DatastoreLocked while threads of a killed one are not gone.
+        """
+        life, lock_fd = files or RigFiles(self.medium), self._lock()
+        try:
+            async with self._unlocked(life, hydrates=hydrates, goes_on=goes_on) as services:
+                yield services
+        finally:
+            if life.late:
+                self.dying.append((life, lock_fd))
+            else:
+                os.close(lock_fd)
+
+    @contextlib.asynccontextmanager
+    async def _unlocked(self, life: RigFiles, *, hydrates: bool, goes_on: bool) -> AsyncIterator[Services]:
         private = replace(PrivateState.at(self.backing, self.runtime, files=life), boot=self.boot)
         placeholders = PlaceholderIndex()
         recovered = Recovery(files=life, backing=self.backing, private=private, placeholders=placeholders).run()
@@ -459,7 +424,7 @@ class Rig:
             if services is not None:
                 _drop(services.disks)
             if life.dead:
-                _close_below(private.maps)
+                _close_below(private.maps, but={*self.medium.held(), *(call.fd for call in life.late)})
             threads.close()
 
     def _connected(
@@ -515,11 +480,11 @@ def _drop(disks: Disks) -> None:
     disks._reservations.clear()
 
 
-def _close_below(maps: Path) -> None:
+def _close_below(maps: Path, *, but: Collection[int]) -> None:
     """Close the maps that a killed daemon had open; nothing else knows their descriptors any more."""
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
-            if link.readlink().is_relative_to(maps):
+            if int(link.name) not in but and link.readlink().is_relative_to(maps):
                 os.close(int(link.name))
 
 
@@ -528,17 +493,19 @@ def _new_boot() -> BootIdentity:
 
 
 @contextlib.contextmanager
-def temporary_rig(*, head: int = 0, tail: int = 0) -> Iterator[Rig]:
-    """A rig in a directory of its own, removed at the end.
+def temporary_rig(*, head: int = 0, tail: int = 0, parent: Path | None = None) -> Iterator[Rig]:
+    """A rig in a directory of its own (in ``parent``, by default where temporary files are), removed at the end.
 
     The kernel tells of a lease that somebody wants broken by SIGIO, which would end the process.
     """
     before = signal.signal(signal.SIGIO, signal.SIG_IGN)
-    base = Path(tempfile.mkdtemp(prefix="vmfs-stub-rig-"))
+    base = Path(tempfile.mkdtemp(prefix="vmfs-stub-rig-", dir=parent)).resolve()
+    rig = Rig(base, head=head, tail=tail)
     try:
-        yield Rig(base, head=head, tail=tail)
+        yield rig
     finally:
         signal.signal(signal.SIGIO, before)
+        rig.close()
         shutil.rmtree(base)
 
 

@@ -91,11 +91,11 @@ async def _main(config: Config) -> None:
         await stop.wait()
 
 
-def take_lock(config: Config) -> None:
+def take_lock(config: Config) -> int:
     """Lock the datastore until this process ends.  Raises DatastoreLocked, PrimaryIOError.
 
-    The descriptor is never closed: a thread that was abandoned because the store hangs may outlive all else here, and
-    no other daemon may begin before it is gone.
+    The daemon never closes the descriptor: a thread that was abandoned because the store hangs may outlive all else
+    here, and no other daemon may begin before it is gone.
     """
     path = config.lock_path
     try:
@@ -117,6 +117,7 @@ def take_lock(config: Config) -> None:
     # The pid is for messages; a full filesystem may have no room for it.
     with suppress(OSError):
         os.pwrite(fd, f"{os.getpid()}\n".encode().ljust(16), 0)
+    return fd
 
 
 def look_at_placeholders(

@@ -71,6 +71,7 @@ async def run(scenario: Scenario, spoiling: Spoiling | None) -> Calls:
             if spoiling.power:
                 rig.lose_power(random.Random(f"{spoiling}"))
             await _check_next_life(scenario, rig, outcome, spoiling)
+            rig.close()
             left = set(_descriptors().items()) - set(descriptors.items())
             if not spoiling.is_kill and "kill" not in scenario.name and left:
                 raise NotWhole(f"descriptors are still open: {left}")

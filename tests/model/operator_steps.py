@@ -1,0 +1,204 @@
+"""What operators, the daemon itself, other hosts and fate do in a play."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import trio
+
+from tests.datastore_harness import BLOCK, CHUNK, DEADLINE_S, Killed
+from tests.model import guest_steps
+from vmfs_stub.core.errors import IdentityMismatch, RecallError, StoreError
+from vmfs_stub.core.ids import PointId, VmId
+from vmfs_stub.services.restore import restore_point
+
+if TYPE_CHECKING:
+    from tests.model.play import Play
+
+TURNING_POINTS = ("archive.record_sync", "graduate.sync", "remove.sync", "replaced.sync", "map.remove")
+"""Sites of calls: between what they make durable and what comes before and after, order is everything."""
+
+# Operators
+
+
+async def archive(play: Play) -> None:
+    await _job(play, archive=True)
+
+
+async def back_up(play: Play) -> None:
+    await _job(play, archive=False)
+
+
+async def _job(play: Play, *, archive: bool) -> None:
+    vm = play.chosen.choice(play.vms)
+    await play.close_all_of(vm)
+    inside = {path: contents for path, contents in play.names.now.items() if path.startswith(f"{vm}/")}
+    if any(contents.is_copy for contents in inside.values()):
+        try:
+            await play.services.archive(vm, archive=archive)
+        except IdentityMismatch:
+            return
+        play.expect(False, "a copy of a placeholder was backed up")
+    report = await play.services.archive(vm, archive=archive)
+    play.expect(not report.abandoned, f"abandoned: {report.abandoned}")
+    for contents in dict.fromkeys(inside.values()):
+        names = play.names.paths_of(contents)
+        is_worth_it = bool((play.rig.backing / names[0]).stat().st_size)
+        # It may be an ordinary file by now, where nothing of it was to be absent.
+        was_made = not set(report.placeholders).isdisjoint(names)
+        play.expect(was_made == (archive and is_worth_it), f"placeholders {report.placeholders}, not {names}")
+        if archive and is_worth_it and contents.is_settled:
+            contents.synced()
+    if archive:
+        play._check_nothing_left()
+
+
+async def archive_amid_recalls(play: Play) -> None:
+    """Recalls that began for an opening which is over when the archive begins."""
+    handle = await play.handle()
+    if handle is None or handle.disk.placeholder is None:
+        return
+    placeholder = handle.disk.placeholder
+    absent = placeholder.absent_chunks(0, len(handle.contents.content))
+    play.life.fetch_s = 0.003
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(play.services.recall.recall_chunks, placeholder, absent, demand=False))
+            await trio.lowlevel.checkpoint()
+            await archive(play)
+    finally:
+        play.life.fetch_s = 0
+
+
+async def archive_again(play: Play) -> None:
+    """A placeholder of which a guest has written a block: cut short, or with its earlier pin left, or well."""
+    path = next((path for path in play.disks() if play.is_placeholder(play.names.now[path])), None)
+    if path is None:
+        return
+    handle = await play.open(path)
+    size = len(handle.contents.content)
+    if size >= BLOCK:
+        # In the first chunk: all of it must come back to be copied, and a part of that may have to stay.
+        last = min(size // BLOCK, CHUNK // BLOCK) - 1
+        await guest_steps.write_at(play, handle, play.chosen.randint(min(1, last), last) * BLOCK, BLOCK)
+    fate = play.chosen.randrange(3)
+    if fate == 0:
+        play.life.fail(TURNING_POINTS[0], 1, Killed())
+        play.ends_soon = True
+    elif fate == 1:
+        await refuse_to_unpin(play)
+    await archive(play)
+    if fate == 1:
+        await play.services.bring_back(path)
+        play.ends_soon = play.chosen.random() < 0.7
+
+
+async def bring_back(play: Play) -> None:
+    path = play.disk()
+    if path is not None:
+        await play.services.bring_back(path)
+        play.expect(not play.rig.is_placeholder(path), "still a placeholder")
+        play._check_nothing_left()
+
+
+async def restore(play: Play) -> None:
+    """Any restore point that is there can be restored; what a placeholder stands for is compared elsewhere."""
+    points = [key.split("/")[1:] for key in play.rig.objects.contents if key.startswith("manifests/")]
+    points = [ids for ids in points if len(ids) == 2 and len(ids[1]) == 32]
+    if points:
+        vm_id, point_id = play.chosen.choice(points)
+        to = play.rig.base / "restored"
+        point = play.quiet_store.open_point(VmId(vm_id), PointId(point_id))
+        await trio.to_thread.run_sync(restore_point, play.quiet_store, point, to)
+        shutil.rmtree(to)
+
+
+# The daemon
+
+
+async def sync_all(play: Play) -> None:
+    await play.services.disks.sync_dirty()
+
+
+# Fate
+
+
+async def outage(play: Play) -> None:
+    """The store is away: what is here works, the rest is an error, and then it is back."""
+    handle = await play.handle()
+    if handle is None:
+        return
+    await play.end_hydration()
+    content, chosen, recall = handle.contents.content, play.chosen, play.services.recall
+    offset = chosen.randrange(len(content) + 1)
+    play.life.is_store_away, recall.deadline_s = True, 0.02
+    try:
+        found = await play.guest.read(handle, offset, 3 * BLOCK)
+        play.expect(found == content[offset : offset + 3 * BLOCK], "read without a store differs")
+    except (StoreError, RecallError):
+        pass
+    finally:
+        play.life.is_store_away, recall.deadline_s = False, DEADLINE_S
+        recall._timed_out_s.clear()
+
+
+async def prune(play: Play) -> None:
+    """Another host removes restore points that no placeholder needs, as it may at any time."""
+    play.prune()
+
+
+async def write_back(play: Play) -> None:
+    play.rig.medium.write_back(play.chosen)
+
+
+async def commit_journal(play: Play) -> None:
+    play.rig.medium.commit()
+
+
+async def kill_soon(play: Play) -> None:
+    """At any call, at one that changes or syncs a file, or at one of the store."""
+    counter, count = play.chosen.choice(
+        (("kill_in", 60), ("kill_in_writes", 12), ("kill_in_syncs", 12), ("kill_in_store", 12))
+    )
+    setattr(play.life, counter, play.chosen.randint(1, count))
+
+
+async def crash_in_job(play: Play) -> None:
+    """The power goes when something is to be made durable, often at a turning point."""
+    if play.chosen.random() < 0.5:
+        play.life.kill_in_syncs = play.chosen.randint(1, 24)
+    else:
+        play.life.fail(play.chosen.choice(TURNING_POINTS), 1, Killed())
+    play.ends_soon = True
+    await play.chosen.choice((archive, bring_back))(play)
+
+
+async def refuse_to_unpin(play: Play) -> None:
+    """The store takes no pins away, for the rest of this life."""
+    play.life.refuses_to_unpin = True
+
+
+async def fail_a_sync(play: Play) -> None:
+    play.life.fail_sync_in = play.chosen.randint(1, 6)
+
+
+STEPS: tuple[tuple[int, Callable[[Play], Awaitable[None]]], ...] = (
+    (12, archive),
+    (2, archive_amid_recalls),
+    (3, archive_again),
+    (3, back_up),
+    (3, bring_back),
+    (1, restore),
+    (3, sync_all),
+    (2, outage),
+    (2, prune),
+    (3, write_back),
+    (2, commit_journal),
+    (4, kill_soon),
+    (4, crash_in_job),
+    (1, refuse_to_unpin),
+    (1, fail_a_sync),
+)

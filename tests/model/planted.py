@@ -1,0 +1,334 @@
+"""Faults that the design rules out, each as a patch of the product; the list grows with every bug that was found."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ParamSpec, TypeVar
+
+import pytest
+import trio
+
+from tests.datastore_harness import BLOCK
+from tests.model.life import Life
+from tests.store_fakes import FakeObjects
+from vmfs_stub import daemon
+from vmfs_stub.core.errors import CorruptMap, MapFrozen
+from vmfs_stub.core.extents import Extent
+from vmfs_stub.core.residency import block_count
+from vmfs_stub.mount.entries import Entry
+from vmfs_stub.mount.filesystem import Filesystem
+from vmfs_stub.primary import placeholder as primary_placeholder
+from vmfs_stub.primary.durable_map import DurableMap, MapHeader
+from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.primary.placeholder import PlaceholderMaps
+from vmfs_stub.primary.volatile_map import VolatileMap
+from vmfs_stub.services import recovery
+from vmfs_stub.services.copying import Copier
+from vmfs_stub.services.disk import Disk
+from vmfs_stub.services.locks import SharedSync
+from vmfs_stub.services.placeholder import Placeholder
+from vmfs_stub.store.keys import MANIFESTS, PENDING_SUFFIX
+from vmfs_stub.store.objects import Buffer
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Patch = pytest.MonkeyPatch
+Plant = Callable[[Patch], None]
+
+
+# Bits and data
+
+
+def set_bits_before_data(patch: Patch) -> None:
+    write_runs = Placeholder._write_runs
+
+    async def fill(self: Placeholder, first_chunk: int, raws: Sequence[bytes | None]) -> None:
+        end_chunk = first_chunk + len(raws)
+        async with self._locks.hold(first_chunk, end_chunk):
+            if self.ended:
+                return
+            live = self.maps.live
+            runs = list(live.absent_runs(first_chunk * self.chunk_blocks, end_chunk * self.chunk_blocks))
+            for run in runs:
+                live.set_resident(run.start, run.end)
+            await trio.sleep(0.001)
+            await self._threads.files(write_runs, self, runs, first_chunk, raws, live.archived_limit)
+
+    patch.setattr(Placeholder, "fill", fill)
+
+
+def make_bits_durable_before_data(patch: Patch) -> None:
+    def sync(self: PlaceholderMaps, files: FileCalls, fd: int, pages: dict[int, bytes], header: MapHeader) -> None:
+        self.durable.update(pages, header)
+
+    patch.setattr(PlaceholderMaps, "sync", sync)
+
+
+def fill_over_writes(patch: Patch) -> None:
+    write_runs = Placeholder._write_runs
+
+    def all_of_it(
+        self: Placeholder, runs: Sequence[Extent], first_chunk: int, raws: Sequence[bytes | None], limit: int
+    ) -> None:
+        first, end = first_chunk * self.chunk_blocks, (first_chunk + len(raws)) * self.chunk_blocks
+        write_runs(self, [Extent(first, min(end, block_count(limit)))], first_chunk, raws, limit)
+
+    patch.setattr(Placeholder, "_write_runs", all_of_it)
+
+
+def fill_beyond_limit(patch: Patch) -> None:
+    write_runs = Placeholder._write_runs
+
+    def beyond(
+        self: Placeholder, runs: Sequence[Extent], first_chunk: int, raws: Sequence[bytes | None], limit: int
+    ) -> None:
+        write_runs(self, runs, first_chunk, raws, min(self.maps.record.size, os.fstat(self._fd).st_size))
+
+    patch.setattr(Placeholder, "_write_runs", beyond)
+
+
+def forget_the_limit(patch: Patch) -> None:
+    patch.setattr(VolatileMap, "lower_archived_limit", lambda self, size: None)
+
+
+def punch_what_is_here(patch: Patch) -> None:
+    punch = Placeholder._punch
+
+    def all_between(self: Placeholder, runs: Sequence[Extent]) -> None:
+        punch(self, [Extent(0, max(run.end for run in runs))])
+
+    patch.setattr(Placeholder, "_punch", all_between)
+
+
+def share_the_running_sync(patch: Patch) -> None:
+    async def call(self: SharedSync) -> None:
+        if self._running:
+            await self._waiters.park()
+            return
+        self._running = True
+        try:
+            await self._run()
+        finally:
+            self._running = False
+            self._waiters.unpark_all()
+
+    patch.setattr(SharedSync, "__call__", call)
+
+
+def acknowledge_syncs_at_once(patch: Patch) -> None:
+    async def sync(self: Disk, *, data_only: bool) -> None:
+        await trio.lowlevel.checkpoint()
+
+    patch.setattr(Disk, "sync", sync)
+
+
+def use_an_old_map(patch: Patch) -> None:
+    """What was resident after the last archive counts as resident after the next."""
+    load_pages = DurableMap.load_pages
+    of_inode: dict[int, list[bytes]] = {}
+
+    def old(self: DurableMap, *, label: str) -> Iterator[bytes]:
+        pages, ino = list(load_pages(self, label=label)), self.header.identity.ino
+        before = of_inode.get(ino, pages)
+        of_inode[ino] = pages
+        return iter(before if len(before) == len(pages) else pages)
+
+    patch.setattr(DurableMap, "load_pages", old)
+
+
+def forget_bits_at_close(patch: Patch) -> None:
+    patch.setattr(VolatileMap, "take_dirty", lambda self: {})
+
+
+def start_from_the_durable_map(patch: Patch) -> None:
+    """After a kill, as after a reboot."""
+    open_volatile = VolatileMap.open
+
+    def missing(*args: Any, **kwargs: Any) -> VolatileMap:
+        opened = open_volatile(*args, **kwargs)
+        opened.close(discard=True)
+        raise CorruptMap("planted")
+
+    patch.setattr(VolatileMap, "open", missing)
+    update = DurableMap.update
+
+    def not_live(self: DurableMap, pages: Mapping[int, bytes], header: MapHeader) -> None:
+        update(self, pages, replace(header, live=None))
+
+    patch.setattr(DurableMap, "update", not_live)
+
+
+def take_whole_chunks_as_replaced(patch: Patch) -> None:
+    """A write marks every block that it touches."""
+    write = Placeholder.write
+
+    async def careless(self: Placeholder, offset: int, data: bytes) -> int | None:
+        if not self.ended:
+            self.maps.live.set_resident(offset // BLOCK, block_count(offset + len(data)))
+        return await write(self, offset, data)
+
+    patch.setattr(Placeholder, "write", careless)
+    patch.setattr("vmfs_stub.services.disk.blocks_merged", lambda *args, **kwargs: [])
+
+
+# Syncs
+
+
+def copy_what_is_not_synced(patch: Patch) -> None:
+    """What was written before an archive, or recalled during it, is never made durable by it."""
+    _leave_out(patch, "archive.sync")
+
+
+def _leave_out(patch: Patch, left_out: str) -> None:
+    call = Life.call
+
+    def skipping(self: Life, site: str, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T | None:
+        if site == left_out:
+            return None
+        return call(self, site, function, *args, **kwargs)
+
+    patch.setattr(Life, "call", skipping)
+
+
+def forget_a_failed_sync(patch: Patch) -> None:
+    def freeze(self: Placeholder, cause: OSError) -> MapFrozen:
+        return MapFrozen("planted")
+
+    patch.setattr(Placeholder, "freeze", freeze)
+
+
+def graduate_before_data_is_durable(patch: Patch) -> None:
+    graduate = Placeholder.graduate
+
+    async def early(self: Placeholder) -> bool:
+        async def nothing() -> None:
+            await trio.lowlevel.checkpoint()
+
+        self.sync, before = nothing, self.sync  # type: ignore[assignment]
+        try:
+            return await graduate(self)
+        finally:
+            self.sync = before
+
+    patch.setattr(Placeholder, "graduate", early)
+
+
+# Pins, records, names
+
+
+def pin_after_manifest(patch: Patch) -> None:
+    put = FakeObjects.put
+    waiting: list[tuple[str, bytes]] = []
+
+    def late(self: FakeObjects, key: str, data: Buffer, *, if_absent: bool = True) -> None:
+        if key.startswith("pins/"):
+            waiting.append((key, bytes(data)))
+            return
+        put(self, key, data, if_absent=if_absent)
+        if key.startswith(MANIFESTS) and not key.endswith(PENDING_SUFFIX):
+            while waiting:
+                put(self, *waiting.pop())
+
+    patch.setattr(FakeObjects, "put", late)
+
+
+def unpin_before_the_removal_is_durable(patch: Patch) -> None:
+    _leave_out(patch, "remove.sync")
+    patch.setattr(recovery.Recovery, "_sync_removals", lambda self: None)
+
+
+def remove_the_map_before_the_record(patch: Patch) -> None:
+    remove_record = Placeholder._remove_record
+
+    def late(self: Placeholder) -> None:
+        path = self.maps.durable.path
+        self._files.call("map.remove", path.unlink)
+        remove_record(self)
+
+    patch.setattr(Placeholder, "_remove_record", late)
+
+
+def accept_copies(patch: Patch) -> None:
+    for module in (primary_placeholder, recovery):
+        patch.setattr(module, "check_identity", lambda *args, **kwargs: None)
+
+
+def start_while_threads_of_a_dead_daemon_write(patch: Patch) -> None:
+    def unlocked(config: object) -> int:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    patch.setattr(daemon, "take_lock", unlocked)
+
+
+def leave_replaced_maps(patch: Patch) -> None:
+    patch.setattr(primary_placeholder, "_end_replaced", lambda *args, **kwargs: None)
+
+
+# What was found once
+
+
+def join_a_recall_and_look_no_more(patch: Patch) -> None:
+    """A recall of an earlier opening of the disk is taken for one's own."""
+
+    def same(self: Placeholder, other: object) -> bool:
+        return isinstance(other, Placeholder) and other.maps.record == self.maps.record
+
+    async def once(self: Copier, disk: Disk, at: int, end: int, size: int) -> int:
+        placeholder = disk.placeholder
+        if placeholder is None:
+            return end
+        stop = next((chunk for chunk in range(at + 1, end) if placeholder.is_wholly_absent(chunk, size=size)), end)
+        chunk_size = self._writer.chunk_size
+        if absent := placeholder.absent_chunks(at * chunk_size, (stop - at) * chunk_size):
+            await self._recall.recall_chunks(placeholder, absent, demand=False)
+        return stop
+
+    patch.setattr(Copier, "_recall_mixed", once)
+    patch.setattr(Placeholder, "__eq__", same)
+    patch.setattr(Placeholder, "__hash__", lambda self: hash(self.maps.record))
+
+
+def look_at_each_name_alone(patch: Patch) -> None:
+    """Of two names that go at once, each leaves the last word to the other."""
+    removal = Filesystem._removal
+
+    @contextlib.asynccontextmanager
+    async def alone(self: Filesystem, target: Entry) -> AsyncIterator[None]:
+        if os.fstat(target.fd).st_nlink != 1:
+            yield
+            return
+        async with removal(self, target):
+            yield
+
+    patch.setattr(Filesystem, "_removal", alone)
+
+
+PLANTED: tuple[tuple[Plant, str], ...] = (
+    (set_bits_before_data, ""),
+    (make_bits_durable_before_data, ""),
+    (fill_over_writes, ""),
+    (fill_beyond_limit, "cut_and_grow"),
+    (forget_the_limit, "cut_and_grow"),
+    (punch_what_is_here, ""),
+    (share_the_running_sync, ""),
+    (acknowledge_syncs_at_once, ""),
+    (use_an_old_map, ""),
+    (forget_bits_at_close, ""),
+    (start_from_the_durable_map, "kill_soon"),
+    (take_whole_chunks_as_replaced, ""),
+    (copy_what_is_not_synced, "archive_again"),
+    (forget_a_failed_sync, "failing_sync"),
+    (graduate_before_data_is_durable, "crash_in_job"),
+    (pin_after_manifest, ""),
+    (unpin_before_the_removal_is_durable, "unlink"),
+    (remove_the_map_before_the_record, "crash_in_job"),
+    (accept_copies, ""),
+    (start_while_threads_of_a_dead_daemon_write, "storm_and_kill"),
+    (leave_replaced_maps, "archive_again"),
+    (join_a_recall_and_look_no_more, "archive_amid_recalls"),
+    (look_at_each_name_alone, "unlink_all_names"),
+)
+"""Each with the step that shows it, where it would show too rarely for a test."""
