@@ -14,6 +14,7 @@ import trio
 import trio.testing
 
 from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, RigFiles, Services, survives_kill, temporary_rig
+from tests.model.guest import Guest
 from vmfs_stub.core.errors import CorruptFrame, StoreError, StoreUnavailable
 from vmfs_stub.services.locks import SharedSync
 from vmfs_stub.services.placeholder import Placeholder
@@ -304,3 +305,35 @@ async def test_a_vm_whose_chunks_lie_in_a_damaged_pack_can_be_archived_the_next_
             disk = await services.open("two/disk.img")
             assert await disk.read(0, 4 * CHUNK) == content
             await services.disks.release(disk)
+
+
+async def test_two_names_of_a_placeholder_that_go_at_once_are_its_last() -> None:
+    """Each left it to the other to note that; pin and map stayed for ever, and the start told of a lost file."""
+    with temporary_rig() as rig:
+        await archived(rig)
+        async with rig.running() as services:
+            guest = Guest(services)
+            await guest.link(DISK, "vm/second.img")
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guest.unlink, DISK)
+                nursery.start_soon(guest.unlink, "vm/second.img")
+            assert (rig.maps(), rig.pins(), len(services.disks.placeholders)) == ([], [], 0)
+            await guest.end()
+
+
+async def test_one_of_two_names_that_were_to_go_stays_a_placeholder() -> None:
+    with temporary_rig() as rig:
+        await archived(rig)
+        async with rig.running() as services:
+            guest = Guest(services)
+            await guest.link(DISK, "vm/second.img")
+            services.files.fail("mount.unlink", 1, OSError(errno.EIO, "planted"))
+            with pytest.raises(ExceptionGroup):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(guest.unlink, DISK)
+                    nursery.start_soon(guest.unlink, "vm/second.img")
+            await guest.end()
+        rig.reboot()
+        async with rig.running() as services:
+            assert services.recovered.findings == []
+            assert (len(rig.maps()), len(rig.pins()), services.recovered.punch) == (1, 1, [])

@@ -124,8 +124,9 @@ class PlainDisks:
     async def set_times(self, path_fd: int, *, atime_ns: int | None, mtime_ns: int | None) -> None:
         syscalls.change_times(path_fd, atime_ns=atime_ns, mtime_ns=mtime_ns)
 
-    async def removing(self, path_fd: int) -> None:
+    async def removing(self, path_fd: int) -> bool:
         self.events.append(f"removing {name_of(path_fd)}")
+        return os.fstat(path_fd).st_nlink == 1
 
     async def removed(self, path_fd: int) -> None:
         self.events.append(f"removed nlink={os.fstat(path_fd).st_nlink}")

@@ -63,11 +63,11 @@ class PathDisks(Protocol):
     async def set_times(self, path_fd: int, *, atime_ns: int | None, mtime_ns: int | None) -> None:
         """Set times; None leaves one as it is."""
 
-    async def removing(self, path_fd: int) -> None:
-        """Called before the last link is removed or replaced."""
+    async def removing(self, path_fd: int) -> bool:
+        """Called before a link is removed or replaced; whether it is the last."""
 
     async def removed(self, path_fd: int) -> None:
-        """Called after it, also when it failed."""
+        """Called after it, also when it failed, once for each `removing` that returned."""
 
 
 class Disks(PathDisks, Protocol[DiskT]):

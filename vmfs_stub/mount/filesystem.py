@@ -285,16 +285,16 @@ class Filesystem:
 
     @asynccontextmanager
     async def _removal(self, target: entries.Entry) -> AsyncIterator[None]:
-        """Tell Disks before and after the last name of a regular file goes."""
-        if not stat.S_ISREG(target.st.st_mode) or os.fstat(target.fd).st_nlink != 1:
+        """Tell Disks before and after a name of a regular file goes: which is the last, they decide."""
+        if not stat.S_ISREG(target.st.st_mode):
             yield
             return
         ino = target.st.st_ino
-        await self._disks.removing(target.fd)
+        is_last = await self._disks.removing(target.fd)
         try:
             yield
             node = self.inodes.nodes.find(ino)
-            if node is not None:
+            if node is not None and is_last:
                 node.unlinked = True
         finally:
             with trio.move_on_after(_REMOVED_TIMEOUT_S, shield=True):

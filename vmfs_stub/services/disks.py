@@ -266,19 +266,21 @@ class Disks:
         finally:
             await self.let_go(disk)
 
-    async def removing(self, path_fd: int) -> None:
-        """Before the last name of a regular file goes.
+    async def removing(self, path_fd: int) -> bool:
+        """Before a name of a regular file goes; returns whether it is the last.
 
         What is open stays usable until its last release; a damaged placeholder can be removed, too, but its pin stays.
         Raises OSError.
         """
-        st = os.fstat(path_fd)
-        await self._win_over_reservation(st.st_ino)
-        await self._removals.removing(st)
+        await self._win_over_reservation(os.fstat(path_fd).st_ino)
+        return await self._removals.removing(path_fd)
 
     async def removed(self, path_fd: int) -> None:
-        """After the attempt: if the file is gone and closed, its placeholder ends; if not, it is as before."""
-        await self._removals.removed(os.fstat(path_fd))
+        """After the attempt, once for each `removing`.
+
+        If the file is gone and closed, its placeholder ends; if it is not gone, it is as before.
+        """
+        await self._removals.removed(path_fd)
 
     # Looking around
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 
@@ -48,34 +49,50 @@ class Removals:
         self._opened = opened
         self._ino_lock = ino_lock
         self._states_before: dict[int, MapState] = {}
-        self._under_way: set[int] = set()
+        self._under_way: Counter[int] = Counter()
+        """By inode number, how many names are about to go: of several at once, none may leave it to the others."""
+        self._last: set[int] = set()
+        """Inodes of which no name would be left."""
 
-    async def removing(self, st: os.stat_result) -> None:
-        """Before the last name of that file goes: keep what is open, and note durably that a placeholder ends.
+    async def removing(self, path_fd: int) -> bool:
+        """Before a name of that file goes; returns whether it is the last, so that none is left.
 
-        Raises OSError.
+        Then what is open is kept, and it is noted durably that a placeholder ends.  Raises OSError.
         """
-        self._under_way.add(st.st_ino)
+        ino = os.fstat(path_fd).st_ino
+        self._under_way[ino] += 1
         try:
-            async with self._ino_lock(st.st_ino):
-                disk = self._opened(st.st_ino)
+            async with self._ino_lock(ino):
+                disk = self._opened(ino)
+                name_count = os.fstat(path_fd).st_nlink - (disk is not None and disk.is_orphan)
+                if name_count > self._under_way[ino]:
+                    return False
+                self._last.add(ino)
                 if disk is not None:
                     await self.opened_meanwhile(disk)
-                await self._mark_removed(st, disk)
+                if ino not in self._states_before:
+                    await self._mark_removed(ino, disk)
+                return True
         except BaseException:
-            self._under_way.discard(st.st_ino)
+            self._end_one(ino)
             raise
 
-    async def _mark_removed(self, st: os.stat_result, disk: Disk | None) -> None:
-        known = self._placeholders.get(st.st_ino)
+    def _end_one(self, ino: int) -> None:
+        self._under_way[ino] -= 1
+        if not self._under_way[ino]:
+            del self._under_way[ino]
+            self._last.discard(ino)
+
+    async def _mark_removed(self, ino: int, disk: Disk | None) -> None:
+        known = self._placeholders.get(ino)
         if known is None or known.record is None or known.problem is not None:
             return
         if disk is not None and disk.placeholder is not None:
-            self._states_before[st.st_ino] = disk.placeholder.maps.durable.header.state
+            self._states_before[ino] = disk.placeholder.maps.durable.header.state
             await disk.placeholder.set_state(MapState.REMOVED)
         elif disk is None:
             try:
-                self._states_before[st.st_ino] = await self._threads.files(
+                self._states_before[ino] = await self._threads.files(
                     mark_removed, self._files, self._private, known.record, label=known.label
                 )
             except (IntegrityError, UnknownFormat) as exc:
@@ -83,7 +100,7 @@ class Removals:
 
     async def opened_meanwhile(self, disk: Disk) -> None:
         """If the last name of this open file is about to go, make it an orphan; the inode's lock is held."""
-        if disk.ino not in self._under_way or disk.is_orphan or not disk.open_count:
+        if disk.ino not in self._last or disk.is_orphan or not disk.open_count:
             return
         try:
             await self._threads.files(self._private.orphans.keep, self._files, disk.fd)
@@ -92,19 +109,23 @@ class Removals:
         else:
             disk.is_orphan = True
 
-    async def removed(self, st: os.stat_result) -> None:
+    async def removed(self, path_fd: int) -> None:
         """After the attempt: if the file is gone and closed, its placeholder ends; if not, it is as before."""
-        self._under_way.discard(st.st_ino)
-        async with self._ino_lock(st.st_ino):
-            disk, known = self._opened(st.st_ino), self._placeholders.get(st.st_ino)
-            before = self._states_before.pop(st.st_ino, None)
-            if disk.has_name if disk is not None else st.st_nlink:
+        ino = os.fstat(path_fd).st_ino
+        self._end_one(ino)
+        async with self._ino_lock(ino):
+            disk, known, nlink = self._opened(ino), self._placeholders.get(ino), os.fstat(path_fd).st_nlink
+            has_name = disk.has_name if disk is not None else nlink > 0
+            if has_name and ino in self._under_way:
+                return  # others of its names are about to go: whichever is over last
+            before = self._states_before.pop(ino, None)
+            if has_name:
                 if disk is not None:
                     await self.drop_orphan(disk)
                 if known is not None and before is not None:
                     await self._unmark(disk, known, before)
             elif disk is None and known is not None:
-                self._placeholders.remove(st.st_ino)  # a new file may have this number next
+                self._placeholders.remove(ino)  # a new file may have this number next
                 if before is not None and known.record is not None:
                     await self.end(known.record)
 
