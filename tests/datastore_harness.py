@@ -46,6 +46,7 @@ from vmfs_stub.services.disk import Caller, Disk
 from vmfs_stub.services.disk_services import DiskServices, ServiceSettings, connect_services
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.findings import Findings
+from vmfs_stub.services.local_mover import LocalMover
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recovery import Recovered, Recovery
 from vmfs_stub.services.resumption import resume
@@ -309,7 +310,6 @@ class Rig:
             resident_head_bytes=head,
             resident_tail_bytes=tail,
             placeholder_bytes_min=1,
-            workers=2,
             host="host1",
             datastore="vms",
         )
@@ -458,7 +458,13 @@ class Rig:
             threads=threads,
             private=private,
             store=store,
-            chunk_index=ChunkIndex(None, self.store.id),
+            mover=LocalMover(
+                files=files,
+                threads=threads,
+                store=store,
+                chunk_index=ChunkIndex(None, self.store.id),
+                workers=2,
+            ),
             placeholders=placeholders,
             findings=findings,
         )

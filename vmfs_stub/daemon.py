@@ -45,6 +45,7 @@ from vmfs_stub.services.archive import ArchiveSettings
 from vmfs_stub.services.disk_services import DiskServices, ServiceSettings, connect_services
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.findings import Findings
+from vmfs_stub.services.local_mover import LocalMover
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recovery import Recovered, Recovery
 from vmfs_stub.services.resumption import resume
@@ -161,7 +162,13 @@ async def _open_datastore(config: Config) -> AsyncIterator[trio.Event]:
                 threads=threads,
                 private=private,
                 store=store,
-                chunk_index=chunk_index,
+                mover=LocalMover(
+                    files=files,
+                    threads=threads,
+                    store=store,
+                    chunk_index=chunk_index,
+                    workers=config.archive.workers,
+                ),
                 placeholders=placeholders,
                 findings=findings,
             )
@@ -357,7 +364,6 @@ def _service_settings(config: Config) -> ServiceSettings:
             resident_head_bytes=archive.resident_head_bytes,
             resident_tail_bytes=archive.resident_tail_bytes,
             placeholder_bytes_min=archive.placeholder_bytes_min,
-            workers=archive.workers,
             host=socket.gethostname(),
             datastore=config.datastore.name,
         ),

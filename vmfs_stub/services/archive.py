@@ -10,7 +10,8 @@ Order, and what a crash between any two steps leaves:
                                                                  — crash: a placeholder; start-up finishes it
 6. the map *committed*, absent blocks punched, the map *punched*.
 An open before 5 wins: the job gives up, and whatever is not yet a placeholder stays as it was.
-Step 1 is in `sources`, 2 in `copying`; maps and records are made in `placeholder_maker`.
+Step 1 is in `sources`; what goes to the store is the work of a `mover`, which `disk_parts` tells what to copy; maps and
+records are made in `placeholder_maker`.
 """
 
 from __future__ import annotations
@@ -19,21 +20,23 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
 
 from vmfs_stub.core.errors import Abandoned, VmfsStubError
-from vmfs_stub.core.ids import PlaceholderId, PointId, SegmentId
+from vmfs_stub.core.ids import PlaceholderId, PointId
 from vmfs_stub.core.names import printable
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PrivateState
-from vmfs_stub.services.copying import open_copier
 from vmfs_stub.services.disk import Disk
+from vmfs_stub.services.disk_parts import DiskParts
 from vmfs_stub.services.disks import Disks
+from vmfs_stub.services.mover import CopyOrder, Mover, PointFile, PointOrder
+from vmfs_stub.services.origin import Origin
 from vmfs_stub.services.placeholder_maker import PlaceholderMaker
 from vmfs_stub.services.recall import RecallService
 from vmfs_stub.services.retirement import Ended, Retirement
@@ -41,7 +44,6 @@ from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.sources import Source, Sources
 from vmfs_stub.services.stored_files import other_entries, stored_file
 from vmfs_stub.services.threads import Threads
-from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.pins import Pin
 from vmfs_stub.store.store import Store
 
@@ -58,7 +60,6 @@ class ArchiveSettings:
     resident_head_bytes: int
     resident_tail_bytes: int
     placeholder_bytes_min: int
-    workers: int
     host: str
     datastore: str
 
@@ -91,18 +92,17 @@ class Archiver:
         retirement: Retirement,
         disks: Disks,
         store: Store,
-        chunk_index: ChunkIndex,
+        mover: Mover,
         private: PrivateState,
         backing: Path,
         settings: ArchiveSettings,
     ) -> None:
         self._files = files
         self._threads = threads
-        self._recall = recall
         self._retirement = retirement
         self._disks = disks
-        self._store = store
-        self._chunk_index = chunk_index
+        self._mover = mover
+        self._parts = DiskParts(files=files, threads=threads, recall=recall, chunk_size=store.chunk_size)
         self._backing = backing
         self._settings = settings
         self._sources = Sources(
@@ -165,54 +165,35 @@ class Archiver:
         self, vm: Vm, sources: Sequence[Source], report: BackupReport, progress: Callable[[int], None]
     ) -> int:
         """Returns where in the restore point's list of files the regular ones begin."""
-        writer = await self._threads.transfer(self._store.begin_backup, index=self._chunk_index)
         others = await self._threads.files(other_entries, self._backing, vm, files=self._files)
-        stored, report.left_out = others.stored, others.left_out
         for path in others.left_out[:LEFT_OUT_LOGGED]:
             log.warning("VM %s: %s is a FIFO, socket or device: it is not backed up", vm.name, printable(path))
-        segments: list[tuple[SegmentId | None, ...]] = []
-        try:
-            with single_error():
-                async with open_copier(
-                    files=self._files,
-                    threads=self._threads,
-                    recall=self._recall,
-                    writer=writer,
-                    workers=self._settings.workers,
-                    verify=any(source.placeholder_id for source in sources),
-                    progress=progress,
-                ) as copier:
+        report.left_out = others.left_out
+        with single_error():
+            async with self._mover.backup() as backup:
+                async with backup.copying(verify=any(source.placeholder_id for source in sources)) as copying:
                     for source in sources:
-                        segments.append(await copier.copy(source.disk))
-            first_file = len(stored)
-            # The first names come first, so that a placeholder's number is that of its source; other names of the
-            # same file are files of their own in the restore point.
-            for position in range(max((len(source.names) for source in sources), default=0)):
-                stored += [
-                    stored_file(s.names[position], s.st, mtime_ns=s.mtime_ns, xattrs=s.xattrs, segments=ids)
-                    for s, ids in zip(sources, segments, strict=True)
-                    if position < len(s.names)
-                ]
-            pins = [self._pin(s.placeholder_id) for s in sources if s.placeholder_id is not None]
-            await self._sources.check_unchanged(vm, sources)
-            for source in sources:
-                if source.placeholder_id is not None:
-                    await self._threads.files(self._maker.prepare, vm, source, report.point_id)
-            await self._threads.transfer(
-                writer.commit,
-                vm_id=vm.id,
-                point_id=report.point_id,
-                vm_name=vm.name,
-                host=self._settings.host,
-                files=stored,
-                metadata={"inventory": "directory", "path": vm.entry},
-                pins=pins,
-            )
-        except BaseException:
-            writer.abandon()
-            raise
-        report.new_bytes, report.stored_bytes = writer.counts.new_bytes, writer.counts.stored_bytes
-        return first_file
+                        disk = source.disk
+                        async with aclosing(self._parts.of(disk)) as parts:
+                            await copying.copy(disk.fd, _copy_order(disk), parts, progress)
+                await self._sources.check_unchanged(vm, sources)
+                for source in sources:
+                    if source.placeholder_id is not None:
+                        await self._threads.files(self._maker.prepare, vm, source, report.point_id)
+                files = [*map(PointFile, others.stored), *_point_files(sources)]
+                counts = await backup.commit(self._point_order(vm, sources, report.point_id), files)
+        report.new_bytes, report.stored_bytes = counts.new_bytes, counts.stored_bytes
+        return len(others.stored)
+
+    def _point_order(self, vm: Vm, sources: Sequence[Source], point_id: PointId) -> PointOrder:
+        return PointOrder(
+            vm_id=vm.id,
+            point_id=point_id,
+            vm_name=vm.name,
+            host=self._settings.host,
+            metadata={"inventory": "directory", "path": vm.entry},
+            pins=[self._pin(source.placeholder_id) for source in sources if source.placeholder_id is not None],
+        )
 
     def _pin(self, placeholder_id: PlaceholderId) -> Pin:
         return Pin(placeholder_id, self._settings.host, self._settings.datastore, time.time(), secrets.token_hex(8))
@@ -242,3 +223,25 @@ class Archiver:
             report.abandoned = report.abandoned or f"{disk.label}: releasing its space failed: {exc}"
         finally:
             await self._disks.let_go(disk)
+
+
+def _copy_order(disk: Disk) -> CopyOrder:
+    placeholder = disk.placeholder
+    if placeholder is None:
+        return CopyOrder(disk.fstat().st_size, disk.label)
+    origin = Origin.of(placeholder.maps.record, chunk_size=placeholder.chunk_size)
+    return CopyOrder(disk.fstat().st_size, disk.label, origin)
+
+
+def _point_files(sources: Sequence[Source]) -> list[PointFile]:
+    """The regular files of the restore point.
+
+    The first names come first, so that a placeholder's number is that of its source; other names of the same file are
+    files of their own in the restore point.
+    """
+    return [
+        PointFile(stored_file(s.names[position], s.st, mtime_ns=s.mtime_ns, xattrs=s.xattrs), copy)
+        for position in range(max((len(source.names) for source in sources), default=0))
+        for copy, s in enumerate(sources)
+        if position < len(s.names)
+    ]

@@ -1,36 +1,36 @@
-"""Copying the contents of one disk into a backup: read, encode, append, put and read back, all at once.
+"""Copying files into a backup: read, encode, append, put and read back, all at once.
 
 The stages run at the same time, on both cores, and are bounded: what is read waits for what is put, so memory does not
-grow with the disk.  Holes are not read, chunks of zeros not stored; chunks that are absent on primary are taken over by
-reference.  Knows nothing of placeholders beyond which chunks are absent.
+grow with the file.  Chunks of zeros are not stored.  Knows nothing of placeholders: it is told which parts of a file
+are in it, and which the store has already.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterable, AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import trio
 
-from vmfs_stub.core.chunking import FrameRef, chunk_count
+from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import PrimaryIOError
 from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.ids import SegmentId
 from vmfs_stub.primary.files import FileCalls
-from vmfs_stub.services.disk import Disk
-from vmfs_stub.services.recall import RecallService
+from vmfs_stub.services.mover import Content, CopyOrder, Part
+from vmfs_stub.services.origin import open_table
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.backup_writer import BackupWriter, EncodedBatch
+from vmfs_stub.store.chunk_table import ChunkTable
 from vmfs_stub.store.packs import SealedPack
 from vmfs_stub.store.segments import SegmentTable
+from vmfs_stub.store.store import Store
 
 BATCH_BYTES = 2 << 20
 """How much is read and encoded at once; large enough that the hops between threads do not count."""
-HOLE_CHUNKS_MAX = 1 << 16
-"""Chunks of a hole that are entered into the table at once."""
 REUSED_BATCH = 1024
 """Reused frames that are read back together."""
 
@@ -45,9 +45,10 @@ class _Slot:
 
 
 class Copier:
-    """Copies disks into one backup; made by `open_copier`.
+    """Copies files into one backup; made by `open_copier`.
 
-    ``reused`` receives the frames that are to be read back although this job did not store them, or is None.
+    ``copies`` are the segments of each file that was copied.  ``reused`` receives the frames that are to be read back
+    although this job did not store them, or is None.
     """
 
     def __init__(
@@ -55,67 +56,71 @@ class Copier:
         *,
         files: FileCalls,
         threads: Threads,
-        recall: RecallService,
+        store: Store,
         writer: BackupWriter,
         packs: trio.MemorySendChannel[SealedPack],
         reused: trio.MemorySendChannel[list[FrameRef]] | None,
         workers: int,
-        progress: Callable[[int], None],
     ) -> None:
         self._files = files
         self._threads = threads
-        self._recall = recall
+        self._store = store
         self._writer = writer
         self._packs = packs
         self._reused = reused
         self._workers = workers
-        self._progress = progress
+        self.copies: list[tuple[SegmentId | None, ...]] = []
 
-    async def copy(self, disk: Disk) -> tuple[SegmentId | None, ...]:
-        """Copy all of ``disk``, which nobody changes meanwhile; returns its segments.
-
-        Raises StoreError, IntegrityError, PrimaryIOError.
-        """
+    async def copy(
+        self, fd: int, order: CopyOrder, parts: AsyncIterable[Part], progress: Callable[[int], None]
+    ) -> None:
+        """See mover.Copying."""
         table = self._writer.begin_file()
         send, receive = trio.open_memory_channel[_Slot](self._workers)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._encode_all, disk, send)
+            nursery.start_soon(self._encode_all, fd, order, parts, send)
             async for slot in receive:
                 await slot.done.wait()
                 assert slot.batch is not None
                 await self._append(table, slot.batch)
-                self._progress(slot.length)
+                progress(slot.length)
         for segment in table.close():
             await self._threads.transfer(self._writer.put_segment, segment)
-        return tuple(table.ids)
+        self.copies.append(tuple(table.ids))
 
-    async def _encode_all(self, disk: Disk, slots: trio.MemorySendChannel[_Slot]) -> None:
-        size = disk.fstat().st_size
-        async with slots, aclosing(self._parts(disk, size)) as parts, trio.open_nursery() as nursery:
-            async for chunks, batch in parts:
-                start = chunks.start * self._writer.chunk_size
-                slot = _Slot(min(size, chunks.end * self._writer.chunk_size) - start, batch=batch)
-                await slots.send(slot)
-                if batch is None:
-                    nursery.start_soon(self._encode, disk, start, slot)
-                else:
+    async def _encode_all(
+        self, fd: int, order: CopyOrder, parts: AsyncIterable[Part], slots: trio.MemorySendChannel[_Slot]
+    ) -> None:
+        step, stored = max(1, BATCH_BYTES // self._writer.chunk_size), _Stored(self._threads, self._store, order)
+        async with slots, trio.open_nursery() as nursery:
+            async for part in parts:
+                if part.content is not Content.DATA:
+                    refs = await stored.refs(part.chunks) if part.content is Content.STORED else None
+                    slot = _Slot(self._length(part.chunks, order))
+                    slot.batch = EncodedBatch(tuple(refs or [None] * part.chunks.length))
                     slot.done.set()
+                    await slots.send(slot)
+                    continue
+                for start in range(part.chunks.start, part.chunks.end, step):
+                    slot = _Slot(self._length(Extent(start, min(part.chunks.end, start + step)), order))
+                    await slots.send(slot)
+                    nursery.start_soon(self._encode, fd, order, start * self._writer.chunk_size, slot)
 
-    async def _encode(self, disk: Disk, start: int, slot: _Slot) -> None:
-        placeholder = disk.placeholder
-        if placeholder is not None and not placeholder.is_resident(start, slot.length):
-            raise AssertionError(f"{disk.label}: absent blocks would be backed up as zeros")
-        slot.batch = await self._threads.compute(self._read_and_encode, disk, start, slot.length)
+    def _length(self, chunks: Extent, order: CopyOrder) -> int:
+        return min(order.size, chunks.end * self._writer.chunk_size) - chunks.start * self._writer.chunk_size
+
+    async def _encode(self, fd: int, order: CopyOrder, start: int, slot: _Slot) -> None:
+        slot.batch = await self._threads.compute(self._read_and_encode, fd, order, start, slot.length)
         slot.done.set()
 
-    def _read_and_encode(self, disk: Disk, start: int, length: int) -> EncodedBatch:
+    def _read_and_encode(self, fd: int, order: CopyOrder, start: int, length: int) -> EncodedBatch:
         buffer = bytearray(length)
         try:
-            count = self._files.call("archive.read", os.preadv, disk.fd, [buffer], start)
+            count = self._files.call("archive.read", os.preadv, fd, [buffer], start)
             if count != length:
                 raise OSError(errno.EIO, f"{count} of {length} bytes at {start} could be read")
         except OSError as exc:
-            raise PrimaryIOError(f"{disk.label}: reading it for the backup failed: {exc.strerror}") from exc
+            raise PrimaryIOError(f"{order.label}: reading it for the backup failed: {exc.strerror}") from exc
         return self._writer.encode(buffer)
 
     async def _append(self, table: SegmentTable, batch: EncodedBatch) -> None:
@@ -129,85 +134,29 @@ class Copier:
             if reused:
                 await self._reused.send(reused)
 
-    # Which parts of the file are read, and which are known without
 
-    async def _parts(self, disk: Disk, size: int) -> AsyncGenerator[tuple[Extent, EncodedBatch | None], None]:
-        """Consecutive ranges of chunks, each with its batch, or None when it must be read."""
-        count, at = chunk_count(size, self._writer.chunk_size), 0
-        while at < count:
-            absent = self._wholly_absent(disk, at, size)
-            if absent is not None and absent.length:
-                yield absent, await self._by_reference(disk, absent)
-                at = absent.end
-                continue
-            data = await self._threads.files(self._data_chunks, disk, at, count)
-            if data.start > at:
-                hole = Extent(at, min(data.start, at + HOLE_CHUNKS_MAX))
-                yield hole, EncodedBatch((None,) * hole.length, bytearray())
-                at = hole.end
-                continue
-            end = min(data.end, at + max(1, BATCH_BYTES // self._writer.chunk_size))
-            end = await self._recall_mixed(disk, at, end, size)
-            yield Extent(at, end), None
-            at = end
+class _Stored:
+    """Where the chunks lie that a file's origin has; its table is opened when it is first asked for."""
 
-    def _data_chunks(self, disk: Disk, at: int, count: int) -> Extent:
-        """The next run of chunks from ``at`` on that hold data; empty at ``count`` when there is none."""
-        chunk_size = self._writer.chunk_size
-        if disk.placeholder is not None:
-            # In a placeholder a hole may be an absent block as well as zeros.
-            return Extent(at, count)
-        try:
-            start = self._files.call("archive.seek", os.lseek, disk.fd, at * chunk_size, os.SEEK_DATA)
-            end = self._files.call("archive.seek", os.lseek, disk.fd, start, os.SEEK_HOLE)
-        except OSError as exc:
-            if exc.errno != errno.ENXIO:
-                raise PrimaryIOError(f"{disk.label}: looking for data failed: {exc.strerror}") from exc
-            return Extent(count, count)
-        return Extent(max(at, start // chunk_size), min(count, -(-end // chunk_size)))
+    def __init__(self, threads: Threads, store: Store, order: CopyOrder) -> None:
+        self._threads = threads
+        self._store = store
+        self._order = order
+        self._table: ChunkTable | None = None
 
-    def _wholly_absent(self, disk: Disk, at: int, size: int) -> Extent | None:
-        """The run of chunks from ``at`` on of which every block is absent; it may be empty."""
-        placeholder = disk.placeholder
-        if placeholder is None:
-            return None
-        end, last = at, chunk_count(size, self._writer.chunk_size)
-        while end < last and end - at < HOLE_CHUNKS_MAX and placeholder.is_wholly_absent(end, size=size):
-            end += 1
-        return Extent(at, end)
-
-    async def _by_reference(self, disk: Disk, chunks: Extent) -> EncodedBatch:
-        assert disk.placeholder is not None
-        table = await self._recall.table(disk.placeholder)
-        refs = await self._threads.transfer(table.locate, chunks.start, chunks.end)
-        return EncodedBatch(tuple(refs), bytearray())
-
-    async def _recall_mixed(self, disk: Disk, at: int, end: int, size: int) -> int:
-        """Bring back chunks of which only a part is absent; returns where the next wholly absent one begins."""
-        placeholder = disk.placeholder
-        if placeholder is None:
-            return end
-        stop = next((chunk for chunk in range(at + 1, end) if placeholder.is_wholly_absent(chunk, size=size)), end)
-        chunk_size = self._writer.chunk_size
-        while absent := placeholder.absent_chunks(at * chunk_size, (stop - at) * chunk_size):
-            await self._recall.recall_chunks(placeholder, absent, demand=False)
-        return stop
+    async def refs(self, chunks: Extent) -> list[FrameRef | None]:
+        if self._table is None:
+            assert self._order.origin is not None
+            self._table = await self._threads.transfer(open_table, self._store, self._order.origin)
+        return await self._threads.transfer(self._table.locate, chunks.start, chunks.end)
 
 
 @asynccontextmanager
 async def open_copier(
-    *,
-    files: FileCalls,
-    threads: Threads,
-    recall: RecallService,
-    writer: BackupWriter,
-    workers: int,
-    verify: bool,
-    progress: Callable[[int], None],
+    *, files: FileCalls, threads: Threads, store: Store, writer: BackupWriter, workers: int, verify: bool
 ) -> AsyncIterator[Copier]:
-    """Copy disks within the block; at its end everything is put, durable and read back.
+    """Copy files within the block; at its end everything is put, durable and read back; see mover.Backup.copying.
 
-    With ``verify`` that goes for every frame that is referred to, reused ones included; else for new ones.
     Raises StoreError, IntegrityError.
     """
     packs_send, packs_receive = trio.open_memory_channel[SealedPack](0)
@@ -221,12 +170,11 @@ async def open_copier(
             yield Copier(
                 files=files,
                 threads=threads,
-                recall=recall,
+                store=store,
                 writer=writer,
                 packs=packs_send,
                 reused=reused_send if verify else None,
                 workers=workers,
-                progress=progress,
             )
             last = writer.finish()
             if last is not None:

@@ -13,12 +13,12 @@ from vmfs_stub.services.archive import Archiver, ArchiveSettings
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.hydration import HydrationService
+from vmfs_stub.services.mover import Mover
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recall import RecallService
 from vmfs_stub.services.recall_failures import RecallFailures
 from vmfs_stub.services.retirement import Retirement
 from vmfs_stub.services.threads import Threads
-from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.store import Store
 
 
@@ -57,7 +57,7 @@ def connect_services(
     threads: Threads,
     private: PrivateState,
     store: Store,
-    chunk_index: ChunkIndex,
+    mover: Mover,
     placeholders: PlaceholderIndex,
     findings: Findings,
 ) -> DiskServices:
@@ -66,6 +66,7 @@ def connect_services(
         nursery=nursery,
         store=store,
         threads=threads,
+        mover=mover,
         deadline_s=settings.recall_deadline_s,
         concurrency_max=settings.recall_concurrency,
         waiting_max=settings.recall_queue_max,
@@ -101,7 +102,7 @@ def connect_services(
         retirement=retirement,
         disks=disks,
         store=store,
-        chunk_index=chunk_index,
+        mover=mover,
         private=private,
         backing=backing,
         settings=settings.archive,

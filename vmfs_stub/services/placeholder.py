@@ -30,6 +30,7 @@ from vmfs_stub.primary.files import FileCalls, punch_hole, write_fully
 from vmfs_stub.primary.placeholder import PlaceholderMaps
 from vmfs_stub.services.locks import RangeLock, SharedSync
 from vmfs_stub.services.threads import Threads
+from vmfs_stub.store.objects import Buffer
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,17 @@ class Placeholder:
         blocks = block_count(archived_end) - first
         return sum(run.length for run in live.absent_runs(first, first + blocks)) == blocks > 0
 
+    def wholly_absent_count(self, chunk: int, *, size: int) -> int:
+        """How many chunks from ``chunk`` on are wholly absent, as far as one look tells; 0 when it is not."""
+        live, first = self.maps.live, chunk * self.chunk_blocks
+        run = next(live.absent_runs(first, block_count(self.maps.record.size)), None)
+        if run is None or run.start != first:
+            return 0
+        whole_end = min(self.maps.record.size, size, live.archived_limit) // self.chunk_size
+        return max(
+            min(run.length // self.chunk_blocks, whole_end - chunk), int(self.is_wholly_absent(chunk, size=size))
+        )
+
     def absent_bytes(self) -> int:
         """Bytes that are still to come back, in whole blocks."""
         return self.maps.live.absent_count() * BLOCK_SIZE
@@ -109,7 +121,7 @@ class Placeholder:
 
     # Changes
 
-    async def fill(self, first_chunk: int, raws: Sequence[bytes | None]) -> None:
+    async def fill(self, first_chunk: int, raws: Sequence[Buffer | None]) -> None:
         """Put recalled chunks where blocks are still absent; None is a chunk of zeros.
 
         ``raws`` are the archived bytes of consecutive chunks from ``first_chunk`` on.  Raises OSError.
@@ -126,7 +138,7 @@ class Placeholder:
             for run in runs:
                 live.set_resident(run.start, run.end)
 
-    def _write_runs(self, runs: Sequence[Extent], first_chunk: int, raws: Sequence[bytes | None], limit: int) -> None:
+    def _write_runs(self, runs: Sequence[Extent], first_chunk: int, raws: Sequence[Buffer | None], limit: int) -> None:
         for run in runs:
             at, run_end = run.start * BLOCK_SIZE, min(run.end * BLOCK_SIZE, limit)
             while at < run_end:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 import trio
@@ -31,13 +31,15 @@ from vmfs_stub.core.errors import (
     StoreUnavailable,
     UnknownFormat,
     VmfsStubError,
-    WrongStore,
 )
 from vmfs_stub.core.recall_plan import Fetch, plan_fetches
+from vmfs_stub.services.mover import FETCHES_AT_ONCE, Mover
+from vmfs_stub.services.origin import Origin, open_table
 from vmfs_stub.services.placeholder import Placeholder
 from vmfs_stub.services.recall_failures import RecallFailures
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.chunk_table import ChunkTable
+from vmfs_stub.store.objects import Buffer
 from vmfs_stub.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -89,6 +91,7 @@ class RecallService:
         nursery: trio.Nursery,
         store: Store,
         threads: Threads,
+        mover: Mover,
         deadline_s: float,
         concurrency_max: int,
         waiting_max: int,
@@ -98,8 +101,10 @@ class RecallService:
         self._nursery = nursery
         self._store = store
         self._threads = threads
+        self._mover = mover
         self.deadline_s = deadline_s
         self._slots = trio.Semaphore(concurrency_max)
+        self._background_slots = trio.Semaphore(FETCHES_AT_ONCE)
         self._waiting_max = waiting_max
         self._fetch_bytes_max = fetch_bytes_max
         self._failures = failures
@@ -233,18 +238,9 @@ class RecallService:
         """The chunk table of the restore point that the placeholder stands for.  Raises StoreError, IntegrityError."""
         record = placeholder.maps.record
         table = self._tables.get(record.placeholder_id)
-        if record.store_id != self._store.id:
-            raise WrongStore(
-                f"its bytes are in store {record.store_id}, but [store] url leads to {self._store.id}; correct the url"
-            )
         if table is None:
-            point = await self._threads.store(self._store.open_point, record.vm_id, record.point_id)
-            table = point.chunks(record.file_index)
-            if table.size != record.size or table.chunk_size != placeholder.chunk_size:
-                raise IntegrityError(
-                    f"restore point {record.point_id} has a file of {table.size} bytes where the placeholder stands "
-                    f"for {record.size}"
-                )
+            origin = Origin.of(record, chunk_size=placeholder.chunk_size)
+            table = await self._threads.store(open_table, self._store, origin)
             self._tables[record.placeholder_id] = table
         return table
 
@@ -254,22 +250,22 @@ class RecallService:
 
     async def _fetch(self, placeholder: Placeholder, fetch: Fetch, flights: dict[int, Flight], demand: bool) -> None:
         with self._outcome(placeholder, flights, fetch.chunks):
-            async with self._slots:
+            is_damaged = False
+            async with self._slots if demand else self._background_slots:
                 if not any(flights[chunk].waiting for chunk in fetch.chunks):
                     # Its readers gave up while it waited for its turn: a store that hangs must not leave a queue.
                     for chunk in fetch.chunks:
                         flights[chunk].land(self._timeout(placeholder))
                     return
                 try:
-                    call = self._threads.store if demand else self._threads.background
-                    raws = await call(self._store.fetch, fetch.frames)
+                    async with self._fetched(fetch, demand=demand) as raws:
+                        for first, run in _consecutive(fetch.chunks, raws):
+                            await placeholder.fill(first, run)
                 except (IntegrityError, ObjectMissing):
                     if len(fetch.chunks) == 1:
                         raise
-                    raws = []
-                for first, run in _consecutive(fetch.chunks, raws) if raws else ():
-                    await placeholder.fill(first, run)
-            if not raws:
+                    is_damaged = True
+            if is_damaged:
                 # One of them is damaged: alone, the others still arrive.
                 for chunk, frame in zip(fetch.chunks, fetch.frames, strict=True):
                     await self._fetch(placeholder, Fetch((chunk,), (frame,)), flights, demand)
@@ -282,9 +278,18 @@ class RecallService:
             else:
                 self.counters.background_bytes += size
 
+    @asynccontextmanager
+    async def _fetched(self, fetch: Fetch, *, demand: bool) -> AsyncIterator[Sequence[Buffer]]:
+        if demand:
+            # Here and now: a guest waits for no other process.
+            yield await self._threads.store(self._store.fetch, fetch.frames)
+        else:
+            async with self._mover.fetch(fetch.frames) as raws:
+                yield raws
+
     async def _fill_zeros(self, placeholder: Placeholder, chunks: Sequence[int], flights: dict[int, Flight]) -> None:
         with self._outcome(placeholder, flights, chunks):
-            nothing: list[bytes | None] = [None] * len(chunks)
+            nothing: list[Buffer | None] = [None] * len(chunks)
             for first, run in _consecutive(chunks, nothing):
                 await placeholder.fill(first, run)
             self._failures.arrived(placeholder, chunks)
@@ -323,9 +328,9 @@ def _as_ours(label: str, exc: Exception) -> VmfsStubError:
     return PrimaryIOError(f"{label}: internal error: a bug in vmfs-stub, whose traceback is in the log")
 
 
-def _consecutive(chunks: Sequence[int], raws: Sequence[bytes | None]) -> list[tuple[int, list[bytes | None]]]:
+def _consecutive(chunks: Sequence[int], raws: Sequence[Buffer | None]) -> list[tuple[int, list[Buffer | None]]]:
     """Group chunks (in any order) with their bytes into runs of consecutive indexes."""
-    runs: list[tuple[int, list[bytes | None]]] = []
+    runs: list[tuple[int, list[Buffer | None]]] = []
     for chunk, raw in sorted(zip(chunks, raws, strict=True), key=lambda pair: pair[0]):
         if runs and runs[-1][0] + len(runs[-1][1]) == chunk:
             runs[-1][1].append(raw)

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import MappingProxyType
 
 from vmfs_stub.core.errors import PrimaryIOError
-from vmfs_stub.core.ids import SegmentId
 from vmfs_stub.core.names import XATTR_PREFIX, printable
 from vmfs_stub.core.sites import PLAIN, FileCalls
 from vmfs_stub.inventory.vm import Vm
@@ -37,9 +36,8 @@ def stored_file(
     *,
     mtime_ns: int,
     xattrs: Mapping[str, bytes],
-    segments: tuple[SegmentId | None, ...],
 ) -> StoredFile:
-    """A regular file; ``path`` is relative to the VM, ``mtime_ns`` what stat reports of it."""
+    """A regular file, without its segments; ``path`` is relative to the VM, ``mtime_ns`` what stat reports of it."""
     return StoredFile(
         path=path,
         kind=FileKind.FILE,
@@ -50,7 +48,6 @@ def stored_file(
         mtime_ns=mtime_ns,
         atime_ns=st.st_atime_ns,
         xattrs=xattrs,
-        segments=segments,
     )
 
 

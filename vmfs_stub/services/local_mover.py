@@ -1,0 +1,97 @@
+"""A mover in this process: the mover's own process uses it, and tests that run the services in theirs."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import trio
+
+from vmfs_stub.core.chunking import FrameRef
+from vmfs_stub.core.ids import SegmentId
+from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.services.copying import Copier, open_copier
+from vmfs_stub.services.mover import FETCHES_AT_ONCE, PointFile, PointOrder
+from vmfs_stub.services.threads import Threads
+from vmfs_stub.store.backup_writer import BackupWriter, WriterCounts
+from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.manifest import StoredFile
+from vmfs_stub.store.objects import Buffer
+from vmfs_stub.store.store import Store
+
+
+class LocalMover:
+    """Implements mover.Mover; ``workers`` is how many batches are encoded at once."""
+
+    def __init__(
+        self, *, files: FileCalls, threads: Threads, store: Store, chunk_index: ChunkIndex, workers: int
+    ) -> None:
+        self._files = files
+        self._threads = threads
+        self._store = store
+        self._chunk_index = chunk_index
+        self._workers = workers
+        self._fetches = trio.Semaphore(FETCHES_AT_ONCE)
+
+    @asynccontextmanager
+    async def backup(self) -> AsyncIterator[LocalBackup]:
+        """See mover.Mover."""
+        writer = await self._threads.transfer(self._store.begin_backup, index=self._chunk_index)
+        backup = LocalBackup(self._files, self._threads, self._store, writer, self._workers)
+        try:
+            yield backup
+        finally:
+            if not backup.is_committed:
+                writer.abandon()
+
+    @asynccontextmanager
+    async def fetch(self, frames: Sequence[FrameRef]) -> AsyncIterator[Sequence[Buffer]]:
+        """See mover.Mover."""
+        async with self._fetches:
+            yield await self._threads.background(self._store.fetch, frames)
+
+
+class LocalBackup:
+    """Implements mover.Backup."""
+
+    def __init__(self, files: FileCalls, threads: Threads, store: Store, writer: BackupWriter, workers: int) -> None:
+        self._files = files
+        self._threads = threads
+        self._store = store
+        self._writer = writer
+        self._workers = workers
+        self._copies: list[tuple[SegmentId | None, ...]] = []
+        self.is_committed = False
+
+    @asynccontextmanager
+    async def copying(self, *, verify: bool) -> AsyncIterator[Copier]:
+        """See mover.Backup."""
+        async with open_copier(
+            files=self._files,
+            threads=self._threads,
+            store=self._store,
+            writer=self._writer,
+            workers=self._workers,
+            verify=verify,
+        ) as copier:
+            self._copies = copier.copies
+            yield copier
+
+    async def commit(self, order: PointOrder, files: Sequence[PointFile]) -> WriterCounts:
+        """See mover.Backup."""
+        await self._threads.transfer(
+            self._writer.commit,
+            vm_id=order.vm_id,
+            point_id=order.point_id,
+            vm_name=order.vm_name,
+            host=order.host,
+            files=[self._with_segments(file) for file in files],
+            metadata=order.metadata,
+            pins=order.pins,
+        )
+        self.is_committed = True
+        return self._writer.counts
+
+    def _with_segments(self, file: PointFile) -> StoredFile:
+        return file.stored if file.copy is None else replace(file.stored, segments=self._copies[file.copy])

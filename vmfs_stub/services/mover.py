@@ -1,0 +1,118 @@
+"""What moves data between primary and the store: the bytes of a backup out, those that no guest waits for back in.
+
+Purpose: one interface, so that the daemon can have this done by a process of its own (`vmfs_stub.mover`), and tests in
+theirs.  tests/contract runs one suite over both.  A mover reads backing files and writes the store; what is resident,
+and every write to a backing file, is the business of whoever calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from vmfs_stub.core.chunking import FrameRef
+from vmfs_stub.core.extents import Extent
+from vmfs_stub.core.ids import PointId, VmId
+from vmfs_stub.services.origin import Origin
+from vmfs_stub.store.backup_writer import WriterCounts
+from vmfs_stub.store.manifest import StoredFile
+from vmfs_stub.store.objects import Buffer
+from vmfs_stub.store.pins import Pin
+
+FETCHES_AT_ONCE = 4
+"""Background fetches at once, of the whole datastore; each is held in memory until it is on primary."""
+
+
+class Content(Enum):
+    """Where the bytes of a part of a file are."""
+
+    DATA = "in the file"
+    ZEROS = "nowhere: a hole"
+    STORED = "in the store, as the file's origin says"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Consecutive chunks of a file that is copied."""
+
+    chunks: Extent
+    content: Content
+
+
+@dataclass(frozen=True, slots=True)
+class CopyOrder:
+    """A file to copy: its ``size`` in bytes, what messages call it, and what the parts that are STORED refer to."""
+
+    size: int
+    label: str
+    origin: Origin | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PointFile:
+    """An entry of the restore point that is to be; ``copy`` is the number of the copy (from 0) with its contents."""
+
+    stored: StoredFile
+    copy: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PointOrder:
+    """The restore point that is to be, without its files."""
+
+    vm_id: VmId
+    point_id: PointId
+    vm_name: str
+    host: str
+    metadata: Mapping[str, str]
+    pins: Sequence[Pin] = ()
+
+
+class Copying(Protocol):
+    """Copies files into one backup, one after the other."""
+
+    async def copy(
+        self, fd: int, order: CopyOrder, parts: AsyncIterable[Part], progress: Callable[[int], None]
+    ) -> None:
+        """Copy a file that nobody changes meanwhile; ``parts`` cover all its chunks, in order.
+
+        ``parts`` is asked for more while earlier ones are copied; ``progress`` gets numbers of bytes.
+        Raises StoreError, IntegrityError, PrimaryError, MoverLost, and what ``parts`` raises.
+        """
+        ...
+
+
+class Backup(Protocol):
+    """One backup job of one VM: first `copying`, once, then `commit`."""
+
+    def copying(self, *, verify: bool) -> AbstractAsyncContextManager[Copying]:
+        """Copy files within the block; at its end everything is stored durably, and read back.
+
+        With ``verify`` that goes for every frame that is referred to, reused ones included; else for new ones.
+        """
+        ...
+
+    async def commit(self, order: PointOrder, files: Sequence[PointFile]) -> WriterCounts:
+        """Make the restore point one that exists; see BackupWriter.commit."""
+        ...
+
+
+class Mover(Protocol):
+    """Moves data; all calls raise MoverLost when whoever does it for them has gone."""
+
+    def backup(self) -> AbstractAsyncContextManager[Backup]:
+        """A backup job; at the end of the block no file is read any more.
+
+        Without a commit there is no restore point.  A commit that was cancelled may have made one, but leaves no pins.
+        """
+        ...
+
+    def fetch(self, frames: Sequence[FrameRef]) -> AbstractAsyncContextManager[Sequence[Buffer]]:
+        """The verified raw bytes of frames as `Store.fetch` gives them, for which no guest waits.
+
+        They may be used within the block only.
+        """
+        ...
