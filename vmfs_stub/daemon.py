@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Protocol, TypeVar
@@ -32,12 +32,13 @@ from vmfs_stub.core.errors import (
     StoreError,
     UnknownFormat,
 )
-from vmfs_stub.core.sites import PLAIN
 from vmfs_stub.datastore import Datastore
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.mount.filesystem import Filesystem
 from vmfs_stub.mount.serving import Mount, open_mount
 from vmfs_stub.mount.settings import MountSettings
+from vmfs_stub.mover.client import open_mover
+from vmfs_stub.mover.messages import MoverSettings
 from vmfs_stub.primary.files import FileCalls, sync_directory, write_fully
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.services import memory
@@ -45,13 +46,11 @@ from vmfs_stub.services.archive import ArchiveSettings
 from vmfs_stub.services.disk_services import DiskServices, ServiceSettings, connect_services
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.findings import Findings
-from vmfs_stub.services.local_mover import LocalMover
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recovery import Recovered, Recovery
 from vmfs_stub.services.resumption import resume
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.threads import Threads
-from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.format import decode_description, encode_description
 from vmfs_stub.store.objects_url import open_objects
 from vmfs_stub.store.store import Store
@@ -148,12 +147,11 @@ async def _open_datastore(config: Config) -> AsyncIterator[trio.Event]:
     for subject, error in recovered.findings:
         findings.add(subject, error)
     private.reserve.fill(files)
-    with (
-        _closing(_threads(config)) as threads,
-        _closing(open_catalog(config, findings)) as catalog,
-        _closing(open_chunk_index(config, store, findings, files=files)) as chunk_index,
-    ):
-        async with trio.open_nursery() as background:
+    with _closing(_threads(config)) as threads, _closing(open_catalog(config, findings)) as catalog:
+        async with (
+            open_mover(_mover_settings(config, store), _index_told(findings)) as mover,
+            trio.open_nursery() as background,
+        ):
             services = connect_services(
                 background,
                 _service_settings(config),
@@ -162,13 +160,7 @@ async def _open_datastore(config: Config) -> AsyncIterator[trio.Event]:
                 threads=threads,
                 private=private,
                 store=store,
-                mover=LocalMover(
-                    files=files,
-                    threads=threads,
-                    store=store,
-                    chunk_index=chunk_index,
-                    workers=config.archive.workers,
-                ),
+                mover=mover,
                 placeholders=placeholders,
                 findings=findings,
             )
@@ -201,6 +193,7 @@ async def _open_datastore(config: Config) -> AsyncIterator[trio.Event]:
                 background.start_soon(_end_on_signal, stop)
                 background.start_soon(_end_with_mount, mount.ended, stop)
                 background.start_soon(resume, recovered, backing, services)
+                await mover.wait_started()
                 with _closing(datastore):
                     async with open_control(
                         datastore,
@@ -296,21 +289,21 @@ def open_catalog(config: Config, findings: Findings) -> Catalog:
         return Catalog.in_memory()
 
 
-def open_chunk_index(config: Config, store: Store, findings: Findings, *, files: FileCalls = PLAIN) -> ChunkIndex:
-    """The chunk index; while its file cannot be used, that is a finding."""
+def _index_told(findings: Findings) -> Callable[[PrimaryError | None], None]:
+    """What the mover says of its chunk index: while its file cannot be used, that is a finding."""
     lost: list[PrimaryError] = []
 
-    def on_lost(error: PrimaryError) -> None:
-        log.warning("%s; until it can be used, less is deduplicated", error)
-        lost.append(error)
-        findings.add("index", error, stays=False)
-
-    def on_regained() -> None:
-        log.info("the chunk index %s can be used again", config.index_path)
+    def tell(error: PrimaryError | None) -> None:
+        if error is not None:
+            log.warning("%s; until it can be used, less is deduplicated", error)
+            lost.append(error)
+            findings.add("index", error, stays=False)
+            return
+        log.info("the chunk index can be used again")
         while lost:
             findings.settle("index", type(lost.pop()))
 
-    return ChunkIndex(config.index_path, store.id, files=files, on_lost=on_lost, on_regained=on_regained)
+    return tell
 
 
 async def _sync_regularly(disks: Disks, interval_s: float) -> None:
@@ -350,13 +343,34 @@ def _threads(config: Config) -> Threads:
     )
 
 
+def _mover_settings(config: Config, store: Store) -> MoverSettings:
+    recall = config.recall
+    return MoverSettings(
+        store_url=config.store.url,
+        store_retries_max=config.store.retries_max,
+        store_description=store.description,
+        index_path=config.index_path,
+        workers=config.archive.workers,
+        files_threads=config.primary.threads,
+        store_threads=config.store.threads,
+        store_timeout_s=recall.store_timeout_s,
+        transfer_timeout_s=recall.store_timeout_s * TRANSFER_TIMEOUT_FACTOR,
+        slot_bytes=max(_fetch_bytes_max(config), store.chunk_size),
+    )
+
+
+def _fetch_bytes_max(config: Config) -> int:
+    recall = config.recall
+    return min(FETCH_BYTES_MAX, max(1, recall.recall_bytes_max // recall.recall_concurrency))
+
+
 def _service_settings(config: Config) -> ServiceSettings:
     recall, archive = config.recall, config.archive
     return ServiceSettings(
         recall_deadline_s=recall.recall_deadline_s,
         recall_concurrency=recall.recall_concurrency,
         recall_queue_max=recall.recall_queue_max,
-        fetch_bytes_max=min(FETCH_BYTES_MAX, max(1, recall.recall_bytes_max // recall.recall_concurrency)),
+        fetch_bytes_max=_fetch_bytes_max(config),
         hydration_enabled=config.hydration.enabled,
         hydration_bytes_per_s_max=config.hydration.bytes_per_s_max,
         free_floor_percent=config.primary.free_floor_percent,

@@ -27,6 +27,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     **{adapter: frozenset({"core"}) for adapter in ADAPTERS},
     "config": frozenset({"core"}),
     "services": frozenset({"core"}) | ADAPTERS,
+    "mover": frozenset({"core", "primary", "services", "store"}),
     "mount": frozenset({"core", "config", "services"}),
     "control": frozenset({"core", "config", "services"}),
     "cli": frozenset({"core", "config", "services", "store", "control.client", "control.messages", "mount.mountpoint"}),

@@ -18,6 +18,7 @@ EXEMPT = {
     "datastore.py:__init__": "whether recalls are held: a file of our own in the runtime directory",
     "mount/mountpoint.py": "where the mount goes, before it is there",
     "mount/session.py": "the kernel's end of the mount",
+    "mover/shared_slots.py": "memory that two processes share; no filesystem is behind it",
     "primary/identity.py:_as_seen_by_init": "/proc; what cannot be seen there is looked at from here",
     "store/local.py": "behind the store's own sites; fault/test_store_files.py fails each of its calls",
 }

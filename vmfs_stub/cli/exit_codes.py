@@ -13,6 +13,7 @@
     10   a recall did not finish in time
     11   written by a newer version, or not by vmfs-stub
     12   the backing filesystem, or the directory that `restore` writes to, failed
+    13   the daemon's data mover ended in the middle of the job: run it again
     130  interrupted
 
 An error has the code of its nearest ancestor in the table below.
@@ -43,6 +44,7 @@ class ExitCode(IntEnum):
     RECALL = 10
     UNKNOWN_FORMAT = 11
     PRIMARY = 12
+    MOVER = 13
     INTERRUPTED = 130
 
 
@@ -58,6 +60,7 @@ EXIT_CODE_BY_TYPE: Mapping[type[errors.VmfsStubError], ExitCode] = MappingProxyT
         errors.RecallError: ExitCode.RECALL,
         errors.PrimaryError: ExitCode.PRIMARY,
         errors.NoSpace: ExitCode.NO_SPACE,
+        errors.MoverLost: ExitCode.MOVER,
         errors.DaemonUnreachable: ExitCode.UNREACHABLE,
     }
 )

@@ -43,6 +43,7 @@ are translated at the edge of the adapter that met them, with ``raise ... from e
     │   ├── NoSpace              the backing filesystem (or the floor of free space) leaves no room
     │   ├── PrimaryIOError       a file call on the backing filesystem failed
     │   └── MapFrozen            a sync of this disk failed; what it covered is no longer certain
+    ├── MoverLost                the process that moves data ended in the middle of it
     └── DaemonUnreachable        no daemon answers on the control socket
 """
 
@@ -211,6 +212,10 @@ class PrimaryIOError(PrimaryError):
 
 class MapFrozen(PrimaryError):
     """A sync of this disk failed; what it covered is no longer certain."""
+
+
+class MoverLost(VmfsStubError):
+    """The process that moves data ended in the middle of it, or could not be started; nothing half done is left."""
 
 
 class DaemonUnreachable(VmfsStubError):

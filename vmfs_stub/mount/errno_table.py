@@ -31,6 +31,7 @@ ERRNO_BY_TYPE: Final[Mapping[type[errors.VmfsStubError], int]] = MappingProxyTyp
         errors.RecallError: errno.EIO,
         errors.PrimaryError: errno.EIO,
         errors.NoSpace: errno.ENOSPC,
+        errors.MoverLost: errno.EIO,
         errors.DaemonUnreachable: errno.EIO,
     }
 )

@@ -106,7 +106,8 @@ class Mover(Protocol):
     def backup(self) -> AbstractAsyncContextManager[Backup]:
         """A backup job; at the end of the block no file is read any more.
 
-        Without a commit there is no restore point.  A commit that was cancelled may have made one, but leaves no pins.
+        Without a commit there is no restore point.  A commit that was cancelled may have made one; its pins are the
+        caller's to remove after the block, and none is made later and stays.
         """
         ...
 

@@ -20,6 +20,7 @@ import trio
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import (
     IntegrityError,
+    MoverLost,
     NoSpace,
     ObjectMissing,
     PointNotFound,
@@ -136,12 +137,12 @@ class RecallService:
         self._refuse_again(placeholder, offset, length)
         self.counters.waiting += 1
         try:
-            away: StoreUnavailable | None = None
+            away: VmfsStubError | None = None
             with trio.move_on_after(self.deadline_s):
                 while chunks := placeholder.absent_chunks(offset, length):
                     try:
                         await self.recall_chunks(placeholder, chunks, demand=True)
-                    except StoreUnavailable as exc:
+                    except (StoreUnavailable, MoverLost) as exc:
                         # The store's own retries are short; a guest can wait longer, until its deadline.
                         away = exc
                         await trio.sleep(RETRY_PAUSE_S)

@@ -103,7 +103,7 @@ class WorkerPool:
 
     def _work(self) -> None:
         if self._below_demand:
-            _stand_back()
+            stand_back()
         while (call := self._calls.get()) is not None:
             if not call.abandoned:
                 call.answer = outcome.capture(call.function)
@@ -126,7 +126,7 @@ class WorkerPool:
                 trio.lowlevel.reschedule(call.task, call.answer)
 
 
-def _stand_back() -> None:
-    """Put this thread's disk accesses behind those of others; where that is not possible it is no failure."""
+def stand_back() -> None:
+    """Put the disk accesses of this thread, and of those it starts, behind others'; no failure where that cannot be."""
     if _SYS_IOPRIO_SET is not None:
         _libc.syscall(_SYS_IOPRIO_SET, _IOPRIO_WHO_PROCESS, 0, IOPRIO_BELOW_DEMAND)

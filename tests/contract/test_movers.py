@@ -1,0 +1,319 @@
+"""One suite for every mover: what is copied can be read back, and what goes wrong leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import trio
+
+from vmfs_stub.core.chunking import FrameRef, chunk_count
+from vmfs_stub.core.errors import CorruptFrame, PrimaryIOError, StoreError
+from vmfs_stub.core.extents import Extent
+from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
+from vmfs_stub.mover.client import ProcessMover, open_mover
+from vmfs_stub.mover.messages import MoverSettings
+from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.services.local_mover import LocalMover
+from vmfs_stub.services.mover import Content, CopyOrder, Mover, Part, PointFile, PointOrder
+from vmfs_stub.services.origin import Origin
+from vmfs_stub.services.single_error import single_error
+from vmfs_stub.services.threads import Threads
+from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.manifest import FileKind, StoredFile
+from vmfs_stub.store.objects_url import open_objects
+from vmfs_stub.store.pins import Pin
+from vmfs_stub.store.store import Store
+
+CHUNK = 64 << 10
+VM, PIN = VmId("1" * 32), Pin(PlaceholderId("3" * 32), "host", "vms", 1.0, "nonce")
+NOISE = random.Random(3).randbytes(5 * CHUNK + 1000)
+
+
+@dataclass
+class Place:
+    """A store, a file, and how to have a mover between them."""
+
+    base: Path
+    kind: str
+    store: Store
+
+    @property
+    def path(self) -> Path:
+        return self.base / "disk.img"
+
+    def mover(self) -> AbstractAsyncContextManager[Mover]:
+        return self._process() if self.kind == "process" else self._local()
+
+    @asynccontextmanager
+    async def _local(self) -> AsyncIterator[Mover]:
+        threads = Threads(files_max=4, store_max=4, compute_max=2, store_timeout_s=30, transfer_timeout_s=30)
+        index = ChunkIndex(self.base / "index.sqlite", self.store.id)
+        try:
+            yield LocalMover(files=FileCalls(), threads=threads, store=self.store, chunk_index=index, workers=2)
+        finally:
+            threads.close()
+            index.close()
+
+    @asynccontextmanager
+    async def _process(self) -> AsyncIterator[ProcessMover]:
+        settings = MoverSettings(
+            store_url=(self.base / "store").as_uri(),
+            store_retries_max=0,
+            store_description=self.store.description,
+            index_path=self.base / "index.sqlite",
+            workers=2,
+            files_threads=4,
+            store_threads=4,
+            store_timeout_s=30,
+            transfer_timeout_s=30,
+            slot_bytes=8 * CHUNK,
+        )
+        async with open_mover(settings, lambda error: None) as mover:
+            yield mover
+
+
+@pytest.fixture(params=["local", "process"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    objects = open_objects((tmp_path / "store").as_uri(), create=True)
+    yield Place(tmp_path, request.param, Store.create(objects, chunk_size=CHUNK))
+
+
+def order(number: int) -> PointOrder:
+    return PointOrder(VM, point_id(number), "vm", "host", {"inventory": "directory"}, [PIN])
+
+
+def point_id(number: int) -> PointId:
+    return PointId(f"{number:032x}")
+
+
+def entry(size: int) -> PointFile:
+    return PointFile(StoredFile("disk.img", FileKind.FILE, size, 0o600, 0, 0, 1, 1, {"user.a": b"b"}), copy=0)
+
+
+async def told(*parts: Part | Exception) -> AsyncIterator[Part]:
+    for part in parts:
+        await trio.lowlevel.checkpoint()
+        if isinstance(part, Exception):
+            raise part
+        yield part
+
+
+def data(first: int, end: int) -> Part:
+    return Part(Extent(first, end), Content.DATA)
+
+
+async def back_up(place: Place, mover: Mover, number: int, *parts: Part, origin: Origin | None = None) -> list[int]:
+    """A whole backup of the file; returns what was told of progress."""
+    size, told_bytes = place.path.stat().st_size, list[int]()
+    fd = os.open(place.path, os.O_RDWR)
+    try:
+        async with mover.backup() as backup:
+            async with backup.copying(verify=True) as copying:
+                await copying.copy(fd, CopyOrder(size, "disk", origin), told(*parts), told_bytes.append)
+            counts = await backup.commit(order(number), [entry(size)])
+            assert counts.chunks == chunk_count(size, CHUNK)
+    finally:
+        os.close(fd)
+    return told_bytes
+
+
+def refs_of(store: Store, number: int) -> list[FrameRef | None]:
+    table = store.open_point(VM, point_id(number)).chunks(0)
+    return table.locate(0, table.chunk_count)
+
+
+def content_of(store: Store, number: int) -> bytes:
+    size = store.open_point(VM, point_id(number)).manifest.files[0].size
+    raws = [bytes(CHUNK) if ref is None else store.fetch([ref])[0] for ref in refs_of(store, number)]
+    return b"".join(raws)[:size]
+
+
+async def test_a_file_is_copied_as_it_is_told(place: Place) -> None:
+    place.path.write_bytes(NOISE + bytes(3 * CHUNK) + NOISE)
+    size = place.path.stat().st_size
+    async with place.mover() as mover:
+        zeros = Part(Extent(6, 8), Content.ZEROS)
+        progress = await back_up(place, mover, 1, data(0, 6), zeros, data(8, chunk_count(size, CHUNK)))
+        assert sum(progress) == size
+    assert content_of(place.store, 1) == place.path.read_bytes()
+    assert [pin.placeholder_id for pin in place.store.pins(VM, point_id(1))] == [PIN.placeholder_id]
+
+
+async def test_what_the_store_has_already_is_taken_over(place: Place) -> None:
+    place.path.write_bytes(NOISE)
+    size = len(NOISE)
+    async with place.mover() as mover:
+        await back_up(place, mover, 1, data(0, 6))
+        place.path.write_bytes(b"x" * CHUNK + bytes(size - CHUNK))  # as in a placeholder: the rest is absent
+        origin = Origin(place.store.id, VM, point_id(1), 0, size, CHUNK)
+        await back_up(place, mover, 2, data(0, 1), Part(Extent(1, 6), Content.STORED), origin=origin)
+    assert content_of(place.store, 2) == b"x" * CHUNK + NOISE[CHUNK:]
+
+
+async def test_several_files_and_entries_without_contents(place: Place) -> None:
+    place.path.write_bytes(NOISE)
+    files = [PointFile(StoredFile("d", FileKind.DIRECTORY, 0, 0o700, 0, 0, 1, 1))]
+    files += [
+        PointFile(StoredFile(f"d/{n}", FileKind.FILE, len(NOISE), 0o600, 0, 0, 1, 1), copy=n % 2) for n in range(150)
+    ]
+    fd = os.open(place.path, os.O_RDWR)
+    try:
+        async with place.mover() as mover, mover.backup() as backup:
+            async with backup.copying(verify=False) as copying:
+                zeros = Part(Extent(0, 6), Content.ZEROS)
+                for part in (data(0, 6), zeros):
+                    await copying.copy(fd, CopyOrder(len(NOISE), "disk"), told(part), lambda count: None)
+            await backup.commit(order(1), files)
+    finally:
+        os.close(fd)
+    manifest = place.store.open_point(VM, point_id(1)).manifest
+    assert [stored.path for stored in manifest.files] == [file.stored.path for file in files]
+    assert manifest.files[1].segments == manifest.files[3].segments != manifest.files[2].segments == (None,)
+
+
+async def test_parts_that_fail_leave_no_point_and_no_open_file(place: Place) -> None:
+    place.path.write_bytes(NOISE)
+    fd = os.open(place.path, os.O_RDWR)
+    try:
+        async with place.mover() as mover:
+            with pytest.raises(PrimaryIOError, match="planted"), single_error():
+                async with mover.backup() as backup, backup.copying(verify=True) as copying:
+                    parts = told(data(0, 2), PrimaryIOError("planted"))
+                    await copying.copy(fd, CopyOrder(len(NOISE), "disk"), parts, lambda count: None)
+            assert _holders(place.path) == {os.getpid()}
+            await back_up(place, mover, 2, data(0, 6))
+    finally:
+        os.close(fd)
+    assert place.store.point_counts() == {VM: 1}
+
+
+async def test_a_file_that_is_shorter_than_told_is_an_error_of_the_file(place: Place) -> None:
+    place.path.write_bytes(NOISE)
+    fd = os.open(place.path, os.O_RDWR)
+    try:
+        async with place.mover() as mover:
+            with pytest.raises(PrimaryIOError, match="disk: reading it for the backup failed"), single_error():
+                async with mover.backup() as backup, backup.copying(verify=True) as copying:
+                    parts = told(data(0, 9))
+                    await copying.copy(fd, CopyOrder(9 * CHUNK, "disk"), parts, lambda count: None)
+    finally:
+        os.close(fd)
+
+
+async def test_a_backup_that_is_given_up_makes_nothing(place: Place) -> None:
+    place.path.write_bytes(NOISE)
+    fd = os.open(place.path, os.O_RDWR)
+    try:
+        async with place.mover() as mover:
+            with trio.CancelScope() as scope:
+                async with mover.backup() as backup, backup.copying(verify=True) as copying:
+
+                    async def endless() -> AsyncIterator[Part]:
+                        yield data(0, 2)
+                        scope.cancel()
+                        await trio.sleep_forever()
+
+                    await copying.copy(fd, CopyOrder(len(NOISE), "disk"), endless(), lambda count: None)
+            assert scope.cancelled_caught
+            assert _holders(place.path) == {os.getpid()}
+    finally:
+        os.close(fd)
+    assert place.store.point_counts() == {}
+
+
+async def test_a_commit_that_is_given_up_leaves_no_pins(place: Place) -> None:
+    """One that is over when it is given up has made its pins, which its owner removes; none comes after that."""
+    place.path.write_bytes(NOISE)
+    fd = os.open(place.path, os.O_RDWR)
+    try:
+        async with place.mover() as mover:
+            for number, delay_s in enumerate((0, 0.001, 0.004)):
+                with trio.CancelScope() as scope:
+                    async with mover.backup() as backup:
+                        async with backup.copying(verify=False) as copying:
+                            await copying.copy(fd, CopyOrder(len(NOISE), "disk"), told(data(0, 6)), lambda count: None)
+                        scope.deadline = trio.current_time() + delay_s
+                        await backup.commit(order(number), [entry(len(NOISE))])
+                        scope.deadline = float("inf")
+                place.store.remove_pin(VM, point_id(number), PIN.placeholder_id)
+                if scope.cancelled_caught:
+                    with trio.fail_after(30):
+                        await _settled(place)
+                        assert place.store.pins(VM, point_id(number)) == []
+    finally:
+        os.close(fd)
+
+
+async def _settled(place: Place) -> None:
+    """A commit that nobody waits for any more goes on by itself; it is over when nothing is pending."""
+    for _ in range(20):
+        await trio.sleep(0.02)
+        while [info for info in place.store.objects.list("manifests/") if info.key.endswith(".pending")]:  # noqa: ASYNC110
+            await trio.sleep(0.02)  # the store is changed by a thread, or another process
+
+
+async def test_fetches_bring_verified_bytes(place: Place) -> None:
+    place.path.write_bytes(NOISE)
+    async with place.mover() as mover:
+        await back_up(place, mover, 1, data(0, 6))
+        refs = [ref for ref in refs_of(place.store, 1) if ref is not None]
+
+        async def fetch(first: int) -> None:
+            async with mover.fetch(refs[first : first + 2]) as raws:
+                await trio.sleep(0.01)
+                assert b"".join(bytes(raw) for raw in raws) == NOISE[first * CHUNK : (first + 2) * CHUNK]
+
+        async with trio.open_nursery() as nursery:
+            for number in range(12):
+                nursery.start_soon(fetch, number % 4)
+
+
+async def test_a_fetch_of_what_is_damaged_or_gone_says_so(place: Place) -> None:
+    place.path.write_bytes(NOISE)
+    async with place.mover() as mover:
+        await back_up(place, mover, 1, data(0, 6))
+        refs = [ref for ref in refs_of(place.store, 1) if ref is not None]
+        (pack,) = (place.base / "store/packs").rglob("*/*")
+        damaged = bytearray(pack.read_bytes())
+        damaged[refs[0].offset + 100] ^= 1
+        pack.write_bytes(damaged)
+        with pytest.raises(CorruptFrame):
+            async with mover.fetch(refs[:1]):
+                raise AssertionError("damaged bytes were handed out")
+        async with mover.fetch(refs[1:2]) as raws:
+            assert bytes(raws[0]) == NOISE[CHUNK : 2 * CHUNK]
+        pack.unlink()
+        with pytest.raises(StoreError):
+            async with mover.fetch(refs[1:2]):
+                raise AssertionError("bytes that are gone were handed out")
+
+
+async def test_fetches_that_are_given_up_spoil_no_later_one(place: Place) -> None:
+    place.path.write_bytes(NOISE)
+    async with place.mover() as mover:
+        await back_up(place, mover, 1, data(0, 6))
+        refs = [ref for ref in refs_of(place.store, 1) if ref is not None]
+        for number in range(30):
+            with trio.move_on_after(0.0005 * (number % 5)):
+                async with mover.fetch(refs[:2]):
+                    await trio.sleep_forever()
+            async with mover.fetch(refs[2:3]) as raws:
+                assert bytes(raws[0]) == NOISE[2 * CHUNK : 3 * CHUNK]
+
+
+def _holders(path: Path) -> set[int]:
+    """Processes that have the file open."""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if link.samefile(path):
+                found.add(int(link.parts[2]))
+        except OSError:
+            continue
+    return found

@@ -1,0 +1,166 @@
+"""The process that moves data: killed, stopped, or left behind, it takes no VM with it and no job hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from live_datastore import MIB, QUIET, LiveDatastore, MakeDatastore, noise, wait_until
+
+from vmfs_stub.control.messages import JobInfo
+
+SIZE = 96 * MIB
+CONTENT = noise(SIZE, seed=11)
+MOVER = b"vmfs_stub.mover.main"
+
+
+def mover_of(datastore: LiveDatastore) -> int:
+    """Process id of the daemon's mover."""
+    assert datastore.daemon is not None
+    found = [pid for pid in children(datastore.daemon.pid) if MOVER in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def children(parent: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == parent and fields[0] != "Z":
+            found.append(int(stat.parts[2]))
+    return found
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def open_files(pid: int) -> list[str]:
+    """What a process has open, by name."""
+    return [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
+
+
+def killed_during(datastore: LiveDatastore, kind: str, *, at_once: bool) -> JobInfo:
+    """Run a job on ``vm`` and kill the mover before it can do anything, or in the midst; how the job ended."""
+    mover = mover_of(datastore)
+    if at_once:
+        os.kill(mover, signal.SIGSTOP)
+    start = datastore.client.start_archive if kind == "archive" else datastore.client.start_recall
+    job_id = start(["vm"])
+    if at_once:
+        time.sleep(0.3)
+    else:
+        wait_until("it has begun", lambda: datastore.client.job(job_id).progress.done_bytes > 0, poll_s=0.001)
+        os.kill(mover, signal.SIGSTOP)
+    assert datastore.client.job(job_id).state == "running"
+    os.kill(mover, signal.SIGKILL)
+    return datastore.wait_job(job_id)
+
+
+def assert_lost(job: JobInfo) -> None:
+    assert job.state == "failed", job
+    assert job.error is not None
+    assert job.error.error == "MoverLost"
+    assert "SIGKILL" in job.error.message
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_mover_that_is_killed_in_an_archive(make_datastore: MakeDatastore, at_once: bool) -> None:
+    datastore = make_datastore(QUIET)
+    datastore.start()
+    disk = datastore.add_vm("vm", CONTENT)
+    assert_lost(killed_during(datastore, "archive", at_once=at_once))
+    assert datastore.state("vm") == "resident"
+    datastore.assert_nothing_left(datastore.backing_of(disk))
+    assert disk.read_bytes() == CONTENT
+    datastore.archive("vm")
+    assert len(datastore.pins()) == 1
+    assert disk.read_bytes() == CONTENT
+    assert "Traceback" not in datastore.log()
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_mover_that_is_killed_in_a_recall(make_datastore: MakeDatastore, at_once: bool) -> None:
+    datastore = make_datastore(QUIET)
+    datastore.start()
+    disk = datastore.add_vm("vm", CONTENT)
+    datastore.archive("vm")
+    assert_lost(killed_during(datastore, "recall", at_once=at_once))
+    assert datastore.state("vm") == "placeholder"
+    with disk.open("rb") as file:
+        assert file.read(MIB) == CONTENT[:MIB]
+    datastore.recall("vm")
+    assert disk.read_bytes() == CONTENT
+    datastore.assert_nothing_left(datastore.backing_of(disk))
+    assert datastore.client.status().healthy
+    assert "Traceback" not in datastore.log()
+
+
+def test_a_reader_that_waits_for_a_background_fetch_survives_the_mover(make_datastore: MakeDatastore) -> None:
+    datastore = make_datastore(QUIET)
+    datastore.start()
+    disk = datastore.add_vm("vm", CONTENT)
+    datastore.archive("vm")
+    mover = mover_of(datastore)
+    os.kill(mover, signal.SIGSTOP)
+    job_id = datastore.client.start_recall(["vm"])
+    time.sleep(0.3)
+    reader = subprocess.Popen(["head", "-c", "4096", disk], stdout=subprocess.PIPE)
+    time.sleep(0.3)
+    assert reader.poll() is None, "the read did not wait for the fetch that is under way"
+    os.kill(mover, signal.SIGKILL)
+    out, _ = reader.communicate(timeout=20)
+    assert out == CONTENT[:4096]
+    assert_lost(datastore.wait_job(job_id))
+
+
+def test_the_mover_ends_with_a_daemon_that_is_killed(make_datastore: MakeDatastore) -> None:
+    datastore = make_datastore(QUIET)
+    datastore.start()
+    datastore.add_vm("vm", CONTENT)
+    mover = mover_of(datastore)
+    job_id = datastore.client.start_archive(["vm"])
+    wait_until("it has begun", lambda: datastore.client.job(job_id).progress.done_bytes > 0, poll_s=0.001)
+    datastore.kill()
+    wait_until("the mover is gone", lambda: is_gone(mover), deadline_s=1)
+    datastore.start()
+    datastore.archive("vm")
+
+
+def test_the_mover_ends_with_the_daemon(make_datastore: MakeDatastore) -> None:
+    datastore = make_datastore(QUIET)
+    datastore.start()
+    mover = mover_of(datastore)
+    datastore.stop()
+    assert is_gone(mover)
+
+
+def test_the_mover_holds_no_lock_no_disk_and_no_mount(make_datastore: MakeDatastore) -> None:
+    datastore = make_datastore(QUIET)
+    datastore.start()
+    datastore.add_vm("vm", CONTENT)
+    datastore.archive("vm")
+    held = open_files(mover_of(datastore))
+    assert not [name for name in held if name.endswith((".vmfs-stub/lock", "disk.raw", "/dev/fuse", ".map", ".bits"))]
+    assert [name for name in held if name.endswith("index.sqlite")], "the checker sees what it holds"
+
+
+def test_the_mover_stands_back(make_datastore: MakeDatastore) -> None:
+    datastore = make_datastore(QUIET)
+    datastore.start()
+    assert datastore.daemon is not None
+    nice = [
+        int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[16])
+        for pid in (datastore.daemon.pid, mover_of(datastore))
+    ]
+    assert nice[0] < nice[1]

@@ -1,0 +1,338 @@
+"""The daemon's end: a mover (services.mover.Mover) whose work is done by a process of its own.
+
+Invariants:
+* a process that has gone, or says nothing for long, ends every conversation with MoverLost; the next request starts
+  another process;
+* a slot is free again only when the conversation that used it is over; slots belong to one process, and go with it;
+* at the end of a backup its conversation is over, so that the process has no descriptor of a file left.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+
+import trio
+
+from vmfs_stub.core.chunking import FrameRef
+from vmfs_stub.core.errors import MoverLost, PrimaryError
+from vmfs_stub.mover.channel import Channel, ChannelClosed
+from vmfs_stub.mover.messages import (
+    LAST,
+    AllParts,
+    BeginBackup,
+    BeginCopying,
+    Cancel,
+    Commit,
+    Committed,
+    Copied,
+    Copy,
+    EndCopying,
+    Failed,
+    Fetch,
+    Files,
+    FromDaemon,
+    FromMover,
+    IndexState,
+    MoverSettings,
+    Ping,
+    Pong,
+    Started,
+)
+from vmfs_stub.mover.process import MoverProcess
+from vmfs_stub.mover.shared_slots import SharedSlots
+from vmfs_stub.services.mover import FETCHES_AT_ONCE, CopyOrder, Part, PointFile, PointOrder
+from vmfs_stub.store.backup_writer import WriterCounts
+from vmfs_stub.store.objects import Buffer
+
+log = logging.getLogger(__name__)
+
+START_WAIT_S = 10.0
+"""How long the start of a process is waited for by those who can do without."""
+PING_INTERVAL_S = 2.0
+SILENCE_MAX_S = 20.0
+"""A mover that says nothing for so long is killed: below the usual recall deadline, since a guest may wait for it."""
+WINDOW_BYTES = 32 << 20
+"""Parts of a file that the mover knows and has not dealt with; one may be larger."""
+FILES_AT_ONCE = 64
+"""Files of a restore point in one message."""
+
+
+@dataclass(slots=True, eq=False)
+class Conversation:
+    """What is answered to one request; ``on_over`` is called when nothing more will be."""
+
+    number: int
+    send: trio.MemorySendChannel[FromMover]
+    answers: trio.MemoryReceiveChannel[FromMover]
+    on_over: Callable[[], None]
+    lost: MoverLost | None = None
+    is_over: bool = False
+
+    def end(self, lost: MoverLost | None = None) -> None:
+        self.is_over, self.lost = True, lost
+        self.send.close()
+        self.on_over()
+
+
+@dataclass(eq=False)
+class Life:
+    """One process and the conversations with it."""
+
+    process: MoverProcess
+    channel: Channel
+    slots: SharedSlots
+    chunk_size: int
+    free: list[int] = field(default_factory=lambda: list(range(FETCHES_AT_ONCE)))
+    conversations: dict[int, Conversation] = field(default_factory=dict)
+    last_number: int = 0
+    heard_s: float = 0.0
+    index_error: PrimaryError | None = None
+    started: trio.Event = field(default_factory=trio.Event)
+
+    def begin(self, request: FromDaemon, on_over: Callable[[], None] = lambda: None) -> Conversation:
+        """Start a conversation."""
+        self.last_number += 1
+        send, receive = trio.open_memory_channel[FromMover](math.inf)
+        conversation = Conversation(self.last_number, send, receive, on_over)
+        self.conversations[conversation.number] = conversation
+        self.channel.post(conversation.number, request)
+        return conversation
+
+    async def answer(self, conversation: Conversation) -> FromMover:
+        """What is said next.  Raises what went wrong: MoverLost, or the error that the mover met."""
+        try:
+            answer = await conversation.answers.receive()
+        except trio.EndOfChannel:
+            raise conversation.lost or RuntimeError("the data mover's answer came twice") from None
+        if isinstance(answer, Failed):
+            raise answer.error or RuntimeError("the data mover met a programming error; its traceback is in the log")
+        return answer
+
+    async def close(self, conversation: Conversation) -> None:
+        """End a conversation; returns when it is over."""
+        if not conversation.is_over:
+            self.channel.post(conversation.number, Cancel())
+        with trio.CancelScope(shield=True):
+            async for _ in conversation.answers:
+                pass
+
+
+class ProcessMover:
+    """Implements services.mover.Mover; made by `open_mover`.  ``on_index`` gets the chunk index's error, or None."""
+
+    def __init__(
+        self, nursery: trio.Nursery, settings: MoverSettings, on_index: Callable[[PrimaryError | None], None]
+    ) -> None:
+        self._nursery = nursery
+        self._settings = settings
+        self._on_index = on_index
+        self._life: Life | None = None
+        self._free = trio.Semaphore(FETCHES_AT_ONCE)
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the mover, while there is one."""
+        return None if self._life is None else self._life.process.pid
+
+    async def wait_started(self) -> None:
+        """Return when the process is ready for work, and what its chunk index is like was told; or after a while."""
+        if self._life is not None:
+            with trio.move_on_after(START_WAIT_S):
+                await self._life.started.wait()
+
+    def life(self) -> Life:
+        """The running process; starts one where there is none.  Raises MoverLost."""
+        if self._life is None:
+            slots, fd = SharedSlots.create(count=FETCHES_AT_ONCE, size=self._settings.slot_bytes)
+            try:
+                process = MoverProcess(fd)
+            finally:
+                os.close(fd)
+            life = Life(process, Channel(process.socket), slots, self._settings.store_description.chunk_size)
+            life.channel.post(0, self._settings)
+            self._life = life
+            self._nursery.start_soon(self._live, life)
+        return self._life
+
+    async def _live(self, life: Life) -> None:
+        """Listen to a process until it has gone, then tell everybody."""
+        life.heard_s = trio.current_time()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(life.channel.run_sender)
+                nursery.start_soon(self._watch, life, nursery.cancel_scope)
+                with suppress(ChannelClosed):
+                    while True:
+                        number, message, _ = await life.channel.receive()
+                        self._hear(life, number, message)
+                log.error("the data mover (process %d) has gone; the next job starts another one", life.process.pid)
+                nursery.cancel_scope.cancel()
+        finally:
+            self._life = None
+            life.channel.close()
+            how = await life.process.end()
+            lost = MoverLost(f"the data mover (process {life.process.pid}) {how} before this was done; try again")
+            for conversation in list(life.conversations.values()):
+                self._over(life, conversation, lost)
+            life.started.set()
+            if life.index_error is not None:
+                self._on_index(None)
+
+    def _hear(self, life: Life, number: int, message: FromMover | FromDaemon) -> None:
+        life.heard_s = trio.current_time()
+        if isinstance(message, Started):
+            life.started.set()
+        elif isinstance(message, IndexState):
+            life.index_error = message.error
+            self._on_index(message.error)
+        elif not isinstance(message, Pong) and (conversation := life.conversations.get(number)) is not None:
+            conversation.send.send_nowait(message)  # type: ignore[arg-type]
+            if isinstance(message, LAST):
+                self._over(life, conversation)
+
+    def _over(self, life: Life, conversation: Conversation, lost: MoverLost | None = None) -> None:
+        del life.conversations[conversation.number]
+        conversation.end(lost)
+
+    async def _watch(self, life: Life, scope: trio.CancelScope) -> None:
+        """Give up a process that does not answer, however much it has to do."""
+        while True:
+            life.channel.post(0, Ping())
+            await trio.sleep(PING_INTERVAL_S)
+            if trio.current_time() > life.heard_s + SILENCE_MAX_S:
+                log.error("the data mover (process %d) does not answer; it is killed", life.process.pid)
+                scope.cancel()
+
+    # The mover
+
+    @asynccontextmanager
+    async def backup(self) -> AsyncIterator[ProcessBackup]:
+        """See mover.Mover."""
+        life = self.life()
+        conversation = life.begin(BeginBackup())
+        try:
+            await life.answer(conversation)
+            yield ProcessBackup(life, conversation)
+        finally:
+            await life.close(conversation)
+
+    @asynccontextmanager
+    async def fetch(self, frames: Sequence[FrameRef]) -> AsyncIterator[Sequence[Buffer]]:
+        """See mover.Mover."""
+        await self._free.acquire()
+        try:
+            life = self.life()
+            slot = life.free.pop()
+        except BaseException:
+            self._free.release()
+            raise
+        in_use = [True, True]
+
+        def give_back(user: int) -> None:
+            in_use[user] = False
+            if not any(in_use):
+                life.free.append(slot)
+                self._free.release()
+
+        try:
+            conversation = life.begin(Fetch(slot, frames), lambda: give_back(1))
+            await life.answer(conversation)
+            views = life.slots.read(slot, [ref.raw_length for ref in frames])
+            try:
+                yield views
+            finally:
+                for view in views:
+                    view.release()
+        finally:
+            give_back(0)
+
+
+class ProcessBackup:
+    """Implements mover.Backup and mover.Copying."""
+
+    def __init__(self, life: Life, conversation: Conversation) -> None:
+        self._life = life
+        self._conversation = conversation
+
+    @asynccontextmanager
+    async def copying(self, *, verify: bool) -> AsyncIterator[ProcessBackup]:
+        """See mover.Backup."""
+        self._post(BeginCopying(verify))
+        yield self
+        self._post(EndCopying())
+        await self._life.answer(self._conversation)
+
+    async def copy(
+        self, fd: int, order: CopyOrder, parts: AsyncIterable[Part], progress: Callable[[int], None]
+    ) -> None:
+        """See mover.Copying."""
+        self._post(Copy(order), fd=fd)
+        window = _Window()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._tell, parts, window)
+            while isinstance(answer := await self._life.answer(self._conversation), Copied):
+                window.shrink(answer.size)
+                progress(answer.size)
+            nursery.cancel_scope.cancel()
+
+    async def _tell(self, parts: AsyncIterable[Part], window: _Window) -> None:
+        async for part in parts:
+            await window.grow(part.chunks.length * self._life.chunk_size)
+            self._post(part)
+        self._post(AllParts())
+
+    async def commit(self, order: PointOrder, files: Sequence[PointFile]) -> WriterCounts:
+        """See mover.Backup."""
+        for at in range(0, len(files), FILES_AT_ONCE):
+            self._post(Files(files[at : at + FILES_AT_ONCE]))
+            await trio.lowlevel.checkpoint()
+        self._post(Commit(order))
+        committed = await self._life.answer(self._conversation)
+        assert isinstance(committed, Committed)
+        return committed.counts
+
+    def _post(self, message: FromDaemon, *, fd: int | None = None) -> None:
+        self._life.channel.post(self._conversation.number, message, fd=fd)
+
+
+class _Window:
+    """How many bytes of a file the mover knows of and has not dealt with."""
+
+    def __init__(self) -> None:
+        self._size = 0
+        self._waiting = trio.lowlevel.ParkingLot()
+
+    async def grow(self, size: int) -> None:
+        """Wait until there is room, then take it."""
+        while self._size >= WINDOW_BYTES:
+            await self._waiting.park()
+        self._size += size
+
+    def shrink(self, size: int) -> None:
+        self._size -= size
+        self._waiting.unpark_all()
+
+
+@asynccontextmanager
+async def open_mover(
+    settings: MoverSettings, on_index: Callable[[PrimaryError | None], None]
+) -> AsyncIterator[ProcessMover]:
+    """A mover within the block; at its end the process has gone.
+
+    The process is started at once.  If that fails, things go on without: the first job tries again.
+    """
+    async with trio.open_nursery() as nursery:
+        mover = ProcessMover(nursery, settings, on_index)
+        try:
+            mover.life()
+        except MoverLost as exc:
+            log.warning("%s", exc)
+        try:
+            yield mover
+        finally:
+            nursery.cancel_scope.cancel()

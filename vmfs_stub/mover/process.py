@@ -1,0 +1,68 @@
+"""The mover's process, as its parent sees it: started with one socket and the shared memory, ended for certain.
+
+It inherits nothing else: no lock of the datastore, no mount, no other descriptor.  It dies with the thread that starts
+it, which must be the daemon's main thread.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import trio
+
+from vmfs_stub.core.errors import MoverLost
+
+_GONE_S = 1.0
+"""How long one that was told to go, or was killed, is waited for."""
+
+
+class MoverProcess:
+    """One process, from start to end; ``socket`` is our end of the connection."""
+
+    def __init__(self, slots_fd: int) -> None:
+        """Start it, with the memory of that descriptor.  Raises MoverLost."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        numbers = [theirs.fileno(), slots_fd, os.getpid()]
+        try:
+            self._child = subprocess.Popen(
+                [sys.executable, "-P", "-m", "vmfs_stub.mover.main", *map(str, numbers)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), slots_fd),
+                cwd="/",
+            )
+        except OSError as exc:
+            ours.close()
+            raise MoverLost(f"the data mover could not be started: {exc.strerror}; free memory and processes") from exc
+        finally:
+            theirs.close()
+        self.socket = trio.socket.from_stdlib_socket(ours)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._child.pid
+
+    async def end(self) -> str:
+        """Wait until it is gone, and kill it if it does not go, but never wait for ever; returns how it ended."""
+        if await self._gone() is None:
+            self._child.kill()
+        code = await self._gone()
+        if code is None:
+            self._child.returncode = 0  # nobody waits for it any more
+            return "hangs in a system call"
+        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+    async def _gone(self) -> int | None:
+        """Its exit code as Popen has it; None when it still runs after a while."""
+        if self._child.poll() is None:
+            fd = os.pidfd_open(self._child.pid)
+            try:
+                with trio.CancelScope(shield=True), trio.move_on_after(_GONE_S):
+                    await trio.lowlevel.wait_readable(fd)
+            finally:
+                os.close(fd)
+        return self._child.poll()
