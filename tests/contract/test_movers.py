@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -11,16 +12,18 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from vmfs_stub.core.chunking import FrameRef, chunk_count
-from vmfs_stub.core.errors import CorruptFrame, PrimaryIOError, StoreError
+from vmfs_stub.core.errors import CorruptFrame, MoverLost, PrimaryIOError, StoreError
 from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
+from vmfs_stub.mover import client
 from vmfs_stub.mover.client import ProcessMover, open_mover
 from vmfs_stub.mover.messages import MoverSettings
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.services.local_mover import LocalMover
-from vmfs_stub.services.mover import Content, CopyOrder, Mover, Part, PointFile, PointOrder
+from vmfs_stub.services.mover import FETCHES_AT_ONCE, Content, CopyOrder, Mover, Part, PointFile, PointOrder
 from vmfs_stub.services.origin import Origin
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.threads import Threads
@@ -48,7 +51,7 @@ class Place:
         return self.base / "disk.img"
 
     def mover(self) -> AbstractAsyncContextManager[Mover]:
-        return self._process() if self.kind == "process" else self._local()
+        return self.process() if self.kind == "process" else self._local()
 
     @asynccontextmanager
     async def _local(self) -> AsyncIterator[Mover]:
@@ -61,7 +64,7 @@ class Place:
             index.close()
 
     @asynccontextmanager
-    async def _process(self) -> AsyncIterator[ProcessMover]:
+    async def process(self) -> AsyncIterator[ProcessMover]:
         settings = MoverSettings(
             store_url=(self.base / "store").as_uri(),
             store_retries_max=0,
@@ -80,8 +83,12 @@ class Place:
 
 @pytest.fixture(params=["local", "process"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    objects = open_objects((tmp_path / "store").as_uri(), create=True)
-    yield Place(tmp_path, request.param, Store.create(objects, chunk_size=CHUNK))
+    yield make_place(tmp_path, request.param)
+
+
+def make_place(base: Path, kind: str) -> Place:
+    objects = open_objects((base / "store").as_uri(), create=True)
+    return Place(base, kind, Store.create(objects, chunk_size=CHUNK))
 
 
 def order(number: int) -> PointOrder:
@@ -317,3 +324,79 @@ def _holders(path: Path) -> set[int]:
         except OSError:
             continue
     return found
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "PING_INTERVAL_S", 0.05)
+    monkeypatch.setattr(client, "SILENCE_MAX_S", 5.0)  # a start on a busy machine is silent for a second
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_process_that_dies_or_hangs_fails_what_it_did_and_is_replaced(
+    tmp_path: Path, impatient: None, number: signal.Signals
+) -> None:
+    place = make_place(tmp_path, "process")
+    place.path.write_bytes(NOISE)
+    fd = os.open(place.path, os.O_RDWR)
+    try:
+        async with place.process() as mover:
+            await mover.wait_started()
+            first = mover.pid
+            assert first is not None
+            with trio.fail_after(20), pytest.raises(MoverLost, match=f"process {first}"), single_error():
+                async with mover.backup() as backup, backup.copying(verify=True) as copying:
+                    for _ in range(3):
+                        await copying.copy(fd, CopyOrder(len(NOISE), "disk"), told(data(0, 6)), lambda count: None)
+                        os.kill(first, number)
+            assert _holders(place.path) == {os.getpid()}
+            with pytest.raises(ProcessLookupError):
+                os.kill(first, 0)
+            await back_up(place, mover, 2, data(0, 6))
+            assert mover.pid != first
+    finally:
+        os.close(fd)
+    assert content_of(place.store, 2) == NOISE
+
+
+async def test_fetches_of_a_process_that_dies_leave_room_for_later_ones(tmp_path: Path) -> None:
+    place = make_place(tmp_path, "process")
+    place.path.write_bytes(NOISE)
+    async with place.process() as mover:
+        await back_up(place, mover, 1, data(0, 6))
+        refs = [ref for ref in refs_of(place.store, 1) if ref is not None]
+        lost = 0
+
+        async def fetch() -> None:
+            nonlocal lost
+            try:
+                async with mover.fetch(refs[:1]) as raws:
+                    await trio.sleep(0.01)
+                    assert bytes(raws[0]) == NOISE[:CHUNK]
+            except MoverLost:
+                lost += 1
+
+        for _ in range(3):
+            pid = mover.life().process.pid
+            os.kill(pid, signal.SIGSTOP)
+            async with trio.open_nursery() as nursery:
+                for _ in range(9):
+                    nursery.start_soon(fetch)
+                await trio.testing.wait_all_tasks_blocked()
+                os.kill(pid, signal.SIGKILL)
+        assert lost == 3 * FETCHES_AT_ONCE
+
+
+async def test_memory_of_slots_is_given_back_and_used_again(tmp_path: Path, impatient: None) -> None:
+    place = make_place(tmp_path, "process")
+    place.path.write_bytes(NOISE)
+    async with place.process() as mover:
+        await back_up(place, mover, 1, data(0, 6))
+        refs = [ref for ref in refs_of(place.store, 1) if ref is not None]
+        life = mover.life()
+        for _ in range(3):
+            async with mover.fetch(refs[1:3]) as raws:
+                assert b"".join(map(bytes, raws)) == NOISE[CHUNK : 3 * CHUNK]
+            with trio.fail_after(10):
+                while any(any(life.slots.read(slot, [8 * CHUNK])[0]) for slot in range(FETCHES_AT_ONCE)):  # noqa: ASYNC110
+                    await trio.sleep(0.02)  # nobody is told

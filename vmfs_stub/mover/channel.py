@@ -40,9 +40,12 @@ class Channel:
         self._to_send, self._sending = trio.open_memory_channel[tuple[bytes, int | None]](math.inf)
         self._received = bytearray()
         self._descriptors: deque[int] = deque()
+        self._is_closed = False
 
     def post(self, number: int, message: Message, *, fd: int | None = None) -> None:
         """Send a message soon, with a copy of ``fd`` if given.  Never waits; what cannot be sent is lost."""
+        if self._is_closed:
+            return
         data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
         if len(data) > MESSAGE_BYTES_MAX:
             raise ValueError(f"a message of {len(data)} bytes")
@@ -101,7 +104,11 @@ class Channel:
         return taken
 
     def close(self) -> None:
-        """Close the socket, and what came and was not taken."""
+        """Close the socket, and descriptors that came and were not taken, or were to be sent.
+
+        None may stay: a file that is open somewhere cannot be archived.
+        """
+        self._is_closed = True
         self._socket.close()
         while self._descriptors:
             os.close(self._descriptors.popleft())

@@ -81,7 +81,10 @@ class Conversation:
 
 @dataclass(eq=False)
 class Life:
-    """One process and the conversations with it."""
+    """One process and the conversations with it.
+
+    ``fetches`` began so far; when ``given_back`` of them had, the memory of the slots was given back.
+    """
 
     process: MoverProcess
     channel: Channel
@@ -89,6 +92,8 @@ class Life:
     chunk_size: int
     free: list[int] = field(default_factory=lambda: list(range(FETCHES_AT_ONCE)))
     conversations: dict[int, Conversation] = field(default_factory=dict)
+    fetches: int = 0
+    given_back: int = 0
     last_number: int = 0
     heard_s: float = 0.0
     index_error: PrimaryError | None = None
@@ -200,10 +205,14 @@ class ProcessMover:
         conversation.end(lost)
 
     async def _watch(self, life: Life, scope: trio.CancelScope) -> None:
-        """Give up a process that does not answer, however much it has to do."""
+        """Give up a process that does not answer, however much it has to do; take back memory that is not used."""
         while True:
             life.channel.post(0, Ping())
+            fetches = life.fetches
             await trio.sleep(PING_INTERVAL_S)
+            if life.fetches == fetches != life.given_back and len(life.free) == FETCHES_AT_ONCE:
+                life.slots.give_back()
+                life.given_back = fetches
             if trio.current_time() > life.heard_s + SILENCE_MAX_S:
                 log.error("the data mover (process %d) does not answer; it is killed", life.process.pid)
                 scope.cancel()
@@ -228,6 +237,7 @@ class ProcessMover:
         try:
             life = self.life()
             slot = life.free.pop()
+            life.fetches += 1
         except BaseException:
             self._free.release()
             raise

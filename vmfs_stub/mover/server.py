@@ -37,6 +37,7 @@ from vmfs_stub.mover.messages import (
     Ready,
 )
 from vmfs_stub.mover.shared_slots import SharedSlots
+from vmfs_stub.services import memory
 from vmfs_stub.services.mover import Backup, Mover, Part, PointFile
 from vmfs_stub.services.single_error import single_error
 
@@ -67,6 +68,7 @@ class Server:
         self._mover = mover
         self._slots = slots
         self._tasks: dict[int, _Task] = {}
+        self._has_worked = False
 
     async def run(self) -> None:
         """Serve until the daemon closes the channel."""
@@ -81,7 +83,9 @@ class Server:
         task = self._tasks.get(number)
         if isinstance(message, Ping):
             self._channel.post(number, Pong())
+            self._rest()
         elif isinstance(message, (BeginBackup, Fetch)):
+            self._has_worked = True
             task = self._tasks[number] = _Task(number, *trio.open_memory_channel[Message](math.inf))
             nursery.start_soon(self._converse, task, message)
         elif task is None:
@@ -90,6 +94,12 @@ class Server:
             task.scope.cancel()
         else:
             task.send.send_nowait(message)
+
+    def _rest(self) -> None:
+        """With nothing to do, return the memory that work has left."""
+        if self._has_worked and not self._tasks:
+            self._has_worked = False
+            memory.give_back()
 
     async def _converse(self, task: _Task, request: BeginBackup | Fetch) -> None:
         last: Message = Ended()

@@ -40,6 +40,10 @@ class SharedSlots:
             self._view[at : at + len(raw)] = raw
             at += len(raw)
 
+    def give_back(self) -> None:
+        """Return the memory to the system until it is used again; no slot may be in use."""
+        self._memory.madvise(mmap.MADV_REMOVE)
+
     def read(self, slot: int, lengths: Sequence[int]) -> list[memoryview]:
         """The buffers that were laid into a slot, in place."""
         at, found = slot * self._size, []

@@ -26,7 +26,7 @@ from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.names import PLACEHOLDER_XATTR
 from vmfs_stub.core.residency import block_count, blocks_merged, blocks_replaced, blocks_touched
 from vmfs_stub.primary.durable_map import MapState
-from vmfs_stub.primary.files import FileCalls, punch_hole, write_fully
+from vmfs_stub.primary.files import FileCalls, punch_hole, write_buffers
 from vmfs_stub.primary.placeholder import PlaceholderMaps
 from vmfs_stub.services.locks import RangeLock, SharedSync
 from vmfs_stub.services.threads import Threads
@@ -142,20 +142,23 @@ class Placeholder:
         for run in runs:
             at, run_end = run.start * BLOCK_SIZE, min(run.end * BLOCK_SIZE, limit)
             while at < run_end:
-                index = at // self.chunk_size - first_chunk
-                chunk_start = (first_chunk + index) * self.chunk_size
-                end = min(run_end, chunk_start + self.chunk_size)
-                raw = raws[index]
-                if raw is None:
+                end, parts = at, []
+                while end < run_end and (raw := raws[end // self.chunk_size - first_chunk]) is not None:
+                    chunk_start = end // self.chunk_size * self.chunk_size
+                    part_end = min(run_end, chunk_start + self.chunk_size)
+                    part = memoryview(raw)[end - chunk_start : part_end - chunk_start]
+                    if len(part) != part_end - end:
+                        raise OSError(errno.EIO, "a recalled chunk is shorter than what was archived")
+                    parts.append(part)
+                    end = part_end
+                if parts:
+                    # One call for all of it: between calls a thread may have to wait for the interpreter.
+                    self._files.call("recall.fill", write_buffers, self._fd, parts, at)
+                else:
                     while end < run_end and raws[end // self.chunk_size - first_chunk] is None:
-                        end = min(run_end, end + self.chunk_size)
+                        end = min(run_end, (end // self.chunk_size + 1) * self.chunk_size)
                     # Not only left alone: a guest's write that failed half way may have left bytes here.
                     self._files.call("recall.fill_zeros", punch_hole, self._fd, at, end - at)
-                else:
-                    part = memoryview(raw)[at - chunk_start : end - chunk_start]
-                    if len(part) != end - at:
-                        raise OSError(errno.EIO, "a recalled chunk is shorter than what was archived")
-                    self._files.call("recall.fill", write_fully, self._fd, part, at)
                 at = end
 
     async def write(self, offset: int, data: bytes) -> int | None:
