@@ -238,6 +238,42 @@ def test_unmount_by_force_while_the_store_hangs(
     assert disk.read_bytes() == CONTENT
 
 
+def test_jobs_on_a_hanging_store_end_and_others_do_not_notice(
+    make_datastore: MakeDatastore, hanging: tuple[Path, subprocess.Popen[bytes]]
+) -> None:
+    store, process = hanging
+    datastore = make_datastore(merged(IMPATIENT, {"recall": {"store_timeout_s": 1}}), store=store)
+    datastore.start()
+    disk, other = datastore.add_vm("vm", CONTENT), datastore.add_vm("other", CONTENT)
+    resident = datastore.add_vm("resident", bytes(MIB), disk="a.raw").parent
+    datastore.add_vm("resident", bytes(MIB), disk="b.raw")
+    datastore.archive("other")
+    before: Times = {}
+    during: Times = {}
+    measure(resident, before, rounds=50)
+    archive = datastore.client.start_archive(["vm"])
+    wait_until("it has begun", lambda: datastore.client.job(archive).progress.done_bytes > 0, poll_s=0.001)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        recall = datastore.client.start_recall(["other"])
+        measure(resident, during, rounds=50)
+        for job_id in (archive, recall):
+            job = datastore.wait_job(job_id)
+            assert job.state == "failed"
+            assert job.error is not None
+            assert job.error.error == "StoreUnavailable"
+        assert datastore.state("vm") == "resident"
+        assert datastore.state("other") == "placeholder"
+    finally:
+        process.send_signal(signal.SIGCONT)
+    assert_as_fast(before, during)
+    datastore.archive("vm")
+    datastore.recall("vm", "other")
+    assert disk.read_bytes() == other.read_bytes() == CONTENT
+    wait_until("late puts are over", lambda: datastore.pins() == [])
+    datastore.assert_nothing_left(datastore.backing_of(disk), datastore.backing_of(other))
+
+
 def test_writes_of_whole_blocks_need_no_store(
     archived: tuple[LiveDatastore, Path, subprocess.Popen[bytes]],
 ) -> None:

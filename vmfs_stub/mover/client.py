@@ -54,8 +54,9 @@ log = logging.getLogger(__name__)
 START_WAIT_S = 10.0
 """How long the start of a process is waited for by those who can do without."""
 PING_INTERVAL_S = 2.0
-SILENCE_MAX_S = 20.0
-"""A mover that says nothing for so long is killed: below the usual recall deadline, since a guest may wait for it."""
+PINGS_UNANSWERED_MAX = 10
+"""Then a mover is killed: below the usual recall deadline, since a guest may wait for it.  Time in which this process
+did not run either does not count."""
 WINDOW_BYTES = 32 << 20
 """Parts of a file that the mover knows and has not dealt with; one may be larger."""
 FILES_AT_ONCE = 64
@@ -95,7 +96,7 @@ class Life:
     fetches: int = 0
     given_back: int = 0
     last_number: int = 0
-    heard_s: float = 0.0
+    pings_unanswered: int = 0
     index_error: PrimaryError | None = None
     started: trio.Event = field(default_factory=trio.Event)
 
@@ -166,7 +167,6 @@ class ProcessMover:
 
     async def _live(self, life: Life) -> None:
         """Listen to a process until it has gone, then tell everybody."""
-        life.heard_s = trio.current_time()
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(life.channel.run_sender)
@@ -189,7 +189,7 @@ class ProcessMover:
                 self._on_index(None)
 
     def _hear(self, life: Life, number: int, message: FromMover | FromDaemon) -> None:
-        life.heard_s = trio.current_time()
+        life.pings_unanswered = 0
         if isinstance(message, Started):
             life.started.set()
         elif isinstance(message, IndexState):
@@ -208,12 +208,13 @@ class ProcessMover:
         """Give up a process that does not answer, however much it has to do; take back memory that is not used."""
         while True:
             life.channel.post(0, Ping())
+            life.pings_unanswered += 1
             fetches = life.fetches
             await trio.sleep(PING_INTERVAL_S)
             if life.fetches == fetches != life.given_back and len(life.free) == FETCHES_AT_ONCE:
                 life.slots.give_back()
                 life.given_back = fetches
-            if trio.current_time() > life.heard_s + SILENCE_MAX_S:
+            if life.pings_unanswered > PINGS_UNANSWERED_MAX:
                 log.error("the data mover (process %d) does not answer; it is killed", life.process.pid)
                 scope.cancel()
 
