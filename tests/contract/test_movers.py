@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -314,6 +315,11 @@ async def test_fetches_that_are_given_up_spoil_no_later_one(place: Place) -> Non
                 assert bytes(raws[0]) == NOISE[2 * CHUNK : 3 * CHUNK]
 
 
+def _descriptors() -> int:
+    """How many this process has."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def _holders(path: Path) -> set[int]:
     """Processes that have the file open."""
     found = set()
@@ -356,6 +362,32 @@ async def test_a_process_that_dies_or_hangs_fails_what_it_did_and_is_replaced(
             assert mover.pid != first
     finally:
         os.close(fd)
+    assert content_of(place.store, 2) == NOISE
+
+
+@pytest.mark.parametrize("call", ["os.memfd_create", "socket.socketpair", "subprocess.Popen"])
+async def test_a_process_that_cannot_be_started_fails_jobs_until_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    place = make_place(tmp_path, "process")
+    place.path.write_bytes(NOISE)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as planted:
+        planted.setattr(call, refuse)
+        async with place.process() as mover:
+            descriptors = _descriptors()
+            with pytest.raises(MoverLost, match="could not be started: Too many open files"):
+                await back_up(place, mover, 1, data(0, 6))
+            for _ in range(FETCHES_AT_ONCE + 1):
+                with pytest.raises(MoverLost):
+                    async with mover.fetch([]):
+                        raise AssertionError("bytes came from nowhere")
+            assert _descriptors() == descriptors
+            planted.undo()
+            await back_up(place, mover, 2, data(0, 6))
     assert content_of(place.store, 2) == NOISE
 
 

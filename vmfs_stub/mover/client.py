@@ -43,7 +43,7 @@ from vmfs_stub.mover.messages import (
     Pong,
     Started,
 )
-from vmfs_stub.mover.process import MoverProcess
+from vmfs_stub.mover.process import MoverProcess, could_not_start
 from vmfs_stub.mover.shared_slots import SharedSlots
 from vmfs_stub.services.mover import FETCHES_AT_ONCE, CopyOrder, Part, PointFile, PointOrder
 from vmfs_stub.store.backup_writer import WriterCounts
@@ -154,7 +154,10 @@ class ProcessMover:
     def life(self) -> Life:
         """The running process; starts one where there is none.  Raises MoverLost."""
         if self._life is None:
-            slots, fd = SharedSlots.create(count=FETCHES_AT_ONCE, size=self._settings.slot_bytes)
+            try:
+                slots, fd = SharedSlots.create(count=FETCHES_AT_ONCE, size=self._settings.slot_bytes)
+            except OSError as exc:
+                raise could_not_start(exc) from exc
             try:
                 process = MoverProcess(fd)
             finally:

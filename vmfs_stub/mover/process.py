@@ -25,7 +25,10 @@ class MoverProcess:
 
     def __init__(self, slots_fd: int) -> None:
         """Start it, with the memory of that descriptor.  Raises MoverLost."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as exc:
+            raise could_not_start(exc) from exc
         numbers = [theirs.fileno(), slots_fd, os.getpid()]
         try:
             self._child = subprocess.Popen(
@@ -36,7 +39,7 @@ class MoverProcess:
             )
         except OSError as exc:
             ours.close()
-            raise MoverLost(f"the data mover could not be started: {exc.strerror}; free memory and processes") from exc
+            raise could_not_start(exc) from exc
         finally:
             theirs.close()
         self.socket = trio.socket.from_stdlib_socket(ours)
@@ -66,3 +69,8 @@ class MoverProcess:
             finally:
                 os.close(fd)
         return self._child.poll()
+
+
+def could_not_start(exc: OSError) -> MoverLost:
+    """What is said when there is no memory, descriptor or process for it."""
+    return MoverLost(f"the data mover could not be started: {exc.strerror}; free memory, open files or processes")
