@@ -26,8 +26,8 @@ from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PlaceholderMaps
 from vmfs_stub.primary.volatile_map import VolatileMap
 from vmfs_stub.services import recovery
-from vmfs_stub.services.copying import Copier
 from vmfs_stub.services.disk import Disk
+from vmfs_stub.services.disk_parts import DiskParts
 from vmfs_stub.services.locks import SharedSync
 from vmfs_stub.services.placeholder import Placeholder
 from vmfs_stub.store.keys import MANIFESTS, PENDING_SUFFIX
@@ -276,17 +276,13 @@ def join_a_recall_and_look_no_more(patch: Patch) -> None:
     def same(self: Placeholder, other: object) -> bool:
         return isinstance(other, Placeholder) and other.maps.record == self.maps.record
 
-    async def once(self: Copier, disk: Disk, at: int, end: int, size: int) -> int:
-        placeholder = disk.placeholder
-        if placeholder is None:
-            return end
+    async def once(self: DiskParts, placeholder: Placeholder, at: int, end: int, size: int) -> int:
         stop = next((chunk for chunk in range(at + 1, end) if placeholder.is_wholly_absent(chunk, size=size)), end)
-        chunk_size = self._writer.chunk_size
-        if absent := placeholder.absent_chunks(at * chunk_size, (stop - at) * chunk_size):
+        if absent := placeholder.absent_chunks(at * self._chunk_size, (stop - at) * self._chunk_size):
             await self._recall.recall_chunks(placeholder, absent, demand=False)
         return stop
 
-    patch.setattr(Copier, "_recall_mixed", once)
+    patch.setattr(DiskParts, "_recall_mixed", once)
     patch.setattr(Placeholder, "__eq__", same)
     patch.setattr(Placeholder, "__hash__", lambda self: hash(self.maps.record))
 
