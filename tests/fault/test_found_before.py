@@ -14,6 +14,7 @@ import trio
 import trio.testing
 
 from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, RigFiles, Services, survives_kill, temporary_rig
+from tests.model.contents import Contents
 from tests.model.guest import Guest
 from vmfs_stub.core.errors import CorruptFrame, StoreError, StoreUnavailable
 from vmfs_stub.services.locks import SharedSync
@@ -337,3 +338,31 @@ async def test_one_of_two_names_that_were_to_go_stays_a_placeholder() -> None:
         async with rig.running() as services:
             assert services.recovered.findings == []
             assert (len(rig.maps()), len(rig.pins()), services.recovered.punch) == (1, 1, [])
+
+
+async def test_a_punch_leaves_what_lies_behind_the_archived_end() -> None:
+    """A power loss had left a write there without its bit, a guest had read it, and the next start took it away."""
+    old = random.Random(7).randbytes(CHUNK + 1000)
+    with temporary_rig() as rig:
+        rig.make_disk(DISK, old)
+        async with rig.running() as services:
+            await services.archive("vm")
+        with (rig.backing / DISK).open("r+b") as file:
+            file.seek(len(old))
+            file.write(NEW[len(old) % BLOCK :])
+        async with rig.running() as services:
+            guest = Guest(services)
+            handle = await guest.open(DISK, Contents(bytearray()))
+            wanted = old + NEW[len(old) % BLOCK :]
+            await guest.sync(handle, data_only=False)
+            services.files.fail("mount.unlink", 1, Killed())
+            with survives_kill():
+                try:
+                    await guest.unlink(DISK)
+                finally:
+                    guest.drop()
+        async with rig.running() as services:
+            assert services.recovered.punch == [DISK]
+            disk = await services.open(DISK)
+            assert await disk.read(0, 2 * CHUNK) == wanted
+            await services.disks.release(disk)

@@ -224,12 +224,18 @@ class Placeholder:
             chunk = found + step
             async with self._locks.hold(found, chunk):
                 runs = list(self.maps.live.absent_runs(found * self.chunk_blocks, chunk * self.chunk_blocks))
-                await self._threads.files(self._punch, runs)
+                await self._threads.files(self._punch, runs, self.maps.live.archived_limit)
         await self.set_state(MapState.PUNCHED, only_from=(MapState.PREPARED, MapState.COMMITTED))
 
-    def _punch(self, runs: Sequence[Extent]) -> None:
+    def _punch(self, runs: Sequence[Extent], limit: int) -> None:
+        # What lies behind the limit in its block is the file's own, though the block is absent: a power loss can have
+        # left there what a guest wrote.
+        has_more = os.fstat(self._fd).st_size > limit
         for run in runs:
-            self._files.call("archive.punch", punch_hole, self._fd, run.start * BLOCK_SIZE, run.length * BLOCK_SIZE)
+            start, end = run.start * BLOCK_SIZE, run.end * BLOCK_SIZE
+            length = (min(end, limit) if has_more else end) - start
+            if length > 0:
+                self._files.call("archive.punch", punch_hole, self._fd, start, length)
 
     # Making it durable
 
