@@ -16,7 +16,7 @@ import trio.testing
 from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, RigFiles, Services, survives_kill, temporary_rig
 from tests.model.contents import Contents
 from tests.model.guest import Guest
-from vmfs_stub.core.errors import CorruptFrame, StoreError, StoreUnavailable
+from vmfs_stub.core.errors import CorruptFrame, PrimaryIOError, StoreError, StoreUnavailable
 from vmfs_stub.services.locks import SharedSync
 from vmfs_stub.services.placeholder import Placeholder
 
@@ -366,3 +366,31 @@ async def test_a_punch_leaves_what_lies_behind_the_archived_end() -> None:
             disk = await services.open(DISK)
             assert await disk.read(0, 2 * CHUNK) == wanted
             await services.disks.release(disk)
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+async def test_a_removal_cut_short_is_no_riddle_where_the_record_was_never_durable(is_open: bool) -> None:
+    """The map said that a placeholder had been about to go, and the file had no record: whole, but refused for ever."""
+    for seed in range(6):
+        with temporary_rig() as rig:
+            content = random.Random(9).randbytes(2 * CHUNK)
+            rig.make_disk(DISK, content)
+            with survives_kill():
+                async with rig.running() as services:
+                    services.files.fail("archive.record_sync", 1, OSError(errno.EIO, "planted"))
+                    with pytest.raises(PrimaryIOError):
+                        await services.archive("vm")
+                    guest = Guest(services)
+                    if is_open:
+                        await guest.open(DISK, Contents(bytearray()))
+                    services.files.fail("mount.unlink", 1, Killed())
+                    try:
+                        await guest.unlink(DISK)
+                    finally:
+                        guest.drop()
+            rig.lose_power(random.Random(seed))
+            async with rig.running() as services:
+                assert services.recovered.findings == []
+                disk = await services.open(DISK)
+                assert await disk.read(0, 3 * CHUNK) == content
+                await services.disks.release(disk)

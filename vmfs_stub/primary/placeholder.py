@@ -274,11 +274,15 @@ def discard_maps(files: FileCalls, private: PrivateState, placeholder_id: Placeh
 
 
 def mark_removed(files: FileCalls, private: PrivateState, record: PlaceholderRecord, *, label: str) -> MapState:
-    """Note durably that the file's last link is about to go; returns the state before.  Raises IntegrityError kinds."""
+    """Note durably that the file's last link is about to go; returns the state before.  Raises IntegrityError kinds.
+
+    One that is *prepared* stays so, since its record may not be durable: the next start can tell what became of it.
+    """
     durable = open_durable(files, private, record, label=label)
     try:
         before = durable.header.state
-        durable.set_state(MapState.REMOVED)
+        if before != MapState.PREPARED:
+            durable.set_state(MapState.REMOVED)
     finally:
         durable.close()
     return before

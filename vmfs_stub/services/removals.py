@@ -89,7 +89,8 @@ class Removals:
             return
         if disk is not None and disk.placeholder is not None:
             self._states_before[ino] = disk.placeholder.maps.durable.header.state
-            await disk.placeholder.set_state(MapState.REMOVED)
+            # One that is prepared stays so, see `mark_removed`.
+            await disk.placeholder.set_state(MapState.REMOVED, only_from=set(MapState) - {MapState.PREPARED})
         elif disk is None:
             try:
                 self._states_before[ino] = await self._threads.files(
