@@ -394,3 +394,35 @@ async def test_a_removal_cut_short_is_no_riddle_where_the_record_was_never_durab
                 disk = await services.open(DISK)
                 assert await disk.read(0, 3 * CHUNK) == content
                 await services.disks.release(disk)
+
+
+@pytest.mark.parametrize("site", ["mount.unlink", "remove.sync", "map.remove", ""])
+async def test_what_a_failed_archive_was_to_replace_goes_with_the_file(site: str) -> None:
+    """The earlier placeholder's map and pin stayed when the file was removed, and the start told of a lost file."""
+    for seed in range(4):
+        with temporary_rig() as rig:
+            await archived(rig)
+            with survives_kill():
+                async with rig.running() as services:
+                    await _write_in_first_chunk(services)
+                    services.files.fail("archive.record_sync", 1, OSError(errno.EIO, "planted"))
+                    with pytest.raises(PrimaryIOError):
+                        await services.archive("vm")
+                    assert len(rig.maps()) == 2
+                    guest = Guest(services)
+                    services.files.fail(site, 1, Killed())
+                    try:
+                        await guest.unlink(DISK)
+                    finally:
+                        guest.drop()
+                    assert (rig.maps(), rig.pins()) == ([], [])
+            rig.lose_power(random.Random(seed))
+            async with rig.running() as services:
+                assert services.recovered.findings == []
+                if (rig.backing / DISK).exists():
+                    disk = await services.open(DISK)
+                    assert await disk.read(4 * BLOCK, BLOCK) in (NEW, random.Random(4).randbytes(5 * BLOCK)[-BLOCK:])
+                    await services.disks.release(disk)
+                    assert (len(rig.maps()), len(rig.pins())) == (1, 1)
+                else:
+                    assert (rig.maps(), rig.pins()) == ([], [])

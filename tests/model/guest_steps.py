@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import trio
 import trio.testing
 
-from tests.datastore_harness import BLOCK, CHUNK
+from tests.datastore_harness import BLOCK, CHUNK, Killed
 from tests.model.contents import Contents, Write
 from tests.model.guest import Handle
 from vmfs_stub.core.errors import VmfsStubError
@@ -126,6 +126,20 @@ async def cut_and_grow(play: Play) -> None:
     await _truncate(play, handle, handle.contents, size)
     found = await play.guest.read(handle, 0, size)
     play.expect(found == handle.contents.content, "what was cut off has come back")
+
+
+async def grow_at_the_end(play: Play) -> None:
+    """Into the last block, behind what was archived of it; nothing of that is durable when the power goes."""
+    for path in play.disks():
+        contents = play.names.now[path]
+        size = len(contents.content)
+        if play.is_placeholder(contents) and size % BLOCK:
+            handle = await play.open(path)
+            size = len(contents.content)
+            written = data(play, BLOCK + play.chosen.randrange(BLOCK))
+            await _write(play, handle, size // BLOCK * BLOCK, written)
+            play.ends_soon = play.chosen.random() < 0.7
+            return
 
 
 async def sync(play: Play) -> None:
@@ -255,6 +269,15 @@ async def unlink(play: Play) -> None:
         await play.guest.unlink(path)
 
 
+async def unlink_cut_short(play: Play) -> None:
+    """The end comes when a placeholder's removal has been noted and not been made."""
+    path = next((path for path in play.disks() if play.is_placeholder(play.names.now[path])), None)
+    if path is not None:
+        play.life.fail("mount.unlink", 1, Killed())
+        with play.names.changing({path: None}):
+            await play.guest.unlink(path)
+
+
 async def unlink_all_names(play: Play) -> None:
     """Names of one file that go at the same time."""
     placeholders = [path for path in play.disks() if play.is_placeholder(play.names.now[path])]
@@ -316,6 +339,7 @@ STEPS: tuple[tuple[int, Callable[[Play], Awaitable[None]]], ...] = (
     (20, write),
     (5, truncate),
     (2, cut_and_grow),
+    (1, grow_at_the_end),
     (7, sync),
     (1, failing_sync),
     (7, close),
@@ -325,6 +349,7 @@ STEPS: tuple[tuple[int, Callable[[Play], Awaitable[None]]], ...] = (
     (3, crossed_syncs),
     (4, create),
     (5, unlink),
+    (1, unlink_cut_short),
     (3, unlink_all_names),
     (6, rename),
     (3, link),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -176,6 +177,13 @@ async def crash_in_job(play: Play) -> None:
     await play.chosen.choice((archive, bring_back))(play)
 
 
+async def fail_a_record(play: Play) -> None:
+    """An archive whose commit point is set and cannot be made durable."""
+    play.life.fail("archive.record_sync", 1, OSError(errno.EIO, "planted"))
+    play.is_shaken = True
+    await archive(play)
+
+
 async def refuse_to_unpin(play: Play) -> None:
     """The store takes no pins away, for the rest of this life."""
     play.life.refuses_to_unpin = True
@@ -199,6 +207,7 @@ STEPS: tuple[tuple[int, Callable[[Play], Awaitable[None]]], ...] = (
     (2, commit_journal),
     (4, kill_soon),
     (4, crash_in_job),
+    (1, fail_a_record),
     (1, refuse_to_unpin),
     (1, fail_a_sync),
 )

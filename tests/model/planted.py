@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
@@ -21,11 +21,12 @@ from vmfs_stub.core.residency import block_count
 from vmfs_stub.mount.entries import Entry
 from vmfs_stub.mount.filesystem import Filesystem
 from vmfs_stub.primary import placeholder as primary_placeholder
-from vmfs_stub.primary.durable_map import DurableMap, MapHeader
+from vmfs_stub.primary.durable_map import DurableMap, MapHeader, MapState
 from vmfs_stub.primary.files import FileCalls
-from vmfs_stub.primary.placeholder import PlaceholderMaps
+from vmfs_stub.primary.placeholder import PlaceholderMaps, PrivateState
+from vmfs_stub.primary.record import PlaceholderRecord
 from vmfs_stub.primary.volatile_map import VolatileMap
-from vmfs_stub.services import recovery
+from vmfs_stub.services import recovery, removals
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.disk_parts import DiskParts
 from vmfs_stub.services.locks import SharedSync
@@ -97,8 +98,8 @@ def forget_the_limit(patch: Patch) -> None:
 def punch_what_is_here(patch: Patch) -> None:
     punch = Placeholder._punch
 
-    def all_between(self: Placeholder, runs: Sequence[Extent]) -> None:
-        punch(self, [Extent(0, max(run.end for run in runs))])
+    def all_between(self: Placeholder, runs: Sequence[Extent], limit: int) -> None:
+        punch(self, [Extent(0, max(run.end for run in runs))], limit)
 
     patch.setattr(Placeholder, "_punch", all_between)
 
@@ -287,6 +288,37 @@ def join_a_recall_and_look_no_more(patch: Patch) -> None:
     patch.setattr(Placeholder, "__hash__", lambda self: hash(self.maps.record))
 
 
+def punch_behind_the_limit(patch: Patch) -> None:
+    """What a power loss left there of a guest's write, and was read since, is not to go at the next start."""
+    punch = Placeholder._punch
+    patch.setattr(Placeholder, "_punch", lambda self, runs, limit: punch(self, runs, 1 << 62))
+
+
+def note_removals_of_what_is_only_prepared(patch: Patch) -> None:
+    """Whether its record is durable is not known then, and after a crash nobody can tell."""
+    set_state = Placeholder.set_state
+
+    async def any_state(self: Placeholder, state: MapState, *, only_from: Collection[MapState] = ()) -> None:
+        await set_state(
+            self, state, only_from=only_from if state != MapState.REMOVED and only_from else tuple(MapState)
+        )
+
+    def mark(files: FileCalls, private: PrivateState, record: PlaceholderRecord, *, label: str) -> MapState:
+        durable = primary_placeholder.open_durable(files, private, record, label=label)
+        before = durable.header.state
+        durable.set_state(MapState.REMOVED)
+        durable.close()
+        return before
+
+    patch.setattr(Placeholder, "set_state", any_state)
+    patch.setattr(removals, "mark_removed", mark)
+
+
+def forget_what_a_failed_archive_was_to_replace(patch: Patch) -> None:
+    for module in (primary_placeholder, removals):
+        patch.setattr(module, "open_replaced", lambda *args, **kwargs: None)
+
+
 def look_at_each_name_alone(patch: Patch) -> None:
     """Of two names that go at once, each leaves the last word to the other."""
     removal = Filesystem._removal
@@ -325,6 +357,9 @@ PLANTED: tuple[tuple[Plant, str], ...] = (
     (start_while_threads_of_a_dead_daemon_write, "storm_and_kill"),
     (leave_replaced_maps, "archive_again"),
     (join_a_recall_and_look_no_more, "archive_amid_recalls"),
+    (punch_behind_the_limit, "grow_at_the_end unlink_cut_short"),
+    (note_removals_of_what_is_only_prepared, "fail_a_record unlink_cut_short"),
+    (forget_what_a_failed_archive_was_to_replace, "fail_a_record unlink_cut_short"),
     (look_at_each_name_alone, "unlink_all_names"),
 )
-"""Each with the step that shows it, where it would show too rarely for a test."""
+"""Each with the steps that show it, where it would show too rarely for a test."""

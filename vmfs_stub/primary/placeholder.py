@@ -134,17 +134,11 @@ def _end_replaced(files: FileCalls, fd: int, private: PrivateState, record: Plac
 
     Without that, once this one's record goes, the old map would tell of a record that is lost.
     """
-    if record.replaces is None:
-        return
-    path = private.durable_path(record.replaces)
-    if not files.call("replaced.look", path.exists):
-        return
-    files.call("replaced.sync", os.fsync, fd)
-    try:
-        replaced = DurableMap.open(files, path, label=label)
-    except (CorruptMap, UnknownFormat, FileNotFoundError):
+    replaced = open_replaced(files, private, record, label=label)
+    if replaced is None:
         return
     try:
+        files.call("replaced.sync", os.fsync, fd)
         if replaced.header.state != MapState.SUPERSEDED:
             replaced.set_state(MapState.SUPERSEDED)
     finally:
@@ -277,7 +271,15 @@ def mark_removed(files: FileCalls, private: PrivateState, record: PlaceholderRec
     """Note durably that the file's last link is about to go; returns the state before.  Raises IntegrityError kinds.
 
     One that is *prepared* stays so, since its record may not be durable: the next start can tell what became of it.
+    What it replaced, if that is still there, goes too, whichever of the two records is durable.
     """
+    replaced = open_replaced(files, private, record, label=label)
+    if replaced is not None:
+        try:
+            if replaced.header.state != MapState.SUPERSEDED:
+                replaced.set_state(MapState.REMOVED)
+        finally:
+            replaced.close()
     durable = open_durable(files, private, record, label=label)
     try:
         before = durable.header.state
@@ -286,3 +288,18 @@ def mark_removed(files: FileCalls, private: PrivateState, record: PlaceholderRec
     finally:
         durable.close()
     return before
+
+
+def open_replaced(
+    files: FileCalls, private: PrivateState, record: PlaceholderRecord, *, label: str
+) -> DurableMap | None:
+    """The map of the placeholder that this one replaced, if it is there and can be read.  Raises OSError."""
+    if record.replaces is None:
+        return None
+    path = private.durable_path(record.replaces)
+    if not files.call("replaced.look", path.exists):
+        return None
+    try:
+        return DurableMap.open(files, path, label=label)
+    except (CorruptMap, UnknownFormat, FileNotFoundError):
+        return None

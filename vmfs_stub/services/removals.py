@@ -14,7 +14,7 @@ from contextlib import AbstractAsyncContextManager
 from vmfs_stub.core.errors import IntegrityError, UnknownFormat
 from vmfs_stub.primary.durable_map import MapState
 from vmfs_stub.primary.files import FileCalls, sync_filesystem
-from vmfs_stub.primary.placeholder import PrivateState, mark_removed, open_durable
+from vmfs_stub.primary.placeholder import PrivateState, mark_removed, open_durable, open_replaced
 from vmfs_stub.primary.record import PlaceholderRecord
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.placeholder_index import KnownPlaceholder, PlaceholderIndex
@@ -145,7 +145,18 @@ class Removals:
         """The placeholder's file is gone: make that durable, then let its pin and maps go.  Raises OSError."""
         # Descriptors of files without a name cannot be synced for that: the maps lie on the same filesystem.
         await self._threads.files(self._files.call, "remove.sync", sync_filesystem, self._private.maps)
+        replaced = await self._threads.files(self._replaced, record)
+        if replaced is not None:
+            await self._retirement.retire(replaced)
         await self._retirement.retire(Ended.of(record))
+
+    def _replaced(self, record: PlaceholderRecord) -> Ended | None:
+        """What the placeholder was before, where an archive that failed has left it."""
+        durable = open_replaced(self._files, self._private, record, label=f"placeholder {record.placeholder_id}")
+        if durable is None:
+            return None
+        durable.close()
+        return Ended(durable.header.placeholder_id, durable.header.vm_id, durable.header.point_id)
 
     async def _unmark(self, disk: Disk | None, known: KnownPlaceholder, before: MapState) -> None:
         if disk is not None and disk.placeholder is not None:
