@@ -12,8 +12,8 @@ from __future__ import annotations
 import ctypes
 import platform
 import threading
+from collections import deque
 from collections.abc import Callable
-from queue import SimpleQueue
 from typing import Final, TypeVar
 
 import outcome
@@ -46,20 +46,42 @@ class _Call:
         self.answer: outcome.Outcome[object] | None = None
 
 
+class _Worker:
+    """One thread; it waits at its own ``gate``, since of several that wait at one the kernel wakes too many."""
+
+    __slots__ = ("call", "gate")
+
+    def __init__(self) -> None:
+        self.call: _Call | None = None
+        self.gate = threading.Lock()
+        self.gate.acquire()
+
+    def begin(self, call: _Call | None) -> None:
+        """Let it make this call; None lets it end."""
+        self.call = call
+        self.gate.release()
+
+
 class WorkerPool:
-    """At most ``threads_max`` calls at once; more wait in a queue, of which callers bound the length."""
+    """At most ``threads_max`` calls at once; more wait in a queue, of which callers bound the length.
+
+    Only the event loop gives a worker that waits its next call.  One that has made a call takes the next itself, if
+    there is one; else it says so with its answer.
+    """
 
     def __init__(self, name: str, threads_max: int, *, below_demand: bool = False) -> None:
         self._name = name
         self._threads_max = threads_max
         self._below_demand = below_demand
         self._thread_count = 0
-        self._unfinished = 0
-        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
+        self._queue: deque[_Call] = deque()
+        self._idle: list[_Worker] = []
         self._token: trio.lowlevel.TrioToken | None = None
         self._lock = threading.Lock()
-        self._answered: list[_Call] = []
+        self._done: list[_Call] = []
+        self._waiting: list[_Worker] = []
         self._is_waking = False
+        self._is_closed = False
 
     async def run(self, function: Callable[[], T], *, abandonable: bool = False) -> T:
         """Call in a worker thread; returns or raises what it does.
@@ -71,11 +93,14 @@ class WorkerPool:
         await trio.lowlevel.checkpoint_if_cancelled()
         if self._token is None:
             self._token = trio.lowlevel.current_trio_token()
-        if self._unfinished >= self._thread_count < self._threads_max:
-            self._start_thread()
-        self._unfinished += 1
         call = _Call(trio.lowlevel.current_task(), function)
-        self._calls.put(call)
+        if self._idle:
+            # The one that waits for the shortest time: what it needs is still in the processor's caches.
+            self._idle.pop().begin(call)
+        else:
+            if self._thread_count < self._threads_max:
+                self._start_thread()
+            self._queue.append(call)
 
         def abort(_: object) -> trio.lowlevel.Abort:
             call.abandoned = abandonable
@@ -85,7 +110,9 @@ class WorkerPool:
         return answer
 
     def _start_thread(self) -> None:
-        thread = threading.Thread(target=self._work, name=f"{self._name}-{self._thread_count + 1}", daemon=True)
+        worker = _Worker()
+        name = f"{self._name}-{self._thread_count + 1}"
+        thread = threading.Thread(target=self._work, args=(worker,), name=name, daemon=True)
         try:
             thread.start()
         except RuntimeError as exc:
@@ -97,31 +124,66 @@ class WorkerPool:
 
     def close(self) -> None:
         """Let the threads end, each after the call that it is in."""
-        for _ in range(self._thread_count):
-            self._calls.put(None)
-        self._thread_count = 0
+        self._is_closed = True
+        self._deliver()
+        while self._idle:
+            self._idle.pop().begin(None)
 
-    def _work(self) -> None:
+    def _work(self, worker: _Worker) -> None:
         if self._below_demand:
             stand_back()
-        while (call := self._calls.get()) is not None:
+        done: _Call | None = None
+        while True:
+            call = self._next()
+            ends = call is None and self._is_closed
+            waits = worker if call is None and not ends else None
+            if (done or waits) and not self._say(done, waits):
+                return
+            if ends:
+                return
+            done = None  # or its answer, which may be large, would stay while this waits
+            if call is None:
+                worker.gate.acquire()
+                call, worker.call = worker.call, None
+                if call is None:
+                    return
             if not call.abandoned:
                 call.answer = outcome.capture(call.function)
-            with self._lock:
-                self._answered.append(call)
-                wake, self._is_waking = not self._is_waking, True
-            if wake and self._token is not None:
-                try:
-                    self._token.run_sync_soon(self._deliver)
-                except trio.RunFinishedError:
-                    return
-            del call
+            done = call
+
+    def _next(self) -> _Call | None:
+        try:
+            return self._queue.popleft()
+        except IndexError:
+            return None
+
+    def _say(self, done: _Call | None, waits: _Worker | None) -> bool:
+        """Tell the event loop that a call is done, that a worker waits, or both; false when the loop has ended."""
+        with self._lock:
+            if done is not None:
+                self._done.append(done)
+            if waits is not None:
+                self._waiting.append(waits)
+            wake, self._is_waking = not self._is_waking, True
+        if wake and self._token is not None:
+            try:
+                self._token.run_sync_soon(self._deliver)
+            except trio.RunFinishedError:
+                return False
+        return True
 
     def _deliver(self) -> None:
         with self._lock:
-            answered, self._answered, self._is_waking = self._answered, [], False
-        for call in answered:
-            self._unfinished -= 1
+            done, self._done = self._done, []
+            waiting, self._waiting = self._waiting, []
+            self._is_waking = False
+        for worker in waiting:
+            call = self._next()
+            if call is not None or self._is_closed:
+                worker.begin(call)
+            else:
+                self._idle.append(worker)
+        for call in done:
             if not call.abandoned and call.answer is not None:
                 trio.lowlevel.reschedule(call.task, call.answer)
 
