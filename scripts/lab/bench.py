@@ -12,6 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -128,8 +129,10 @@ def main() -> None:
     failed: list[str] = []
     results: list[Result] = []
     try:
-        with working_directory() as home:
-            laboratory = Laboratory(home, lambda text: console.print(f"[dim]{text}[/]", soft_wrap=True))
+        with (
+            working_directory() as home,
+            closing(Laboratory(home, lambda text: console.print(f"[dim]{text}[/]", soft_wrap=True))) as laboratory,
+        ):
             for row in [row for row in ROWS if not options.row or row.name in options.row]:
                 console.print(f"[dim]measuring {row.name}: {row.title} / {row.baseline}[/]", soft_wrap=True)
                 try:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar, cast
 
 from scripts.lab.datastore import Datastore, Settings, copy_sparse, datastore_in, working_directory
 from scripts.lab.disktrace import Extent, read_trace
 from scripts.lab.guest import Guest, built_guest
 from scripts.lab.qemu import Accelerator, Machine, boot, usable_accelerator
 from scripts.lab.ratios import Target
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,18 @@ class Laboratory:
     def __init__(self, home: Path, say: Callable[[str], None]) -> None:
         self.home = home
         self.say = say
+        self._shared: dict[object, object] = {}
+        self._ends = ExitStack()
+
+    def close(self) -> None:
+        """End what was `shared`."""
+        self._ends.close()
+
+    def shared(self, prepared: Callable[[Laboratory], AbstractContextManager[T]]) -> T:
+        """What ``prepared`` gives, made when a row first needs it; it ends with the laboratory."""
+        if prepared not in self._shared:
+            self._shared[prepared] = self._ends.enter_context(prepared(self))
+        return cast(T, self._shared[prepared])
 
     @cached_property
     def guest(self) -> Guest:
