@@ -39,7 +39,7 @@ rename resolve rglob rmdir samefile stat symlink_to touch unlink write_bytes wri
 OS_FUNCTIONS = frozenset(_OS.split())
 PATH_METHODS = frozenset(_PATHLIB.split())
 """Of pathlib, as far as nothing else has methods of that name."""
-LIBC_FUNCTIONS = frozenset(("fallocate", "syncfs", "fchownat", "utimensat", "renameat2"))
+LIBC_FUNCTIONS = frozenset(("fallocate", "syncfs", "fchownat", "utimensat", "renameat2", "sync_file_range"))
 OTHERS = frozenset((("mmap", "mmap"), ("sqlite3", "connect"), ("shutil", "rmtree"), ("shutil", "move")))
 BARE = frozenset(("open", "_openat2"))
 TAG = re.compile(r"[a-z]+\.[a-z_]+\Z")

@@ -27,7 +27,7 @@ class FakeObjects:
             raise oversized(key, size=len(data), size_max=size_max)
         return data
 
-    def get_range(self, key: str, *, offset: int, length: int) -> bytes:
+    def get_range(self, key: str, *, offset: int, length: int) -> Buffer:
         data = self._found("get_range", key)
         if offset < 0 or length < 0 or offset + length > len(data):
             raise truncated(key, offset=offset, length=length)
@@ -95,7 +95,7 @@ class SitedObjects:
     def get(self, key: str, *, size_max: int = OBJECT_SIZE_MAX) -> bytes:
         return self._files.call(store_site("get", key), self._inner.get, key, size_max=size_max)
 
-    def get_range(self, key: str, *, offset: int, length: int) -> bytes:
+    def get_range(self, key: str, *, offset: int, length: int) -> Buffer:
         return self._files.call(store_site("get_range", key), self._inner.get_range, key, offset=offset, length=length)
 
     def put(self, key: str, data: Buffer, *, if_absent: bool = True) -> None:

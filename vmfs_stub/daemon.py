@@ -202,6 +202,7 @@ async def _open_datastore(config: Config) -> AsyncIterator[trio.Event]:
                         socket_path=config.socket_path,
                         connections_max=config.control.connections_max,
                     ):
+                        memory.settle()
                         log.info("%s is served at %s", backing, config.datastore.mountpoint)
                         yield stop
 

@@ -434,3 +434,60 @@ async def test_memory_of_slots_is_given_back_and_used_again(tmp_path: Path, impa
             with trio.fail_after(10):
                 while any(any(life.slots.read(slot, [8 * CHUNK])[0]) for slot in range(FETCHES_AT_ONCE)):  # noqa: ASYNC110
                     await trio.sleep(0.02)  # nobody is told
+
+
+def _policies(pid: int) -> set[int]:
+    return {os.sched_getscheduler(int(thread.name)) for thread in Path(f"/proc/{pid}/task").iterdir()}
+
+
+async def test_a_process_gives_way_but_while_somebody_waits_for_it(tmp_path: Path) -> None:
+    place = make_place(tmp_path, "process")
+    place.path.write_bytes(NOISE)
+    async with place.process() as mover:
+        await back_up(place, mover, 1, data(0, 6))
+        pid = mover.life().process.pid
+        assert _policies(pid) == {os.SCHED_IDLE}
+        with mover.hurried():
+            assert _policies(pid) == {os.SCHED_OTHER}
+            with mover.hurried():
+                pass
+            assert _policies(pid) == {os.SCHED_OTHER}
+        assert _policies(pid) == {os.SCHED_IDLE}
+        os.kill(pid, signal.SIGKILL)
+        with mover.hurried(), pytest.raises(MoverLost):
+            await back_up(place, mover, 2, data(0, 6))
+
+
+async def test_who_gives_up_a_backup_waits_for_a_process_that_is_hurried(tmp_path: Path) -> None:
+    place = make_place(tmp_path, "process")
+    place.path.write_bytes(NOISE)
+    async with place.process() as mover:
+        pid, seen = mover.life().process.pid, set()
+
+        async def look() -> None:
+            while True:
+                seen.update(_policies(pid))
+                await trio.lowlevel.checkpoint()
+
+        async with trio.open_nursery() as nursery:
+            async with mover.backup():
+                assert _policies(pid) == {os.SCHED_IDLE}
+                nursery.start_soon(look)
+            nursery.cancel_scope.cancel()
+        assert os.SCHED_OTHER in seen
+        assert _policies(pid) == {os.SCHED_IDLE}
+
+
+async def test_a_process_that_answers_late_is_hurried_first(tmp_path: Path, impatient: None) -> None:
+    place = make_place(tmp_path, "process")
+    async with place.process() as mover:
+        await mover.wait_started()
+        pid = mover.life().process.pid
+        os.kill(pid, signal.SIGSTOP)
+        with trio.fail_after(10):
+            while _policies(pid) != {os.SCHED_OTHER}:  # noqa: ASYNC110 - nobody is told
+                await trio.sleep(0.001)
+            os.kill(pid, signal.SIGCONT)
+            while _policies(pid) != {os.SCHED_IDLE}:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+        assert mover.life().process.pid == pid

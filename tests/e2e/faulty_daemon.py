@@ -26,10 +26,15 @@ write_runs, write, truncate, read = Placeholder._write_runs, Placeholder.write, 
 
 def fill_ignores_set_bits() -> None:
     def fill_all(
-        self: Placeholder, runs: Sequence[Extent], first_chunk: int, raws: Sequence[bytes | None], limit: int
+        self: Placeholder,
+        runs: Sequence[Extent],
+        first_chunk: int,
+        raws: Sequence[bytes | None],
+        limit: int,
+        paced: bool,
     ) -> None:
         first, end = first_chunk * self.chunk_blocks, (first_chunk + len(raws)) * self.chunk_blocks
-        write_runs(self, [Extent(first, min(end, block_count(limit)))], first_chunk, raws, limit)
+        write_runs(self, [Extent(first, min(end, block_count(limit)))], first_chunk, raws, limit, paced)
 
     Placeholder._write_runs = fill_all  # type: ignore[method-assign]
 
@@ -49,9 +54,14 @@ def truncate_keeps_the_limit() -> None:
 
 def fill_goes_beyond_the_end() -> None:
     def beyond(
-        self: Placeholder, runs: Sequence[Extent], first_chunk: int, raws: Sequence[bytes | None], limit: int
+        self: Placeholder,
+        runs: Sequence[Extent],
+        first_chunk: int,
+        raws: Sequence[bytes | None],
+        limit: int,
+        paced: bool,
     ) -> None:
-        write_runs(self, runs, first_chunk, raws, self.maps.record.size)
+        write_runs(self, runs, first_chunk, raws, self.maps.record.size, paced)
 
     Placeholder._write_runs = beyond  # type: ignore[method-assign]
     truncate_keeps_the_limit()
@@ -68,12 +78,12 @@ def partial_write_recalls_nothing() -> None:
 
 
 def bits_are_set_before_the_data() -> None:
-    async def fill(self: Placeholder, first_chunk: int, raws: Sequence[bytes | None]) -> None:
+    async def fill(self: Placeholder, first_chunk: int, raws: Sequence[bytes | None], *, paced: bool) -> None:
         live, end_chunk = self.maps.live, first_chunk + len(raws)
         runs = list(live.absent_runs(first_chunk * self.chunk_blocks, end_chunk * self.chunk_blocks))
         for run in runs:
             live.set_resident(run.start, run.end)
-        trio.lowlevel.spawn_system_task(write_late, self, runs, first_chunk, raws, live.archived_limit)
+        trio.lowlevel.spawn_system_task(write_late, self, runs, first_chunk, raws, live.archived_limit, paced)
 
     async def write_late(placeholder: Placeholder, *args: object) -> None:
         await trio.sleep(0.5)  # so that whoever waited for the fill reads before it, on the slowest machine too

@@ -6,8 +6,10 @@ import errno
 import os
 import random
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import trio
@@ -16,7 +18,8 @@ import trio.testing
 from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, RigFiles, Services, survives_kill, temporary_rig
 from tests.model.contents import Contents
 from tests.model.guest import Guest
-from vmfs_stub.core.errors import CorruptFrame, PrimaryIOError, StoreError, StoreUnavailable
+from vmfs_stub.core.errors import CorruptFrame, MapFrozen, PrimaryIOError, StoreError, StoreUnavailable
+from vmfs_stub.paced_io import WriteBackFailed
 from vmfs_stub.services.locks import SharedSync
 from vmfs_stub.services.placeholder import Placeholder
 
@@ -426,3 +429,63 @@ async def test_what_a_failed_archive_was_to_replace_goes_with_the_file(site: str
                     assert (len(rig.maps()), len(rig.pins())) == (1, 1)
                 else:
                     assert (rig.maps(), rig.pins()) == ([], [])
+
+
+async def test_what_the_disk_takes_badly_while_hydrating_is_an_error_until_reboot() -> None:
+    """Waiting for what was recalled to be written takes the error that a guest's next fsync would have reported."""
+    with temporary_rig() as rig:
+        await archived(rig)
+        content = random.Random(4).randbytes(4 * CHUNK)
+        async with rig.running() as services:
+            disk = await services.open(DISK)
+            await disk.write(0, NEW)
+            placeholder = disk.placeholder
+            assert placeholder is not None
+            services.files.fail("recall.fill", 1, WriteBackFailed(errno.EIO, "planted"))
+            with pytest.raises(MapFrozen):
+                await services.connected.recall.recall_chunks(placeholder, [1, 2], demand=False)
+            for refused in (partial(disk.read, 0, BLOCK), partial(disk.sync, data_only=True)):
+                with pytest.raises(MapFrozen):
+                    await refused()
+            await services.disks.release(disk)
+        rig.lose_power(random.Random(1))
+        async with rig.running() as services:
+            disk = await services.open(DISK)
+            assert await disk.read(0, BLOCK) in (NEW, content[:BLOCK])
+            assert await disk.read(BLOCK, 4 * CHUNK - BLOCK) == content[BLOCK:]
+            await services.disks.release(disk)
+
+
+async def test_a_reader_hurries_a_fetch_of_the_background_that_it_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mover that runs only when nobody else does must not be what a guest waits for."""
+    with temporary_rig() as rig:
+        await archived(rig)
+        async with rig.running() as services:
+            disk = await services.open(DISK)
+            placeholder, recall, hurries = disk.placeholder, services.connected.recall, 0
+            assert placeholder is not None
+            go_on = threading.Event()
+            rig.objects.before = lambda call, key: None if call != "get_range" else _wait(go_on)
+
+            @contextmanager
+            def hurried() -> Iterator[None]:
+                nonlocal hurries
+                hurries += 1
+                go_on.set()
+                yield
+
+            monkeypatch.setattr(services.connected.recall._mover, "hurried", hurried)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(recall.recall_chunks, placeholder, [1], demand=False))
+                await trio.testing.wait_all_tasks_blocked()
+                assert hurries == 0
+                assert len(await disk.read(CHUNK, BLOCK)) == BLOCK
+            assert hurries == 1
+            rig.objects.before = lambda call, key: None
+            await disk.read(2 * CHUNK, BLOCK)
+            assert hurries == 1
+            await services.disks.release(disk)
+
+
+def _wait(event: threading.Event) -> None:
+    assert event.wait(10)

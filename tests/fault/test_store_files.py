@@ -17,7 +17,7 @@ from vmfs_stub.store.local import TEMPORARY, LocalObjects
 from vmfs_stub.store.retrying import RetryingObjects, RetryPolicy
 
 OLD, NEW = b"o" * 5000, b"n" * 7000
-ALLOCATING = ("open", "write", "mkdir", "link", "rename", "fsync")
+ALLOCATING = ("open", "pwritev", "mkdir", "link", "rename", "fsync")
 
 
 class FailingOs:

@@ -14,12 +14,13 @@ from typing import Any, ParamSpec, TypeVar
 from tests.datastore_harness import Killed, RigFiles
 from tests.medium import ALL_SYNCS, SYNCS, Key, Medium, key_of_fd
 from vmfs_stub.core.errors import StoreUnavailable
+from vmfs_stub.paced_io import write_buffers
 from vmfs_stub.primary.files import punch_hole, write_fully
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-CAN_BE_LATE: tuple[Callable[..., Any], ...] = (write_fully, os.pwrite, punch_hole, os.ftruncate)
+CAN_BE_LATE: tuple[Callable[..., Any], ...] = (write_buffers, write_fully, os.pwrite, punch_hole, os.ftruncate)
 LATE_MAX = 3
 
 

@@ -46,7 +46,7 @@ Plant = Callable[[Patch], None]
 def set_bits_before_data(patch: Patch) -> None:
     write_runs = Placeholder._write_runs
 
-    async def fill(self: Placeholder, first_chunk: int, raws: Sequence[bytes | None]) -> None:
+    async def fill(self: Placeholder, first_chunk: int, raws: Sequence[bytes | None], *, paced: bool) -> None:
         end_chunk = first_chunk + len(raws)
         async with self._locks.hold(first_chunk, end_chunk):
             if self.ended:
@@ -56,7 +56,7 @@ def set_bits_before_data(patch: Patch) -> None:
             for run in runs:
                 live.set_resident(run.start, run.end)
             await trio.sleep(0.001)
-            await self._threads.files(write_runs, self, runs, first_chunk, raws, live.archived_limit)
+            await self._threads.files(write_runs, self, runs, first_chunk, raws, live.archived_limit, paced)
 
     patch.setattr(Placeholder, "fill", fill)
 
@@ -72,10 +72,15 @@ def fill_over_writes(patch: Patch) -> None:
     write_runs = Placeholder._write_runs
 
     def all_of_it(
-        self: Placeholder, runs: Sequence[Extent], first_chunk: int, raws: Sequence[bytes | None], limit: int
+        self: Placeholder,
+        runs: Sequence[Extent],
+        first_chunk: int,
+        raws: Sequence[bytes | None],
+        limit: int,
+        paced: bool,
     ) -> None:
         first, end = first_chunk * self.chunk_blocks, (first_chunk + len(raws)) * self.chunk_blocks
-        write_runs(self, [Extent(first, min(end, block_count(limit)))], first_chunk, raws, limit)
+        write_runs(self, [Extent(first, min(end, block_count(limit)))], first_chunk, raws, limit, paced)
 
     patch.setattr(Placeholder, "_write_runs", all_of_it)
 
@@ -84,9 +89,14 @@ def fill_beyond_limit(patch: Patch) -> None:
     write_runs = Placeholder._write_runs
 
     def beyond(
-        self: Placeholder, runs: Sequence[Extent], first_chunk: int, raws: Sequence[bytes | None], limit: int
+        self: Placeholder,
+        runs: Sequence[Extent],
+        first_chunk: int,
+        raws: Sequence[bytes | None],
+        limit: int,
+        paced: bool,
     ) -> None:
-        write_runs(self, runs, first_chunk, raws, min(self.maps.record.size, os.fstat(self._fd).st_size))
+        write_runs(self, runs, first_chunk, raws, min(self.maps.record.size, os.fstat(self._fd).st_size), paced)
 
     patch.setattr(Placeholder, "_write_runs", beyond)
 

@@ -24,9 +24,10 @@ ADAPTERS = frozenset({"store", "primary", "catalog", "inventory"})
 ALLOWED: Mapping[str, frozenset[str]] = {
     "": frozenset(),
     "core": frozenset(),
-    **{adapter: frozenset({"core"}) for adapter in ADAPTERS},
+    "paced_io": frozenset(),
+    **{adapter: frozenset({"core", "paced_io"}) for adapter in ADAPTERS},
     "config": frozenset({"core"}),
-    "services": frozenset({"core"}) | ADAPTERS,
+    "services": frozenset({"core", "paced_io"}) | ADAPTERS,
     "mover": frozenset({"core", "primary", "services", "store"}),
     "mount": frozenset({"core", "config", "services"}),
     "control": frozenset({"core", "config", "services"}),

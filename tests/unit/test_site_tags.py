@@ -19,6 +19,7 @@ EXEMPT = {
     "mount/mountpoint.py": "where the mount goes, before it is there",
     "mount/session.py": "the kernel's end of the mount",
     "mover/shared_slots.py": "memory that two processes share; no filesystem is behind it",
+    "paced_io.py:resume_read_ahead": "sets a flag in memory",
     "primary/identity.py:_as_seen_by_init": "/proc; what cannot be seen there is looked at from here",
     "store/local.py": "behind the store's own sites; fault/test_store_files.py fails each of its calls",
 }

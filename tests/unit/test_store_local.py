@@ -46,7 +46,7 @@ class Journal:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        real = {name: getattr(os, name) for name in ("fsync", "write", "link", "rename", "mkdir")}
+        real = {name: getattr(os, name) for name in ("fsync", "pwritev", "link", "rename", "mkdir")}
 
         def by_fd(name: str) -> Callable[..., object]:
             def call(fd: int, *args: object) -> object:
@@ -68,7 +68,7 @@ class Journal:
             return answer
 
         with pytest.MonkeyPatch.context() as patch:
-            for name in ("fsync", "write"):
+            for name in ("fsync", "pwritev"):
                 patch.setattr(os, name, by_fd(name))
             for name in ("link", "rename"):
                 patch.setattr(os, name, by_target(name))
@@ -85,7 +85,7 @@ def not_durable(events: list[tuple[str, str]], key: str) -> list[str]:
     named = next((at for at, (call, path) in enumerate(events) if call in ("link", "rename") and path == key), None)
     if named is None:
         return ["the name was never made"]
-    written = [at for at, (call, _) in enumerate(events) if call == "write"]
+    written = [at for at, (call, _) in enumerate(events) if call == "pwritev"]
     synced = [at for at, (call, path) in enumerate(events) if call == "fsync" and path.startswith(TEMPORARY)]
     lost = []
     if not synced or max(written) > synced[-1] or synced[-1] > named:
@@ -184,16 +184,17 @@ def test_failed_writes_are_told_apart(
     def fail(*_: object) -> int:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(local.os, "write", fail)
+    monkeypatch.setattr(local.os, "pwritev", fail)
     with pytest.raises(expected, match=KEY):
         objects.put(KEY, b"bytes")
     assert list((objects.root / TEMPORARY).iterdir()) == []
 
 
 def test_short_writes_and_reads_are_continued(objects: LocalObjects, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, pread = os.write, os.pread
-    monkeypatch.setattr(local.os, "write", lambda fd, data: write(fd, data[:3]))
-    monkeypatch.setattr(local.os, "pread", lambda fd, length, offset: pread(fd, min(length, 2), offset))
+    pwrite, preadv = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwritev", lambda fd, parts, offset: pwrite(fd, parts[0][:3], offset))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:3], offset))
+    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][:2]], offset))
     objects.put(KEY, b"more than three")
     assert objects.get(KEY) == b"more than three"
     assert objects.get_range(KEY, offset=5, length=4) == b"than"
@@ -201,7 +202,7 @@ def test_short_writes_and_reads_are_continued(objects: LocalObjects, monkeypatch
 
 def test_an_object_that_shrinks_while_read_is_an_error(objects: LocalObjects, monkeypatch: pytest.MonkeyPatch) -> None:
     objects.put(KEY, b"bytes")
-    monkeypatch.setattr(local.os, "pread", lambda *_: b"")
+    monkeypatch.setattr(os, "preadv", lambda *_: 0)
     with pytest.raises(CorruptPack, match="cut short"):
         objects.get_range(KEY, offset=0, length=5)
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 
 import trio
@@ -43,6 +43,7 @@ from vmfs_stub.mover.messages import (
     Pong,
     Started,
 )
+from vmfs_stub.mover.priority import share_processor, yield_processor
 from vmfs_stub.mover.process import MoverProcess, could_not_start
 from vmfs_stub.mover.shared_slots import SharedSlots
 from vmfs_stub.services.mover import FETCHES_AT_ONCE, CopyOrder, Part, PointFile, PointOrder
@@ -56,7 +57,7 @@ START_WAIT_S = 10.0
 PING_INTERVAL_S = 2.0
 PINGS_UNANSWERED_MAX = 10
 """Then a mover is killed: below the usual recall deadline, since a guest may wait for it.  Time in which this process
-did not run either does not count."""
+did not run either does not count.  After half of them it is hurried: it may only be short of the processor."""
 WINDOW_BYTES = 32 << 20
 """Parts of a file that the mover knows and has not dealt with; one may be larger."""
 FILES_AT_ONCE = 64
@@ -99,6 +100,7 @@ class Life:
     pings_unanswered: int = 0
     index_error: PrimaryError | None = None
     started: trio.Event = field(default_factory=trio.Event)
+    _hurries: int = 0
 
     def begin(self, request: FromDaemon, on_over: Callable[[], None] = lambda: None) -> Conversation:
         """Start a conversation."""
@@ -119,11 +121,28 @@ class Life:
             raise answer.error or RuntimeError("the data mover met a programming error; its traceback is in the log")
         return answer
 
+    @contextmanager
+    def hurried(self) -> Iterator[None]:
+        """See mover.Mover."""
+        self.hurry(1)
+        try:
+            yield
+        finally:
+            self.hurry(-1)
+
+    def hurry(self, more: int) -> None:
+        """So many more, or fewer, wait for the process."""
+        was, self._hurries = self._hurries, self._hurries + more
+        if not was:
+            share_processor(self.process.pid)
+        elif not self._hurries:
+            yield_processor(self.process.pid)
+
     async def close(self, conversation: Conversation) -> None:
         """End a conversation; returns when it is over."""
         if not conversation.is_over:
             self.channel.post(conversation.number, Cancel())
-        with trio.CancelScope(shield=True):
+        with trio.CancelScope(shield=True), self.hurried():  # perhaps a guest waits to open what is copied
             async for _ in conversation.answers:
                 pass
 
@@ -209,19 +228,37 @@ class ProcessMover:
 
     async def _watch(self, life: Life, scope: trio.CancelScope) -> None:
         """Give up a process that does not answer, however much it has to do; take back memory that is not used."""
+        was_slow = False
         while True:
             life.channel.post(0, Ping())
             life.pings_unanswered += 1
             fetches = life.fetches
             await trio.sleep(PING_INTERVAL_S)
-            if life.fetches == fetches != life.given_back and len(life.free) == FETCHES_AT_ONCE:
-                life.slots.give_back()
-                life.given_back = fetches
+            if life.fetches == fetches != life.given_back:
+                await self._give_back(life)
+            is_slow = life.pings_unanswered > PINGS_UNANSWERED_MAX // 2
+            if is_slow != was_slow:
+                life.hurry(1 if is_slow else -1)
+                was_slow = is_slow
             if life.pings_unanswered > PINGS_UNANSWERED_MAX:
                 log.error("the data mover (process %d) does not answer; it is killed", life.process.pid)
                 scope.cancel()
 
+    async def _give_back(self, life: Life) -> None:
+        """Return the memory of the slots to the system, one at a time: each takes a while."""
+        for slot in tuple(life.free):
+            if slot in life.free:
+                life.slots.give_back(slot)
+            await trio.lowlevel.checkpoint()
+        life.given_back = life.fetches
+
     # The mover
+
+    @contextmanager
+    def hurried(self) -> Iterator[None]:
+        """See mover.Mover."""
+        with nullcontext() if self._life is None else self._life.hurried():
+            yield
 
     @asynccontextmanager
     async def backup(self) -> AsyncIterator[ProcessBackup]:

@@ -18,6 +18,7 @@ import trio
 from vmfs_stub.core.errors import PrimaryError
 from vmfs_stub.mover.channel import Channel
 from vmfs_stub.mover.messages import IndexState, MoverSettings, Started
+from vmfs_stub.mover.priority import yield_processor
 from vmfs_stub.mover.server import Server
 from vmfs_stub.mover.shared_slots import SharedSlots
 from vmfs_stub.primary.files import FileCalls
@@ -31,7 +32,7 @@ from vmfs_stub.store.objects_url import open_objects
 from vmfs_stub.store.store import Store
 
 NICENESS = 5
-"""A guest's vCPU has three times as much of a processor that both want."""
+"""While somebody waits for it: a guest's vCPU has three times as much of a processor that both want."""
 _PR_SET_PDEATHSIG = 1
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s [mover]: %(message)s"
 
@@ -84,6 +85,7 @@ def main() -> None:
         os._exit(1)  # it died before it could be asked to take this one with it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the daemon
     os.nice(NICENESS)
+    yield_processor(os.getpid())
     stand_back()
     memory.limit_arenas()
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, stream=sys.stderr)

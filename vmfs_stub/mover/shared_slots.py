@@ -13,11 +13,11 @@ from vmfs_stub.store.objects import Buffer
 
 
 class SharedSlots:
-    """``count`` slots of ``size`` bytes each, in the memory of descriptor ``fd``, which is not needed afterwards."""
+    """``count`` slots of at least ``size`` bytes, in the memory of ``fd``, which is not needed afterwards."""
 
     def __init__(self, fd: int, *, count: int, size: int) -> None:
-        self._size = size
-        self._memory = mmap.mmap(fd, count * size)
+        self._size = _whole_pages(size)
+        self._memory = mmap.mmap(fd, count * self._size)
         self._view = memoryview(self._memory)
 
     @classmethod
@@ -25,7 +25,7 @@ class SharedSlots:
         """Make the memory; also returns its descriptor, for the other process to map.  Raises OSError."""
         fd = os.memfd_create("vmfs-stub-slots", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(fd, count * size)
+            os.ftruncate(fd, count * _whole_pages(size))
             return cls(fd, count=count, size=size), fd
         except BaseException:
             os.close(fd)
@@ -40,9 +40,9 @@ class SharedSlots:
             self._view[at : at + len(raw)] = raw
             at += len(raw)
 
-    def give_back(self) -> None:
-        """Return the memory to the system until it is used again; no slot may be in use."""
-        self._memory.madvise(mmap.MADV_REMOVE)
+    def give_back(self, slot: int) -> None:
+        """Return the memory of a slot that is not in use to the system, until it is used again."""
+        self._memory.madvise(mmap.MADV_REMOVE, slot * self._size, self._size)
 
     def read(self, slot: int, lengths: Sequence[int]) -> list[memoryview]:
         """The buffers that were laid into a slot, in place."""
@@ -51,3 +51,8 @@ class SharedSlots:
             found.append(self._view[at : at + length])
             at += length
         return found
+
+
+def _whole_pages(size: int) -> int:
+    """Slots begin at pages, so that the memory of one can be given back alone."""
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE

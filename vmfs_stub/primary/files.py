@@ -9,15 +9,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from vmfs_stub.core.sites import FileCalls as FileCalls
 
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
-_BUFFERS_MAX = 1024
-"""As many as the kernel takes in one call."""
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
@@ -38,19 +35,6 @@ def write_fully(fd: int, data: bytes | memoryview, offset: int) -> None:
             raise OSError(errno.EIO, "write made no progress")
         view = view[count:]
         offset += count
-
-
-def write_buffers(fd: int, parts: Sequence[bytes | memoryview], offset: int) -> None:
-    """Write buffers one after the other from ``offset`` on, as `write_fully` does, with as few calls as possible."""
-    for first in range(0, len(parts), _BUFFERS_MAX):
-        some = parts[first : first + _BUFFERS_MAX]
-        written = os.pwritev(fd, some, offset)
-        for part in some:
-            count = min(written, len(part))
-            if count < len(part):
-                write_fully(fd, memoryview(part)[count:], offset + count)
-            written -= count
-            offset += len(part)
 
 
 def read_fully(files: FileCalls, site: str, fd: int, length: int, offset: int) -> bytes:

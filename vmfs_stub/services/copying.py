@@ -8,7 +8,6 @@ are in it, and which the store has already.
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import PrimaryIOError
 from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.ids import SegmentId
+from vmfs_stub.paced_io import read_into
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.services.mover import Content, CopyOrder, Part
 from vmfs_stub.services.origin import open_table
@@ -116,7 +116,7 @@ class Copier:
     def _read_and_encode(self, fd: int, order: CopyOrder, start: int, length: int) -> EncodedBatch:
         buffer = bytearray(length)
         try:
-            count = self._files.call("archive.read", os.preadv, fd, [buffer], start)
+            count = self._files.call("archive.read", read_into, fd, buffer, start)
             if count != length:
                 raise OSError(errno.EIO, f"{count} of {length} bytes at {start} could be read")
         except OSError as exc:

@@ -76,6 +76,7 @@ class Disk:
 
         Raises RecallError, RecallsHeld, StoreError, IntegrityError, PrimaryError.
         """
+        self._recall.guests.note()
         placeholder = self.placeholder
         if placeholder is not None:
             placeholder.check()
@@ -103,6 +104,7 @@ class Disk:
 
     async def write(self, offset: int, data: bytes) -> int:
         """Write ``data`` at ``offset``; the number of bytes written.  Raises RecallError, IntegrityError, OSError."""
+        self._recall.guests.note()
         while (placeholder := self.placeholder) is not None:
             placeholder.check()
             await self._recall_merged(placeholder, offset, len(data))

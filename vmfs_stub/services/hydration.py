@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 STEP_BYTES = 4 << 20
 """How much one step brings back: one range read where the frames lie together."""
 STEPS_AT_ONCE = 3
+STEPS_BESIDE_GUESTS = 1
+"""So many while guests use their disks."""
 RETRY_INTERVAL_S = 30.0
 """After an error, a hold or too little space, how long until the next try."""
 
@@ -174,6 +176,7 @@ class HydrationService:
                     chunk = found + step
                     size = step * placeholder.chunk_size
                     token = object()
+                    slots.total_tokens = STEPS_BESIDE_GUESTS if self._recall.guests.is_recent else STEPS_AT_ONCE
                     await slots.acquire_on_behalf_of(token)
                     nursery.start_soon(self._step, placeholder, found * placeholder.chunk_size, size, slots, token)
                     done += size

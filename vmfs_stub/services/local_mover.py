@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import replace
 
 import trio
@@ -44,6 +44,10 @@ class LocalMover:
         finally:
             if not backup.is_committed:
                 writer.abandon()
+
+    def hurried(self) -> AbstractContextManager[None]:
+        """See mover.Mover; this process knows no hurry."""
+        return nullcontext()
 
     @asynccontextmanager
     async def fetch(self, frames: Sequence[FrameRef]) -> AsyncIterator[Sequence[Buffer]]:

@@ -8,7 +8,7 @@ and every write to a backing file, is the business of whoever calls it.
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -109,6 +109,10 @@ class Mover(Protocol):
         Without a commit there is no restore point.  A commit that was cancelled may have made one; its pins are the
         caller's to remove after the block, and none is made later and stays.
         """
+        ...
+
+    def hurried(self) -> AbstractContextManager[None]:
+        """Within the block somebody waits for what is under way, which may be done with the lowest priority else."""
         ...
 
     def fetch(self, frames: Sequence[FrameRef]) -> AbstractAsyncContextManager[Sequence[Buffer]]:

@@ -25,8 +25,9 @@ from vmfs_stub.core.errors import MapFrozen
 from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.names import PLACEHOLDER_XATTR
 from vmfs_stub.core.residency import block_count, blocks_merged, blocks_replaced, blocks_touched
+from vmfs_stub.paced_io import WriteBackFailed, write_buffers
 from vmfs_stub.primary.durable_map import MapState
-from vmfs_stub.primary.files import FileCalls, punch_hole, write_buffers
+from vmfs_stub.primary.files import FileCalls, punch_hole
 from vmfs_stub.primary.placeholder import PlaceholderMaps
 from vmfs_stub.services.locks import RangeLock, SharedSync
 from vmfs_stub.services.threads import Threads
@@ -121,10 +122,11 @@ class Placeholder:
 
     # Changes
 
-    async def fill(self, first_chunk: int, raws: Sequence[Buffer | None]) -> None:
+    async def fill(self, first_chunk: int, raws: Sequence[Buffer | None], *, paced: bool) -> None:
         """Put recalled chunks where blocks are still absent; None is a chunk of zeros.
 
-        ``raws`` are the archived bytes of consecutive chunks from ``first_chunk`` on.  Raises OSError.
+        ``raws`` are the archived bytes of consecutive chunks from ``first_chunk`` on; ``paced`` when no guest waits for
+        them.  Raises OSError, MapFrozen.
         """
         end_chunk = first_chunk + len(raws)
         async with self._locks.hold(first_chunk, end_chunk):
@@ -134,11 +136,16 @@ class Placeholder:
             runs = list(live.absent_runs(first_chunk * self.chunk_blocks, end_chunk * self.chunk_blocks))
             if not runs:
                 return
-            await self._threads.files(self._write_runs, runs, first_chunk, raws, live.archived_limit)
+            try:
+                await self._threads.files(self._write_runs, runs, first_chunk, raws, live.archived_limit, paced)
+            except WriteBackFailed as exc:
+                raise self.freeze(exc) from exc
             for run in runs:
                 live.set_resident(run.start, run.end)
 
-    def _write_runs(self, runs: Sequence[Extent], first_chunk: int, raws: Sequence[Buffer | None], limit: int) -> None:
+    def _write_runs(
+        self, runs: Sequence[Extent], first_chunk: int, raws: Sequence[Buffer | None], limit: int, paced: bool
+    ) -> None:
         for run in runs:
             at, run_end = run.start * BLOCK_SIZE, min(run.end * BLOCK_SIZE, limit)
             while at < run_end:
@@ -152,8 +159,7 @@ class Placeholder:
                     parts.append(part)
                     end = part_end
                 if parts:
-                    # One call for all of it: between calls a thread may have to wait for the interpreter.
-                    self._files.call("recall.fill", write_buffers, self._fd, parts, at)
+                    self._files.call("recall.fill", write_buffers, self._fd, parts, at, paced=paced)
                 else:
                     while end < run_end and raws[end // self.chunk_size - first_chunk] is None:
                         end = min(run_end, (end // self.chunk_size + 1) * self.chunk_size)

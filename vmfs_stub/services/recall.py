@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import trio
@@ -34,6 +34,7 @@ from vmfs_stub.core.errors import (
     VmfsStubError,
 )
 from vmfs_stub.core.recall_plan import Fetch, plan_fetches
+from vmfs_stub.services.guest_activity import GuestActivity
 from vmfs_stub.services.mover import FETCHES_AT_ONCE, Mover
 from vmfs_stub.services.origin import Origin, open_table
 from vmfs_stub.services.placeholder import Placeholder
@@ -59,9 +60,10 @@ The kernel repeats a buffered read that failed as a read-ahead; with a second wa
 class Flight:
     """One chunk on its way; ``error`` is set before ``landed`` when it did not arrive.
 
-    ``waiting`` counts those who wait for it.
+    ``waiting`` counts those who wait for it.  The mover brings one that is ``is_background``.
     """
 
+    is_background: bool
     landed: trio.Event = field(default_factory=trio.Event)
     waiting: int = 0
     error: VmfsStubError | None = None
@@ -115,6 +117,7 @@ class RecallService:
         self._timed_out_s: dict[tuple[str, int], float] = {}
         """Chunks for which a guest has waited in vain, and when; those of the last moments only."""
         self._quiet = trio.lowlevel.ParkingLot()
+        self.guests = GuestActivity()
         self.held = False
         self.counters = RecallCounters()
 
@@ -177,9 +180,12 @@ class RecallService:
         flights = self._take_off(placeholder, chunks, demand=demand)
         for flight in flights:
             flight.waiting += 1
+        is_joined = demand and any(flight.is_background for flight in flights)
         try:
-            for flight in flights:
-                await flight.landed.wait()
+            with self._mover.hurried() if is_joined else nullcontext():
+                for flight in flights:
+                    if not flight.landed.is_set():  # most landed with the first: each wait is a turn of the event loop
+                        await flight.landed.wait()
         finally:
             for flight in flights:
                 flight.waiting -= 1
@@ -211,7 +217,7 @@ class RecallService:
             flight = self._flights.get((placeholder, chunk))
             if flight is None or flight.landed.is_set():
                 # One that has landed is over, also while others that took off with it are still under way.
-                flight = self._flights[placeholder, chunk] = new[chunk] = Flight()
+                flight = self._flights[placeholder, chunk] = new[chunk] = Flight(not demand)
             flights.append(flight)
         if new:
             self._nursery.start_soon(self._fly, placeholder, new, demand)
@@ -261,7 +267,7 @@ class RecallService:
                 try:
                     async with self._fetched(fetch, demand=demand) as raws:
                         for first, run in _consecutive(fetch.chunks, raws):
-                            await placeholder.fill(first, run)
+                            await placeholder.fill(first, run, paced=not demand and self.guests.is_recent)
                 except (IntegrityError, ObjectMissing):
                     if len(fetch.chunks) == 1:
                         raise
@@ -292,7 +298,7 @@ class RecallService:
         with self._outcome(placeholder, flights, chunks):
             nothing: list[Buffer | None] = [None] * len(chunks)
             for first, run in _consecutive(chunks, nothing):
-                await placeholder.fill(first, run)
+                await placeholder.fill(first, run, paced=False)
             self._failures.arrived(placeholder, chunks)
 
     @contextmanager

@@ -13,6 +13,7 @@ import trio
 
 from vmfs_stub.core.errors import InUse, PrimaryIOError
 from vmfs_stub.core.sites import FileCalls
+from vmfs_stub.paced_io import resume_read_ahead, stop_read_ahead
 from vmfs_stub.services.disk import Disk
 
 
@@ -35,9 +36,13 @@ class Reservation:
 
 
 def take_lease(files: FileCalls, disk: Disk) -> None:
-    """Take the write lease on a disk that nobody has open.  Raises InUse, PrimaryIOError."""
+    """Take the write lease on a disk that nobody has open, which is read by the job alone.
+
+    Raises InUse, PrimaryIOError.
+    """
     try:
         files.call("archive.lease", fcntl.fcntl, disk.fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        files.call("archive.advise", stop_read_ahead, disk.fd)
     except OSError as exc:
         if exc.errno == errno.EAGAIN:
             raise InUse(
@@ -53,4 +58,5 @@ def take_lease(files: FileCalls, disk: Disk) -> None:
 
 def give_up_lease(disk: Disk) -> None:
     """Let those in who wait for the lease."""
+    resume_read_ahead(disk.fd)
     fcntl.fcntl(disk.fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)

@@ -45,7 +45,7 @@ class LateObjects:
         """Read a whole object."""
         return self._with(lambda inner: inner.get(key, size_max=size_max))
 
-    def get_range(self, key: str, *, offset: int, length: int) -> bytes:
+    def get_range(self, key: str, *, offset: int, length: int) -> Buffer:
         """Read exactly ``length`` bytes."""
         return self._with(lambda inner: inner.get_range(key, offset=offset, length=length))
 

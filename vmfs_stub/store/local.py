@@ -30,6 +30,7 @@ from vmfs_stub.core.errors import (
     StoreFull,
     StoreUnavailable,
 )
+from vmfs_stub.paced_io import read_into, stop_read_ahead, write_buffers
 from vmfs_stub.store.keys import STORE_KEY, check_key, check_prefix
 from vmfs_stub.store.objects import OBJECT_SIZE_MAX, Buffer, ObjectInfo, oversized, truncated
 
@@ -87,9 +88,9 @@ class LocalObjects:
         with self._opened(key) as (fd, size):
             if size > size_max:
                 raise oversized(key, size=size, size_max=size_max)
-            return _read(fd, key, offset=0, length=size)
+            return bytes(_read(fd, key, offset=0, length=size))
 
-    def get_range(self, key: str, *, offset: int, length: int) -> bytes:
+    def get_range(self, key: str, *, offset: int, length: int) -> Buffer:
         """Read exactly ``length`` bytes; see ObjectStore."""
         with self._opened(key) as (fd, size):
             if offset < 0 or length < 0 or offset + length > size:
@@ -191,9 +192,7 @@ class LocalObjects:
     def _write_temporary(self, name: str, data: Buffer) -> None:
         fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self._temporary_fd)
         try:
-            rest = memoryview(data).cast("B")
-            while rest:
-                rest = rest[os.write(fd, rest) :]
+            write_buffers(fd, [memoryview(data).cast("B")], 0)
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -257,19 +256,12 @@ class LocalObjects:
                     os.unlink(name, dir_fd=self._temporary_fd)
 
 
-def _read(fd: int, key: str, *, offset: int, length: int) -> bytes:
-    data = os.pread(fd, length, offset)
-    if len(data) == length:
-        return data
-    parts = [data]
-    got = len(data)
-    while got < length:  # a signal, or a read larger than the kernel takes at once
-        part = os.pread(fd, length - got, offset + got)
-        if not part:
-            raise truncated(key, offset=offset, length=length)
-        parts.append(part)
-        got += len(part)
-    return b"".join(parts)
+def _read(fd: int, key: str, *, offset: int, length: int) -> bytearray:
+    stop_read_ahead(fd)
+    data = bytearray(length)
+    if read_into(fd, data, offset) < length:
+        raise truncated(key, offset=offset, length=length)
+    return data
 
 
 def _sync_folder(folder: Path) -> None:

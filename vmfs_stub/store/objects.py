@@ -43,7 +43,7 @@ class ObjectStore(Protocol):
         """
         ...
 
-    def get_range(self, key: str, *, offset: int, length: int) -> bytes:
+    def get_range(self, key: str, *, offset: int, length: int) -> Buffer:
         """Read exactly ``length`` bytes.
 
         Raises: ObjectMissing; the integrity error of the key when the object ends before that.

@@ -100,7 +100,7 @@ def read_footer(objects: ObjectStore, pack_id: PackId) -> list[FrameRef]:
     if not PACK_TAIL_SIZE <= size <= PACK_SIZE_MAX:
         msg = f"{key}: has an impossible size of {size} bytes"
         raise CorruptPack(msg)
-    tail = objects.get_range(key, offset=size - PACK_TAIL_SIZE, length=PACK_TAIL_SIZE)
+    tail = bytes(objects.get_range(key, offset=size - PACK_TAIL_SIZE, length=PACK_TAIL_SIZE))
     if not tail.endswith(PACK_MAGIC):
         msg = f"{key}: does not end as a pack does: cut short or not a pack"
         raise CorruptPack(msg)
@@ -108,7 +108,7 @@ def read_footer(objects: ObjectStore, pack_id: PackId) -> list[FrameRef]:
     if offset + length + PACK_TAIL_SIZE != size or length != count * PACK_ENTRY.size or count > PACK_FRAMES_MAX:
         msg = f"{key}: its trailer does not fit its size"
         raise CorruptPack(msg)
-    footer = objects.get_range(key, offset=offset, length=length)
+    footer = bytes(objects.get_range(key, offset=offset, length=length))
     digest = blake3(footer + tail[: PACK_TRAILER.size]).digest()
     if digest != tail[PACK_TRAILER.size : PACK_TRAILER.size + 32]:
         msg = f"{key}: the checksum of its footer does not match"

@@ -43,7 +43,7 @@ class RemoteObjects:
             raise truncated(key, offset=0, length=size)
         return data
 
-    def get_range(self, key: str, *, offset: int, length: int) -> bytes:
+    def get_range(self, key: str, *, offset: int, length: int) -> Buffer:
         """Read exactly ``length`` bytes; see ObjectStore."""
         check_key(key)
         if offset < 0 or length < 0:

@@ -49,7 +49,7 @@ class RetryingObjects:
         """Read a whole object."""
         return self._retried(lambda _: self.inner.get(key, size_max=size_max))
 
-    def get_range(self, key: str, *, offset: int, length: int) -> bytes:
+    def get_range(self, key: str, *, offset: int, length: int) -> Buffer:
         """Read exactly ``length`` bytes."""
         return self._retried(lambda _: self.inner.get_range(key, offset=offset, length=length))
 

@@ -1,0 +1,131 @@
+"""Paced reading and writing: all of it arrives, in steps, also when the kernel takes only a part at a time."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from vmfs_stub import paced_io
+from vmfs_stub.paced_io import STEP_BYTES, WriteBackFailed, read_into, resume_read_ahead, stop_read_ahead, write_buffers
+
+
+@pytest.fixture
+def fd(tmp_path: Path) -> Iterator[int]:
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    yield fd
+    os.close(fd)
+
+
+def written(fd: int) -> bytes:
+    return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
+@pytest.mark.parametrize("paced", [True, False])
+@pytest.mark.parametrize("at_once", [1, 7, 4096, 5000, 1 << 30])
+def test_buffers_are_written_one_after_the_other(
+    fd: int, monkeypatch: pytest.MonkeyPatch, at_once: int, paced: bool
+) -> None:
+    pwritev, pwrite = os.pwritev, os.pwrite
+    monkeypatch.setattr(os, "pwritev", lambda fd, parts, offset: pwritev(fd, [b"".join(parts)[:at_once]], offset))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[: max(at_once, 64)], offset))
+    chosen = random.Random(at_once)
+    parts = [memoryview(chosen.randbytes(chosen.choice((1, 512, 4096)))) for _ in range(40)]
+    write_buffers(fd, parts, 100, paced=paced)
+    assert written(fd) == bytes(100) + b"".join(parts)
+
+
+@pytest.mark.parametrize("paced", [True, False])
+def test_more_buffers_than_one_call_takes(fd: int, paced: bool) -> None:
+    parts: Sequence[bytes] = [bytes([number % 251]) * 3 for number in range(2500)]
+    write_buffers(fd, parts, 0, paced=paced)
+    assert written(fd) == b"".join(parts)
+
+
+def test_what_is_paced_goes_step_by_step_and_what_is_not_at_once(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, pwritev = [], os.pwritev
+
+    def noted(fd: int, parts: Sequence[memoryview], offset: int) -> int:
+        calls.append((offset, sum(map(len, parts))))
+        return pwritev(fd, parts, offset)
+
+    monkeypatch.setattr(os, "pwritev", noted)
+    parts = [random.Random(1).randbytes(STEP_BYTES // 2 + 1000) for _ in range(5)]
+    total = sum(map(len, parts))
+    write_buffers(fd, parts, 0, paced=True)
+    assert calls == [(at, min(STEP_BYTES, total - at)) for at in range(0, total, STEP_BYTES)]
+    assert written(fd) == b"".join(parts)
+    calls.clear()
+    write_buffers(fd, parts, 0, paced=False)
+    assert calls == [(0, total)]
+    write_buffers(fd, [], 0, paced=True)
+    assert written(fd) == b"".join(parts)
+
+
+def test_a_write_that_fails_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    fd = os.open(tmp_path / "file", os.O_RDONLY)
+    try:
+        with pytest.raises(OSError) as found:
+            write_buffers(fd, [b"x"], 0)
+    finally:
+        os.close(fd)
+    assert found.value.errno == errno.EBADF
+    assert not isinstance(found.value, WriteBackFailed)
+
+
+def test_what_the_disk_took_badly_is_an_error_of_its_own(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Libc:
+        def sync_file_range(self, fd: int, offset: int, length: int, flags: int) -> int:
+            paced_io.ctypes.set_errno(errno.EIO)
+            return -1
+
+    monkeypatch.setattr(paced_io, "_libc", Libc())
+    write_buffers(fd, [b"x"], 0, paced=False)
+    with pytest.raises(WriteBackFailed) as found:
+        write_buffers(fd, [b"x"], 0, paced=True)
+    assert found.value.errno == errno.EIO
+
+
+@pytest.mark.parametrize("at_once", [1000, STEP_BYTES - 1, 1 << 30])
+def test_reading_goes_on_to_the_end_of_the_file(fd: int, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    content = random.Random(2).randbytes(2 * STEP_BYTES + 777)
+    os.pwrite(fd, content, 0)
+    longest, preadv = 0, os.preadv
+
+    def noted(fd: int, views: Sequence[memoryview], offset: int) -> int:
+        nonlocal longest
+        longest = max(longest, len(views[0]))
+        return preadv(fd, [views[0][:at_once]], offset)
+
+    monkeypatch.setattr(os, "preadv", noted)
+    stop_read_ahead(fd)
+    buffer = bytearray(len(content) - 10)
+    assert read_into(fd, buffer, 10) == len(buffer)
+    assert buffer == content[10:]
+    assert read_into(fd, bytearray(100), len(content) - 30) == 30
+    assert longest == STEP_BYTES
+    resume_read_ahead(fd)
+
+
+def test_nothing_is_read_ahead_between_stop_and_resume(fd: int) -> None:
+    os.pwrite(fd, bytes(4 << 20), 0)
+    os.fsync(fd)
+
+    def cached_after_reads() -> bool:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        for at in range(0, 1 << 20, 64 << 10):
+            read_into(fd, bytearray(64 << 10), at)
+        try:
+            return os.preadv(fd, [bytearray(4096)], 1 << 20, os.RWF_NOWAIT) == 4096
+        except BlockingIOError:
+            return False
+
+    stop_read_ahead(fd)
+    assert not cached_after_reads()
+    resume_read_ahead(fd)
+    assert cached_after_reads()

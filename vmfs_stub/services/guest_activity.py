@@ -1,0 +1,26 @@
+"""Whether guests use their disks now: then what they do not wait for leaves them more room."""
+
+from __future__ import annotations
+
+import math
+
+import trio
+
+RECENT_S = 1.0
+"""A guest that has done nothing for so long has no stream of requests that could be slowed."""
+
+
+class GuestActivity:
+    """Told of every request for data of a guest; for all disks of a datastore together."""
+
+    def __init__(self) -> None:
+        self._last_s = -math.inf
+
+    def note(self) -> None:
+        """A guest reads or writes."""
+        self._last_s = trio.current_time()
+
+    @property
+    def is_recent(self) -> bool:
+        """Whether any guest read or wrote just now."""
+        return trio.current_time() - self._last_s < RECENT_S
