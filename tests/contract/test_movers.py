@@ -491,3 +491,23 @@ async def test_a_process_that_answers_late_is_hurried_first(tmp_path: Path, impa
             while _policies(pid) != {os.SCHED_IDLE}:  # noqa: ASYNC110
                 await trio.sleep(0.001)
         assert mover.life().process.pid == pid
+
+
+async def test_a_file_for_which_no_descriptor_is_left_fails_its_job_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It came as an error that nobody knew."""
+    place = make_place(tmp_path, "process")
+    place.path.write_bytes(NOISE)
+
+    def refuse(fd: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async with place.process() as mover:
+        await mover.wait_started()
+        with monkeypatch.context() as planted:
+            planted.setattr(os, "dup", refuse)
+            with pytest.raises(PrimaryIOError, match="Too many open files"):
+                await back_up(place, mover, 1, data(0, 6))
+        await back_up(place, mover, 2, data(0, 6))
+    assert content_of(place.store, 2) == NOISE

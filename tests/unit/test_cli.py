@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,11 @@ def test_help_names_all_commands_and_imports_little() -> None:
     check = f"import sys, vmfs_stub.cli.main; print([name for name in {HEAVY} if name in sys.modules])"
     imported = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert imported.stdout == "[]\n"
+
+
+def test_the_version_is_the_packages(run: Run) -> None:
+    result = run("--version")
+    assert (result.code, result.out.split()) == (0, ["vmfs-stub", metadata.version("vmfs-stub")])
 
 
 def test_usage_errors_are_2(run: Run) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -58,6 +59,12 @@ app.command("status")(status.status)
 app.command("doctor")(doctor.doctor)
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"vmfs-stub {metadata.version('vmfs-stub')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _before(
     ctx: typer.Context,
@@ -65,6 +72,9 @@ def _before(
         Path | None,
         typer.Option(help="Configuration file; else $VMFS_STUB_CONFIG, else /etc/vmfs-stub/config.toml."),
     ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version)
+    ] = False,
 ) -> None:
     ctx.obj = Invocation(config)
 

@@ -43,7 +43,10 @@ class Channel:
         self._is_closed = False
 
     def post(self, number: int, message: Message, *, fd: int | None = None) -> None:
-        """Send a message soon, with a copy of ``fd`` if given.  Never waits; what cannot be sent is lost."""
+        """Send a message soon, with a copy of ``fd`` if given.  Never waits; what cannot be sent is lost.
+
+        Raises OSError when there are no descriptors left for the copy.
+        """
         if self._is_closed:
             return
         data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)

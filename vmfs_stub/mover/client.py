@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import trio
 
 from vmfs_stub.core.chunking import FrameRef
-from vmfs_stub.core.errors import MoverLost, PrimaryError
+from vmfs_stub.core.errors import MoverLost, PrimaryError, PrimaryIOError
 from vmfs_stub.mover.channel import Channel, ChannelClosed
 from vmfs_stub.mover.messages import (
     LAST,
@@ -322,7 +322,10 @@ class ProcessBackup:
         self, fd: int, order: CopyOrder, parts: AsyncIterable[Part], progress: Callable[[int], None]
     ) -> None:
         """See mover.Copying."""
-        self._post(Copy(order), fd=fd)
+        try:
+            self._post(Copy(order), fd=fd)
+        except OSError as exc:
+            raise PrimaryIOError(f"{order.label}: the data mover cannot be given it: {exc.strerror}") from exc
         window = _Window()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._tell, parts, window)
