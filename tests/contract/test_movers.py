@@ -23,6 +23,7 @@ from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
 from vmfs_stub.mover import client
 from vmfs_stub.mover.client import ProcessMover, open_mover
 from vmfs_stub.mover.messages import MoverSettings
+from vmfs_stub.mover.priority import NICE, NICEST
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.services.local_mover import LocalMover
 from vmfs_stub.services.mover import FETCHES_AT_ONCE, Content, CopyOrder, Mover, Part, PointFile, PointOrder
@@ -436,8 +437,8 @@ async def test_memory_of_slots_is_given_back_and_used_again(tmp_path: Path, impa
                     await trio.sleep(0.02)  # nobody is told
 
 
-def _policies(pid: int) -> set[int]:
-    return {os.sched_getscheduler(int(thread.name)) for thread in Path(f"/proc/{pid}/task").iterdir()}
+def _niceness(pid: int) -> set[int]:
+    return {os.getpriority(os.PRIO_PROCESS, int(thread.name)) for thread in Path(f"/proc/{pid}/task").iterdir()}
 
 
 async def test_a_process_gives_way_but_while_somebody_waits_for_it(tmp_path: Path) -> None:
@@ -446,13 +447,13 @@ async def test_a_process_gives_way_but_while_somebody_waits_for_it(tmp_path: Pat
     async with place.process() as mover:
         await back_up(place, mover, 1, data(0, 6))
         pid = mover.life().process.pid
-        assert _policies(pid) == {os.SCHED_IDLE}
+        assert _niceness(pid) == {NICEST}
         with mover.hurried():
-            assert _policies(pid) == {os.SCHED_OTHER}
+            assert _niceness(pid) == {NICE}
             with mover.hurried():
                 pass
-            assert _policies(pid) == {os.SCHED_OTHER}
-        assert _policies(pid) == {os.SCHED_IDLE}
+            assert _niceness(pid) == {NICE}
+        assert _niceness(pid) == {NICEST}
         os.kill(pid, signal.SIGKILL)
         with mover.hurried(), pytest.raises(MoverLost):
             await back_up(place, mover, 2, data(0, 6))
@@ -466,16 +467,16 @@ async def test_who_gives_up_a_backup_waits_for_a_process_that_is_hurried(tmp_pat
 
         async def look() -> None:
             while True:
-                seen.update(_policies(pid))
+                seen.update(_niceness(pid))
                 await trio.lowlevel.checkpoint()
 
         async with trio.open_nursery() as nursery:
             async with mover.backup():
-                assert _policies(pid) == {os.SCHED_IDLE}
+                assert _niceness(pid) == {NICEST}
                 nursery.start_soon(look)
             nursery.cancel_scope.cancel()
-        assert os.SCHED_OTHER in seen
-        assert _policies(pid) == {os.SCHED_IDLE}
+        assert NICE in seen
+        assert _niceness(pid) == {NICEST}
 
 
 async def test_a_process_that_answers_late_is_hurried_first(tmp_path: Path, impatient: None) -> None:
@@ -485,10 +486,10 @@ async def test_a_process_that_answers_late_is_hurried_first(tmp_path: Path, impa
         pid = mover.life().process.pid
         os.kill(pid, signal.SIGSTOP)
         with trio.fail_after(10):
-            while _policies(pid) != {os.SCHED_OTHER}:  # noqa: ASYNC110 - nobody is told
+            while _niceness(pid) != {NICE}:  # noqa: ASYNC110 - nobody is told
                 await trio.sleep(0.001)
             os.kill(pid, signal.SIGCONT)
-            while _policies(pid) != {os.SCHED_IDLE}:  # noqa: ASYNC110
+            while _niceness(pid) != {NICEST}:  # noqa: ASYNC110
                 await trio.sleep(0.001)
         assert mover.life().process.pid == pid
 

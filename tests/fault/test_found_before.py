@@ -456,6 +456,19 @@ async def test_what_the_disk_takes_badly_while_hydrating_is_an_error_until_reboo
             await services.disks.release(disk)
 
 
+async def test_a_map_that_was_being_made_when_the_daemon_was_killed_takes_no_memory() -> None:
+    """It was written over when its disk was opened again; when the disk was removed it stayed until the reboot."""
+    with temporary_rig() as rig:
+        await archived(rig)
+        with survives_kill():
+            async with rig.running() as services:
+                services.files.fail("volatile.create", 2, Killed())
+                await services.open(DISK)
+        assert [path.suffix for path in (rig.runtime / "maps").iterdir()] == [".new"]
+        async with rig.running():
+            assert list((rig.runtime / "maps").iterdir()) == []
+
+
 async def test_a_reader_hurries_a_fetch_of_the_background_that_it_joins(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mover that runs only when nobody else does must not be what a guest waits for."""
     with temporary_rig() as rig:

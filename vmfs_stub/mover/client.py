@@ -202,6 +202,7 @@ class ProcessMover:
         finally:
             self._life = None
             life.channel.close()
+            life.hurry(1)
             how = await life.process.end()
             lost = MoverLost(f"the data mover (process {life.process.pid}) {how} before this was done; try again")
             for conversation in list(life.conversations.values()):

@@ -31,8 +31,6 @@ from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.objects_url import open_objects
 from vmfs_stub.store.store import Store
 
-NICENESS = 5
-"""While somebody waits for it: a guest's vCPU has three times as much of a processor that both want."""
 _PR_SET_PDEATHSIG = 1
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s [mover]: %(message)s"
 
@@ -84,7 +82,6 @@ def main() -> None:
     if os.getppid() != parent:
         os._exit(1)  # it died before it could be asked to take this one with it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the daemon
-    os.nice(NICENESS)
     yield_processor(os.getpid())
     stand_back()
     memory.limit_arenas()

@@ -93,7 +93,7 @@ class Recovery:
                     if stat.S_ISREG(entry.st.st_mode):
                         self._inodes[entry.st.st_ino] = entry.path
                         self._look_at_file(entry)
-            for map_path in self._private_files(".map"):
+            for map_path in self._maps(".map"):
                 placeholder_id = PlaceholderId(map_path.stem)
                 if placeholder_id not in self._matched:
                     try:
@@ -106,15 +106,18 @@ class Recovery:
 
     def _remove_unfinished(self) -> None:
         """Maps that never got their name mean nothing; one that cannot be removed is in nobody's way."""
-        for unfinished in self._private_files(NEW_SUFFIX):
+        for unfinished in (*self._maps(NEW_SUFFIX), *self._files_in(self._private.volatile_maps, NEW_SUFFIX)):
             try:
                 self._files.call("recovery.clean", unfinished.unlink)
             except OSError as exc:
                 log.warning("%s, left by a crash, could not be removed: %s", unfinished, exc.strerror)
 
-    def _private_files(self, suffix: str) -> list[Path]:
-        names = self._files.call("recovery.list", os.listdir, self._private.maps)
-        return [self._private.maps / name for name in sorted(names) if name.endswith(suffix)]
+    def _maps(self, suffix: str) -> list[Path]:
+        return self._files_in(self._private.maps, suffix)
+
+    def _files_in(self, directory: Path, suffix: str) -> list[Path]:
+        names = self._files.call("recovery.list", os.listdir, directory)
+        return [directory / name for name in sorted(names) if name.endswith(suffix)]
 
     def _sweep_orphans(self) -> None:
         """Nobody has a file open when a mount begins: those without a name go for good."""
