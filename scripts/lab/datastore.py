@@ -23,6 +23,7 @@ from typing import Literal, ParamSpec
 from scripts.lab.failure import LabError, run
 from vmfs_stub.config import load_config
 from vmfs_stub.control.client import ControlClient
+from vmfs_stub.mount.mountpoint import is_mounted
 
 PROGRAM = Path(sys.executable).with_name("vmfs-stub")
 COMMAND_DEADLINE_S = 900.0
@@ -102,7 +103,7 @@ class Datastore:
     def unmount(self) -> None:
         """Unmount and wait until the daemon has ended."""
         self.vmfs("unmount")
-        if not _ended(self.daemon_pid, deadline_s=_END_DEADLINE_S):
+        if not ended(self.daemon_pid, deadline_s=_END_DEADLINE_S):
             raise LabError(f"the daemon (process {self.daemon_pid}) is still there after 'unmount'")
         self.daemon_pid = 0
 
@@ -136,17 +137,17 @@ class Datastore:
 
     def end(self) -> None:
         """Unmount in whatever state it is; the daemon has ended when this returns.  Raises LabError if it cannot."""
-        if not self.daemon_pid and os.path.ismount(self.mountpoint):
+        if not self.daemon_pid and is_mounted(self.mountpoint):
             with suppress(LabError):
                 self.daemon_pid = int(self.status()["daemon"]["pid"])
-        if self.daemon_pid and not _ended(self.daemon_pid, deadline_s=0):
+        if self.daemon_pid and not ended(self.daemon_pid, deadline_s=0):
             with suppress(LabError):
                 run([PROGRAM, "--config", self.config, "unmount", "--force"], deadline_s=_END_DEADLINE_S)
-        if os.path.ismount(self.mountpoint):
+        while is_mounted(self.mountpoint):  # a dead mount may lie under another
             run(["umount", "-l", self.mountpoint], deadline_s=_END_DEADLINE_S)
-        if self.daemon_pid and not _ended(self.daemon_pid, deadline_s=_END_DEADLINE_S):
+        if self.daemon_pid and not ended(self.daemon_pid, deadline_s=_END_DEADLINE_S):
             os.kill(self.daemon_pid, signal.SIGKILL)
-            _ended(self.daemon_pid, deadline_s=_END_DEADLINE_S)
+            ended(self.daemon_pid, deadline_s=_END_DEADLINE_S)
         self.daemon_pid = 0
         with suppress(LabError):  # `init` makes it immutable, where the filesystem can do that
             run(["chattr", "-i", self.mountpoint], deadline_s=_END_DEADLINE_S)
@@ -154,7 +155,7 @@ class Datastore:
     def kill(self) -> None:
         """End the daemon as a crash does; the mount stays behind, dead, until the next ``mount`` takes it over."""
         os.kill(self.daemon_pid, signal.SIGKILL)
-        if not _ended(self.daemon_pid, deadline_s=_END_DEADLINE_S):
+        if not ended(self.daemon_pid, deadline_s=_END_DEADLINE_S):
             raise LabError(f"the daemon (process {self.daemon_pid}) does not die")
 
 
@@ -234,18 +235,24 @@ def allocated_bytes(path: Path) -> int:
     return total
 
 
-def pss_bytes(pid: int) -> int:
-    """Proportional set size of a process and all its descendants: shared pages count by their share."""
-    children: dict[int, list[int]] = {}
+def children() -> dict[int, list[int]]:
+    """The processes of this machine, by their parents."""
+    found: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError):
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(entry.name))
+                found.setdefault(parent, []).append(int(entry.name))
+    return found
+
+
+def pss_bytes(pid: int) -> int:
+    """Proportional set size of a process and all its descendants: shared pages count by their share."""
+    children_of = children()
     total, pending = 0, [pid]
     while pending:
         current = pending.pop()
-        pending += children.get(current, [])
+        pending += children_of.get(current, [])
         with suppress(OSError):
             found = re.search(r"(?m)^Pss:\s+(\d+) kB", Path(f"/proc/{current}/smaps_rollup").read_text())
             total += int(found[1]) * 1024 if found else 0
@@ -274,7 +281,8 @@ def seconds(action: Callable[P, object], *args: P.args, **keywords: P.kwargs) ->
     return time.perf_counter() - started_s
 
 
-def _ended(pid: int, *, deadline_s: float) -> bool:
+def ended(pid: int, *, deadline_s: float) -> bool:
+    """Whether a process is gone, or but a zombie, within ``deadline_s``."""
     until_s = time.monotonic() + deadline_s
     while True:
         try:

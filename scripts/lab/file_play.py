@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from scripts.lab.content import BLOCK, difference, random_content
 from scripts.lab.failure import LabError
 
-BLOCK: Final = 4096
 _MIB: Final = 1 << 20
 _TRANSFERS: Final = (1, 16, 600, BLOCK, 3 * BLOCK, 64 << 10, 200 << 10)
 """Upper bounds that the length of an operation is drawn below."""
@@ -158,19 +158,8 @@ class FilePlay:
         return Mismatch("\n  ".join((f"{self.path}: {what}; the last operations:", *self._log)))
 
     def _compare(self, found: bytes, offset: int, length: int) -> None:
-        wanted = self.model[offset : offset + length]
-        if found == wanted:
-            return
-        if len(found) != len(wanted):
-            raise self._wrong(f"{len(found)} bytes at {offset} instead of {len(wanted)}")
-        differing = [at for at, pair in enumerate(zip(found, wanted, strict=True)) if pair[0] != pair[1]]
-        first, last = differing[0], differing[-1]
-        kind = "zeros" if not any(found[first : last + 1]) else "other bytes"
-        raise self._wrong(
-            f"WRONG BYTES: {kind} from {offset + first} to {offset + last} (blocks {(offset + first) // BLOCK} to "
-            f"{(offset + last) // BLOCK}): {found[first : first + 16].hex()} instead of "
-            f"{bytes(wanted[first : first + 16]).hex()}"
-        )
+        if wrong := difference(found, self.model[offset : offset + length], offset):
+            raise self._wrong(wrong)
 
     def _compare_size(self) -> None:
         size = os.fstat(self._fds[self._any_handle()]).st_size
@@ -217,12 +206,7 @@ class FilePlay:
         return offset, max(0, min(length, (self._size_max - offset) // unit * unit))
 
     def _content(self, length: int) -> bytes:
-        kind = self._chance.random()
-        if kind < 0.1:
-            return bytes(length)
-        if kind < 0.8:
-            return self._chance.randbytes(length)
-        return (self._chance.randbytes(48) * (length // 48 + 1))[:length]
+        return random_content(self._chance, length)
 
     # Doing
 
