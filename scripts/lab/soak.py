@@ -17,6 +17,7 @@ from scripts.lab.failure import LabError
 from scripts.lab.soak_churn import Churn
 from scripts.lab.soak_fsx import Fsx
 from scripts.lab.soak_fuzz import FuzzSoak
+from scripts.lab.soak_kills import KillSoak
 from scripts.lab.soak_model import ModelSoak
 from scripts.lab.soak_sites import SiteSoak
 from scripts.lab.soak_steps import StepSoak
@@ -38,6 +39,7 @@ SOAKS: Mapping[str, Soak] = {
     "churn": StepSoak("churn", Churn),
     "fsx": StepSoak("fsx", Fsx),
     "fuzz": FuzzSoak(),
+    "kills": KillSoak(),
     "model": ModelSoak(),
     "sites": SiteSoak(),
 }

@@ -6,20 +6,25 @@ Each fault is a mistake that the program could make, in a process that is otherw
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import sys
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import trio
 
 from vmfs_stub.cli.main import main
 from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.residency import block_count
+from vmfs_stub.primary import volatile_map
 from vmfs_stub.primary.durable_map import MapState
+from vmfs_stub.primary.orphans import Orphans
 from vmfs_stub.primary.volatile_map import VolatileMap
 from vmfs_stub.services import disk as disks
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.placeholder import Placeholder
+from vmfs_stub.services.recovery import Recovery
 
 write_runs, write, truncate, read = Placeholder._write_runs, Placeholder.write, Disk.truncate, Disk.read
 
@@ -131,6 +136,21 @@ def read_at_the_end_is_cut() -> None:
     Disk.read = cut  # type: ignore[method-assign]
 
 
+def bits_die_with_the_daemon() -> None:
+    def private(fd: int, length: int) -> mmap.mmap:
+        return mmap.mmap(fd, length, flags=mmap.MAP_PRIVATE)
+
+    volatile_map.mmap = SimpleNamespace(mmap=private)  # type: ignore[assignment]
+
+
+def start_leaves_lone_maps() -> None:
+    Recovery._look_at_lone_map = lambda *args: None  # type: ignore[method-assign]
+
+
+def start_leaves_orphans() -> None:
+    Orphans.sweep = lambda self, files: 0  # type: ignore[method-assign]
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     fault.__name__: fault
     for fault in (
@@ -146,7 +166,11 @@ FAULTS: dict[str, Callable[[], None]] = {
         read_at_the_end_is_cut,
     )
 }
+KILL_FAULTS: dict[str, Callable[[], None]] = {
+    fault.__name__: fault for fault in (bits_die_with_the_daemon, start_leaves_lone_maps, start_leaves_orphans)
+}
+"""Only a daemon that follows one which was killed shows these."""
 
 if __name__ == "__main__":
-    FAULTS[sys.argv.pop(1)]()
+    (FAULTS | KILL_FAULTS)[sys.argv.pop(1)]()
     main()

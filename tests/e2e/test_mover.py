@@ -11,38 +11,19 @@ from pathlib import Path
 import pytest
 from live_datastore import MIB, QUIET, LiveDatastore, MakeDatastore, noise, wait_until
 
+from scripts.lab.daemon_process import movers_of
+from scripts.lab.datastore import ended
 from vmfs_stub.control.messages import JobInfo
 
 SIZE = 96 * MIB
 CONTENT = noise(SIZE, seed=11)
-MOVER = b"vmfs_stub.mover.main"
 
 
 def mover_of(datastore: LiveDatastore) -> int:
     """Process id of the daemon's mover."""
     assert datastore.daemon is not None
-    found = [pid for pid in children(datastore.daemon.pid) if MOVER in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    assert len(found) == 1, found
-    return found[0]
-
-
-def children(parent: int) -> list[int]:
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == parent and fields[0] != "Z":
-            found.append(int(stat.parts[2]))
+    (found,) = movers_of(datastore.daemon.pid)
     return found
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
-        return True
 
 
 def open_files(pid: int) -> list[str]:
@@ -132,7 +113,7 @@ def test_the_mover_ends_with_a_daemon_that_is_killed(make_datastore: MakeDatasto
     job_id = datastore.client.start_archive(["vm"])
     wait_until("it has begun", lambda: datastore.client.job(job_id).progress.done_bytes > 0, poll_s=0.001)
     datastore.kill()
-    wait_until("the mover is gone", lambda: is_gone(mover), deadline_s=1)
+    wait_until("the mover is gone", lambda: ended(mover, deadline_s=0), deadline_s=1)
     datastore.start()
     datastore.archive("vm")
 
@@ -142,7 +123,7 @@ def test_the_mover_ends_with_the_daemon(make_datastore: MakeDatastore) -> None:
     datastore.start()
     mover = mover_of(datastore)
     datastore.stop()
-    assert is_gone(mover)
+    assert ended(mover, deadline_s=0)
 
 
 def test_the_mover_holds_no_lock_no_disk_and_no_mount(make_datastore: MakeDatastore) -> None:
