@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from scripts.lab.datastore import Settings, with_settings
+from scripts.lab.datastore import Settings, ended, with_settings
 from vmfs_stub.control.client import ControlClient
 from vmfs_stub.control.messages import JobInfo
 from vmfs_stub.core.errors import DaemonUnreachable
@@ -144,10 +144,14 @@ class LiveDatastore:
         return False
 
     def kill(self) -> None:
-        """End the daemon as a crash does."""
+        """End the daemon as a crash does; its mover, which gives way to everybody, takes a moment longer."""
         assert self.daemon is not None
+        pid, left = self.daemon.pid, ""
+        with contextlib.suppress(OSError):
+            left = Path(f"/proc/{pid}/task/{pid}/children").read_text()
         self.daemon.kill()
         self.daemon.wait()
+        assert all(ended(int(child), deadline_s=DEADLINE_S) for child in left.split())
 
     def crash(self) -> None:
         """Kill the daemon and start another."""
@@ -237,8 +241,7 @@ class LiveDatastore:
     def tear_down(self) -> None:
         """No daemon, no mount, a mountpoint that can be removed; whatever state it is in."""
         if self.daemon is not None:
-            self.daemon.kill()
-            self.daemon.wait(timeout=DEADLINE_S)
+            self.kill()
         detach(self.mountpoint)
         if self.log_path.exists():
             print(self.log()[-LOG_SHOWN:])  # pytest shows it when the test failed
