@@ -282,11 +282,13 @@ def seconds(action: Callable[P, object], *args: P.args, **keywords: P.kwargs) ->
 
 
 def ended(pid: int, *, deadline_s: float) -> bool:
-    """Whether a process is gone, or but a zombie, within ``deadline_s``."""
+    """Whether a process is gone, or but a zombie with no thread that has files open, within ``deadline_s``."""
     until_s = time.monotonic() + deadline_s
+    process = Path(f"/proc/{pid}")
     while True:
         try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            is_zombie = (process / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            if is_zombie and len(list((process / "task").iterdir())) == 1:
                 return True
         except OSError:
             return True
