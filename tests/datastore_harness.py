@@ -466,6 +466,7 @@ class Rig:
                 workers=2,
             ),
             placeholders=placeholders,
+            changes_left=recovered.changes,
             findings=findings,
         )
         return Services(self, files, threads, recovered, private, connected, findings, store)
@@ -480,6 +481,7 @@ def _drop(disks: Disks) -> None:
             placeholder.ended = True
             placeholder.maps.live.close(discard=False)
             placeholder.maps.durable.close()
+        disk.changes.drop()
         with contextlib.suppress(OSError):
             os.close(disk.fd)
     disks._open.clear()

@@ -162,6 +162,7 @@ async def _open_datastore(config: Config) -> AsyncIterator[trio.Event]:
                 store=store,
                 mover=mover,
                 placeholders=placeholders,
+                changes_left=recovered.changes,
                 findings=findings,
             )
             async with (

@@ -20,6 +20,7 @@ from vmfs_stub.core.chunking import FrameRef, chunk_count
 from vmfs_stub.core.errors import CorruptFrame, MoverLost, PrimaryIOError, StoreError
 from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
+from vmfs_stub.core.origin import Origin
 from vmfs_stub.mover import client
 from vmfs_stub.mover.client import ProcessMover, open_mover
 from vmfs_stub.mover.messages import MoverSettings
@@ -27,7 +28,6 @@ from vmfs_stub.mover.priority import NICE, NICEST
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.services.local_mover import LocalMover
 from vmfs_stub.services.mover import FETCHES_AT_ONCE, Content, CopyOrder, Mover, Part, PointFile, PointOrder
-from vmfs_stub.services.origin import Origin
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.chunk_index import ChunkIndex
@@ -118,14 +118,14 @@ def data(first: int, end: int) -> Part:
     return Part(Extent(first, end), Content.DATA)
 
 
-async def back_up(place: Place, mover: Mover, number: int, *parts: Part, origin: Origin | None = None) -> list[int]:
+async def back_up(place: Place, mover: Mover, number: int, *parts: Part) -> list[int]:
     """A whole backup of the file; returns what was told of progress."""
     size, told_bytes = place.path.stat().st_size, list[int]()
     fd = os.open(place.path, os.O_RDWR)
     try:
         async with mover.backup() as backup:
             async with backup.copying(verify=True) as copying:
-                await copying.copy(fd, CopyOrder(size, "disk", origin), told(*parts), told_bytes.append)
+                await copying.copy(fd, CopyOrder(size, "disk"), told(*parts), told_bytes.append)
             counts = await backup.commit(order(number), [entry(size)])
             assert counts.chunks == chunk_count(size, CHUNK)
     finally:
@@ -162,7 +162,7 @@ async def test_what_the_store_has_already_is_taken_over(place: Place) -> None:
         await back_up(place, mover, 1, data(0, 6))
         place.path.write_bytes(b"x" * CHUNK + bytes(size - CHUNK))  # as in a placeholder: the rest is absent
         origin = Origin(place.store.id, VM, point_id(1), 0, size, CHUNK)
-        await back_up(place, mover, 2, data(0, 1), Part(Extent(1, 6), Content.STORED), origin=origin)
+        await back_up(place, mover, 2, data(0, 1), Part(Extent(1, 6), Content.STORED, origin))
     assert content_of(place.store, 2) == b"x" * CHUNK + NOISE[CHUNK:]
 
 

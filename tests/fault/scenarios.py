@@ -153,6 +153,40 @@ async def hydrating(rig: Rig) -> None:
         await services.disks.release(disk)
 
 
+async def backed_up(rig: Rig) -> None:
+    async with rig.running() as services:
+        await back_up(services)
+
+
+async def written_since(rig: Rig) -> None:
+    """Backed up, and written to since: after a clean end it is known what changed."""
+    await backed_up(rig)
+    async with rig.running() as services:
+        disk = await services.open(SECOND)
+        await disk.write(0, first_contents()[SECOND][:BLOCK])
+        await services.disks.release(disk)
+
+
+async def being_written(rig: Rig) -> None:
+    """The same, with the daemon killed: what changed is known as long as the host runs."""
+    await backed_up(rig)
+    with survives_kill():
+        async with rig.running() as services:
+            disk = await services.open(SECOND)
+            await disk.write(0, first_contents()[SECOND][:BLOCK])
+            raise Killed
+
+
+async def with_changes_of_others(rig: Rig) -> None:
+    """What is known is of a file that is gone, of one that was changed behind the mount, of one whose sync failed."""
+    await being_written(rig)
+    for directory in (rig.backing / ".vmfs-stub/changes", rig.runtime / "changes"):
+        (directory / "999999999").write_bytes(b"gone")
+        (directory / "7.new").write_bytes(b"half")
+    (rig.runtime / "changes/999999998.doubt").write_text(rig.boot.boot_id)
+    os.utime(rig.backing / DISK, ns=(1, 1))
+
+
 # Acts
 
 
@@ -222,6 +256,23 @@ async def back_up(services: Services) -> None:
         await services.archive("vm", archive=False)
 
 
+async def back_up_condemned(services: Services) -> None:
+    """Garbage collection is about to remove what the last point has; then it has gone on without."""
+    contents = services.rig.objects.contents
+    for key in [key for key in contents if key.startswith(PACKS)]:
+        contents[f"{CONDEMNED_PACKS}{key.rpartition('/')[2]}"] = b""
+    try:
+        await back_up(services)
+        if not services.files.spoiled:
+            raise NotWhole("condemned packs were used")
+    except StoreConflict:
+        pass
+    finally:
+        for key in [key for key in contents if key.startswith(CONDEMNED_PACKS)]:
+            del contents[key]
+    await back_up(services)
+
+
 async def read(services: Services) -> None:
     expect(await contents_of(services, DISK), first_contents()[DISK], DISK)
 
@@ -257,6 +308,25 @@ async def write_and_sync(services: Services) -> None:
         for offset, data in WRITES:
             await disk.write(offset, data)
         await disk.sync(data_only=False)
+    finally:
+        await services.disks.release(disk)
+
+
+async def write_unnoted(services: Services) -> None:
+    """There is no room to note what changes."""
+    services.files.fail("changes.begin", 1, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    await write_and_sync(services)
+
+
+async def fail_to_sync(services: Services) -> None:
+    """The kernel says once that it could not write, and keeps what is not on the disk."""
+    disk = await services.open(DISK)
+    try:
+        services.files.fail("sync.file", 1, OSError(errno.EIO, os.strerror(errno.EIO)))
+        try:
+            await disk.sync(data_only=True)
+        except OSError:
+            await disk.sync(data_only=True)
     finally:
         await services.disks.release(disk)
 
@@ -491,6 +561,18 @@ SCENARIOS = [
     Scenario("archive_damaged_segments", with_damaged_segments, archive),
     Scenario("back_up", nothing, back_up),
     Scenario("back_up_placeholder", partly_recalled, back_up),
+    Scenario("back_up_untouched", backed_up, back_up),
+    Scenario("back_up_written", written_since, back_up),
+    Scenario("back_up_being_written", being_written, back_up),
+    Scenario("back_up_damaged_segments", with_damaged_segments, back_up),
+    Scenario("back_up_condemned", backed_up, back_up_condemned),
+    Scenario("archive_written", written_since, archive),
+    Scenario("write_after_backup", backed_up, write_and_sync, WRITES),
+    Scenario("write_again", being_written, write_and_sync, WRITES),
+    Scenario("write_unnoted", backed_up, write_unnoted, WRITES),
+    Scenario("truncate_after_backup", backed_up, truncate, ((CUT, bytes(FULL - CUT)),), (FULL, CUT)),
+    Scenario("unlink_after_backup", backed_up, unlink, gone=LAST, again=False),
+    Scenario("fail_to_sync", backed_up, fail_to_sync),
     Scenario("recall", archived, read),
     Scenario("hydrate", archived, read_until_ordinary, hydrates=True),
     Scenario("write_and_sync", archived, write_and_sync, WRITES),
@@ -518,6 +600,8 @@ SCENARIOS = [
     Scenario("start_after_kill_after_graduation", killed("graduate.sync", bring_back, after=archived), start_only),
     Scenario("start_after_kill_while_removing", killed("mount.unlink", unlink, after=archived), start_only),
     Scenario("start_after_kill_after_removal", killed("remove.sync", unlink, after=archived), start_only, gone=LAST),
+    Scenario("start_with_changes_of_others", with_changes_of_others, start_only),
+    Scenario("start_after_kill_after_write", being_written, start_only),
     Scenario("start_hydrating", hydrating, start_only, hydrates=True),
 ]
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}

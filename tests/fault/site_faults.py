@@ -18,12 +18,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.datastore_harness import BLOCK, Rig, RigFiles, Services, survives_kill, temporary_rig
-from tests.fault.scenarios import BY_NAME, SCENARIOS, NotWhole, Scenario, contents_of, make_vm
+from tests.datastore_harness import BLOCK, CHUNK, Rig, RigFiles, Services, survives_kill, temporary_rig
+from tests.fault.scenarios import BY_NAME, SCENARIOS, NotWhole, Scenario, contents_of, expect, make_vm
 from tests.fault.spoilings import Spoiling, kinds_at, numbers
 from vmfs_stub.core.errors import MapFrozen, VmfsStubError
+from vmfs_stub.core.ids import PointId
 from vmfs_stub.services import hydration, recall
 from vmfs_stub.store.keys import pin_key
+from vmfs_stub.store.manifest import FileKind
+from vmfs_stub.store.store import Store
 
 __all__ = ["BY_NAME", "SCENARIOS", "Calls", "NotWhole", "Scenario", "Spoiling", "run", "spoilings"]
 
@@ -226,6 +229,8 @@ async def check_works(services: Services, possible: Contents, *, was_killed: boo
     await _check_whole(services, possible)
     for path in possible:
         possible[path] = [await contents_of(services, path)]
+    report = await services.archive("vm", archive=False)
+    check_point(services, report.point_id, possible)
     await services.archive("vm")
     await _check_whole(services, possible)
     for path in possible:
@@ -246,6 +251,20 @@ async def check_ordinary(services: Services, possible: Contents, *, staging_may_
     staging = [path.name for path in restored.iterdir() if path.name.startswith(".")] if restored.exists() else []
     if volatile or (staging and not staging_may_stay):
         raise NotWhole(f"left over: {volatile} {staging}")
+
+
+def check_point(services: Services, point_id: PointId, contents: Contents) -> None:
+    """The restore point has of each disk what it is."""
+    rig = services.rig
+    store = Store(rig.objects, rig.store.description)
+    point = store.open_point(rig.vm("vm").id, point_id)
+    for number, stored in enumerate(point.manifest.files):
+        if stored.kind is FileKind.FILE:
+            (wanted,), table = contents[f"vm/{stored.path}"], point.chunks(number)
+            parts = [
+                bytes(CHUNK) if ref is None else store.fetch([ref])[0] for ref in table.locate(0, table.chunk_count)
+            ]
+            expect(b"".join(parts)[: table.size], wanted, f"{stored.path} in the restore point")
 
 
 async def _check_whole(services: Services, possible: Contents) -> None:

@@ -14,6 +14,8 @@ TARGETS: dict[str, type[Target]] = {
         targets_primary.DurableMapTarget,
         targets_primary.VolatileMapTarget,
         targets_primary.PlaceholderTarget,
+        targets_primary.ChangedRecordTarget,
+        targets_primary.ChangedMapTarget,
         targets_store.FrameTarget,
         targets_store.PackTarget,
         targets_store.SegmentTarget,

@@ -14,6 +14,8 @@ from xxhash import xxh3_128_digest
 from tests.fuzz.seals import ENVELOPE_HEAD, edit_envelope, seal_envelope
 from tests.fuzz.target import Bound, Edit, Target, Violation, check_types, require
 from tests.primary_samples import BOOT, PLACEHOLDER, POINT, STORE, VM, bits_of, header, make_map, pages_in_turn
+from vmfs_stub.core.changed import BITS_SIZE_MAX, Changed, bits_size
+from vmfs_stub.core.chunking import CHUNK_SIZE_MIN
 from vmfs_stub.core.errors import (
     CorruptMap,
     CorruptRecord,
@@ -26,13 +28,16 @@ from vmfs_stub.core.errors import (
 )
 from vmfs_stub.core.ids import PlaceholderId
 from vmfs_stub.core.names import PLACEHOLDER_XATTR, TOP_MODE_XATTR, VM_XATTR
+from vmfs_stub.core.origin import Origin
 from vmfs_stub.core.residency import block_count
 from vmfs_stub.inventory.identity import new_vm_id, read_vm_id, write_vm_id
 from vmfs_stub.mount.inodes import read_top_mode
+from vmfs_stub.primary.changed_map import ChangedMap, ChangedState
+from vmfs_stub.primary.changed_record import ChangedRecord, Seen, decode_changed, encode_changed
 from vmfs_stub.primary.durable_map import PAGE_BITS_SIZE, UNIT, DurableMap, MapHeader
-from vmfs_stub.primary.envelope import FILE_TIME_NS_END
+from vmfs_stub.primary.envelope import FILE_TIME_NS_END, Damaged, NewerVersion
 from vmfs_stub.primary.files import FileCalls
-from vmfs_stub.primary.identity import inode_identity
+from vmfs_stub.primary.identity import InodeIdentity, inode_identity
 from vmfs_stub.primary.placeholder import PrivateState, take_up
 from vmfs_stub.primary.record import PlaceholderRecord, decode_record, encode_record
 from vmfs_stub.primary.volatile_map import VolatileMap
@@ -293,6 +298,115 @@ class PlaceholderTarget(Target):
             )[:UNIT]
             durable = unit + unit + durable[2 * UNIT :]
         return struct.pack("<I", len(record)) + record + durable
+
+
+ORIGIN = Origin(STORE, VM, POINT, 2, (32_768 + 200) * CHUNK_SIZE_MIN - 100, CHUNK_SIZE_MIN)
+
+
+def seal_first_envelope(data: bytes) -> bytes:
+    """The envelope that begins here, by what it says of its own length."""
+    (length,) = struct.unpack_from("<I", data.ljust(ENVELOPE_HEAD, b"\0"), 12)
+    end = ENVELOPE_HEAD + length
+    return data[:end] + xxh3_128_digest(data[:end]) + data[end + 16 :] if end + 16 <= len(data) else data
+
+
+def edit_first_envelope(data: bytes, edit: Edit) -> bytes:
+    (length,) = struct.unpack_from("<I", data.ljust(ENVELOPE_HEAD, b"\0"), 12)
+    body, rest = edit(data[ENVELOPE_HEAD : ENVELOPE_HEAD + length]), data[ENVELOPE_HEAD + length :]
+    return data[:12] + struct.pack("<I", len(body)) + body + rest
+
+
+def check_origin(origin: Origin) -> None:
+    check_types(origin)
+    require(all(is_id(one) for one in (origin.store_id, origin.vm_id, origin.point_id)), "an id that is none")
+    require(origin.size > 0 and bits_size(origin) <= BITS_SIZE_MAX, "a file that no map is for")
+
+
+class ChangedRecordTarget(Target):
+    """What is known of a file that nobody wrote to since its last backup."""
+
+    name = "changed-record"
+    permitted = (Damaged, NewerVersion)
+    tokens = JSON_TOKENS
+    bound = Bound(base_bytes=BITS_SIZE_MAX * 3, per_byte=200)
+    is_checked = True
+
+    def seeds(self) -> list[bytes]:
+        identity, seen = InodeIdentity("18" * 16, 42, 3), Seen(ORIGIN.size, -1, 17 * 10**17)
+        bits = bytearray(bits_size(ORIGIN))
+        bits[5] = bits[4100] = 7
+        return [
+            encode_changed(ChangedRecord(identity, seen, changed))
+            for changed in (Changed.nothing(ORIGIN), Changed(ORIGIN, bytes(bits)))
+        ]
+
+    def call(self, data: bytes) -> object:
+        record = decode_changed(data)
+        check_types(record.seen)
+        check_types(record.identity)
+        check_origin(record.changed.origin)
+        require(len(record.changed.bits) == bits_size(record.changed.origin), "bits for another file")
+        require(decode_changed(encode_changed(record)) == record, "a record does not read back")
+        return record
+
+    def reseal(self, data: bytes) -> bytes:
+        return seal_first_envelope(data)
+
+    def edit_json(self, data: bytes, edit: Edit) -> bytes:
+        return edit_first_envelope(data, edit)
+
+
+class ChangedMapTarget(Target):
+    """What an earlier daemon left of a file that was written to: state and bits change in place, unchecked."""
+
+    name = "changed-map"
+    permitted = ()
+    tokens = JSON_TOKENS
+    bound = Bound(base_bytes=BITS_SIZE_MAX * 3, per_byte=200)
+
+    def __init__(self, place: Path) -> None:
+        super().__init__(place)
+        self._path = place / "42"
+
+    def seeds(self) -> list[bytes]:
+        made = []
+        for state in ChangedState:
+            opened = ChangedMap.create(
+                FileCalls(),
+                self._path,
+                identity=InodeIdentity("18" * 16, 42, 3),
+                boot=BOOT,
+                changed=Changed.nothing(ORIGIN),
+            )
+            opened.set_changed(5 * CHUNK_SIZE_MIN, 1)
+            opened.leave(Seen(ORIGIN.size, -1, 17 * 10**17))
+            opened._set_state(state)
+            opened.close()
+            made.append(self._path.read_bytes())
+        return made
+
+    def call(self, data: bytes) -> object:
+        self._path.write_bytes(data)
+        opened = ChangedMap.open(FileCalls(), self._path, boot=BOOT)
+        if opened is None:
+            return None
+        try:
+            check_origin(opened.origin)
+            check_types(opened.identity)
+            seen = opened.seen
+            require((seen is not None) == (opened.state is ChangedState.LEFT), "seen while it was written to")
+            opened.mark()
+            opened.set_changed(0, opened.origin.size)
+            require(opened.changed().unchanged(0, size=opened.origin.size).length == 0, "noted, and unchanged")
+            return seen
+        finally:
+            opened.close()
+
+    def reseal(self, data: bytes) -> bytes:
+        return seal_first_envelope(data)
+
+    def edit_json(self, data: bytes, edit: Edit) -> bytes:
+        return edit_first_envelope(data, edit).ljust(UNIT, b"\0")[:UNIT] + data[UNIT:]
 
 
 class VmIdentityTarget(Target):

@@ -12,7 +12,7 @@ import trio
 
 from tests.datastore_harness import BLOCK, CHUNK, DEADLINE_S, Killed
 from tests.model import guest_steps
-from vmfs_stub.core.errors import IdentityMismatch, RecallError, StoreError
+from vmfs_stub.core.errors import IdentityMismatch, RecallError, StoreError, StoreFull
 from vmfs_stub.core.ids import PointId, VmId
 from vmfs_stub.services.restore import restore_point
 
@@ -53,8 +53,26 @@ async def _job(play: Play, *, archive: bool) -> None:
         play.expect(was_made == (archive and is_worth_it), f"placeholders {report.placeholders}, not {names}")
         if archive and is_worth_it and contents.is_settled:
             contents.synced()
+    await play.check_point(vm, report.point_id, settles=not archive)
     if archive:
         play._check_nothing_left()
+
+
+async def back_up_in_vain(play: Play) -> None:
+    """A backup that fails, and then one that does not: what changed before the first is in the second."""
+    vm = play.chosen.choice(play.vms)
+    if any(contents.is_copy for path, contents in play.names.now.items() if path.startswith(f"{vm}/")):
+        return
+    await play.close_all_of(vm)
+    play.life.fail(f"store.{play.chosen.choice(('pack', 'segment', 'pending', 'manifest'))}.put", 1, StoreFull("full"))
+    try:
+        await play.services.archive(vm, archive=False)
+    except StoreFull:
+        pass
+    finally:
+        play.life.repair()
+    if play.chosen.random() < 0.7:
+        await back_up(play)
 
 
 async def archive_amid_recalls(play: Play) -> None:
@@ -197,7 +215,8 @@ STEPS: tuple[tuple[int, Callable[[Play], Awaitable[None]]], ...] = (
     (12, archive),
     (2, archive_amid_recalls),
     (3, archive_again),
-    (3, back_up),
+    (8, back_up),
+    (2, back_up_in_vain),
     (3, bring_back),
     (1, restore),
     (3, sync_all),

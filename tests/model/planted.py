@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import zlib
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import pytest
@@ -15,22 +17,30 @@ from tests.datastore_harness import BLOCK
 from tests.model.life import Life
 from tests.store_fakes import FakeObjects
 from vmfs_stub import daemon
+from vmfs_stub.core.changed import Changed
 from vmfs_stub.core.errors import CorruptMap, MapFrozen
 from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.residency import block_count
 from vmfs_stub.mount.entries import Entry
 from vmfs_stub.mount.filesystem import Filesystem
 from vmfs_stub.primary import placeholder as primary_placeholder
+from vmfs_stub.primary.changed_map import ChangedMap
+from vmfs_stub.primary.changed_record import Seen
 from vmfs_stub.primary.durable_map import DurableMap, MapHeader, MapState
 from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.primary.identity import InodeIdentity
 from vmfs_stub.primary.placeholder import PlaceholderMaps, PrivateState
 from vmfs_stub.primary.record import PlaceholderRecord
 from vmfs_stub.primary.volatile_map import VolatileMap
 from vmfs_stub.services import recovery, removals
+from vmfs_stub.services.changes import Changes, DiskChanges
+from vmfs_stub.services.changes_left import ChangesLeft
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.disk_parts import DiskParts
+from vmfs_stub.services.last_points import LastPoints
 from vmfs_stub.services.locks import SharedSync
 from vmfs_stub.services.placeholder import Placeholder
+from vmfs_stub.services.sources import Source
 from vmfs_stub.store.keys import MANIFESTS, PENDING_SUFFIX
 from vmfs_stub.store.objects import Buffer
 
@@ -344,6 +354,77 @@ def look_at_each_name_alone(patch: Patch) -> None:
     patch.setattr(Filesystem, "_removal", alone)
 
 
+# What changed since a backup
+
+
+def mark_after_the_first_write(patch: Patch) -> None:
+    """That what is known of a file is of no use any more is not durable when the file is written to."""
+    _leave_out(patch, "changes.sync")
+
+
+def keep_the_record_of_what_is_written(patch: Patch) -> None:
+    _leave_out(patch, "changes.forget")
+
+
+def note_after_the_write(patch: Patch) -> None:
+    note, write = DiskChanges.changing, Disk.write
+
+    async def late(self: Disk, offset: int, data: bytes) -> int:
+        written = await write(self, offset, data)
+        note(self.changes, offset, len(data))
+        return written
+
+    patch.setattr(DiskChanges, "changing", lambda self, offset, length: note(self, 0, 0))
+    patch.setattr(DiskChanges, "changing_from", lambda self, offset: note(self, offset, 1 << 62))
+    patch.setattr(Disk, "write", late)
+
+
+def note_no_truncation(patch: Patch) -> None:
+    patch.setattr(DiskChanges, "changing_from", lambda self, offset: self.changing(0, 0))
+
+
+def begin_anew_before_the_backup_is_made(patch: Patch) -> None:
+    """Which forgets what changed, when the backup fails."""
+    changed = LastPoints.changed
+
+    async def taken(self: LastPoints, sources: Sequence[Source]) -> list[Changed | None]:
+        found = await changed(self, sources)
+        for source, since in zip(sources, found, strict=True):
+            if since is not None:
+                source.disk.changes.rebase(since.origin, source.st)
+        return found
+
+    patch.setattr(LastPoints, "changed", taken)
+
+
+def end_cleanly_without_the_bits(patch: Patch) -> None:
+    lay_down = Changes._lay_down
+
+    def forgetful(self: Changes, ino: int) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(ChangedMap, "changed", lambda self: Changed.nothing(self.origin))
+            lay_down(self, ino)
+
+    patch.setattr(Changes, "_lay_down", forgetful)
+
+
+def know_files_by_their_paths(patch: Patch) -> None:
+    def of_path(self: Changes, fd: int, *, label: str) -> DiskChanges:
+        number = zlib.crc32(os.fsencode(Path(f"/proc/self/fd/{fd}").readlink()))
+        found = DiskChanges(self, fd, number, label)
+        if number in self.known:
+            found.take_up()
+        return found
+
+    patch.setattr(Changes, "open", of_path)
+    patch.setattr("vmfs_stub.services.changes.inode_identity", lambda fd: InodeIdentity("0" * 32, 1, 1))
+    patch.setattr(ChangesLeft, "finish", lambda self: None)
+
+
+def believe_what_was_written_behind_the_mount(patch: Patch) -> None:
+    patch.setattr(Seen, "is_left_as", lambda self, st, until_ns: self.is_content_of(st))
+
+
 PLANTED: tuple[tuple[Plant, str], ...] = (
     (set_bits_before_data, ""),
     (make_bits_durable_before_data, ""),
@@ -371,5 +452,13 @@ PLANTED: tuple[tuple[Plant, str], ...] = (
     (note_removals_of_what_is_only_prepared, "fail_a_record unlink_cut_short"),
     (forget_what_a_failed_archive_was_to_replace, "fail_a_record unlink_cut_short"),
     (look_at_each_name_alone, "unlink_all_names"),
+    (mark_after_the_first_write, "back_up commit_journal"),
+    (keep_the_record_of_what_is_written, "back_up"),
+    (note_after_the_write, "back_up storm_and_kill"),
+    (note_no_truncation, "back_up cut_and_grow"),
+    (begin_anew_before_the_backup_is_made, "back_up_in_vain"),
+    (end_cleanly_without_the_bits, "back_up"),
+    (know_files_by_their_paths, "back_up rename"),
+    (believe_what_was_written_behind_the_mount, "back_up"),
 )
 """Each with the steps that show it, where it would show too rarely for a test."""

@@ -9,6 +9,8 @@ later), or with the power.  What must hold:
 * after a kill nothing that was acknowledged is lost, and what was under way is done or not, block by block;
 * after a power loss each block is one of those that it was since the last sync (a write across the end of the file may
   be torn there), the size is, too, and each name is one of those that it was since its directory was last synced;
+* every restore point has of each file what it was when it was made, however little of it was read: in half of the plays
+  what stat says of a file is always believed, so that what is noted of its changes must do;
 * every placeholder is pinned, and its restore point can be restored, although what is not pinned may be pruned;
 * start-up has no finding but copies of placeholders, and these give errors;
 * once a start has done what a crash left to do, no map, pin or volatile map is left of what is no placeholder;
@@ -27,6 +29,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import trio
 
 from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, Services, survives_kill, temporary_rig
@@ -38,11 +41,14 @@ from tests.model.life import Life
 from tests.model.names import Names
 from tests.store_fakes import FakeObjects
 from vmfs_stub.core.errors import DatastoreLocked, IdentityMismatch, VmfsStubError
-from vmfs_stub.core.names import PLACEHOLDER_XATTR
+from vmfs_stub.core.ids import PointId, VmId
+from vmfs_stub.core.names import PLACEHOLDER_XATTR, PRIVATE_DIR
 from vmfs_stub.core.residency import block_count
+from vmfs_stub.primary.changed_record import Seen
 from vmfs_stub.primary.record import PlaceholderRecord, decode_record
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.store.keys import MANIFESTS, PENDING_SUFFIX, manifest_key, pin_key
+from vmfs_stub.store.manifest import FileKind
 from vmfs_stub.store.store import Store
 
 Step = Callable[["Play"], Awaitable[None]]
@@ -71,6 +77,9 @@ class Play:
         self.services: Services
         self.steps: list[str] = []
         self.hydrates = chosen.random() < 0.3
+        self.believes_stat = chosen.random() < 0.5
+        """Whether what is known of changes is believed, whatever stat says: then nobody writes behind the mount."""
+        self.ended_cleanly = False
         self.is_shaken = False
         """A sync has failed since the last power loss: what then fails may."""
         self.ends_soon = False
@@ -96,6 +105,10 @@ class Play:
 
     async def run(self, step_count: int) -> None:
         """All lives of the datastore.  Raises Wrong, or what a service raises that it should not."""
+        with _stat_believed() if self.believes_stat else contextlib.nullcontext():
+            await self._live_all(step_count)
+
+    async def _live_all(self, step_count: int) -> None:
         left, power_lost, was_killed = step_count, False, False
         while left > 0:
             lives_for = min(left, self.chosen.randint(2, 14))
@@ -135,6 +148,7 @@ class Play:
                 self.rig.finish_dying()
                 return after_power_loss, after_kill
         self.note_failed_sync()
+        self.ended_cleanly = not self.life.dead
         self.expect(self.life.dead or end == "cleanly", "it was to be killed, and was not")
         if not self.life.dead:
             return False, False
@@ -178,6 +192,33 @@ class Play:
             )
         if self.chosen.random() < 0.08:
             self._copy_a_placeholder()
+        if self.ended_cleanly and not self.believes_stat and not self.is_shaken and self.chosen.random() < 0.2:
+            self._write_behind()
+
+    def _write_behind(self) -> None:
+        """Somebody writes to an ordinary file in the backing directory while no daemon runs, and sets its time back."""
+        ordinary = [
+            path
+            for path in self.disks()
+            if (contents := self.names.now[path]).is_settled and contents.content and not self.is_placeholder(contents)
+        ]
+        if not ordinary:
+            return
+        path = self.chosen.choice(ordinary)
+        contents, full = self.names.now[path], self.rig.backing / path
+        offset = self.chosen.randrange(len(contents.content))
+        written = guest_steps.data(self, min(BLOCK, len(contents.content) - offset))
+        st = full.stat()
+        with full.open("r+b") as file:
+            file.seek(offset)
+            file.write(written)
+        if self.chosen.random() < 0.5:
+            os.utime(full, ns=(st.st_atime_ns, st.st_mtime_ns))
+        contents.content[offset : offset + len(written)] = written
+        contents.mtime_ns = full.stat().st_mtime_ns
+        contents.synced()
+        self.rig.medium.note(full)
+        self.steps.append("behind")
 
     def _copy_a_placeholder(self) -> None:
         """Behind the daemon, as `cp -a` does."""
@@ -363,6 +404,12 @@ class Play:
         self.expect(maps <= there, f"maps are left over: {maps - there}")
         self.expect(pins <= there, f"pins are left over: {pins - there}")
         self.expect(bits <= there, f"volatile maps are left over: {bits - there}")
+        keys = [contents.key for contents in self.names.now.values()]
+        inodes = {str(key.ino) for key in [*keys, *map(self.key_of, self.guest.handles)] if key is not None}
+        changes = {
+            path.name for path in (self.rig.backing / PRIVATE_DIR / "changes").iterdir() if path.name.isdecimal()
+        }
+        self.expect(changes <= inodes, f"what is known of files that are gone is left over: {changes - inodes}")
 
     def logical(self, handle: Handle) -> bytes:
         """What a read of everything would return, found without one, so that residency stays as it is."""
@@ -377,16 +424,32 @@ class Play:
                 content[start:end] = self.stored(record)[start:end]
         return bytes(content)
 
+    async def check_point(self, vm: str, point_id: PointId, *, settles: bool) -> None:
+        """A restore point that was just made holds what its files are; ``settles``: see what those are, if need be."""
+        vm_id = self.rig.vm(vm).id
+        for number, stored in enumerate(self.quiet_store.open_point(vm_id, point_id).manifest.files):
+            if stored.kind is FileKind.FILE:
+                path = f"{vm}/{stored.path}"
+                contents = self.names.now[path]
+                if settles and not contents.is_settled:
+                    await self.guest.close(await self.open(path))
+                if contents.is_settled:
+                    found = self._stored_file(vm_id, point_id, number)
+                    self.expect(found == contents.content, f"{path}: the restore point differs")
+
     def stored(self, record: PlaceholderRecord) -> bytes:
         """What a placeholder stands for, from the store."""
-        known = self._stored.get((record.point_id, record.file_index))
+        return self._stored_file(record.vm_id, record.point_id, record.file_index)
+
+    def _stored_file(self, vm_id: VmId, point_id: PointId, number: int) -> bytes:
+        known = self._stored.get((point_id, number))
         if known is None:
-            table = self.quiet_store.open_point(record.vm_id, record.point_id).chunks(record.file_index)
+            table = self.quiet_store.open_point(vm_id, point_id).chunks(number)
             parts = bytearray()
-            for number, ref in enumerate(table.locate(0, -(-table.size // CHUNK))):
-                length = min(CHUNK, table.size - number * CHUNK)
+            for at, ref in enumerate(table.locate(0, -(-table.size // CHUNK))):
+                length = min(CHUNK, table.size - at * CHUNK)
                 parts += bytes(length) if ref is None else self.quiet_store.fetch([ref])[0]
-            known = self._stored[record.point_id, record.file_index] = bytes(parts)
+            known = self._stored[point_id, number] = bytes(parts)
         return known
 
     def _found_names(self) -> dict[str, Key]:
@@ -404,6 +467,15 @@ class Play:
             return decode_record(os.getxattr(file, PLACEHOLDER_XATTR), label=str(file))
         except OSError:
             return None
+
+
+@contextlib.contextmanager
+def _stat_believed() -> Iterator[None]:
+    """What is known of a file's changes is taken for what it is now."""
+    with pytest.MonkeyPatch.context() as patch:
+        for question in ("is_content_of", "is_all_of", "is_left_as"):
+            patch.setattr(Seen, question, lambda self, st, **kwargs: True)
+        yield
 
 
 @contextlib.contextmanager

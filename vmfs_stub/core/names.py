@@ -8,6 +8,9 @@ PRIVATE_DIR = ".vmfs-stub"
 ORPHANS_DIR = "orphans"
 """Directory in it with a link to each open file whose last name is gone."""
 
+CHANGES_DIR = "changes"
+"""Directory in it, and in the runtime directory, with what changed since the last backups."""
+
 RESERVE_FILE = "reserve"
 """File in it that keeps space back."""
 

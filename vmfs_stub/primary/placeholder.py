@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vmfs_stub.core.errors import CorruptMap, IdentityMismatch, MapFrozen, MapMissing, UnknownFormat
 from vmfs_stub.core.ids import PlaceholderId
-from vmfs_stub.core.names import ORPHANS_DIR, PRIVATE_DIR, RESERVE_FILE
+from vmfs_stub.core.names import CHANGES_DIR, ORPHANS_DIR, PRIVATE_DIR, RESERVE_FILE
 from vmfs_stub.core.sites import PLAIN
 from vmfs_stub.primary.durable_map import PAGE_BITS_SIZE, DurableMap, MapHeader, MapState
 from vmfs_stub.primary.files import FileCalls, sync_directory
@@ -33,6 +33,8 @@ class PrivateState:
 
     maps: Path
     volatile_maps: Path
+    changes: Path
+    volatile_changes: Path
     boot: BootIdentity
     reserve: Reserve
     orphans: Orphans
@@ -42,14 +44,15 @@ class PrivateState:
         """Make the directories where they are missing.  Raises OSError."""
         maps, volatile = backing / PRIVATE_DIR / "maps", runtime_dir / "maps"
         orphans = backing / PRIVATE_DIR / ORPHANS_DIR
-        for directory in (backing / PRIVATE_DIR, maps, orphans, runtime_dir, volatile):
+        changes, volatile_changes = backing / PRIVATE_DIR / CHANGES_DIR, runtime_dir / CHANGES_DIR
+        for directory in (backing / PRIVATE_DIR, maps, orphans, changes, runtime_dir, volatile, volatile_changes):
             files.call("start.private", directory.mkdir, mode=0o700, parents=True, exist_ok=True)
         files.call("start.private_sync", sync_directory, backing / PRIVATE_DIR)
         fd = files.call("start.backing", os.open, backing, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             files.call("start.private_sync", os.fsync, fd)
             reserve = Reserve(backing / PRIVATE_DIR / RESERVE_FILE)
-            return cls(maps, volatile, boot_identity(fd), reserve, Orphans(orphans))
+            return cls(maps, volatile, changes, volatile_changes, boot_identity(fd), reserve, Orphans(orphans))
         finally:
             os.close(fd)
 

@@ -19,14 +19,16 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import trio
 
-from vmfs_stub.core.errors import Abandoned, VmfsStubError
+from vmfs_stub.core.changed import Changed
+from vmfs_stub.core.errors import Abandoned, IntegrityError, NotFound, ObjectMissing, StoreConflict, VmfsStubError
 from vmfs_stub.core.ids import PlaceholderId, PointId
 from vmfs_stub.core.names import printable
 from vmfs_stub.inventory.vm import Vm
@@ -35,8 +37,8 @@ from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.disk_parts import DiskParts
 from vmfs_stub.services.disks import Disks
-from vmfs_stub.services.mover import CopyOrder, Mover, PointFile, PointOrder
-from vmfs_stub.services.origin import Origin
+from vmfs_stub.services.last_points import LastPoints
+from vmfs_stub.services.mover import Content, CopyOrder, Mover, Part, PointFile, PointOrder
 from vmfs_stub.services.placeholder_maker import PlaceholderMaker
 from vmfs_stub.services.recall import RecallService
 from vmfs_stub.services.retirement import Ended, Retirement
@@ -44,6 +46,8 @@ from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.sources import Source, Sources
 from vmfs_stub.services.stored_files import other_entries, stored_file
 from vmfs_stub.services.threads import Threads
+from vmfs_stub.store.backup_writer import WriterCounts
+from vmfs_stub.store.manifest import StoredFile
 from vmfs_stub.store.pins import Pin
 from vmfs_stub.store.store import Store
 
@@ -66,11 +70,12 @@ class ArchiveSettings:
 
 @dataclass(slots=True)
 class BackupReport:
-    """What a backup of one VM did."""
+    """What a backup of one VM did: of ``size_bytes`` it read ``read_bytes``, the rest being holes or stored before."""
 
     vm: str
     point_id: PointId
     size_bytes: int = 0
+    read_bytes: int = 0
     new_bytes: int = 0
     stored_bytes: int = 0
     placeholders: list[str] = field(default_factory=list)
@@ -102,6 +107,8 @@ class Archiver:
         self._retirement = retirement
         self._disks = disks
         self._mover = mover
+        self._chunk_size = store.chunk_size
+        self._last_points = LastPoints(threads=threads, store=store)
         self._parts = DiskParts(files=files, threads=threads, recall=recall, chunk_size=store.chunk_size)
         self._backing = backing
         self._settings = settings
@@ -169,21 +176,64 @@ class Archiver:
         for path in others.left_out[:LEFT_OUT_LOGGED]:
             log.warning("VM %s: %s is a FIFO, socket or device: it is not backed up", vm.name, printable(path))
         report.left_out = others.left_out
+        changed = await self._last_points.changed(sources)
+        copy = partial(self._copy, vm, sources, report, others.stored, progress)
+        try:
+            counts = await copy(changed)
+        except (IntegrityError, NotFound, ObjectMissing, StoreConflict) as exc:
+            if not any(changed):
+                raise
+            log.warning("VM %s: its last restore point cannot be used, everything is read: %s", vm.name, exc)
+            await self._last_points.forget(sources)
+            if isinstance(exc, StoreConflict):
+                raise  # pins and map of this try may be there
+            counts = await copy([None] * len(sources))
+        report.new_bytes, report.stored_bytes = counts.new_bytes, counts.stored_bytes
+        await self._last_points.replace(vm, sources, report.point_id, first_file=len(others.stored))
+        log.info(
+            "VM %s: restore point %s: of %d bytes %d were read, %d are new",
+            vm.name,
+            report.point_id,
+            report.size_bytes,
+            report.read_bytes,
+            report.new_bytes,
+        )
+        return len(others.stored)
+
+    async def _copy(
+        self,
+        vm: Vm,
+        sources: Sequence[Source],
+        report: BackupReport,
+        others: Sequence[StoredFile],
+        progress: Callable[[int], None],
+        changed: Sequence[Changed | None],
+    ) -> WriterCounts:
+        """Copy what ``changed`` does not say to be in the store already, and make the restore point."""
+        report.read_bytes = 0
         with single_error():
             async with self._mover.backup() as backup:
                 async with backup.copying(verify=any(source.placeholder_id for source in sources)) as copying:
-                    for source in sources:
+                    for source, since in zip(sources, changed, strict=True):
                         disk = source.disk
-                        async with aclosing(self._parts.of(disk)) as parts:
-                            await copying.copy(disk.fd, _copy_order(disk), parts, progress)
+                        order = CopyOrder(disk.fstat().st_size, disk.label)
+                        async with aclosing(self._counted(disk, since, report)) as parts:
+                            await copying.copy(disk.fd, order, parts, progress)
                 await self._sources.check_unchanged(vm, sources)
                 for source in sources:
                     if source.placeholder_id is not None:
                         await self._threads.files(self._maker.prepare, vm, source, report.point_id)
-                files = [*map(PointFile, others.stored), *_point_files(sources)]
-                counts = await backup.commit(self._point_order(vm, sources, report.point_id), files)
-        report.new_bytes, report.stored_bytes = counts.new_bytes, counts.stored_bytes
-        return len(others.stored)
+                files = [*map(PointFile, others), *_point_files(sources)]
+                return await backup.commit(self._point_order(vm, sources, report.point_id), files)
+
+    async def _counted(self, disk: Disk, since: Changed | None, report: BackupReport) -> AsyncGenerator[Part, None]:
+        """The parts of a disk; the report counts what of them is read."""
+        async with aclosing(self._parts.of(disk, since)) as parts:
+            async for part in parts:
+                if part.content is Content.DATA:
+                    end = min(disk.fstat().st_size, part.chunks.end * self._chunk_size)
+                    report.read_bytes += end - part.chunks.start * self._chunk_size
+                yield part
 
     def _point_order(self, vm: Vm, sources: Sequence[Source], point_id: PointId) -> PointOrder:
         return PointOrder(
@@ -223,14 +273,6 @@ class Archiver:
             report.abandoned = report.abandoned or f"{disk.label}: releasing its space failed: {exc}"
         finally:
             await self._disks.let_go(disk)
-
-
-def _copy_order(disk: Disk) -> CopyOrder:
-    placeholder = disk.placeholder
-    if placeholder is None:
-        return CopyOrder(disk.fstat().st_size, disk.label)
-    origin = Origin.of(placeholder.maps.record, chunk_size=placeholder.chunk_size)
-    return CopyOrder(disk.fstat().st_size, disk.label, origin)
 
 
 def _point_files(sources: Sequence[Source]) -> list[PointFile]:

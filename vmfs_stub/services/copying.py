@@ -11,13 +11,15 @@ import errno
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import trio
 
-from vmfs_stub.core.chunking import FrameRef
+from vmfs_stub.core.chunking import FrameRef, chunk_count
 from vmfs_stub.core.errors import PrimaryIOError
 from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.ids import SegmentId
+from vmfs_stub.core.origin import Origin
 from vmfs_stub.paced_io import read_into
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.services.mover import Content, CopyOrder, Part
@@ -25,8 +27,9 @@ from vmfs_stub.services.origin import open_table
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.backup_writer import BackupWriter, EncodedBatch
 from vmfs_stub.store.chunk_table import ChunkTable
+from vmfs_stub.store.format import SEGMENT_CHUNKS
 from vmfs_stub.store.packs import SealedPack
-from vmfs_stub.store.segments import SegmentTable
+from vmfs_stub.store.segments import Segment, SegmentTable
 from vmfs_stub.store.store import Store
 
 BATCH_BYTES = 2 << 20
@@ -42,6 +45,8 @@ class _Slot:
     length: int
     done: trio.Event = field(default_factory=trio.Event)
     batch: EncodedBatch | None = None
+    segment: StoredSegment | None = None
+    """Instead of a batch: a whole segment that is taken over."""
 
 
 class Copier:
@@ -81,8 +86,14 @@ class Copier:
             nursery.start_soon(self._encode_all, fd, order, parts, send)
             async for slot in receive:
                 await slot.done.wait()
-                assert slot.batch is not None
-                await self._append(table, slot.batch)
+                if slot.segment is not None:
+                    table.take_over(slot.segment.id)
+                    self._writer.reuse_segment(
+                        slot.segment.id, slot.segment.segment, chunk_count=slot.segment.chunk_count
+                    )
+                else:
+                    assert slot.batch is not None
+                    await self._append(table, slot.batch)
                 progress(slot.length)
         for segment in table.close():
             await self._threads.transfer(self._writer.put_segment, segment)
@@ -91,15 +102,14 @@ class Copier:
     async def _encode_all(
         self, fd: int, order: CopyOrder, parts: AsyncIterable[Part], slots: trio.MemorySendChannel[_Slot]
     ) -> None:
-        step, stored = max(1, BATCH_BYTES // self._writer.chunk_size), _Stored(self._threads, self._store, order)
+        # What is to be read back has to be known frame by frame.
+        stored = _Stored(self._threads, self._store, order, takes_segments=self._reused is None)
+        step = max(1, BATCH_BYTES // self._writer.chunk_size)
         async with slots, trio.open_nursery() as nursery:
             async for part in parts:
                 if part.content is not Content.DATA:
-                    refs = await stored.refs(part.chunks) if part.content is Content.STORED else None
-                    slot = _Slot(self._length(part.chunks, order))
-                    slot.batch = EncodedBatch(tuple(refs or [None] * part.chunks.length))
-                    slot.done.set()
-                    await slots.send(slot)
+                    async for chunks, found in stored.pieces(part):
+                        await slots.send(_ready(self._length(chunks, order), found))
                     continue
                 for start in range(part.chunks.start, part.chunks.end, step):
                     slot = _Slot(self._length(Extent(start, min(part.chunks.end, start + step)), order))
@@ -135,20 +145,67 @@ class Copier:
                 await self._reused.send(reused)
 
 
-class _Stored:
-    """Where the chunks lie that a file's origin has; its table is opened when it is first asked for."""
+def _ready(length: int, found: StoredSegment | list[FrameRef | None]) -> _Slot:
+    """A batch of which nothing has to be read."""
+    slot = _Slot(length)
+    if isinstance(found, StoredSegment):
+        slot.segment = found
+    else:
+        slot.batch = EncodedBatch(tuple(found))
+    slot.done.set()
+    return slot
 
-    def __init__(self, threads: Threads, store: Store, order: CopyOrder) -> None:
+
+class StoredSegment(NamedTuple):
+    """A segment of the file's origin that is one of the copy, too; both None: one of zeros."""
+
+    id: SegmentId | None
+    segment: Segment | None
+    chunk_count: int
+
+
+class _Stored:
+    """Where the chunks of a file lie that are stored; the table of an origin is opened when it is first asked for.
+
+    With ``takes_segments`` a segment of which all is wanted is taken over as it is.
+    """
+
+    def __init__(self, threads: Threads, store: Store, order: CopyOrder, *, takes_segments: bool) -> None:
         self._threads = threads
         self._store = store
         self._order = order
-        self._table: ChunkTable | None = None
+        self._takes_segments = takes_segments
+        self._tables: dict[Origin, ChunkTable] = {}
 
-    async def refs(self, chunks: Extent) -> list[FrameRef | None]:
-        if self._table is None:
-            assert self._order.origin is not None
-            self._table = await self._threads.transfer(open_table, self._store, self._order.origin)
-        return await self._threads.transfer(self._table.locate, chunks.start, chunks.end)
+    async def pieces(self, part: Part) -> AsyncIterator[tuple[Extent, StoredSegment | list[FrameRef | None]]]:
+        """The chunks of a part that is not to be read, one segment or a part of one at a time."""
+        if part.content is Content.ZEROS:
+            yield part.chunks, [None] * part.chunks.length
+            return
+        table, at = await self._table(part.origin), part.chunks.start
+        while at < part.chunks.end:
+            number = at // SEGMENT_CHUNKS
+            piece = Extent(at, min(part.chunks.end, (number + 1) * SEGMENT_CHUNKS))
+            if self._takes_segments and piece == self._whole(number, table):
+                segment_id, segment = await self._threads.transfer(table.segment, number)
+                yield piece, StoredSegment(segment_id, segment, piece.length)
+            else:
+                yield piece, await self._threads.transfer(table.locate, piece.start, piece.end)
+            at = piece.end
+
+    async def _table(self, origin: Origin | None) -> ChunkTable:
+        assert origin is not None
+        if origin not in self._tables:
+            self._tables[origin] = await self._threads.transfer(open_table, self._store, origin)
+        return self._tables[origin]
+
+    def _whole(self, number: int, table: ChunkTable) -> Extent | None:
+        """All chunks of a segment, if that has as many in the copy as in the origin."""
+        ends = [
+            min(chunk_count(size, table.chunk_size), (number + 1) * SEGMENT_CHUNKS)
+            for size in (table.size, self._order.size)
+        ]
+        return Extent(number * SEGMENT_CHUNKS, ends[0]) if ends[0] == ends[1] else None
 
 
 @asynccontextmanager

@@ -15,6 +15,7 @@ from vmfs_stub.core.chunking import BLOCK_SIZE
 from vmfs_stub.core.errors import PrimaryIOError
 from vmfs_stub.core.residency import blocks_merged
 from vmfs_stub.primary.files import FileCalls, read_fully
+from vmfs_stub.services.changes import DiskChanges
 from vmfs_stub.services.disk_name import DiskName
 from vmfs_stub.services.placeholder import Placeholder
 from vmfs_stub.services.recall import RecallService
@@ -38,14 +39,23 @@ class Caller:
 class Disk:
     """An open regular file of the backing directory.
 
-    ``fd`` is its only descriptor here; ``placeholder`` is None once everything is back; ``open_count`` counts guests'
+    ``fd`` is its only descriptor here; ``changes`` is what changed since the last backup; ``placeholder`` is None once
+    everything is back; ``open_count`` counts guests'
     handles, ``kept`` our own reasons to keep it open; ``writable`` is false where the file can only be read;
     ``label`` is what messages call it; ``is_orphan`` is true once its last name is gone, or about to go, and a link in
     the private directory keeps it.
     """
 
     def __init__(
-        self, *, files: FileCalls, threads: Threads, recall: RecallService, fd: int, name: DiskName, writable: bool
+        self,
+        *,
+        files: FileCalls,
+        threads: Threads,
+        recall: RecallService,
+        fd: int,
+        name: DiskName,
+        writable: bool,
+        changes: DiskChanges,
     ) -> None:
         self._files = files
         self._threads = threads
@@ -55,6 +65,7 @@ class Disk:
         self.name = name
         self.label = str(name)
         self.writable = writable
+        self.changes = changes
         self.placeholder: Placeholder | None = None
         self.open_count = 0
         self.kept = 0
@@ -105,6 +116,8 @@ class Disk:
     async def write(self, offset: int, data: bytes) -> int:
         """Write ``data`` at ``offset``; the number of bytes written.  Raises RecallError, IntegrityError, OSError."""
         self._recall.guests.note()
+        while not self.changes.changing(offset, len(data)):
+            await self.changes.begin()
         while (placeholder := self.placeholder) is not None:
             placeholder.check()
             await self._recall_merged(placeholder, offset, len(data))
@@ -124,6 +137,8 @@ class Disk:
 
     async def truncate(self, size: int) -> None:
         """Cut or extend the file to ``size`` bytes.  Raises OSError, MapFrozen."""
+        while not self.changes.changing_from(size):
+            await self.changes.begin()
         if self.placeholder is None or not await self.placeholder.truncate(size):
             await self._threads.files(self._files.call, "write.truncate", os.ftruncate, self.fd, size)
 
@@ -140,6 +155,7 @@ class Disk:
             # The kernel tells of lost data once: the next sync would believe that all is well.
             if placeholder is not None and not placeholder.ended:
                 raise placeholder.freeze(exc) from exc
+            await self.changes.doubt()
             raise
 
     async def set_times(self, *, atime_ns: int | None, mtime_ns: int | None) -> None:

@@ -13,6 +13,7 @@ from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recall import RecallService
 from vmfs_stub.services.removals import Removals
 from vmfs_stub.services.retirement import Ended, Retirement
+from vmfs_stub.services.threads import Threads
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +27,14 @@ class DiskCloser:
     def __init__(
         self,
         *,
+        threads: Threads,
         recall: RecallService,
         retirement: Retirement,
         removals: Removals,
         placeholders: PlaceholderIndex,
         attributes_changed: Callable[[int], object],
     ) -> None:
+        self._threads = threads
         self._recall = recall
         self._retirement = retirement
         self._removals = removals
@@ -51,6 +54,14 @@ class DiskCloser:
         except (VmfsStubError, OSError):
             # The volatile map stays for the next opening, which refuses it when it is frozen.
             log.exception("%s: could not be closed cleanly", disk.label)
+        finally:
+            await self._close(disk)
+
+    async def _close(self, disk: Disk) -> None:
+        is_gone = not disk.has_name
+        try:
+            if disk.changes.has_to_close(is_gone=is_gone):
+                await self._threads.files(disk.changes.close, is_gone=is_gone)
         finally:
             os.close(disk.fd)
 

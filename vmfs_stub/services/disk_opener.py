@@ -17,6 +17,7 @@ from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PlaceholderMaps, PrivateState, open_durable, take_up
 from vmfs_stub.primary.record import PlaceholderRecord
 from vmfs_stub.primary.tree import proc_path
+from vmfs_stub.services.changes import Changes, DiskChanges
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.disk_name import DiskName
 from vmfs_stub.services.placeholder import Placeholder
@@ -45,6 +46,7 @@ class DiskOpener:
         backing: Path,
         placeholders: PlaceholderIndex,
         on_recall: Callable[[Disk], None],
+        changes: Changes,
         on_damage: Callable[[str, VmfsStubError], None],
     ) -> None:
         self._files = files
@@ -56,6 +58,7 @@ class DiskOpener:
         self._placeholders = placeholders
         self._on_recall = on_recall
         self._on_damage = on_damage
+        self._changes = changes
 
     def name(self, path_fd: int) -> DiskName:
         """The name of a file, from where it lies below the backing directory now."""
@@ -77,10 +80,16 @@ class DiskOpener:
             raise
 
     async def _open_intact(self, path_fd: int, name: DiskName) -> Disk:
-        fd, writable, maps = await self._threads.files(self._open_backing, path_fd, str(name))
+        fd, writable, maps, changes = await self._threads.files(self._open_backing, path_fd, str(name))
         try:
             disk = Disk(
-                files=self._files, threads=self._threads, recall=self._recall, fd=fd, name=name, writable=writable
+                files=self._files,
+                threads=self._threads,
+                recall=self._recall,
+                fd=fd,
+                name=name,
+                writable=writable,
+                changes=changes,
             )
             if maps is None:
                 await self._forget_graduated(disk)
@@ -89,13 +98,14 @@ class DiskOpener:
             if maps is not None:
                 maps.live.close(discard=False)
                 maps.durable.close()
+            changes.drop()
             os.close(fd)
             raise
         if maps is not None:
             self.attach(disk, maps)
         return disk
 
-    def _open_backing(self, path_fd: int, label: str) -> tuple[int, bool, PlaceholderMaps | None]:
+    def _open_backing(self, path_fd: int, label: str) -> tuple[int, bool, PlaceholderMaps | None, DiskChanges]:
         path, writable = f"/proc/self/fd/{path_fd}", True
         try:
             fd = self._files.call("open.file", os.open, path, os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY)
@@ -106,7 +116,8 @@ class DiskOpener:
             writable = False
             fd = self._files.call("open.file", os.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
         try:
-            return fd, writable, take_up(self._files, fd, self._private, label=label)
+            maps = take_up(self._files, fd, self._private, label=label)
+            return fd, writable, maps, self._changes.open(fd, label=label)
         except BaseException:
             os.close(fd)
             raise
@@ -145,5 +156,6 @@ class DiskOpener:
             files=self._files, threads=self._threads, fd=disk.fd, maps=maps, label=disk.label
         )
         disk.on_recall = self._on_recall
+        disk.changes.moves_times = True
         mtime_ns = maps.live.guest_mtime_ns or maps.record.mtime_ns
         self._placeholders.add(disk.ino, KnownPlaceholder(maps.record, disk.label, mtime_ns))

@@ -1,7 +1,7 @@
-"""What is to be copied of a disk, part by part: residency decides, and nothing of it leaves the daemon.
+"""What is to be copied of a disk, part by part: residency and what changed decide, and neither leaves the daemon.
 
-Holes are not read; chunks that are wholly absent on primary are taken over by reference; of those that are absent in
-part the rest is recalled first.
+Chunks that have not changed since the last restore point are taken over from it by reference.  Of the others holes are
+not read; what is wholly absent on primary is taken over, too; of what is absent in part the rest is recalled first.
 """
 
 from __future__ import annotations
@@ -9,13 +9,17 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
+from vmfs_stub.core.changed import Changed
 from vmfs_stub.core.chunking import chunk_count
 from vmfs_stub.core.errors import PrimaryIOError
 from vmfs_stub.core.extents import Extent
+from vmfs_stub.core.origin import Origin
 from vmfs_stub.core.sites import FileCalls
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.mover import Content, Part
+from vmfs_stub.services.origin import origin_of
 from vmfs_stub.services.placeholder import Placeholder
 from vmfs_stub.services.recall import RecallService
 from vmfs_stub.services.threads import Threads
@@ -35,10 +39,24 @@ class DiskParts:
         self._recall = recall
         self._chunk_size = chunk_size
 
-    async def of(self, disk: Disk) -> AsyncGenerator[Part, None]:
-        """All parts of ``disk``, which nobody changes meanwhile.  Raises StoreError, IntegrityError, PrimaryError."""
+    async def of(self, disk: Disk, changed: Changed | None = None) -> AsyncGenerator[Part, None]:
+        """All parts of ``disk``, which nobody changes meanwhile; without ``changed`` all of it may have changed.
+
+        Raises StoreError, IntegrityError, PrimaryError.
+        """
         size = disk.fstat().st_size
         count, at = chunk_count(size, self._chunk_size), 0
+        while at < count:
+            same = Extent(count, count) if changed is None else changed.unchanged(at, size=size)
+            async with aclosing(self._of_range(disk, at, same.start, size)) as parts:
+                async for part in parts:
+                    yield part
+            if changed is not None and same.length:
+                yield Part(same, Content.STORED, changed.origin)
+            at = same.end
+
+    async def _of_range(self, disk: Disk, at: int, count: int, size: int) -> AsyncGenerator[Part, None]:
+        """The parts from chunk ``at`` up to ``count``."""
         while at < count:
             if disk.placeholder is None:
                 data = await self._threads.files(self._data, disk, at, count)
@@ -49,9 +67,9 @@ class DiskParts:
                     continue
                 end = data.end
             else:
-                absent_count = disk.placeholder.wholly_absent_count(at, size=size)
+                absent_count = min(count - at, disk.placeholder.wholly_absent_count(at, size=size))
                 if absent_count:
-                    yield Part(Extent(at, at + absent_count), Content.STORED)
+                    yield Part(Extent(at, at + absent_count), Content.STORED, _origin_of(disk.placeholder))
                     at += absent_count
                     continue
                 # In a placeholder a hole may be an absent block as well as zeros: all of it is read.
@@ -73,7 +91,8 @@ class DiskParts:
             if exc.errno != errno.ENXIO:
                 raise PrimaryIOError(f"{disk.label}: looking for data failed: {exc.strerror}") from exc
             return Extent(count, count)
-        return Extent(max(at, start // self._chunk_size), min(count, -(-end // self._chunk_size)))
+        first = min(count, max(at, start // self._chunk_size))
+        return Extent(first, max(first, min(count, -(-end // self._chunk_size))))
 
     async def _recall_mixed(self, placeholder: Placeholder, at: int, end: int, size: int) -> int:
         """Bring back chunks of which only a part is absent; returns where the next wholly absent one begins."""
@@ -84,3 +103,7 @@ class DiskParts:
         if not placeholder.is_resident(offset, min(length, size - offset)):
             raise AssertionError(f"{placeholder.label}: absent blocks would be backed up as zeros")
         return stop
+
+
+def _origin_of(placeholder: Placeholder) -> Origin:
+    return origin_of(placeholder.maps.record, chunk_size=placeholder.chunk_size)

@@ -10,6 +10,8 @@ import trio
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.services.archive import Archiver, ArchiveSettings
+from vmfs_stub.services.changes import Changes
+from vmfs_stub.services.changes_left import ChangesLeft
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.hydration import HydrationService
@@ -59,6 +61,7 @@ def connect_services(
     store: Store,
     mover: Mover,
     placeholders: PlaceholderIndex,
+    changes_left: ChangesLeft,
     findings: Findings,
 ) -> DiskServices:
     """Make the services; their background work runs in ``nursery``, and ends when that is cancelled."""
@@ -74,6 +77,13 @@ def connect_services(
         failures=RecallFailures(findings),
     )
     retirement = Retirement(files=files, threads=threads, store=store, private=private)
+    changes = Changes(
+        files=files,
+        threads=threads,
+        private=private,
+        left=changes_left,
+        tracked_bytes_min=settings.archive.placeholder_bytes_min,
+    )
     disks = Disks(
         files=files,
         threads=threads,
@@ -82,6 +92,7 @@ def connect_services(
         private=private,
         backing=backing,
         placeholders=placeholders,
+        changes=changes,
         on_damage=findings.add,
     )
     hydration = HydrationService(

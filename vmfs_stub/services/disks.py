@@ -23,6 +23,7 @@ import trio
 from vmfs_stub.core.errors import InUse, VmfsStubError
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PlaceholderMaps, PrivateState
+from vmfs_stub.services.changes import Changes
 from vmfs_stub.services.disk import Caller, Disk
 from vmfs_stub.services.disk_closer import DiskCloser
 from vmfs_stub.services.disk_name import DiskName
@@ -36,8 +37,8 @@ from vmfs_stub.services.threads import Threads
 
 log = logging.getLogger(__name__)
 
-_DESCRIPTORS_PER_DISK = 3
-"""The file, and both maps of a placeholder."""
+_DESCRIPTORS_PER_DISK = 6
+"""The file, both maps of a placeholder, and that of what changed; what is mapped into memory takes two."""
 _DISKS_SHARE = 0.25
 """Of the descriptors that this process may have, how many open disks may hold; the mount's nodes take a half."""
 
@@ -58,11 +59,13 @@ class Disks:
         private: PrivateState,
         backing: Path,
         placeholders: PlaceholderIndex,
+        changes: Changes,
         on_damage: Callable[[str, VmfsStubError], None],
     ) -> None:
         self._files = files
         self._threads = threads
         self.placeholders = placeholders
+        self._changes = changes
         self._open: dict[int, Disk] = {}
         self._reservations: dict[int, Reservation] = {}
         self._ino_locks: dict[int, trio.Lock] = {}
@@ -81,6 +84,7 @@ class Disks:
             backing=backing,
             placeholders=placeholders,
             on_recall=self._recalled,
+            changes=changes,
             on_damage=on_damage,
         )
         self._removals = Removals(
@@ -89,10 +93,12 @@ class Disks:
             retirement=retirement,
             private=private,
             placeholders=placeholders,
+            changes=changes,
             opened=self.get,
             ino_lock=self._ino_lock,
         )
         self._closer = DiskCloser(
+            threads=threads,
             recall=recall,
             retirement=retirement,
             removals=self._removals,
@@ -312,3 +318,4 @@ class Disks:
             async with self._ino_lock(disk.ino):
                 if self._open.pop(disk.ino, None) is not None:
                     await self._closer.close(disk)
+        await self._threads.files(self._changes.stop)

@@ -16,7 +16,7 @@ from typing import Protocol
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.ids import PointId, VmId
-from vmfs_stub.services.origin import Origin
+from vmfs_stub.core.origin import Origin
 from vmfs_stub.store.backup_writer import WriterCounts
 from vmfs_stub.store.manifest import StoredFile
 from vmfs_stub.store.objects import Buffer
@@ -31,24 +31,24 @@ class Content(Enum):
 
     DATA = "in the file"
     ZEROS = "nowhere: a hole"
-    STORED = "in the store, as the file's origin says"
+    STORED = "in the store, as the part's origin says"
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Consecutive chunks of a file that is copied."""
+    """Consecutive chunks of a file that is copied; those that are STORED are the same ones of ``origin``."""
 
     chunks: Extent
     content: Content
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class CopyOrder:
-    """A file to copy: its ``size`` in bytes, what messages call it, and what the parts that are STORED refer to."""
+    """A file to copy: its ``size`` in bytes, and what messages call it."""
 
     size: int
     label: str
-    origin: Origin | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ from vmfs_stub.primary.identity import inode_generation, inode_identity
 from vmfs_stub.primary.placeholder import PrivateState, live_guest_mtime_ns, open_durable
 from vmfs_stub.primary.record import PlaceholderRecord, check_identity, read_record
 from vmfs_stub.primary.tree import Entry, open_beneath, proc_path, reopen, walk
+from vmfs_stub.services.changes_left import ChangesLeft
 from vmfs_stub.services.disk_name import disk_label
 from vmfs_stub.services.placeholder_index import KnownPlaceholder, PlaceholderIndex
 from vmfs_stub.services.retirement import Ended
@@ -49,8 +50,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Recovered:
-    """What start-up found: paths (relative to the backing directory) to go on with, and placeholders that ended."""
+    """What start-up found: paths (relative to the backing directory) to go on with, and placeholders that ended.
 
+    ``changes`` is what is known of what changed since the last backups.
+    """
+
+    changes: ChangesLeft
     punch: list[str] = field(default_factory=list)
     graduate: list[str] = field(default_factory=list)
     hydrate: list[str] = field(default_factory=list)
@@ -68,7 +73,8 @@ class Recovery:
         self._backing = backing
         self._private = private
         self._placeholders = placeholders
-        self._result = Recovered()
+        self._changes = ChangesLeft(files, private)
+        self._result = Recovered(self._changes)
         self._matched: set[PlaceholderId] = set()
         self._settled: set[int] = set()
         """Inodes whose record and map fit; any other map of theirs is of an archive before, or of one that failed."""
@@ -92,7 +98,9 @@ class Recovery:
                 for entry in entries:
                     if stat.S_ISREG(entry.st.st_mode):
                         self._inodes[entry.st.st_ino] = entry.path
+                        self._changes.look_at(entry.st)
                         self._look_at_file(entry)
+            self._changes.finish()
             for map_path in self._maps(".map"):
                 placeholder_id = PlaceholderId(map_path.stem)
                 if placeholder_id not in self._matched:

@@ -16,6 +16,7 @@ from vmfs_stub.primary.durable_map import MapState
 from vmfs_stub.primary.files import FileCalls, sync_filesystem
 from vmfs_stub.primary.placeholder import PrivateState, mark_removed, open_durable, open_replaced
 from vmfs_stub.primary.record import PlaceholderRecord
+from vmfs_stub.services.changes import Changes
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.placeholder_index import KnownPlaceholder, PlaceholderIndex
 from vmfs_stub.services.retirement import Ended, Retirement
@@ -38,6 +39,7 @@ class Removals:
         retirement: Retirement,
         private: PrivateState,
         placeholders: PlaceholderIndex,
+        changes: Changes,
         opened: Callable[[int], Disk | None],
         ino_lock: Callable[[int], AbstractAsyncContextManager[None]],
     ) -> None:
@@ -46,6 +48,7 @@ class Removals:
         self._retirement = retirement
         self._private = private
         self._placeholders = placeholders
+        self._changes = changes
         self._opened = opened
         self._ino_lock = ino_lock
         self._states_before: dict[int, MapState] = {}
@@ -125,10 +128,13 @@ class Removals:
                     await self.drop_orphan(disk)
                 if known is not None and before is not None:
                     await self._unmark(disk, known, before)
-            elif disk is None and known is not None:
-                self._placeholders.remove(ino)  # a new file may have this number next
-                if before is not None and known.record is not None:
-                    await self.end(known.record)
+            elif disk is None:
+                if self._changes.has(ino):
+                    await self._threads.files(self._changes.removed, ino)
+                if known is not None:
+                    self._placeholders.remove(ino)  # a new file may have this number next
+                    if before is not None and known.record is not None:
+                        await self.end(known.record)
 
     async def drop_orphan(self, disk: Disk) -> None:
         """At its last release, or because it keeps its name: take the orphan's link away; what fails is swept later."""

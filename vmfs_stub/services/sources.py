@@ -87,6 +87,8 @@ class Sources:
                 placeholder = reservation.disk.placeholder
                 if placeholder is not None:
                     await placeholder.sync()
+                else:
+                    await self._sync(reservation.disk)
                 sources.append(await self._threads.files(self._source, files, reservation, archive))
         except OSError as exc:
             raise PrimaryIOError(f"VM {vm.name}: cannot open its files: {exc}") from exc
@@ -94,10 +96,15 @@ class Sources:
             os.close(backing_fd)
         return sources
 
+    async def _sync(self, disk: Disk) -> None:
+        try:
+            await self._threads.files(self._files.call, "archive.sync", os.fdatasync, disk.fd)
+        except OSError:
+            await disk.changes.doubt()
+            raise
+
     def _source(self, files: Sequence[VmFile], reservation: Reservation, archive: bool) -> Source:
         disk = reservation.disk
-        if disk.placeholder is None:
-            self._files.call("archive.sync", os.fdatasync, disk.fd)
         st = disk.fstat()
         mtime_ns = st.st_mtime_ns if disk.placeholder is None else disk.placeholder.mtime_ns
         becomes_placeholder = archive and (disk.placeholder is not None or self._is_worth_it(st))

@@ -44,7 +44,7 @@ from vmfs_stub.store.manifest import Manifest, StoredFile, encode_checked
 from vmfs_stub.store.objects import Buffer, CacheDropping, ObjectStore
 from vmfs_stub.store.packs import OpenPack, SealedPack
 from vmfs_stub.store.pins import Pin, encode_pin
-from vmfs_stub.store.segments import SealedSegment, SegmentTable
+from vmfs_stub.store.segments import SealedSegment, Segment, SegmentTable
 
 BUFFERS_KEPT: Final = 4
 """Buffers of packs, and of batches, kept for the next one: fresh memory costs more than the copy into it."""
@@ -233,6 +233,20 @@ class BackupWriter:
                 self._objects.put(key, segment.data, if_absent=False)
         with self._lock:
             self._segments.add(segment.segment_id)
+            self._used.update(segment.packs)
+
+    def reuse_segment(self, segment_id: SegmentId | None, segment: Segment | None, *, chunk_count: int) -> None:
+        """A segment of another restore point, of ``chunk_count`` chunks, is part of this one as it is.
+
+        `commit` sees that it and its packs are still there.
+        """
+        with self._lock:
+            self.counts.chunks += chunk_count
+            if segment_id is None or segment is None:
+                self.counts.zero_chunks += chunk_count
+                return
+            self.counts.reused_chunks += chunk_count
+            self._segments.add(segment_id)
             self._used.update(segment.packs)
 
     def begin_file(self) -> SegmentTable:

@@ -86,6 +86,14 @@ class ChunkTable:
             at = stop
         return found
 
+    def segment(self, number: int) -> tuple[SegmentId | None, Segment | None]:
+        """Segment ``number`` of the file as a whole, seen to fit it; None for one of zeros.
+
+        Raises: as `locate`.
+        """
+        segment_id = self._ids[number]
+        return segment_id, None if segment_id is None else self._load(segment_id, number)
+
     def _load(self, segment_id: SegmentId, number: int) -> Segment:
         segment = self._segments.load(segment_id)
         expected = min(SEGMENT_CHUNKS, self.chunk_count - number * SEGMENT_CHUNKS)

@@ -89,6 +89,11 @@ class SegmentTable:
             del self._open[:SEGMENT_CHUNKS]
         return sealed
 
+    def take_over(self, segment_id: SegmentId | None) -> None:
+        """The next chunks are those of a segment of another restore point; only where a segment begins."""
+        assert not self._open
+        self.ids.append(segment_id)
+
     def close(self) -> list[SealedSegment]:
         """The file is complete; returns its last segment, if there is one to put."""
         rest, self._open = self._open, []

@@ -1,0 +1,107 @@
+"""Start-up: what earlier daemons left of what changed since the last backups, and whether it is still to be believed.
+
+It is, when the file is as it was seen: nobody wrote to it behind the mount while no daemon ran.  Size and modification
+time must be the same, and the change time, too, which nobody can set; only what an earlier daemon saw of changes of
+owner or names (up to its clean end, of which `STOPPED` has the time) is no doubt.  A map without a time is one of a
+file that was open when the daemon was killed: of that, no one can tell.  What is not believed is removed, durably.
+Blocking; runs before the first open is answered.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from vmfs_stub.core.sites import FileCalls
+from vmfs_stub.primary.changed_map import ChangedMap
+from vmfs_stub.primary.changed_record import load_changed
+from vmfs_stub.primary.files import read_fully, sync_directory
+from vmfs_stub.primary.placeholder import PrivateState
+
+log = logging.getLogger(__name__)
+
+STOPPED = "stopped"
+"""File beside the records, made at every clean end: what happened to a file before was done through the mount."""
+DOUBT_SUFFIX = ".doubt"
+_BOOT_ID_SIZE = 32
+
+
+class ChangesLeft:
+    """Looks at what is left; after `finish`, ``known`` and ``doubtful`` are the inode numbers that have something."""
+
+    def __init__(self, files: FileCalls, private: PrivateState) -> None:
+        """Raises OSError."""
+        self._files = files
+        self._private = private
+        self._unseen: set[int] = set()
+        self.known: set[int] = set()
+        self.doubtful: set[int] = set()
+        self._stopped_ns = self._time_of_clean_end()
+        for directory in (private.changes, private.volatile_changes):
+            for name in files.call("changes.list", os.listdir, directory):
+                self._sort(directory / name)
+
+    def _time_of_clean_end(self) -> int:
+        try:
+            return self._files.call("changes.look", os.stat, self._private.changes / STOPPED).st_ctime_ns
+        except FileNotFoundError:
+            return 0
+
+    def _sort(self, path: Path) -> None:
+        if path.name.isdecimal():
+            self._unseen.add(int(path.name))
+        elif path.suffix == DOUBT_SUFFIX and path.stem.isdecimal() and self._is_of_this_boot(path):
+            self.doubtful.add(int(path.stem))
+        elif path.name != STOPPED:
+            self._files.call("changes.clean", path.unlink)
+
+    def _is_of_this_boot(self, path: Path) -> bool:
+        fd = self._files.call("changes.open", os.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            found = read_fully(self._files, "changes.read", fd, _BOOT_ID_SIZE, 0)
+        finally:
+            os.close(fd)
+        # One that was cut short may be of this boot: only another whole id is certain not to be.
+        return len(found) < _BOOT_ID_SIZE or found == self._private.boot.boot_id.encode()
+
+    def look_at(self, st: os.stat_result) -> None:
+        """This file is there.  Raises OSError when what is not to be believed cannot be removed."""
+        ino = st.st_ino
+        if ino not in self._unseen:
+            return
+        self._unseen.discard(ino)
+        record_path, map_path = self._private.changes / str(ino), self._private.volatile_changes / str(ino)
+        for path, is_true in ((record_path, self._is_record_true), (map_path, self._is_map_true)):
+            try:
+                is_believed = is_true(path, st)
+            except OSError as exc:
+                log.warning("%s cannot be read: %s; the next backup of its file reads all of it", path, exc.strerror)
+                is_believed = False
+            if is_believed:
+                self.known.add(ino)
+            else:
+                self._remove(path)
+
+    def _is_record_true(self, path: Path, st: os.stat_result) -> bool:
+        record = load_changed(self._files, path)
+        return record is not None and record.seen.is_left_as(st, until_ns=self._stopped_ns)
+
+    def _is_map_true(self, path: Path, st: os.stat_result) -> bool:
+        found = ChangedMap.open(self._files, path, boot=self._private.boot)
+        if found is None:
+            return False
+        seen = found.seen
+        found.close()
+        return seen is None or seen.is_all_of(st)
+
+    def _remove(self, path: Path) -> None:
+        self._files.call("changes.clean", path.unlink, missing_ok=True)
+
+    def finish(self) -> None:
+        """All files were looked at: what belongs to none goes.  Raises OSError."""
+        for ino in sorted(self._unseen):
+            self._remove(self._private.changes / str(ino))
+            self._remove(self._private.volatile_changes / str(ino))
+        # Also what an earlier daemon removed, which may have been killed before it could see to that.
+        self._files.call("changes.clean_sync", sync_directory, self._private.changes)
