@@ -312,6 +312,12 @@ async def write_and_sync(services: Services) -> None:
         await services.disks.release(disk)
 
 
+async def write_and_end(services: Services) -> None:
+    """The daemon ends cleanly."""
+    await write_and_sync(services)
+    await services.disks.close_all()
+
+
 async def write_unnoted(services: Services) -> None:
     """There is no room to note what changes."""
     services.files.fail("changes.begin", 1, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
@@ -569,6 +575,7 @@ SCENARIOS = [
     Scenario("archive_written", written_since, archive),
     Scenario("write_after_backup", backed_up, write_and_sync, WRITES),
     Scenario("write_again", being_written, write_and_sync, WRITES),
+    Scenario("write_and_end", backed_up, write_and_end, WRITES),
     Scenario("write_unnoted", backed_up, write_unnoted, WRITES),
     Scenario("truncate_after_backup", backed_up, truncate, ((CUT, bytes(FULL - CUT)),), (FULL, CUT)),
     Scenario("unlink_after_backup", backed_up, unlink, gone=LAST, again=False),

@@ -69,7 +69,6 @@ async def run(scenario: Scenario, spoiling: Spoiling | None) -> Calls:
         if spoiling is not None:
             spoiling.plan(files)
         outcome = await _life(scenario, rig, files, spoiling, contents)
-        calls = Calls(dict(files.counts), files.places)
         if spoiling is not None:
             if spoiling.power:
                 rig.lose_power(random.Random(f"{spoiling}"))
@@ -78,7 +77,7 @@ async def run(scenario: Scenario, spoiling: Spoiling | None) -> Calls:
             left = set(_descriptors().items()) - set(descriptors.items())
             if not spoiling.is_kill and "kill" not in scenario.name and left:
                 raise NotWhole(f"descriptors are still open: {left}")
-        return calls
+        return outcome.calls
 
 
 @contextlib.contextmanager
@@ -106,10 +105,14 @@ def _descriptors() -> dict[str, str]:
 
 @dataclass(slots=True)
 class Outcome:
-    """What the disks may hold after a life; ``told`` is whether its start said that it could not look at something."""
+    """What the disks may hold after a life; ``told`` is whether its start said that it could not look at something.
+
+    ``calls`` are those until the scenario had acted: at the end of the life nothing goes wrong any more.
+    """
 
     possible: Contents
-    told: bool = False
+    told: bool
+    calls: Calls
 
 
 async def _life(
@@ -117,7 +120,7 @@ async def _life(
 ) -> Outcome:
     during = _versions(scenario, contents)
     after = {path: versions[-1:] for path, versions in during.items()}
-    done = told = False
+    done, told, calls = False, False, Calls({})
     with survives_kill():
         try:
             async with rig.running(files=files, hydrates=scenario.hydrates) as services:
@@ -125,6 +128,7 @@ async def _life(
                 if spoiling is not None and spoiling.for_good:
                     services.recall.deadline_s = GUEST_WAITS_S
                 done = await _act(scenario, services, must_work=spoiling is None)
+                calls = Calls(dict(files.counts), files.places.copy())
                 if not files.dead and spoiling is not None:
                     await _check_no_wrong_byte(services, after if done else during)
                     files.repair()
@@ -136,7 +140,7 @@ async def _life(
                 raise
     if spoiling is not None and not files.spoiled:
         raise NotWhole(f"{spoiling}: there was no such call")
-    return Outcome(after if done else during, told)
+    return Outcome(after if done else during, told, calls)
 
 
 def _versions(scenario: Scenario, contents: dict[str, bytes]) -> Contents:
