@@ -34,14 +34,14 @@ async def read(services: Services) -> bytes:
 
 
 def open_below(rig: Rig) -> list[str]:
-    """What this process has open in a rig."""
+    """What this process has open in a rig, and the medium does not hold because it might come back."""
     found = []
     for link in Path("/proc/self/fd").iterdir():
         try:
             target = link.readlink()
         except OSError:
             continue
-        if target.is_relative_to(rig.base):
+        if target.is_relative_to(rig.base) and int(link.name) not in rig.medium.held():
             found.append(str(target))
     return found
 
