@@ -174,6 +174,7 @@ async def being_written(rig: Rig) -> None:
         async with rig.running() as services:
             disk = await services.open(SECOND)
             await disk.write(0, first_contents()[SECOND][:BLOCK])
+            services.files.kill()
             raise Killed
 
 

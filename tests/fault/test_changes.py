@@ -183,6 +183,7 @@ async def test_after_a_kill_the_map_is_still_there() -> None:
             async with rig.running() as services:
                 disk = await services.open(DISK)
                 await disk.write(9 * CHUNK, b"x")
+                services.files.kill()
                 raise Killed
         async with rig.running() as services:
             assert await back_up(services) == 2 * CHUNK
@@ -204,6 +205,7 @@ async def test_after_a_power_loss_all_of_what_was_written_is_read_and_of_what_wa
             with survives_kill():
                 async with rig.running() as services:
                     await write(services, 3 * CHUNK)
+                    services.files.kill()
                     raise Killed
             rig.lose_power(random.Random(seed))
             async with rig.running() as services:
@@ -353,6 +355,7 @@ async def test_without_room_for_another_bit_the_guest_writes_on_also_after_a_kil
                 services.files.fail("changes.allocate", 1, ENOSPC)
                 await disk.write(9 * CHUNK, b"y")
                 assert maps(rig) == []
+                services.files.kill()
                 raise Killed
         async with rig.running() as services:
             assert await back_up(services) == SIZE
@@ -389,6 +392,7 @@ async def test_after_a_failed_sync_everything_is_read_until_the_next_boot(is_kil
                 await services.disks.release(disk)
                 assert [await back_up(services), await back_up(services)] == [SIZE, SIZE]
                 if is_killed:
+                    services.files.kill()
                     raise Killed
         async with rig.running() as services:
             assert [await back_up(services), await back_up(services)] == [SIZE, SIZE]

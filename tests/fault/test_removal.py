@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 
 import pytest
 
@@ -44,7 +45,7 @@ async def remove(services: Services, path: str) -> None:
     """What the mount does at an unlink."""
     with services.rig.path_fd(path) as fd:
         await services.disks.removing(fd)
-        (services.rig.backing / path).unlink()
+        services.files.call("mount.unlink", (services.rig.backing / path).unlink)
         await services.disks.removed(fd)
 
 
@@ -92,3 +93,23 @@ async def test_a_removed_disk_whose_last_sync_fails_is_gone_all_the_same() -> No
             await services.disks.release(disk)
             assert services.disks.placeholders.get(disk.ino) is None
             assert (rig.pins(), rig.maps()) == ([], [])
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_a_removal_that_could_not_be_noted_is_noted_by_the_next_try(seed: int) -> None:
+    """The first try was remembered as done, and after a power loss a file was missed that had been removed."""
+    with temporary_rig() as rig:
+        await archived(rig)
+        with survives_kill():
+            async with rig.running() as services:
+                await services.open(DISK)
+                services.files.fail("map.sync", 1, OSError(errno.EIO, os.strerror(errno.EIO)))
+                with pytest.raises(OSError, match="Input/output"):
+                    await remove(services, DISK)
+                await remove(services, DISK)
+                rig.medium.commit()
+                services.files.kill()
+                raise Killed
+        rig.lose_power(random.Random(seed))
+        async with rig.running() as services:
+            assert services.recovered.findings == []

@@ -91,9 +91,10 @@ class Removals:
         if known is None or known.record is None or known.problem is not None:
             return
         if disk is not None and disk.placeholder is not None:
-            self._states_before[ino] = disk.placeholder.maps.durable.header.state
+            before = disk.placeholder.maps.durable.header.state
             # One that is prepared stays so, see `mark_removed`.
             await disk.placeholder.set_state(MapState.REMOVED, only_from=set(MapState) - {MapState.PREPARED})
+            self._states_before[ino] = before
         elif disk is None:
             try:
                 self._states_before[ino] = await self._threads.files(
