@@ -424,7 +424,8 @@ class Rig:
             if services is not None:
                 _drop(services.disks)
             if life.dead:
-                _close_below(private.maps, but={*self.medium.held(), *(call.fd for call in life.late)})
+                late = [call.fd for each in (life, *(dying for dying, _ in self.dying)) for call in each.late]
+                _close_below(private.maps, but={*self.medium.held(), *late})
             threads.close()
 
     def _connected(

@@ -285,6 +285,7 @@ class Medium:
                 path.unlink()
         for path, key in names.items():
             if key in there and not path.exists():
+                path.parent.mkdir(exist_ok=True)  # it was removed, and that is undone, too
                 os.link(there[key], path)
         for path in spare.iterdir():
             path.unlink()

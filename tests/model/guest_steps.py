@@ -211,7 +211,7 @@ async def storm(play: Play) -> None:
 
 async def storm_and_kill(play: Play) -> None:
     """A kill among writes: what its threads were at may still happen."""
-    play.life.kill_in_writes = play.chosen.randint(1, 4)
+    play.life.kill_in_writes = play.chosen.randint(1, 6)
     await storm(play)
 
 
