@@ -31,23 +31,24 @@ def test_a_few_kills(base: Path) -> None:
     assert "disks compared whole" in said
 
 
-FAULT_SEEDS = {
-    "bits_die_with_the_daemon": 1,
-    "start_leaves_lone_maps": 1,
-    "start_leaves_orphans": 1,
+FAULT_KILLS = 4
+FOUND = {
+    "bits_die_with_the_daemon": (1, "WRONG BYTES|acknowledged are not there"),
+    "start_leaves_lone_maps": (33, r"left behind: .*\.map"),
+    "start_leaves_orphans": (2605, "left behind: .*/orphans/"),
 }
-"""With these the kill comes where the fault shows."""
+"""For each fault a seed whose first kills come where it shows, and what is said of it."""
 
 
 @pytest.mark.parametrize("fault", KILL_FAULTS)
 def test_a_faulty_daemon_is_found_out(base: Path, fault: str) -> None:
-    seed = FAULT_SEEDS[fault]
+    seed, wanted = FOUND[fault]
     with (
         datastore_in(base, SETTINGS) as datastore,
         Kills(datastore, seed, program=(DAEMON, fault)) as running,
-        pytest.raises(LabError) as found,
+        pytest.raises(LabError, match=wanted) as found,
     ):
-        running.run(KILLS)
+        running.run(FAULT_KILLS)
     said = str(found.value)
     print(said)
     assert f"kills, seed {seed}, life " in said
