@@ -9,7 +9,7 @@ import os
 import random
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -22,6 +22,7 @@ from scripts.lab.lane import GONE, Lane
 
 _MIB: Final = 1 << 20
 _PIECE: Final = 256 << 10
+_NAMES_LOG_LENGTH: Final = 6
 _JOIN_DEADLINE_S: Final = 60.0
 """More than the longest time that the program lets anybody wait for a recall."""
 OTHER: Final = b"another file, which took the disk's name" * 100
@@ -42,6 +43,7 @@ class KillDisk:
         self._folders = (mountpoint / vm, backing / vm)
         self._names_lock = threading.Lock()
         self._naming: tuple[Naming, str] | None = None
+        self._names_log: deque[str] = deque(maxlen=_NAMES_LOG_LENGTH)
         self._threads: list[threading.Thread] = []
         self._problems: list[str] = []
         self._stop = threading.Event()
@@ -120,6 +122,7 @@ class KillDisk:
             )
         ]
         self.is_gone = False
+        self._names_log.append(f"made as {self._name}")
 
     def begin(self, seed: str, *, doom: threading.Event, naming: Naming | None = None) -> None:
         """Start the threads: one for each lane, one that reads anywhere, and one that changes names if ``naming``."""
@@ -187,6 +190,7 @@ class KillDisk:
             self._naming = ("rename", name)
             self.path.rename(self.path.with_name(name))
             self._name, self._naming = name, None
+            self._names_log.append(f"renamed to {name}")
 
     def _drop(self, naming: Naming) -> None:
         if naming == "replace":
@@ -199,6 +203,7 @@ class KillDisk:
             else:
                 self.path.unlink()
             self.is_gone, self._naming = True, None
+            self._names_log.append(naming)
 
     # After it
 
@@ -230,6 +235,7 @@ class KillDisk:
         naming, self._naming = self._naming, None
         if naming is not None:
             kind, name = naming
+            self._names_log.append(f"{kind} {name} cut short")
             if kind == "rename":
                 there = [each for each in (self._name, name) if self.path.with_name(each).exists()]
                 if len(there) != 1:
@@ -252,7 +258,16 @@ class KillDisk:
             finally:
                 os.close(fd)
         except (LabError, OSError) as exc:
-            raise LabError(f"{self.label}: {exc}") from exc
+            raise LabError(f"{self.label}: {exc}; {self._seen()}") from exc
+
+    def _seen(self) -> str:
+        """What there is through the mount and behind it, when they differ from each other or from memory."""
+        found = []
+        for where, path in (("the mount has", self.path), ("behind it is", self.backing)):
+            with suppress(OSError):
+                st = path.stat()
+                found.append(f"{where} {path.name}, inode {st.st_ino} of {st.st_size} bytes")
+        return ", ".join([*found, f"what was done to its name: {'; '.join(self._names_log)}"])
 
     def last_operations(self) -> str:
         """The last operations of each lane, the newest last."""

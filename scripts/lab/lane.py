@@ -146,7 +146,11 @@ class Lane:
             return
         found, at = os.pread(fd, end - offset, offset), offset - self.start
         old = self.model[at : at + len(found)]
-        if len(found) != end - offset or found[: change.acknowledged] != content[: change.acknowledged]:
+        if len(found) != end - offset:
+            raise LabError(
+                f"{change.what}: {len(found)} of {end - offset} bytes can be read; the size is {os.fstat(fd).st_size}"
+            )
+        if found[: change.acknowledged] != content[: change.acknowledged]:
             raise LabError(f"{change.what}: the {change.acknowledged} bytes that it acknowledged are not there")
         for unit in range(offset // change.unit * change.unit, end, change.unit):
             low, high = max(unit - offset, change.acknowledged), min(unit + change.unit, end) - offset
