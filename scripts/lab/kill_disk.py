@@ -39,6 +39,7 @@ class KillDisk:
         self.is_gone = True
         self.lanes: list[Lane] = []
         self._name = name
+        self._stem = Path(name).stem
         self._size = size
         self._folders = (mountpoint / vm, backing / vm)
         self._names_lock = threading.Lock()
@@ -181,7 +182,7 @@ class KillDisk:
             for _ in range(chance.randint(1, 12)):
                 if self._stop.wait(chance.random() * 0.03):
                     break
-                self._rename(f"renamed-{chance.getrandbits(16)}.raw")
+                self._rename(f"{self._stem}-{chance.getrandbits(16)}.raw")  # which no other disk ever has
             if naming != "rename":
                 self._drop(naming)
 
