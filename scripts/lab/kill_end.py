@@ -21,7 +21,7 @@ from vmfs_stub.core.names import ORPHANS_DIR, PRIVATE_DIR, XATTR_PREFIX
 
 _EARLIER_RESTORED: Final = 6
 """Restore points of the lives before that are restored, beside the last one of each VM."""
-_SETTLE_DEADLINE_S: Final = 8.0
+SETTLE_DEADLINE_S: Final = 8.0
 
 
 def check_end(datastore: Datastore, daemon: DaemonProcess, disks: Sequence[KillDisk], points: Sequence[Point]) -> None:
@@ -77,7 +77,7 @@ def _restore(datastore: Datastore, points: Sequence[Point]) -> None:
 
 def _wait_nothing_left(datastore: Datastore) -> None:
     """What goes in the background has a while to do so."""
-    until_s = time.monotonic() + _SETTLE_DEADLINE_S
+    until_s = time.monotonic() + SETTLE_DEADLINE_S
     while left := sorted(left_behind(datastore)):
         if time.monotonic() > until_s:
             raise LabError(f"left behind: {', '.join(left)}")

@@ -9,8 +9,10 @@ import contextlib
 import mmap
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import trio
 
@@ -24,9 +26,11 @@ from vmfs_stub.primary.volatile_map import VolatileMap
 from vmfs_stub.services import disk as disks
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.placeholder import Placeholder
+from vmfs_stub.services.placeholder_maker import PlaceholderMaker
 from vmfs_stub.services.recovery import Recovery
 
 write_runs, write, truncate, read = Placeholder._write_runs, Placeholder.write, Disk.truncate, Disk.read
+prepare = PlaceholderMaker.prepare
 
 
 def fill_ignores_set_bits() -> None:
@@ -144,6 +148,11 @@ def bits_die_with_the_daemon() -> None:
 
 
 def start_leaves_lone_maps() -> None:
+    def slow(self: PlaceholderMaker, *args: Any) -> None:
+        prepare(self, *args)
+        time.sleep(0.3)  # so that a kill that is aimed at it comes before the record, on any machine
+
+    PlaceholderMaker.prepare = slow  # type: ignore[method-assign]
     Recovery._look_at_lone_map = lambda *args: None  # type: ignore[method-assign]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from faulty_daemon import KILL_FAULTS
 
+from scripts.lab import kill_end
 from scripts.lab.datastore import datastore_in
 from scripts.lab.failure import LabError
 from scripts.lab.soak_kills import SETTINGS, Kills
@@ -41,7 +42,8 @@ FOUND = {
 
 
 @pytest.mark.parametrize("fault", KILL_FAULTS)
-def test_a_faulty_daemon_is_found_out(base: Path, fault: str) -> None:
+def test_a_faulty_daemon_is_found_out(base: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kill_end, "SETTLE_DEADLINE_S", 3.0)
     seed, wanted = FOUND[fault]
     with (
         datastore_in(base, SETTINGS) as datastore,
