@@ -26,8 +26,6 @@ _TRANSFERS: Final = (16, 600, BLOCK, 3 * BLOCK, 64 << 10, 200 << 10)
 """Upper bounds that the length of an operation is drawn below."""
 _LOG_LENGTH: Final = 12
 _READ_BYTES: Final = 1 << 20
-_POPULATE_READ, _POPULATE_WRITE = 22, 23
-"""madvise: bring the pages in now.  Without a daemon that is an error, where touching them would be a SIGBUS."""
 GONE: Final = {errno.ENOTCONN, errno.ECONNABORTED, errno.EIO, errno.ENODEV, errno.EFAULT}
 """What an operation may fail with when the daemon dies under it."""
 
@@ -271,9 +269,8 @@ class Lane:
     def _read_mapping(self, chance: random.Random) -> None:
         offset, length = self._blocks(chance)
         self._note(f"mmap read {length} at {offset}")
-        with mmap.mmap(self._fd, length, prot=mmap.PROT_READ, offset=offset) as memory:
-            memory.madvise(_POPULATE_READ)
-            _judge(memory[:], self._wanted(offset, length), offset)
+        with mmap.mmap(self._fd, length, access=mmap.ACCESS_READ, offset=offset) as memory:
+            _judge(loaded(memory), self._wanted(offset, length), offset)
 
     def _write(self, chance: random.Random) -> None:
         self._put(*self._place(chance), chance)
@@ -300,12 +297,11 @@ class Lane:
         content = random_content(chance, length - start)
 
         def store() -> int:
-            memory[start:] = content
+            store_to(memory, start, content)
             memory.flush()
             return len(content)
 
         with mmap.mmap(self._fd, length, offset=offset) as memory:
-            memory.madvise(_POPULATE_WRITE)
             what = f"mmap write and msync {len(content)} at {offset + start}"
             self._make(Change(what, offset + start, content, unit=1), store)
 
@@ -352,3 +348,29 @@ def _judge(found: bytes, wanted: bytes | bytearray, offset: int) -> None:
         raise OSError(errno.EIO, f"{len(found)} of {len(wanted)} bytes were read at {offset}")
     if wrong := difference(found, wanted, offset):
         raise LabError(wrong)
+
+
+def loaded(memory: mmap.mmap) -> bytes:
+    """What mapped memory holds.
+
+    The kernel copies it: without a daemon that is an error, where this process's own touch would be a SIGBUS.
+    """
+    copy = os.memfd_create("loaded")
+    try:
+        os.pwritev(copy, [memory], 0)
+        return os.pread(copy, len(memory), 0)
+    finally:
+        os.close(copy)
+
+
+def store_to(memory: mmap.mmap, start: int, content: bytes) -> None:
+    """Put content into mapped memory, in the same way."""
+    copy = os.memfd_create("stored")
+    try:
+        os.pwrite(copy, content, 0)
+        with memoryview(memory) as whole, whole[start:] as part:
+            done = os.preadv(copy, [part], 0)
+    finally:
+        os.close(copy)
+    if done != len(content):
+        raise OSError(errno.EFAULT, f"{done} of {len(content)} bytes were stored")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 
 from scripts.lab.content import BLOCK
 from scripts.lab.failure import LabError
-from scripts.lab.lane import Change, Lane
+from scripts.lab.lane import Change, Lane, loaded, store_to
 
 SIZE = 4 * BLOCK
 OLD, NEW = b"o", b"n"
@@ -119,3 +121,19 @@ def test_wrong_bytes_are_found_where_they_are_looked_for(fd: int) -> None:
     judged.compare(fd, whole=False)
     with pytest.raises(LabError, match=f"WRONG BYTES: other bytes from {3 * BLOCK} "):
         judged.compare(fd, whole=True)
+
+
+def test_mapped_memory_is_read_and_written(fd: int) -> None:
+    with mmap.mmap(fd, SIZE) as memory:
+        store_to(memory, SIZE - 10, NEW * 10)
+        assert loaded(memory) == OLD * (SIZE - 10) + NEW * 10
+
+
+def test_mapped_memory_that_is_gone_is_an_error_and_no_signal(fd: int) -> None:
+    with mmap.mmap(fd, SIZE) as memory:
+        os.ftruncate(fd, 0)
+        with pytest.raises(OSError) as read:
+            loaded(memory)
+        with pytest.raises(OSError) as written:
+            store_to(memory, 0, NEW * SIZE)
+    assert (read.value.errno, written.value.errno) == (errno.EFAULT, errno.EFAULT)
