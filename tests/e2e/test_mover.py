@@ -78,6 +78,7 @@ def test_a_mover_that_is_killed_in_a_recall(make_datastore: MakeDatastore, at_on
     datastore.archive("vm")
     assert_lost(killed_during(datastore, "recall", at_once=at_once))
     assert datastore.state("vm") == "placeholder"
+    assert datastore.client.status().findings == []  # the job failed, which it says; nothing is wrong with the disk
     with disk.open("rb") as file:
         assert file.read(MIB) == CONTENT[:MIB]
     datastore.recall("vm")

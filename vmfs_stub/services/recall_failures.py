@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from vmfs_stub.core.errors import IntegrityError, ObjectMissing, UnknownFormat, VmfsStubError
+from vmfs_stub.core.errors import IntegrityError, MoverLost, ObjectMissing, UnknownFormat, VmfsStubError
 from vmfs_stub.core.ids import PlaceholderId
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.placeholder import Placeholder
@@ -38,7 +38,12 @@ class RecallFailures:
         self._failing: dict[PlaceholderId, dict[type[VmfsStubError], _Failure]] = {}
 
     def add(self, placeholder: Placeholder, chunks: Iterable[int], error: VmfsStubError) -> None:
-        """A recall of these chunks failed."""
+        """A recall of these chunks failed.
+
+        That of a mover that was lost is over at once: the next try has another one.
+        """
+        if isinstance(error, MoverLost):
+            return
         failing = self._failing.setdefault(placeholder.maps.record.placeholder_id, {})
         failure = failing.get(type(error))
         if failure is None:
