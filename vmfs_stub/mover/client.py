@@ -140,8 +140,9 @@ class Life:
 
     async def close(self, conversation: Conversation) -> None:
         """End a conversation; returns when it is over."""
-        if not conversation.is_over:
-            self.channel.post(conversation.number, Cancel())
+        if conversation.is_over:
+            return
+        self.channel.post(conversation.number, Cancel())
         with trio.CancelScope(shield=True), self.hurried():  # perhaps a guest waits to open what is copied
             async for _ in conversation.answers:
                 pass

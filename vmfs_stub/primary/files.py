@@ -7,11 +7,11 @@ Calls block: run them in a thread wherever the disk may be waited for.
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 from pathlib import Path
 
 from vmfs_stub.core.sites import FileCalls as FileCalls
+from vmfs_stub.paced_io import write_buffers
 
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
@@ -28,13 +28,7 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 
 def write_fully(fd: int, data: bytes | memoryview, offset: int) -> None:
     """Write all of ``data`` at ``offset`` (bytes).  Raises OSError; a prefix may then have been written."""
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(fd, view, offset)
-        if count == 0:
-            raise OSError(errno.EIO, "write made no progress")
-        view = view[count:]
-        offset += count
+    write_buffers(fd, [data], offset, paced=False)
 
 
 def read_fully(files: FileCalls, site: str, fd: int, length: int, offset: int) -> bytes:

@@ -62,6 +62,12 @@ class PrivateState:
     def volatile_path(self, placeholder_id: PlaceholderId) -> Path:
         return self.volatile_maps / f"{placeholder_id}.bits"
 
+    def changed_record_path(self, ino: int) -> Path:
+        return self.changes / str(ino)
+
+    def changed_map_path(self, ino: int) -> Path:
+        return self.volatile_changes / str(ino)
+
 
 @dataclass(slots=True)
 class PlaceholderMaps:

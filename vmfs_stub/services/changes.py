@@ -50,7 +50,7 @@ class Changes:
         self.threads = threads
         self.boot = private.boot
         self.tracked_bytes_min = tracked_bytes_min
-        self._private = private
+        self.private = private
         self.known = left.known
         """Inode numbers of which something is known, or may be: all others need no look."""
         self.doubtful = left.doubtful
@@ -68,22 +68,17 @@ class Changes:
         """Whether something is, or may be, known of this file.  Does not block."""
         return ino in self.known or ino in self.doubtful
 
-    def record_path(self, ino: int) -> Path:
-        return self._private.changes / str(ino)
-
-    def map_path(self, ino: int) -> Path:
-        return self._private.volatile_changes / str(ino)
-
     def forget(self, ino: int) -> None:
         """Know nothing of this file any more, durably.  Raises OSError."""
-        for path in (self.map_path(ino), self.map_path(ino).with_name(f"{ino}{NEW_SUFFIX}"), self.record_path(ino)):
+        map_path = self.private.changed_map_path(ino)
+        for path in (map_path, map_path.with_name(f"{ino}{NEW_SUFFIX}"), self.private.changed_record_path(ino)):
             self.files.call("changes.forget", path.unlink, missing_ok=True)
         self.sync()
         self.known.discard(ino)
 
     def sync(self) -> None:
         """Make durable which records are there.  Raises OSError."""
-        self.files.call("changes.sync", sync_directory, self._private.changes)
+        self.files.call("changes.sync", sync_directory, self.private.changes)
 
     def removed(self, ino: int) -> None:
         """The file is gone; what is left of it would only take space, or be taken for another's of that number."""
@@ -91,7 +86,7 @@ class Changes:
         if ino not in self.known:
             return
         try:
-            for path in (self.map_path(ino), self.record_path(ino)):
+            for path in (self.private.changed_map_path(ino), self.private.changed_record_path(ino)):
                 self.files.call("changes.removed", path.unlink, missing_ok=True)
             self.known.discard(ino)
         except OSError as exc:
@@ -100,14 +95,9 @@ class Changes:
     def doubt(self, ino: int) -> None:
         """A sync of this file failed: nothing that is read of it in this boot is a base for what comes later."""
         self.doubtful.add(ino)
-        path = self.map_path(ino).with_suffix(DOUBT_SUFFIX)
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            fd = self.files.call("changes.doubt", os.open, path, flags, 0o600)
-            try:
-                self.files.call("changes.doubt", write_fully, fd, self.boot.boot_id.encode(), 0)
-            finally:
-                os.close(fd)
+            path = self.private.changed_map_path(ino).with_suffix(DOUBT_SUFFIX)
+            self._write_small("changes.doubt", path, self.boot.boot_id.encode())
         except OSError as exc:
             log.warning("that a sync failed is known to this daemon only, and not to the next one: %s", exc.strerror)
 
@@ -119,18 +109,20 @@ class Changes:
             except OSError as exc:
                 log.warning("what changed in inode %d is known until the next reboot only: %s", ino, exc)
         try:
-            path = self._private.changes / STOPPED
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-            fd = self.files.call("changes.stop", os.open, path, flags, 0o600)
-            try:
-                self.files.call("changes.stop", write_fully, fd, b"\n", 0)
-            finally:
-                os.close(fd)
+            self._write_small("changes.stop", self.private.changes / STOPPED, b"\n")
         except OSError as exc:
             log.warning("the time of this end could not be noted: %s", exc.strerror)
 
+    def _write_small(self, site: str, path: Path, data: bytes) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = self.files.call(site, os.open, path, flags, 0o600)
+        try:
+            self.files.call(site, write_fully, fd, data, 0)
+        finally:
+            os.close(fd)
+
     def _lay_down(self, ino: int) -> None:
-        live = ChangedMap.open(self.files, self.map_path(ino), boot=self.boot)
+        live = ChangedMap.open(self.files, self.private.changed_map_path(ino), boot=self.boot)
         if live is None:
             return
         try:
@@ -138,10 +130,10 @@ class Changes:
             if seen is None:
                 return
             record = ChangedRecord(live.identity, seen, live.changed())
-            save_changed(self.files, self.record_path(ino), record)
+            save_changed(self.files, self.private.changed_record_path(ino), record)
         finally:
             live.close()
-        self.files.call("changes.stop", self.map_path(ino).unlink)
+        self.files.call("changes.stop", self.private.changed_map_path(ino).unlink)
 
 
 class DiskChanges:
@@ -151,6 +143,8 @@ class DiskChanges:
         self._changes = changes
         self._fd = fd
         self._ino = ino
+        self._record_path = changes.private.changed_record_path(ino)
+        self._map_path = changes.private.changed_map_path(ino)
         self._label = label
         self._record: ChangedRecord | None = None
         self._live: ChangedMap | None = None
@@ -172,10 +166,10 @@ class DiskChanges:
 
     def _look(self) -> None:
         changes, st = self._changes, os.fstat(self._fd)
-        record = load_changed(changes.files, changes.record_path(self._ino))
+        record = load_changed(changes.files, self._record_path)
         live = None
         if record is None:
-            live = ChangedMap.open(changes.files, changes.map_path(self._ino), boot=changes.boot)
+            live = ChangedMap.open(changes.files, self._map_path, boot=changes.boot)
         try:
             found = record or live
             seen = record.seen if record is not None else live.seen if live is not None else None
@@ -228,7 +222,7 @@ class DiskChanges:
             live = self._made_live(record)
             if live is not None:
                 try:
-                    changes.files.call("changes.forget", changes.record_path(self._ino).unlink, missing_ok=True)
+                    changes.files.call("changes.forget", self._record_path.unlink, missing_ok=True)
                     changes.sync()
                 except BaseException:
                     live.close()
@@ -246,7 +240,7 @@ class DiskChanges:
         try:
             return ChangedMap.create(
                 changes.files,
-                changes.map_path(self._ino),
+                self._map_path,
                 identity=record.identity,
                 boot=changes.boot,
                 changed=record.changed,
@@ -288,10 +282,10 @@ class DiskChanges:
                 return
             record = ChangedRecord(inode_identity(self._fd), Seen.of(st), Changed.nothing(origin))
             changes.known.add(self._ino)
-            save_changed(changes.files, changes.record_path(self._ino), record)
+            save_changed(changes.files, self._record_path, record)
             self._drop_live()
             self._record, self._is_wrong, self._is_exact = record, False, True
-            changes.files.call("changes.rebase", changes.map_path(self._ino).unlink, missing_ok=True)
+            changes.files.call("changes.rebase", self._map_path.unlink, missing_ok=True)
         except OSError as exc:
             log.warning("%s: its next backup reads more than it must: %s", self._label, exc)
             # The record may be there all the same: nobody writes to the file before it is gone.
@@ -349,7 +343,7 @@ class DiskChanges:
         seen = Seen.of(os.fstat(self._fd))
         if seen != record.seen:
             again = ChangedRecord(record.identity, seen, record.changed)
-            save_changed(self._changes.files, self._changes.record_path(self._ino), again)
+            save_changed(self._changes.files, self._record_path, again)
 
     def drop(self) -> None:
         """The daemon was killed: what the kernel does."""

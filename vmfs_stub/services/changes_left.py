@@ -71,7 +71,7 @@ class ChangesLeft:
         if ino not in self._unseen:
             return
         self._unseen.discard(ino)
-        record_path, map_path = self._private.changes / str(ino), self._private.volatile_changes / str(ino)
+        record_path, map_path = self._private.changed_record_path(ino), self._private.changed_map_path(ino)
         for path, is_true in ((record_path, self._is_record_true), (map_path, self._is_map_true)):
             try:
                 is_believed = is_true(path, st)
@@ -101,7 +101,7 @@ class ChangesLeft:
     def finish(self) -> None:
         """All files were looked at: what belongs to none goes.  Raises OSError."""
         for ino in sorted(self._unseen):
-            self._remove(self._private.changes / str(ino))
-            self._remove(self._private.volatile_changes / str(ino))
+            self._remove(self._private.changed_record_path(ino))
+            self._remove(self._private.changed_map_path(ino))
         # Also what an earlier daemon removed, which may have been killed before it could see to that.
         self._files.call("changes.clean_sync", sync_directory, self._private.changes)

@@ -15,11 +15,9 @@ from vmfs_stub.core.changed import Changed
 from vmfs_stub.core.chunking import chunk_count
 from vmfs_stub.core.errors import PrimaryIOError
 from vmfs_stub.core.extents import Extent
-from vmfs_stub.core.origin import Origin
 from vmfs_stub.core.sites import FileCalls
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.mover import Content, Part
-from vmfs_stub.services.origin import origin_of
 from vmfs_stub.services.placeholder import Placeholder
 from vmfs_stub.services.recall import RecallService
 from vmfs_stub.services.threads import Threads
@@ -69,7 +67,7 @@ class DiskParts:
             else:
                 absent_count = min(count - at, disk.placeholder.wholly_absent_count(at, size=size))
                 if absent_count:
-                    yield Part(Extent(at, at + absent_count), Content.STORED, _origin_of(disk.placeholder))
+                    yield Part(Extent(at, at + absent_count), Content.STORED, disk.placeholder.origin)
                     at += absent_count
                     continue
                 # In a placeholder a hole may be an absent block as well as zeros: all of it is read.
@@ -103,7 +101,3 @@ class DiskParts:
         if not placeholder.is_resident(offset, min(length, size - offset)):
             raise AssertionError(f"{placeholder.label}: absent blocks would be backed up as zeros")
         return stop
-
-
-def _origin_of(placeholder: Placeholder) -> Origin:
-    return origin_of(placeholder.maps.record, chunk_size=placeholder.chunk_size)

@@ -1,17 +1,11 @@
-"""Which stored file a placeholder stands for, and where the chunks of a stored file lie."""
+"""Where the chunks of a stored file lie."""
 
 from __future__ import annotations
 
 from vmfs_stub.core.errors import IntegrityError, WrongStore
 from vmfs_stub.core.origin import Origin
-from vmfs_stub.primary.record import PlaceholderRecord
 from vmfs_stub.store.chunk_table import ChunkTable
 from vmfs_stub.store.store import Store
-
-
-def origin_of(record: PlaceholderRecord, *, chunk_size: int) -> Origin:
-    """What a placeholder's record says of where its bytes are."""
-    return Origin(record.store_id, record.vm_id, record.point_id, record.file_index, record.size, chunk_size)
 
 
 def open_table(store: Store, origin: Origin) -> ChunkTable:

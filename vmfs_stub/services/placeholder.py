@@ -24,6 +24,7 @@ from vmfs_stub.core.chunking import BLOCK_SIZE
 from vmfs_stub.core.errors import MapFrozen
 from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.names import PLACEHOLDER_XATTR
+from vmfs_stub.core.origin import Origin
 from vmfs_stub.core.residency import block_count, blocks_merged, blocks_replaced, blocks_touched
 from vmfs_stub.paced_io import WriteBackFailed, write_buffers
 from vmfs_stub.primary.durable_map import MapState
@@ -61,6 +62,12 @@ class Placeholder:
         self._maps_lock = trio.Lock()
         self.ended = False
         """Graduated, laid down or superseded: the maps are closed, and nothing here may touch them."""
+
+    @property
+    def origin(self) -> Origin:
+        """The stored file that it stands for."""
+        record = self.maps.record
+        return Origin(record.store_id, record.vm_id, record.point_id, record.file_index, record.size, self.chunk_size)
 
     # What is here
 

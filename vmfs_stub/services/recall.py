@@ -36,7 +36,7 @@ from vmfs_stub.core.errors import (
 from vmfs_stub.core.recall_plan import Fetch, plan_fetches
 from vmfs_stub.services.guest_activity import GuestActivity
 from vmfs_stub.services.mover import FETCHES_AT_ONCE, Mover
-from vmfs_stub.services.origin import open_table, origin_of
+from vmfs_stub.services.origin import open_table
 from vmfs_stub.services.placeholder import Placeholder
 from vmfs_stub.services.recall_failures import RecallFailures
 from vmfs_stub.services.threads import Threads
@@ -246,8 +246,7 @@ class RecallService:
         record = placeholder.maps.record
         table = self._tables.get(record.placeholder_id)
         if table is None:
-            origin = origin_of(record, chunk_size=placeholder.chunk_size)
-            table = await self._threads.store(open_table, self._store, origin)
+            table = await self._threads.store(open_table, self._store, placeholder.origin)
             self._tables[record.placeholder_id] = table
         return table
 
