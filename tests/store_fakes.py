@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from vmfs_stub.core.errors import ObjectExists, ObjectMissing
 from vmfs_stub.core.sites import FileCalls
 from vmfs_stub.store import keys
-from vmfs_stub.store.keys import check_key, check_prefix
+from vmfs_stub.store.keys import CONDEMNED_PACKS, PACKS, check_key, check_prefix
 from vmfs_stub.store.objects import OBJECT_SIZE_MAX, Buffer, ObjectInfo, ObjectStore, oversized, truncated
 
 
@@ -109,3 +110,15 @@ class SitedObjects:
 
     def size(self, key: str) -> int:
         return self._files.call(store_site("size", key), self._inner.size, key)
+
+
+@contextmanager
+def packs_condemned(contents: dict[str, bytes]) -> Iterator[None]:
+    """Within the block garbage collection is about to remove every pack that is there; then it is not."""
+    for key in [key for key in contents if key.startswith(PACKS)]:
+        contents[f"{CONDEMNED_PACKS}{key.rpartition('/')[2]}"] = b""
+    try:
+        yield
+    finally:
+        for key in [key for key in contents if key.startswith(CONDEMNED_PACKS)]:
+            del contents[key]

@@ -29,19 +29,13 @@ from vmfs_stub.services.placeholder import Placeholder
 from vmfs_stub.services.placeholder_maker import PlaceholderMaker
 from vmfs_stub.services.recovery import Recovery
 
+Runs, Raws = Sequence[Extent], Sequence[bytes | None]
 write_runs, write, truncate, read = Placeholder._write_runs, Placeholder.write, Disk.truncate, Disk.read
 prepare = PlaceholderMaker.prepare
 
 
 def fill_ignores_set_bits() -> None:
-    def fill_all(
-        self: Placeholder,
-        runs: Sequence[Extent],
-        first_chunk: int,
-        raws: Sequence[bytes | None],
-        limit: int,
-        paced: bool,
-    ) -> None:
+    def fill_all(self: Placeholder, runs: Runs, first_chunk: int, raws: Raws, limit: int, paced: bool) -> None:
         first, end = first_chunk * self.chunk_blocks, (first_chunk + len(raws)) * self.chunk_blocks
         write_runs(self, [Extent(first, min(end, block_count(limit)))], first_chunk, raws, limit, paced)
 
@@ -62,14 +56,7 @@ def truncate_keeps_the_limit() -> None:
 
 
 def fill_goes_beyond_the_end() -> None:
-    def beyond(
-        self: Placeholder,
-        runs: Sequence[Extent],
-        first_chunk: int,
-        raws: Sequence[bytes | None],
-        limit: int,
-        paced: bool,
-    ) -> None:
+    def beyond(self: Placeholder, runs: Runs, first_chunk: int, raws: Raws, limit: int, paced: bool) -> None:
         write_runs(self, runs, first_chunk, raws, self.maps.record.size, paced)
 
     Placeholder._write_runs = beyond  # type: ignore[method-assign]
@@ -87,7 +74,7 @@ def partial_write_recalls_nothing() -> None:
 
 
 def bits_are_set_before_the_data() -> None:
-    async def fill(self: Placeholder, first_chunk: int, raws: Sequence[bytes | None], *, paced: bool) -> None:
+    async def fill(self: Placeholder, first_chunk: int, raws: Raws, *, paced: bool) -> None:
         live, end_chunk = self.maps.live, first_chunk + len(raws)
         runs = list(live.absent_runs(first_chunk * self.chunk_blocks, end_chunk * self.chunk_blocks))
         for run in runs:

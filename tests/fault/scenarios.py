@@ -18,7 +18,7 @@ from typing import cast
 import trio
 
 from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, RigFiles, Services, survives_kill
-from tests.store_fakes import FakeObjects, SitedObjects
+from tests.store_fakes import FakeObjects, SitedObjects, packs_condemned
 from vmfs_stub.catalog.catalog import Catalog
 from vmfs_stub.config import Config, parse_config
 from vmfs_stub.control.jobs import Jobs, open_jobs
@@ -36,7 +36,7 @@ from vmfs_stub.services import verify
 from vmfs_stub.services.restore import STAGING, restore_point
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.store.chunk_index import ChunkIndex
-from vmfs_stub.store.keys import CONDEMNED_PACKS, PACKS, SEGMENTS
+from vmfs_stub.store.keys import PACKS, SEGMENTS
 from vmfs_stub.store.packs import read_footer
 from vmfs_stub.store.store import Store
 
@@ -237,19 +237,18 @@ async def archive_without_room(services: Services) -> None:
 
 async def archive_condemned(services: Services) -> None:
     """Garbage collection is about to remove what the backup would use; then it is not."""
-    contents = services.rig.objects.contents
-    for key in [key for key in contents if key.startswith(PACKS)]:
-        contents[f"{CONDEMNED_PACKS}{key.rpartition('/')[2]}"] = b""
-    try:
-        await archive(services)
-        if not services.files.spoiled:
-            raise NotWhole("condemned packs were used")
-    except StoreConflict:
-        pass
-    finally:
-        for key in [key for key in contents if key.startswith(CONDEMNED_PACKS)]:
-            del contents[key]
-    await archive(services)
+    await _condemned(services, archive)
+
+
+async def _condemned(services: Services, act: Act) -> None:
+    with packs_condemned(services.rig.objects.contents):
+        try:
+            await act(services)
+            if not services.files.spoiled:
+                raise NotWhole("condemned packs were used")
+        except StoreConflict:
+            pass
+    await act(services)
 
 
 async def back_up(services: Services) -> None:
@@ -259,19 +258,7 @@ async def back_up(services: Services) -> None:
 
 async def back_up_condemned(services: Services) -> None:
     """Garbage collection is about to remove what the last point has; then it has gone on without."""
-    contents = services.rig.objects.contents
-    for key in [key for key in contents if key.startswith(PACKS)]:
-        contents[f"{CONDEMNED_PACKS}{key.rpartition('/')[2]}"] = b""
-    try:
-        await back_up(services)
-        if not services.files.spoiled:
-            raise NotWhole("condemned packs were used")
-    except StoreConflict:
-        pass
-    finally:
-        for key in [key for key in contents if key.startswith(CONDEMNED_PACKS)]:
-            del contents[key]
-    await back_up(services)
+    await _condemned(services, back_up)
 
 
 async def read(services: Services) -> None:

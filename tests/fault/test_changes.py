@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import random
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 
 import pytest
@@ -13,7 +15,7 @@ import trio
 from tests.datastore_harness import CHUNK, Killed, Rig, Services, survives_kill, temporary_rig
 from tests.model.contents import Contents
 from tests.model.guest import Guest
-from tests.store_fakes import FakeObjects
+from tests.store_fakes import FakeObjects, packs_condemned
 from vmfs_stub.core.errors import InUse, PrimaryIOError, StoreConflict, StoreError, StoreUnavailable
 from vmfs_stub.core.names import PRIVATE_DIR
 from vmfs_stub.mount.syscalls import RENAME_EXCHANGE
@@ -22,7 +24,7 @@ from vmfs_stub.services import copying
 from vmfs_stub.services.archive import ArchiveSettings, BackupReport
 from vmfs_stub.services.last_points import LastPoints
 from vmfs_stub.store import chunk_table, manifest, segments
-from vmfs_stub.store.keys import CONDEMNED_PACKS, MANIFESTS, PACKS, SEGMENTS
+from vmfs_stub.store.keys import MANIFESTS, SEGMENTS
 from vmfs_stub.store.store import Store
 
 DISK, OTHER = "vm/disk.img", "vm/other.img"
@@ -33,6 +35,21 @@ EIO = OSError(errno.EIO, os.strerror(errno.EIO))
 
 def noise(size: int = SIZE, seed: int = 1) -> bytes:
     return random.Random(seed).randbytes(size)
+
+
+@contextmanager
+def rig_with_disk() -> Iterator[Rig]:
+    with temporary_rig() as rig:
+        rig.make_disk(DISK, noise())
+        yield rig
+
+
+@asynccontextmanager
+async def backed_up(rig: Rig) -> AsyncIterator[Services]:
+    """The services in a life that begins with a backup."""
+    async with rig.running() as services:
+        await back_up(services)
+        yield services
 
 
 def point_bytes(rig: Rig, report: BackupReport, path: str = DISK) -> bytes:
@@ -84,8 +101,7 @@ def maps(rig: Rig) -> list[str]:
 
 
 async def test_what_nobody_wrote_to_is_not_read_and_its_segments_are_taken_over() -> None:
-    with temporary_rig() as rig:
-        rig.make_disk(DISK, noise())
+    with rig_with_disk() as rig:
         async with rig.running() as services:
             assert await back_up(services) == SIZE
             reads, segments = services.files.counts["archive.read"], set(rig.objects.contents)
@@ -98,20 +114,16 @@ async def test_what_nobody_wrote_to_is_not_read_and_its_segments_are_taken_over(
 
 
 async def test_what_was_written_is_read_and_nothing_else() -> None:
-    with temporary_rig() as rig:
-        rig.make_disk(DISK, noise())
-        async with rig.running() as services:
-            await back_up(services)
+    with rig_with_disk() as rig:
+        async with backed_up(rig) as services:
             await write(services, 3 * CHUNK, 7 * CHUNK - 5, SIZE - 30)
             assert await back_up(services) == 3 * CHUNK + 100
             assert await back_up(services) == 0
 
 
 async def test_holes_are_not_read_when_they_are_cut_into_what_was_there() -> None:
-    with temporary_rig() as rig:
-        rig.make_disk(DISK, noise())
-        async with rig.running() as services:
-            await back_up(services)
+    with rig_with_disk() as rig:
+        async with backed_up(rig) as services:
             await cut_and_grow(services)
             assert await back_up(services) <= CHUNK
             await cut_and_grow(services, to=SIZE + 3 * CHUNK)
@@ -128,10 +140,8 @@ async def cut_and_grow(services: Services, *, to: int = SIZE) -> None:
 
 
 async def test_growing_and_the_end_that_moves() -> None:
-    with temporary_rig() as rig:
-        rig.make_disk(DISK, noise())
-        async with rig.running() as services:
-            await back_up(services)
+    with rig_with_disk() as rig:
+        async with backed_up(rig) as services:
             await write(services, SIZE)
             assert await back_up(services) == 110
             await write(services, SIZE + 3 * CHUNK)
@@ -160,8 +170,7 @@ async def test_whole_segments_are_taken_over_between_those_that_changed(monkeypa
         monkeypatch.setattr(module, "SEGMENT_CHUNKS", 8)
     with temporary_rig() as rig:
         rig.make_disk(DISK, bytes(8 * CHUNK) + noise())
-        async with rig.running() as services:
-            await back_up(services)
+        async with backed_up(rig) as services:
             await write(services, 20 * CHUNK)
             gets = len(rig.objects.calls)
             assert await back_up(services) == CHUNK
@@ -174,10 +183,8 @@ async def test_whole_segments_are_taken_over_between_those_that_changed(monkeypa
 
 
 async def test_after_a_kill_the_map_is_still_there() -> None:
-    with temporary_rig() as rig:
-        rig.make_disk(DISK, noise())
-        async with rig.running() as services:
-            await back_up(services)
+    with rig_with_disk() as rig:
+        async with backed_up(rig) as services:
             await write(services, 3 * CHUNK)
         with survives_kill():
             async with rig.running() as services:
@@ -196,8 +203,7 @@ async def test_after_a_power_loss_all_of_what_was_written_is_read_and_of_what_wa
     # The medium gives each name back by linking, which moves the change time.
     monkeypatch.setattr(Seen, "is_left_as", lambda self, st, until_ns: self.is_content_of(st))
     for seed in range(6):
-        with temporary_rig() as rig:
-            rig.make_disk(DISK, noise())
+        with rig_with_disk() as rig:
             rig.make_disk(OTHER, noise(seed=2))
             async with rig.running() as services:
                 await back_up(services)
@@ -214,10 +220,8 @@ async def test_after_a_power_loss_all_of_what_was_written_is_read_and_of_what_wa
 
 
 async def test_after_a_clean_end_what_changed_is_known_also_in_another_boot() -> None:
-    with temporary_rig() as rig:
-        rig.make_disk(DISK, noise())
-        async with rig.running() as services:
-            await back_up(services)
+    with rig_with_disk() as rig:
+        async with backed_up(rig) as services:
             await write(services, 3 * CHUNK)
         rig.reboot()
         async with rig.running() as services:
@@ -229,10 +233,8 @@ async def test_after_a_clean_end_what_changed_is_known_also_in_another_boot() ->
 
 async def test_an_owner_that_changes_through_the_mount_is_no_reason_to_read() -> None:
     """Hypervisors change it at every start."""
-    with temporary_rig() as rig:
-        rig.make_disk(DISK, noise())
-        async with rig.running() as services:
-            await back_up(services)
+    with rig_with_disk() as rig:
+        async with backed_up(rig) as services:
             (rig.backing / DISK).chmod(0o640)
             await trio.sleep(0.02)
         async with rig.running() as services:
@@ -246,10 +248,8 @@ async def test_an_owner_that_changes_through_the_mount_is_no_reason_to_read() ->
 @pytest.mark.parametrize("keeps_mtime", [False, True])
 @pytest.mark.parametrize("was_written", [False, True])
 async def test_what_is_written_behind_the_mount_is_read(keeps_mtime: bool, was_written: bool) -> None:
-    with temporary_rig() as rig:
-        rig.make_disk(DISK, noise())
-        async with rig.running() as services:
-            await back_up(services)
+    with rig_with_disk() as rig:
+        async with backed_up(rig) as services:
             if was_written:
                 await write(services, CHUNK)
         path = rig.backing / DISK
@@ -264,11 +264,9 @@ async def test_what_is_written_behind_the_mount_is_read(keeps_mtime: bool, was_w
 
 
 async def test_another_file_in_its_place_is_read() -> None:
-    with temporary_rig() as rig:
-        rig.make_disk(DISK, noise())
+    with rig_with_disk() as rig:
         rig.make_disk(OTHER, noise(seed=2))
-        async with rig.running() as services:
-            await back_up(services)
+        async with backed_up(rig) as services:
             guest = Guest(services)
             await guest.rename(DISK, OTHER, flags=RENAME_EXCHANGE)
             assert await back_up(services) == 0, "both are known, by whatever name"
@@ -284,10 +282,8 @@ async def test_another_file_in_its_place_is_read() -> None:
 
 
 async def test_a_backup_that_fails_forgets_nothing() -> None:
-    with temporary_rig() as rig:
-        rig.make_disk(DISK, noise())
-        async with rig.running() as services:
-            await back_up(services)
+    with rig_with_disk() as rig:
+        async with backed_up(rig) as services:
             for site in ("store.pack.put", "store.pending.put", "store.manifest.put"):
                 await write(services, 3 * CHUNK)
                 services.files.fail(site, 1, StoreUnavailable("planted"))
@@ -298,10 +294,8 @@ async def test_a_backup_that_fails_forgets_nothing() -> None:
 
 
 async def test_a_backup_that_is_interrupted_by_an_opening_forgets_nothing() -> None:
-    with temporary_rig() as rig:
-        rig.make_disk(DISK, noise())
-        async with rig.running() as services:
-            await back_up(services)
+    with rig_with_disk() as rig:
+        async with backed_up(rig) as services:
             await write(services, 3 * CHUNK)
             disk = await services.open(DISK)
             with pytest.raises(InUse):
@@ -313,10 +307,8 @@ async def test_a_backup_that_is_interrupted_by_an_opening_forgets_nothing() -> N
 async def test_where_the_new_point_cannot_be_noted_the_file_is_read_again() -> None:
     for site in ("changes.create", "changes.write"):
         for error in (ENOSPC, EIO):
-            with temporary_rig() as rig:
-                rig.make_disk(DISK, noise())
-                async with rig.running() as services:
-                    await back_up(services)
+            with rig_with_disk() as rig:
+                async with backed_up(rig) as services:
                     await write(services, 3 * CHUNK)
                     services.files.fail(site, 1, error)
                     assert await back_up(services) == CHUNK
@@ -330,10 +322,8 @@ async def test_where_the_new_point_cannot_be_noted_the_file_is_read_again() -> N
 
 @pytest.mark.parametrize("site", ["changes.begin", "changes.allocate", "changes.map"])
 async def test_without_room_for_the_map_the_guest_writes_on_and_everything_is_read(site: str) -> None:
-    with temporary_rig() as rig:
-        rig.make_disk(DISK, noise())
-        async with rig.running() as services:
-            await back_up(services)
+    with rig_with_disk() as rig:
+        async with backed_up(rig) as services:
             services.files.fail(site, 1, ENOSPC)
             await write(services, 3 * CHUNK)
             assert (records(rig), maps(rig)) == ([], [])
@@ -343,8 +333,7 @@ async def test_without_room_for_the_map_the_guest_writes_on_and_everything_is_re
 
 
 async def test_without_room_for_another_bit_the_guest_writes_on_also_after_a_kill() -> None:
-    with temporary_rig() as rig:
-        rig.make_disk(DISK, noise())
+    with rig_with_disk() as rig:
         async with rig.running() as services:
             await back_up(services)
         with survives_kill():
@@ -363,10 +352,8 @@ async def test_without_room_for_another_bit_the_guest_writes_on_also_after_a_kil
 
 async def test_a_guest_is_refused_only_where_nothing_can_be_forgotten() -> None:
     for site in ("changes.forget", "changes.sync"):
-        with temporary_rig() as rig:
-            rig.make_disk(DISK, noise())
-            async with rig.running() as services:
-                await back_up(services)
+        with rig_with_disk() as rig:
+            async with backed_up(rig) as services:
                 disk = await services.open(DISK)
                 services.files.fail(site, 1, EIO)
                 with pytest.raises(OSError, match="Input/output"):
@@ -378,8 +365,7 @@ async def test_a_guest_is_refused_only_where_nothing_can_be_forgotten() -> None:
 
 @pytest.mark.parametrize("is_killed", [False, True])
 async def test_after_a_failed_sync_everything_is_read_until_the_next_boot(is_killed: bool) -> None:
-    with temporary_rig() as rig:
-        rig.make_disk(DISK, noise())
+    with rig_with_disk() as rig:
         async with rig.running() as services:
             await back_up(services)
         with survives_kill():
@@ -402,8 +388,7 @@ async def test_after_a_failed_sync_everything_is_read_until_the_next_boot(is_kil
 
 
 async def test_after_a_sync_that_fails_in_a_backup_the_next_are_no_base() -> None:
-    with temporary_rig() as rig:
-        rig.make_disk(DISK, noise())
+    with rig_with_disk() as rig:
         async with rig.running() as services:
             services.files.fail("archive.sync", 1, EIO)
             with pytest.raises(PrimaryIOError):
@@ -433,10 +418,8 @@ async def test_a_point_that_is_gone_damaged_or_condemned_is_done_without() -> No
 
     for spoil in (gone, damaged, without_segments, with_damaged_segments):
         for archive in (False, True):
-            with temporary_rig() as rig:
-                rig.make_disk(DISK, noise())
-                async with rig.running() as services:
-                    await back_up(services)
+            with rig_with_disk() as rig:
+                async with backed_up(rig) as services:
                     await write(services, 3 * CHUNK)
                     spoil(rig.objects.contents)
                     assert await back_up(services, archive=archive) == SIZE
@@ -444,21 +427,16 @@ async def test_a_point_that_is_gone_damaged_or_condemned_is_done_without() -> No
 
 
 async def test_condemned_packs_fail_one_backup_and_not_the_next() -> None:
-    with temporary_rig() as rig:
-        rig.make_disk(DISK, noise())
-        async with rig.running() as services:
-            await back_up(services)
-            contents = rig.objects.contents
-            for key in [key for key in contents if key.startswith(PACKS)]:
-                contents[f"{CONDEMNED_PACKS}{key.rpartition('/')[2]}"] = b""
-            with pytest.raises(StoreConflict):
-                await services.archive("vm", archive=False)
-            assert await back_up(services) == SIZE
+    with rig_with_disk() as rig:
+        async with backed_up(rig) as services:
+            with packs_condemned(rig.objects.contents):
+                with pytest.raises(StoreConflict):
+                    await services.archive("vm", archive=False)
+                assert await back_up(services) == SIZE
 
 
 async def test_another_store_has_nothing_to_take_over() -> None:
-    with temporary_rig() as rig:
-        rig.make_disk(DISK, noise())
+    with rig_with_disk() as rig:
         async with rig.running() as services:
             await back_up(services)
         rig.objects = FakeObjects()
@@ -472,8 +450,7 @@ async def test_another_store_has_nothing_to_take_over() -> None:
 
 
 async def test_of_a_placeholder_what_was_written_is_read_and_nothing_is_recalled() -> None:
-    with temporary_rig() as rig:
-        rig.make_disk(DISK, noise())
+    with rig_with_disk() as rig:
         async with rig.running() as services:
             await services.archive("vm")
             await write(services, 3 * CHUNK, length=CHUNK)
@@ -494,10 +471,8 @@ async def test_of_a_placeholder_what_was_written_is_read_and_nothing_is_recalled
 
 async def test_what_is_absent_is_where_the_placeholder_says_also_when_its_point_could_not_be_noted() -> None:
     """A map that is behind tells of an earlier point, which does not have what was written since."""
-    with temporary_rig() as rig:
-        rig.make_disk(DISK, noise())
-        async with rig.running() as services:
-            await back_up(services)
+    with rig_with_disk() as rig:
+        async with backed_up(rig) as services:
             await write(services, 3 * CHUNK, 9 * CHUNK, length=2 * CHUNK)
             replace_point = LastPoints.replace
             LastPoints.replace = _nothing  # type: ignore[method-assign]
@@ -515,10 +490,8 @@ async def _nothing(*args: object, **kwargs: object) -> None:
 
 async def test_an_archive_is_certain_or_reads_everything() -> None:
     """Of a file whose owner changed it can be told only that the daemon saw it, and an archive wants to know."""
-    with temporary_rig() as rig:
-        rig.make_disk(DISK, noise())
-        async with rig.running() as services:
-            await back_up(services)
+    with rig_with_disk() as rig:
+        async with backed_up(rig) as services:
             (rig.backing / DISK).chmod(0o640)
             assert await back_up(services, archive=True) == SIZE
 
@@ -530,8 +503,7 @@ async def test_nothing_is_left_of_files_that_are_gone() -> None:
     with temporary_rig() as rig:
         for path in (DISK, OTHER, "vm/third.img"):
             rig.make_disk(path, noise())
-        async with rig.running() as services:
-            await back_up(services)
+        async with backed_up(rig) as services:
             await write(services, CHUNK, path=OTHER)
             guest = Guest(services)
             handle = await guest.open("vm/third.img", Contents(bytearray()))
@@ -551,8 +523,7 @@ async def test_nothing_is_left_of_files_that_are_gone() -> None:
 
 
 async def test_a_file_that_was_never_backed_up_costs_nothing() -> None:
-    with temporary_rig() as rig:
-        rig.make_disk(DISK, noise())
+    with rig_with_disk() as rig:
         async with rig.running() as services:
             await write(services, CHUNK)
             calls = {site for site in services.files.counts if site.startswith("changes.")}
@@ -561,10 +532,8 @@ async def test_a_file_that_was_never_backed_up_costs_nothing() -> None:
 
 
 async def test_writes_after_the_first_make_no_file_call_more() -> None:
-    with temporary_rig() as rig:
-        rig.make_disk(DISK, noise())
-        async with rig.running() as services:
-            await back_up(services)
+    with rig_with_disk() as rig:
+        async with backed_up(rig) as services:
             disk = await services.open(DISK)
             await disk.write(0, b"x")
             before = services.files.counts.copy()

@@ -48,6 +48,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Patch = pytest.MonkeyPatch
 Plant = Callable[[Patch], None]
+Runs, Raws = Sequence[Extent], Sequence[bytes | None]
 
 
 # Bits and data
@@ -56,7 +57,7 @@ Plant = Callable[[Patch], None]
 def set_bits_before_data(patch: Patch) -> None:
     write_runs = Placeholder._write_runs
 
-    async def fill(self: Placeholder, first_chunk: int, raws: Sequence[bytes | None], *, paced: bool) -> None:
+    async def fill(self: Placeholder, first_chunk: int, raws: Raws, *, paced: bool) -> None:
         end_chunk = first_chunk + len(raws)
         async with self._locks.hold(first_chunk, end_chunk):
             if self.ended:
@@ -81,14 +82,7 @@ def make_bits_durable_before_data(patch: Patch) -> None:
 def fill_over_writes(patch: Patch) -> None:
     write_runs = Placeholder._write_runs
 
-    def all_of_it(
-        self: Placeholder,
-        runs: Sequence[Extent],
-        first_chunk: int,
-        raws: Sequence[bytes | None],
-        limit: int,
-        paced: bool,
-    ) -> None:
+    def all_of_it(self: Placeholder, runs: Runs, first_chunk: int, raws: Raws, limit: int, paced: bool) -> None:
         first, end = first_chunk * self.chunk_blocks, (first_chunk + len(raws)) * self.chunk_blocks
         write_runs(self, [Extent(first, min(end, block_count(limit)))], first_chunk, raws, limit, paced)
 
@@ -98,14 +92,7 @@ def fill_over_writes(patch: Patch) -> None:
 def fill_beyond_limit(patch: Patch) -> None:
     write_runs = Placeholder._write_runs
 
-    def beyond(
-        self: Placeholder,
-        runs: Sequence[Extent],
-        first_chunk: int,
-        raws: Sequence[bytes | None],
-        limit: int,
-        paced: bool,
-    ) -> None:
+    def beyond(self: Placeholder, runs: Runs, first_chunk: int, raws: Raws, limit: int, paced: bool) -> None:
         write_runs(self, runs, first_chunk, raws, min(self.maps.record.size, os.fstat(self._fd).st_size), paced)
 
     patch.setattr(Placeholder, "_write_runs", beyond)
