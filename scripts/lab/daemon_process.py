@@ -95,11 +95,20 @@ class DaemonProcess:
             raise LabError(f"the daemon ended with exit code {code}:\n{self.log_tail()}")
 
     def kill_mover(self) -> bool:
-        """kill -9 the data mover alone; false when there was none."""
+        """kill -9 the data mover alone; false when there was none.
+
+        The daemon knows on return, or a job that begins next would be given to the dead one.  Raises LabError when it
+        does not notice.
+        """
         found = movers_of(self.pid)
         for pid in found:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        until_s = time.monotonic() + _DEATH_DEADLINE_S
+        while any(Path(f"/proc/{pid}").exists() for pid in found):  # until its parent has reaped it
+            if time.monotonic() > until_s:
+                raise LabError("the daemon does not notice that its data mover is dead")
+            time.sleep(0.001)
         return bool(found)
 
     def new_log(self) -> str:

@@ -32,7 +32,8 @@ def test_a_few_kills(base: Path) -> None:
     assert "disks compared whole" in said
 
 
-FAULT_KILLS = 4
+FAULT_KILLS_MAX = 20
+"""The first few find it, as a rule; what a kill meets is a matter of time on a busy machine."""
 FOUND = {
     "bits_die_with_the_daemon": (1, "WRONG BYTES|acknowledged are not there"),
     "start_leaves_lone_maps": (33, r"left behind: .*\.map"),
@@ -50,7 +51,7 @@ def test_a_faulty_daemon_is_found_out(base: Path, fault: str, monkeypatch: pytes
         Kills(datastore, seed, program=(DAEMON, fault)) as running,
         pytest.raises(LabError, match=wanted) as found,
     ):
-        running.run(FAULT_KILLS)
+        running.run(FAULT_KILLS_MAX)
     said = str(found.value)
     print(said)
     assert f"kills, seed {seed}, life " in said
