@@ -22,7 +22,9 @@ class FuzzSoak:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """How long, and what."""
-        parser.add_argument("--minutes", type=float, default=10, help="how long, for all targets together (default 10)")
+        parser.add_argument(
+            "--minutes", type=float, default=10, help="of processor time, for all targets together (default 10)"
+        )
         parser.add_argument(
             "--target", action="append", choices=sorted(TARGETS), default=[], help="only this one (may be repeated)"
         )

@@ -85,15 +85,18 @@ class Campaign:
         self.result = Result(target.name)
 
     def run(self, *, count: int | None = None, duration_s: float | None = None) -> Result:
-        """Call the target ``count`` times or for ``duration_s``, whatever ends first, or until much is found."""
-        started_s = time.monotonic()
+        """Call the target ``count`` times or for ``duration_s``, whatever ends first, or until much is found.
+
+        The time is this process's time on a processor, so that a busy machine tries no fewer inputs.
+        """
+        started_s = time.process_time()
         index = 0
         while (count is None or index < count) and len(self.result.findings) < FINDINGS_MAX:
-            if duration_s is not None and time.monotonic() - started_s >= duration_s:
+            if duration_s is not None and time.process_time() - started_s >= duration_s:
                 break
             self._step(index)
             index += 1
-        self.result.elapsed_s = time.monotonic() - started_s
+        self.result.elapsed_s = time.process_time() - started_s
         self.result.corpus = len(self._corpus)
         return self.result
 
