@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import mmap
@@ -34,8 +35,10 @@ from tests.fuzz.target import Target, Violation
 
 HANG_S: Final = 15.0
 ADDRESS_SPACE_BYTES: Final = 1 << 30
-"""What a target's process may map beyond what it has when it starts."""
-MEASURED_EVERY: Final = 4
+"""What a target's process may map beyond what it has, looked at anew every so often."""
+INPUTS_A_BOUND: Final = 10_000
+"""How often that is: each measurement of memory loses some hundred bytes in the interpreter, which an hour adds up."""
+MEASURED_EVERY: Final = 16
 """Memory is measured for one input in so many: that makes a call several times slower."""
 TRACED_EVERY: Final = 8
 CORPUS_MAX: Final = 400
@@ -82,23 +85,24 @@ class Campaign:
         self._known = {self._fingerprint_of_seed(data) for data in self._corpus}
         self._outcomes: set[object] = set()
         self._lines: set[tuple[str, int]] = set()
-        self.result = Result(target.name)
+        self._inputs = itertools.count()
+        self.result = Result(target.name, corpus=self._pristine)
 
-    def run(self, *, count: int | None = None, duration_s: float | None = None) -> Result:
-        """Call the target ``count`` times or for ``duration_s``, whatever ends first, or until much is found.
+    def run(self, *, count: int, duration_s: float | None = None) -> bool:
+        """Call the target ``count`` times more, unless it was called for ``duration_s`` already or much is found.
 
-        The time is this process's time on a processor, so that a busy machine tries no fewer inputs.
+        Whether there may be more to do.  The time is this process's time on a processor, so that a busy machine tries
+        no fewer inputs.
         """
-        started_s = time.process_time()
-        index = 0
-        while (count is None or index < count) and len(self.result.findings) < FINDINGS_MAX:
-            if duration_s is not None and time.process_time() - started_s >= duration_s:
-                break
+        started_s = time.process_time() - self.result.elapsed_s
+        for index in itertools.islice(self._inputs, count):
             self._step(index)
-            index += 1
-        self.result.elapsed_s = time.process_time() - started_s
-        self.result.corpus = len(self._corpus)
-        return self.result
+            self.result.elapsed_s = time.process_time() - started_s
+            if len(self.result.findings) >= FINDINGS_MAX:
+                return False
+            if duration_s is not None and self.result.elapsed_s >= duration_s:
+                return False
+        return True
 
     def _step(self, index: int) -> None:
         data, is_sealed = self._input(random.Random(f"{self._target.name}/{self._seed}/{index}"))
@@ -123,6 +127,7 @@ class Campaign:
         self._outcomes.add((outcome, is_sealed))
         if len(self._corpus) < CORPUS_MAX:
             self._corpus.append(data)
+            self.result.corpus += 1
             if outcome is None:
                 self._known.add(fingerprint)
 
@@ -314,14 +319,18 @@ def _child(
             slot[:16] = executions.to_bytes(8, "little") + len(data).to_bytes(8, "little")
             slot[16 : 16 + len(data)] = data
 
-        with bounded_address_space():
-            target = kind(place)
-            try:
-                result = Campaign(target, seed, announce=announce).run(count=count, duration_s=duration_s)
-            finally:
-                target.close()
+        target = kind(place)
+        try:
+            campaign = Campaign(target, seed, announce=announce)
+            more = True
+            while more and (count is None or executions < count):
+                most = INPUTS_A_BOUND if count is None else min(INPUTS_A_BOUND, count - executions)
+                with bounded_address_space():
+                    more = campaign.run(count=most, duration_s=duration_s)
+        finally:
+            target.close()
         with os.fdopen(writer, "wb") as file:
-            file.write(_text_of(result).encode())
+            file.write(_text_of(campaign.result).encode())
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -5,6 +5,7 @@ Must not know any format: a target says where its JSON lies and how its checksum
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import struct
@@ -52,15 +53,15 @@ class Mutator:
         return data[:SIZE_MAX]
 
     def json_of(self, text: bytes) -> bytes:
-        """JSON text after one to three changes of its structure; of its bytes where it cannot be parsed."""
+        """JSON text after one to three changes of its structure; of its bytes where it is no JSON, or too deep."""
         try:
             tree = json.loads(text)
+            self._raw.clear()
+            for _ in range(self._chance.choice((1, 1, 1, 2, 3))):
+                tree = self._json_change(tree)
+            made = json.dumps(tree, separators=(",", ":"))
         except (ValueError, RecursionError):
             return self.bytes_of(text, None)
-        self._raw.clear()
-        for _ in range(self._chance.choice((1, 1, 1, 2, 3))):
-            tree = self._json_change(tree)
-        made = json.dumps(tree, separators=(",", ":"))
         for mark, raw in self._raw.items():
             made = made.replace(json.dumps(mark), raw)
         return made.encode("ascii")
@@ -182,7 +183,7 @@ class Mutator:
     def _value(self) -> Any:
         kind = self._chance.randrange(10)
         if kind < 5:
-            return self._chance.choice(_PLAIN_VALUES)
+            return copy.deepcopy(self._chance.choice(_PLAIN_VALUES))  # a later change may be one of its inside
         if kind < 7:
             return self._chance.choice(_PATHS)
         if kind < 8:

@@ -36,8 +36,10 @@ def fuzz(tmp_path: Path) -> Callable[..., Result]:
         place.mkdir()
         target = TARGETS[name](place)
         try:
+            campaign = Campaign(target, seed)
             with bounded_address_space():
-                return Campaign(target, seed).run(count=count)
+                campaign.run(count=count)
+            return campaign.result
         finally:
             target.close()
 
