@@ -45,6 +45,7 @@ from vmfs_stub.services.archive import ArchiveSettings, BackupReport
 from vmfs_stub.services.disk import Caller, Disk
 from vmfs_stub.services.disk_services import DiskServices, ServiceSettings, connect_services
 from vmfs_stub.services.disks import Disks
+from vmfs_stub.services.file_reads import FileReads, open_ring
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.local_mover import LocalMover
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
@@ -407,10 +408,13 @@ class Rig:
         placeholders = PlaceholderIndex()
         recovered = Recovery(files=life, backing=self.backing, private=private, placeholders=placeholders).run()
         threads = RigThreads(life, inline=self.inline, store_timeout_s=self.store_timeout_s)
+        reads = FileReads(files=life, threads=threads, ring=open_ring())
         services: Services | None = None
         try:
             async with trio.open_nursery() as nursery:
-                services = self._connected(nursery, life, threads, private, placeholders, recovered, hydrates=hydrates)
+                services = self._connected(
+                    nursery, life, threads, reads, private, placeholders, recovered, hydrates=hydrates
+                )
                 try:
                     if goes_on:
                         await resume(recovered, self.backing, services.connected)
@@ -426,6 +430,7 @@ class Rig:
             if life.dead:
                 late = [call.fd for each in (life, *(dying for dying, _ in self.dying)) for call in each.late]
                 _close_below(private.maps, but={*self.medium.held(), *late})
+            reads.close()
             threads.close()
 
     def _connected(
@@ -433,6 +438,7 @@ class Rig:
         nursery: trio.Nursery,
         files: RigFiles,
         threads: RigThreads,
+        reads: FileReads,
         private: PrivateState,
         placeholders: PlaceholderIndex,
         recovered: Recovered,
@@ -457,6 +463,7 @@ class Rig:
             backing=self.backing,
             files=files,
             threads=threads,
+            reads=reads,
             private=private,
             store=store,
             mover=LocalMover(

@@ -45,6 +45,7 @@ from vmfs_stub.services import memory
 from vmfs_stub.services.archive import ArchiveSettings
 from vmfs_stub.services.disk_services import DiskServices, ServiceSettings, connect_services
 from vmfs_stub.services.disks import Disks
+from vmfs_stub.services.file_reads import FileReads, open_ring
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recovery import Recovered, Recovery
@@ -147,7 +148,11 @@ async def _open_datastore(config: Config) -> AsyncIterator[trio.Event]:
     for subject, error in recovered.findings:
         findings.add(subject, error)
     private.reserve.fill(files)
-    with _closing(_threads(config)) as threads, _closing(open_catalog(config, findings)) as catalog:
+    with (
+        _closing(_threads(config)) as threads,
+        _closing(FileReads(files=files, threads=threads, ring=open_ring())) as reads,
+        _closing(open_catalog(config, findings)) as catalog,
+    ):
         async with (
             open_mover(_mover_settings(config, store), _index_told(findings)) as mover,
             trio.open_nursery() as background,
@@ -158,6 +163,7 @@ async def _open_datastore(config: Config) -> AsyncIterator[trio.Event]:
                 backing=backing,
                 files=files,
                 threads=threads,
+                reads=reads,
                 private=private,
                 store=store,
                 mover=mover,

@@ -21,6 +21,7 @@ EXEMPT = {
     "mover/shared_slots.py": "memory that two processes share; no filesystem is behind it",
     "paced_io.py:resume_read_ahead": "sets a flag in memory",
     "primary/identity.py:_as_seen_by_init": "/proc; what cannot be seen there is looked at from here",
+    "primary/read_ring.py": "memory that is shared with the kernel; the reads themselves are tagged",
     "store/local.py": "behind the store's own sites; fault/test_store_files.py fails each of its calls",
 }
 

@@ -6,7 +6,6 @@ that block resident first.  Every handle of an inode shares this object and its 
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from dataclasses import dataclass
 from vmfs_stub.core.chunking import BLOCK_SIZE
 from vmfs_stub.core.errors import PrimaryIOError
 from vmfs_stub.core.residency import blocks_merged
-from vmfs_stub.primary.files import FileCalls, read_fully
+from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.services.changes import DiskChanges
 from vmfs_stub.services.disk_name import DiskName
+from vmfs_stub.services.file_reads import FileReads
 from vmfs_stub.services.placeholder import Placeholder
 from vmfs_stub.services.recall import RecallService
 from vmfs_stub.services.threads import Threads
@@ -51,6 +51,7 @@ class Disk:
         *,
         files: FileCalls,
         threads: Threads,
+        reads: FileReads,
         recall: RecallService,
         fd: int,
         name: DiskName,
@@ -59,6 +60,7 @@ class Disk:
     ) -> None:
         self._files = files
         self._threads = threads
+        self._reads = reads
         self._recall = recall
         self.fd = fd
         self.ino = os.fstat(fd).st_ino
@@ -97,19 +99,8 @@ class Disk:
             if not placeholder.is_resident(offset, length):
                 await self._recall.make_resident(placeholder, offset, length)
                 self.on_recall(self)
-        return await self._read_backing(offset, size)
-
-    async def _read_backing(self, offset: int, size: int) -> bytes | bytearray:
-        buffer = bytearray(size)
         try:
-            # What the page cache has is read here and now: a hop to a thread costs more than the read.
-            if self._files.call("read.cached", os.preadv, self.fd, [buffer], offset, os.RWF_NOWAIT) == size:
-                return buffer
-        except OSError as exc:
-            if exc.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
-                raise PrimaryIOError(f"{self.label}: reading the backing file failed: {exc.strerror}") from exc
-        try:
-            return await self._threads.files(read_fully, self._files, "read.data", self.fd, size, offset)
+            return await self._reads.read(self.fd, size, offset)
         except OSError as exc:
             raise PrimaryIOError(f"{self.label}: reading the backing file failed: {exc.strerror}") from exc
 

@@ -20,6 +20,7 @@ from vmfs_stub.primary.tree import proc_path
 from vmfs_stub.services.changes import Changes, DiskChanges
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.disk_name import DiskName
+from vmfs_stub.services.file_reads import FileReads
 from vmfs_stub.services.placeholder import Placeholder
 from vmfs_stub.services.placeholder_index import KnownPlaceholder, PlaceholderIndex
 from vmfs_stub.services.recall import RecallService
@@ -40,6 +41,7 @@ class DiskOpener:
         *,
         files: FileCalls,
         threads: Threads,
+        reads: FileReads,
         recall: RecallService,
         retirement: Retirement,
         private: PrivateState,
@@ -51,6 +53,7 @@ class DiskOpener:
     ) -> None:
         self._files = files
         self._threads = threads
+        self._reads = reads
         self._recall = recall
         self._retirement = retirement
         self._private = private
@@ -85,6 +88,7 @@ class DiskOpener:
             disk = Disk(
                 files=self._files,
                 threads=self._threads,
+                reads=self._reads,
                 recall=self._recall,
                 fd=fd,
                 name=name,

@@ -13,6 +13,7 @@ from vmfs_stub.services.archive import Archiver, ArchiveSettings
 from vmfs_stub.services.changes import Changes
 from vmfs_stub.services.changes_left import ChangesLeft
 from vmfs_stub.services.disks import Disks
+from vmfs_stub.services.file_reads import FileReads
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.hydration import HydrationService
 from vmfs_stub.services.mover import Mover
@@ -57,6 +58,7 @@ def connect_services(
     backing: Path,
     files: FileCalls,
     threads: Threads,
+    reads: FileReads,
     private: PrivateState,
     store: Store,
     mover: Mover,
@@ -87,6 +89,7 @@ def connect_services(
     disks = Disks(
         files=files,
         threads=threads,
+        reads=reads,
         recall=recall,
         retirement=retirement,
         private=private,

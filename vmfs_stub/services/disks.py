@@ -28,6 +28,7 @@ from vmfs_stub.services.disk import Caller, Disk
 from vmfs_stub.services.disk_closer import DiskCloser
 from vmfs_stub.services.disk_name import DiskName
 from vmfs_stub.services.disk_opener import DiskOpener
+from vmfs_stub.services.file_reads import FileReads
 from vmfs_stub.services.placeholder_index import PlaceholderIndex, StatOverride
 from vmfs_stub.services.recall import RecallService
 from vmfs_stub.services.removals import Removals
@@ -54,6 +55,7 @@ class Disks:
         *,
         files: FileCalls,
         threads: Threads,
+        reads: FileReads,
         recall: RecallService,
         retirement: Retirement,
         private: PrivateState,
@@ -78,6 +80,7 @@ class Disks:
         self._opener = DiskOpener(
             files=files,
             threads=threads,
+            reads=reads,
             recall=recall,
             retirement=retirement,
             private=private,
