@@ -47,6 +47,7 @@ from vmfs_stub.services.disk_services import DiskServices, ServiceSettings, conn
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.file_reads import FileReads, open_ring
 from vmfs_stub.services.findings import Findings
+from vmfs_stub.services.guest_activity import GuestActivity
 from vmfs_stub.services.local_mover import LocalMover
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recovery import Recovered, Recovery
@@ -473,6 +474,7 @@ class Rig:
                 chunk_index=ChunkIndex(None, self.store.id),
                 workers=2,
             ),
+            guests=GuestActivity(),
             placeholders=placeholders,
             changes_left=recovered.changes,
             findings=findings,

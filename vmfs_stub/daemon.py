@@ -47,6 +47,7 @@ from vmfs_stub.services.disk_services import DiskServices, ServiceSettings, conn
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.file_reads import FileReads, open_ring
 from vmfs_stub.services.findings import Findings
+from vmfs_stub.services.guest_activity import GuestActivity
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recovery import Recovered, Recovery
 from vmfs_stub.services.resumption import resume
@@ -143,7 +144,7 @@ async def _open_datastore(config: Config) -> AsyncIterator[trio.Event]:
     """Everything of one datastore; yields the event that is set when it is to end."""
     backing, files = config.datastore.backing, FileCalls()
     store = open_store(config)
-    placeholders, findings, stop = PlaceholderIndex(), Findings(), trio.Event()
+    placeholders, findings, guests, stop = PlaceholderIndex(), Findings(), GuestActivity(), trio.Event()
     private, recovered = look_at_placeholders(config, files, placeholders)
     for subject, error in recovered.findings:
         findings.add(subject, error)
@@ -154,7 +155,7 @@ async def _open_datastore(config: Config) -> AsyncIterator[trio.Event]:
         _closing(open_catalog(config, findings)) as catalog,
     ):
         async with (
-            open_mover(_mover_settings(config, store), _index_told(findings)) as mover,
+            open_mover(_mover_settings(config, store), guests, _index_told(findings)) as mover,
             trio.open_nursery() as background,
         ):
             services = connect_services(
@@ -167,6 +168,7 @@ async def _open_datastore(config: Config) -> AsyncIterator[trio.Event]:
                 private=private,
                 store=store,
                 mover=mover,
+                guests=guests,
                 placeholders=placeholders,
                 changes_left=recovered.changes,
                 findings=findings,

@@ -9,7 +9,7 @@ import random
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,7 @@ from vmfs_stub.mover.client import ProcessMover, open_mover
 from vmfs_stub.mover.messages import MoverSettings
 from vmfs_stub.mover.priority import NICE, NICEST
 from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.services.guest_activity import GuestActivity
 from vmfs_stub.services.local_mover import LocalMover
 from vmfs_stub.services.mover import FETCHES_AT_ONCE, Content, CopyOrder, Mover, Part, PointFile, PointOrder
 from vmfs_stub.services.single_error import single_error
@@ -48,6 +49,7 @@ class Place:
     base: Path
     kind: str
     store: Store
+    guests: GuestActivity = field(default_factory=GuestActivity)
 
     @property
     def path(self) -> Path:
@@ -80,7 +82,7 @@ class Place:
             transfer_timeout_s=30,
             slot_bytes=8 * CHUNK,
         )
-        async with open_mover(settings, lambda error: None) as mover:
+        async with open_mover(settings, self.guests, lambda error: None) as mover:
             yield mover
 
 

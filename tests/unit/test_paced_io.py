@@ -11,7 +11,23 @@ from pathlib import Path
 import pytest
 
 from vmfs_stub import paced_io
-from vmfs_stub.paced_io import STEP_BYTES, WriteBackFailed, read_into, resume_read_ahead, stop_read_ahead, write_buffers
+from vmfs_stub.paced_io import (
+    STEP_BESIDE_GUESTS_BYTES,
+    STEP_BYTES,
+    WriteBackFailed,
+    pace,
+    read_into,
+    resume_read_ahead,
+    stop_read_ahead,
+    write_buffers,
+)
+
+
+@pytest.fixture(params=[True, False])
+def step_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How large steps are, beside guests and without any."""
+    monkeypatch.setattr(pace, "beside_guests", request.param)
+    return STEP_BESIDE_GUESTS_BYTES if request.param else STEP_BYTES
 
 
 @pytest.fixture
@@ -46,7 +62,9 @@ def test_more_buffers_than_one_call_takes(fd: int, paced: bool) -> None:
     assert written(fd) == b"".join(parts)
 
 
-def test_what_is_paced_goes_step_by_step_and_what_is_not_at_once(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_paced_goes_step_by_step_and_what_is_not_at_once(
+    fd: int, monkeypatch: pytest.MonkeyPatch, step_bytes: int
+) -> None:
     calls, pwritev = [], os.pwritev
 
     def noted(fd: int, parts: Sequence[memoryview], offset: int) -> int:
@@ -54,10 +72,10 @@ def test_what_is_paced_goes_step_by_step_and_what_is_not_at_once(fd: int, monkey
         return pwritev(fd, parts, offset)
 
     monkeypatch.setattr(os, "pwritev", noted)
-    parts = [random.Random(1).randbytes(STEP_BYTES // 2 + 1000) for _ in range(5)]
+    parts = [random.Random(1).randbytes(step_bytes // 2 + 1000) for _ in range(5)]
     total = sum(map(len, parts))
     write_buffers(fd, parts, 0, paced=True)
-    assert calls == [(at, min(STEP_BYTES, total - at)) for at in range(0, total, STEP_BYTES)]
+    assert calls == [(at, min(step_bytes, total - at)) for at in range(0, total, step_bytes)]
     assert written(fd) == b"".join(parts)
     calls.clear()
     write_buffers(fd, parts, 0, paced=False)
@@ -91,9 +109,11 @@ def test_what_the_disk_took_badly_is_an_error_of_its_own(fd: int, monkeypatch: p
     assert found.value.errno == errno.EIO
 
 
-@pytest.mark.parametrize("at_once", [1000, STEP_BYTES - 1, 1 << 30])
-def test_reading_goes_on_to_the_end_of_the_file(fd: int, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
-    content = random.Random(2).randbytes(2 * STEP_BYTES + 777)
+@pytest.mark.parametrize("at_once", [1000, STEP_BESIDE_GUESTS_BYTES - 1, 1 << 30])
+def test_reading_goes_on_to_the_end_of_the_file(
+    fd: int, monkeypatch: pytest.MonkeyPatch, at_once: int, step_bytes: int
+) -> None:
+    content = random.Random(2).randbytes(2 * step_bytes + 777)
     os.pwrite(fd, content, 0)
     longest, preadv = 0, os.preadv
 
@@ -108,7 +128,7 @@ def test_reading_goes_on_to_the_end_of_the_file(fd: int, monkeypatch: pytest.Mon
     assert read_into(fd, buffer, 10) == len(buffer)
     assert buffer == content[10:]
     assert read_into(fd, bytearray(100), len(content) - 30) == 30
-    assert longest == STEP_BYTES
+    assert longest == step_bytes
     resume_read_ahead(fd)
 
 

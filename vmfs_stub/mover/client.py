@@ -46,6 +46,7 @@ from vmfs_stub.mover.messages import (
 from vmfs_stub.mover.priority import share_processor, yield_processor
 from vmfs_stub.mover.process import MoverProcess, could_not_start
 from vmfs_stub.mover.shared_slots import SharedSlots
+from vmfs_stub.services.guest_activity import GuestActivity
 from vmfs_stub.services.mover import FETCHES_AT_ONCE, CopyOrder, Part, PointFile, PointOrder
 from vmfs_stub.store.backup_writer import WriterCounts
 from vmfs_stub.store.objects import Buffer
@@ -152,10 +153,16 @@ class ProcessMover:
     """Implements services.mover.Mover; made by `open_mover`.  ``on_index`` gets the chunk index's error, or None."""
 
     def __init__(
-        self, nursery: trio.Nursery, settings: MoverSettings, on_index: Callable[[PrimaryError | None], None]
+        self,
+        nursery: trio.Nursery,
+        settings: MoverSettings,
+        guests: GuestActivity,
+        on_index: Callable[[PrimaryError | None], None],
     ) -> None:
         self._nursery = nursery
         self._settings = settings
+        self._guests = guests
+        guests.on_return = self._make_way
         self._on_index = on_index
         self._life: Life | None = None
         self._free = trio.Semaphore(FETCHES_AT_ONCE)
@@ -232,7 +239,7 @@ class ProcessMover:
         """Give up a process that does not answer, however much it has to do; take back memory that is not used."""
         was_slow = False
         while True:
-            life.channel.post(0, Ping())
+            life.channel.post(0, Ping(self._guests.is_recent))
             life.pings_unanswered += 1
             fetches = life.fetches
             await trio.sleep(PING_INTERVAL_S)
@@ -245,6 +252,11 @@ class ProcessMover:
             if life.pings_unanswered > PINGS_UNANSWERED_MAX:
                 log.error("the data mover (process %d) does not answer; it is killed", life.process.pid)
                 scope.cancel()
+
+    def _make_way(self) -> None:
+        """Guests use their disks again: do not wait for the next ping to tell of it."""
+        if self._life is not None:
+            self._life.channel.post(0, Ping(beside_guests=True))
 
     async def _give_back(self, life: Life) -> None:
         """Return the memory of the slots to the system, one at a time: each takes a while."""
@@ -376,14 +388,14 @@ class _Window:
 
 @asynccontextmanager
 async def open_mover(
-    settings: MoverSettings, on_index: Callable[[PrimaryError | None], None]
+    settings: MoverSettings, guests: GuestActivity, on_index: Callable[[PrimaryError | None], None]
 ) -> AsyncIterator[ProcessMover]:
     """A mover within the block; at its end the process has gone.
 
     The process is started at once.  If that fails, things go on without: the first job tries again.
     """
     async with trio.open_nursery() as nursery:
-        mover = ProcessMover(nursery, settings, on_index)
+        mover = ProcessMover(nursery, settings, guests, on_index)
         try:
             mover.life()
         except MoverLost as exc:

@@ -96,7 +96,9 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """Are you there?  Answered with Pong."""
+    """Are you there?  Answered with Pong.  ``beside_guests`` is whether guests use their disks now."""
+
+    beside_guests: bool
 
 
 # From the mover

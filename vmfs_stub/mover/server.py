@@ -37,6 +37,7 @@ from vmfs_stub.mover.messages import (
     Ready,
 )
 from vmfs_stub.mover.shared_slots import SharedSlots
+from vmfs_stub.paced_io import pace
 from vmfs_stub.services import memory
 from vmfs_stub.services.mover import Backup, Mover, Part, PointFile
 from vmfs_stub.services.single_error import single_error
@@ -82,6 +83,7 @@ class Server:
     def _hear(self, nursery: trio.Nursery, number: int, message: Message) -> None:
         task = self._tasks.get(number)
         if isinstance(message, Ping):
+            pace.beside_guests = message.beside_guests
             self._channel.post(number, Pong())
             self._rest()
         elif isinstance(message, (BeginBackup, Fetch)):

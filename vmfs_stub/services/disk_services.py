@@ -15,6 +15,7 @@ from vmfs_stub.services.changes_left import ChangesLeft
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.file_reads import FileReads
 from vmfs_stub.services.findings import Findings
+from vmfs_stub.services.guest_activity import GuestActivity
 from vmfs_stub.services.hydration import HydrationService
 from vmfs_stub.services.mover import Mover
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
@@ -62,6 +63,7 @@ def connect_services(
     private: PrivateState,
     store: Store,
     mover: Mover,
+    guests: GuestActivity,
     placeholders: PlaceholderIndex,
     changes_left: ChangesLeft,
     findings: Findings,
@@ -77,6 +79,7 @@ def connect_services(
         waiting_max=settings.recall_queue_max,
         fetch_bytes_max=settings.fetch_bytes_max,
         failures=RecallFailures(findings),
+        guests=guests,
     )
     retirement = Retirement(files=files, threads=threads, store=store, private=private)
     changes = Changes(

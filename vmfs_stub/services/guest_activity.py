@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import trio
 
@@ -15,10 +16,14 @@ class GuestActivity:
 
     def __init__(self) -> None:
         self._last_s = -math.inf
+        self.on_return: Callable[[], None] = lambda: None
+        """Called when a guest reads or writes after a while in which none did."""
 
     def note(self) -> None:
         """A guest reads or writes."""
-        self._last_s = trio.current_time()
+        was_recent, self._last_s = self.is_recent, trio.current_time()
+        if not was_recent:
+            self.on_return()
 
     @property
     def is_recent(self) -> bool:

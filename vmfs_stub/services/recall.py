@@ -100,6 +100,7 @@ class RecallService:
         waiting_max: int,
         fetch_bytes_max: int,
         failures: RecallFailures,
+        guests: GuestActivity,
     ) -> None:
         self._nursery = nursery
         self._store = store
@@ -117,7 +118,7 @@ class RecallService:
         self._timed_out_s: dict[tuple[str, int], float] = {}
         """Chunks for which a guest has waited in vain, and when; those of the last moments only."""
         self._quiet = trio.lowlevel.ParkingLot()
-        self.guests = GuestActivity()
+        self.guests = guests
         self.held = False
         self.counters = RecallCounters()
 
