@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from vmfs_stub.primary import read_ring
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.read_ring import ReadRing
 from vmfs_stub.services import file_reads
-from vmfs_stub.services.file_reads import FileReads, open_ring
+from vmfs_stub.services.file_reads import RING_BYTES_MAX, FileReads, open_ring
 from vmfs_stub.services.threads import Threads
 
 SIZE = (4 << 20) + 777
@@ -139,17 +140,17 @@ def test_as_many_reads_as_there_are_entries_and_round_the_queue(fd: int) -> None
 
 
 def test_a_read_that_the_kernel_refuses_was_not_begun(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    ring, libc = ReadRing(4), read_ring._libc
+    ring, libc = ReadRing(4), read_ring._libc_brief
 
     class Refusing:
         def syscall(self, *_: object) -> int:
             read_ring.ctypes.set_errno(errno.EAGAIN)
             return -1
 
-    monkeypatch.setattr(read_ring, "_libc", Refusing())
+    monkeypatch.setattr(read_ring, "_libc_brief", Refusing())
     with pytest.raises(BlockingIOError):
         ring.begin(fd, bytearray(512), 0)
-    monkeypatch.setattr(read_ring, "_libc", libc)
+    monkeypatch.setattr(read_ring, "_libc_brief", libc)
     buffer = bytearray(512)
     number = ring.begin(fd, buffer, 512)
     while not (done := ring.done()):
@@ -186,3 +187,37 @@ async def test_what_is_not_begun_because_of_an_error_is_read_by_a_thread(fd: int
     with closing(reading(Failing(is_cold=True), threads, ring=ReadRing(4))) as reads:
         for offset in range(0, 1 << 18, 4096):
             assert await reads.read(fd, 4096, offset) == CONTENT[offset : offset + 4096]
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_closing_while_something_is_done_that_nobody_waits_for(threads: Threads, turns: int) -> None:
+    """The listener is to wait, is woken, or is just being woken; it finds no ring any more."""
+    ring, (end, other) = ReadRing(4), os.pipe()
+    reads = reading(CountedCalls(is_cold=True), threads, ring=ring)
+    os.set_blocking(end, True)
+    try:
+        os.write(other, b"first")
+        assert await reads.read(end, 5, -1 & 0xFFFFFFFFFFFFFFFF) == b"first"
+        ring.begin(end, bytearray(6), -1 & 0xFFFFFFFFFFFFFFFF)
+        os.write(other, b"second")
+        for _ in range(turns):
+            await trio.lowlevel.checkpoint()
+        reads.close()
+        await trio.testing.wait_all_tasks_blocked()
+    finally:
+        os.close(end)
+        os.close(other)
+
+
+async def test_what_is_large_and_what_cannot_be_tried_is_read_by_a_thread(fd: int, threads: Threads) -> None:
+    class Unsupported(CountedCalls):
+        def call(self, site: str, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+            if site == "read.cached":
+                self.sites.append(site)
+                raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+            return super().call(site, function, *args, **kwargs)
+
+    for calls, size in ((CountedCalls(is_cold=True), RING_BYTES_MAX + 1), (Unsupported(is_cold=True), 4096)):
+        with closing(reading(calls, threads, ring=ReadRing(4))) as reads:
+            assert await reads.read(fd, size, 512) == CONTENT[512 : 512 + size]
+        assert calls.sites == ["read.cached", "read.data"]

@@ -28,7 +28,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     **{adapter: frozenset({"core", "paced_io"}) for adapter in ADAPTERS},
     "config": frozenset({"core"}),
     "services": frozenset({"core", "paced_io"}) | ADAPTERS,
-    "mover": frozenset({"core", "primary", "services", "store"}),
+    "mover": frozenset({"core", "paced_io", "primary", "services", "store"}),
     "mount": frozenset({"core", "config", "services"}),
     "control": frozenset({"core", "config", "services"}),
     "cli": frozenset({"core", "config", "services", "store", "control.client", "control.messages", "mount.mountpoint"}),

@@ -26,14 +26,16 @@ _OP_READ: Final = 22
 _MMAP_OFFSET_ENTRIES: Final = 0x10000000
 _PARAMS: Final = struct.Struct("=2I I 7I 7I I Q 7I I Q")
 """Sizes of both queues, flags, others; then where in the mapped memory the parts of either queue lie."""
+_FLAGS_AT: Final = 8
 _ENTRY: Final = struct.Struct("=BBHiQQIIQ24x")
 """Operation, flags, priority, descriptor, offset, address, length, flags of the read, number."""
 _DONE: Final = struct.Struct("=QiI")
 """Number, result, flags."""
 _INDEX_MASK: Final = 0xFFFFFFFF
 
-# Keeps the GIL: nothing here waits for a disk, and a thread that had to get the GIL back would.
-_libc = ctypes.PyDLL(None, use_errno=True)
+# Keeps the GIL, which this thread would else have to wait for: to begin a read takes some microseconds.
+_libc_brief = ctypes.PyDLL(None, use_errno=True)
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Done(NamedTuple):
@@ -54,20 +56,22 @@ class ReadRing:
         if platform.machine() != "x86_64":
             raise OSError(errno.ENOSYS, f"not used on {platform.machine()}")
         params = (ctypes.c_char * _PARAMS.size)()
-        _PARAMS.pack_into(params, 0, 0, 0, _SETUP_COOP_TASKRUN, *bytes(7), *bytes(9), *bytes(9))
-        self.fd: Final = _checked(_libc.syscall(_SYS_SETUP, entries, params))
+        struct.pack_into("=I", params, _FLAGS_AT, _SETUP_COOP_TASKRUN)
+        self.fd: Final = _libc.syscall(_SYS_SETUP, entries, params)
+        if self.fd < 0:
+            raise _failure()
+        fields: tuple[int, ...] = _PARAMS.unpack(params)
+        size, done_size = fields[:2]
+        head, tail, *_, array = fields[10:17]
+        done_head, done_tail, _, _, _, done_at, _ = fields[19:26]
         try:
-            fields: tuple[int, ...] = _PARAMS.unpack(params)
-            size, done_size = fields[0], fields[1]
-            _head, tail, _mask, _size, _flags, _dropped, array = fields[10:17]
-            done_head, done_tail, _mask, _size, _overflow, done_at, _flags = fields[19:26]
             self._memory = mmap.mmap(self.fd, max(array + 4 * size, done_at + _DONE.size * done_size))
-            self._entries = mmap.mmap(self.fd, 64 * size, offset=_MMAP_OFFSET_ENTRIES)
+            self._entries = mmap.mmap(self.fd, _ENTRY.size * size, offset=_MMAP_OFFSET_ENTRIES)
         except BaseException:
             os.close(self.fd)
             raise
         self._words = memoryview(self._memory).cast("I")
-        self._head, self._tail = _head // 4, tail // 4
+        self._head, self._tail = head // 4, tail // 4
         self._done_head, self._done_tail, self._done_at = done_head // 4, done_tail // 4, done_at
         self._mask, self._done_mask = size - 1, done_size - 1
         self._numbers = 0
@@ -78,14 +82,16 @@ class ReadRing:
 
     @property
     def is_full(self) -> bool:
-        """Whether no other read may begin now."""
+        """Whether no other read may begin now: the queue of what is done would have no room for it."""
         return len(self._buffers) > self._mask
 
     def begin(self, fd: int, buffer: bytearray, offset: int) -> int:
         """Have ``buffer`` filled with what lies at ``offset`` (bytes); the number by which `done` will tell of it.
 
-        Nothing else may be done with the buffer until then.  Raises OSError; nothing was begun then.
+        Nothing else may be done with the buffer until then, and the ring must not be full.  Raises OSError; nothing
+        was begun then.
         """
+        assert not self.is_full
         self._numbers += 1
         number, words = self._numbers, self._words
         pinned = ctypes.c_char.from_buffer(buffer)
@@ -93,12 +99,13 @@ class ReadRing:
         at = _ENTRY.size * (index & self._mask)
         address = ctypes.addressof(pinned)
         _ENTRY.pack_into(self._entries, at, _OP_READ, 0, 0, fd, offset, address, len(buffer), 0, number)
-        words[self._tail] = (index + 1) & _INDEX_MASK
-        begun = _libc.syscall(_SYS_ENTER, self.fd, 1, 0, 0, None, 0)
-        if begun != 1 and words[self._head] == index:
-            words[self._tail] = index
-            _checked(-1)
         self._buffers[number] = pinned
+        words[self._tail] = (index + 1) & _INDEX_MASK
+        begun = _libc_brief.syscall(_SYS_ENTER, self.fd, 1, 0, 0, None, 0)
+        if begun != 1 and words[self._head] == index:  # else it was taken all the same
+            words[self._tail] = index
+            del self._buffers[number]
+            raise _failure()
         return number
 
     def done(self) -> list[Done]:
@@ -107,16 +114,23 @@ class ReadRing:
         head, tail = words[self._done_head], words[self._done_tail]
         while head != tail:
             number, result, _ = _DONE.unpack_from(self._memory, self._done_at + _DONE.size * (head & self._done_mask))
-            del self._buffers[number]
             told.append(Done(number, result))
             head = (head + 1) & _INDEX_MASK
+        for number, _ in told:
+            del self._buffers[number]
         words[self._done_head] = head
         return told
 
     def close(self) -> None:
-        """Give the ring back, when the reads that are under way are over: they write to this process's memory."""
+        """Give the ring back, when the reads that are under way are over: they write to this process's memory.
+
+        Raises OSError where they cannot be waited for; the ring is still there then.
+        """
         while self._buffers:
-            _libc.syscall(_SYS_ENTER, self.fd, 0, 1, _ENTER_GETEVENTS, None, 0)
+            if _libc.syscall(_SYS_ENTER, self.fd, 0, 1, _ENTER_GETEVENTS, None, 0) < 0:
+                failure = _failure()
+                if failure.errno != errno.EINTR:
+                    raise failure
             self.done()
         self._words.release()
         self._memory.close()
@@ -124,8 +138,6 @@ class ReadRing:
         os.close(self.fd)
 
 
-def _checked(result: int) -> int:
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result
+def _failure() -> OSError:
+    code = ctypes.get_errno()
+    return OSError(code, os.strerror(code))

@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 
 RING_ENTRIES = 256
 """Reads that the kernel waits for at once; more wait in threads."""
-_NOT_CACHED = (errno.EAGAIN, errno.EOPNOTSUPP)
+RING_BYTES_MAX = 64 << 10
+"""Of one read: the event loop's thread does the copying, which of larger reads is better shared out to threads."""
 
 
 class FileReads:
@@ -37,14 +38,16 @@ class FileReads:
 
     async def read(self, fd: int, size: int, offset: int) -> bytes | bytearray:
         """Up to ``size`` bytes at ``offset``, fewer only at end of file.  Not cancellable.  Raises OSError."""
-        buffer = bytearray(size)
+        buffer, may_wait = bytearray(size), size <= RING_BYTES_MAX
         try:
             if self._files.call("read.cached", os.preadv, fd, [buffer], offset, os.RWF_NOWAIT) == size:
                 return buffer
         except OSError as exc:
-            if exc.errno not in _NOT_CACHED:
+            if exc.errno == errno.EOPNOTSUPP:
+                may_wait = False  # nor would the kernel read it without a thread
+            elif exc.errno != errno.EAGAIN:
                 raise
-        if await self._is_filled(fd, buffer, offset):
+        if may_wait and await self._is_filled(fd, buffer, offset):
             return buffer
         return await self._threads.files(read_fully, self._files, "read.data", fd, size, offset)
 
@@ -54,8 +57,8 @@ class FileReads:
         if ring is None or ring.is_full:
             return False
         if not self._is_listening:
-            self._is_listening = True
             trio.lowlevel.spawn_system_task(self._listen, ring)
+            self._is_listening = True
         try:
             number = self._files.call("read.ring", ring.begin, fd, buffer, offset)
         except OSError:
@@ -67,23 +70,23 @@ class FileReads:
 
     async def _listen(self, ring: ReadRing) -> None:
         """Wake whoever waits for a read that is done."""
-        while True:
+        while self._ring is ring:
             try:
                 await trio.lowlevel.wait_readable(ring.fd)
             except trio.ClosedResourceError:
                 return
-            for number, result in ring.done():
-                task = self._waiting.pop(number, None)
+            for number, result in ring.done() if self._ring is ring else ():
+                task = self._waiting.pop(number, None)  # none where it was begun, and its reader was told of an error
                 if task is not None:
                     trio.lowlevel.reschedule(task, outcome.Value(result))
 
     def close(self) -> None:
         """Give the ring back; nobody may wait for a read."""
-        if self._ring is not None:
+        ring, self._ring = self._ring, None
+        if ring is not None:
             if self._is_listening:
-                trio.lowlevel.notify_closing(self._ring.fd)
-            self._ring.close()
-            self._ring = None
+                trio.lowlevel.notify_closing(ring.fd)
+            ring.close()
 
 
 def open_ring() -> ReadRing | None:
