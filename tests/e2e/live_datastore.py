@@ -63,6 +63,19 @@ def wait_until(what: str, condition: Callable[[], T], *, deadline_s: float = DEA
     return found
 
 
+def free_bytes(directory: Path) -> int:
+    """Room of the filesystem, as the mount tells it for the one behind it."""
+    vfs = os.statvfs(directory)
+    return vfs.f_bavail * vfs.f_frsize
+
+
+def make_room(path: Path) -> None:
+    """Remove a file, and wait for its space: the kernel tells of the last close and of forgetting it a little later."""
+    before, size = free_bytes(path.parent), path.stat().st_blocks * 512
+    path.unlink()
+    wait_until("its space is free", lambda: free_bytes(path.parent) - before >= size // 2)
+
+
 def merged(*several: Settings) -> Settings:
     """The settings of all; a later one overrides."""
     found: dict[str, dict[str, bool | int | float | str]] = {}

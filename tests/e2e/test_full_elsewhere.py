@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from live_datastore import BLOCK, MIB, QUIET, LiveDatastore, forget_pages, noise
+from live_datastore import BLOCK, MIB, QUIET, LiveDatastore, forget_pages, make_room, noise
 
 from vmfs_stub.control.client import ControlClient
 
@@ -123,7 +123,7 @@ def test_a_recall_without_room_fails_and_works_again_when_there_is(on_small_prim
         os.fsync(file.fileno())
     assert read_at(other, 0, BLOCK) == SMALL[:BLOCK][::-1]
     assert read_at(idle, 5 * MIB, MIB) == errno.ENOSPC
-    filler.unlink()
+    make_room(filler)
     assert read_at(idle, 5 * MIB, MIB) == CONTENT[5 * MIB : 6 * MIB]
     assert idle.read_bytes() == CONTENT
     datastore.recall("idle")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from live_datastore import MIB, QUIET, LiveDatastore, noise
+from live_datastore import MIB, QUIET, LiveDatastore, make_room, noise
 
 CONTENT = noise(20 * MIB, seed=1)
 UNHEALTHY = 8
@@ -56,7 +56,7 @@ def test_a_full_filesystem_is_served_and_archived_from(datastore: LiveDatastore)
     datastore.archive("idle")
     assert datastore.state("idle") == "placeholder"
     assert os.statvfs(datastore.backing).f_bavail * 4096 > 8 * MIB
-    busy.unlink()
+    make_room(busy)
     assert idle.read_bytes() == CONTENT
     datastore.restart()
     assert "index" not in datastore.cli("status", check=0).out
@@ -83,7 +83,7 @@ def test_a_filesystem_that_is_full_at_the_end_is_served_at_the_next_start(datast
     # What has no identity yet cannot be given one; that is told, and hides no other.
     assert [row["vm"] for row in datastore.rows()] == ["idle"]
     assert "warning: VM busy: VM busy cannot be read" in datastore.cli("status", check=UNHEALTHY).out
-    busy.unlink()
+    make_room(busy)
     (datastore.backing / "filler").unlink()
     assert idle.read_bytes() == CONTENT
     assert (datastore.backing / ".vmfs-stub/store.json").read_bytes() == before
