@@ -45,7 +45,10 @@ class Names:
         self._begun.clear()
 
     def made(self, path: str, contents: Contents) -> None:
-        """A file is there, durably."""
+        """A file is there, durably, where none was: what was begun and took the name away has been done."""
+        for changes in [changes for changes in self._begun if path in self.now and changes.get(path, contents) is None]:
+            self._begun.remove(changes)
+            self._apply(changes)
         self.now[path] = contents
         self._since_sync[path] = [contents]
 
