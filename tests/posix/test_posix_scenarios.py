@@ -292,14 +292,13 @@ def sparse_files(top: Path) -> object:
     found: list[object] = []
     with path.open("w+b") as file:
         fd = file.fileno()
-        for offset in (0, 1 << 20, (1 << 33) + 5):
+        # Four blocks: ext4 notes a fifth that lies apart in a block of its own, which st_blocks would count or not.
+        for offset in (1 << 20, (1 << 33) + 5, (1 << 40) - 3):
             os.pwrite(fd, b"data", offset)
             os.fsync(fd)
             found.append((os.fstat(fd).st_size, os.fstat(fd).st_blocks))
-        # Into two blocks, which lie together on the disk or do not: then ext4 takes one more to note where they are.
-        os.pwrite(fd, b"data", (1 << 40) - 3)
         os.ftruncate(fd, 1 << 41)
-        found.append((os.fstat(fd).st_size, os.fstat(fd).st_blocks in (40, 48), os.pread(fd, 30, (1 << 40) - 10)))
+        found.append((os.fstat(fd).st_size, os.fstat(fd).st_blocks, os.pread(fd, 30, (1 << 40) - 10)))
         os.ftruncate(fd, (1 << 20) + 2)
         os.ftruncate(fd, 1 << 21)
         found.append((os.pread(fd, 10, (1 << 20) - 3), outcome(os.pwrite, fd, b"x", (1 << 63) - 1)))
