@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from live_datastore import MIB, QUIET, LiveDatastore, make_room, noise
+from live_datastore import MIB, QUIET, LiveDatastore, free_bytes, make_room, noise
 
 CONTENT = noise(20 * MIB, seed=1)
 UNHEALTHY = 8
@@ -55,7 +54,7 @@ def test_a_full_filesystem_is_served_and_archived_from(datastore: LiveDatastore)
     assert "busy: backed up" in datastore.cli("backup", "busy", check=0).out
     datastore.archive("idle")
     assert datastore.state("idle") == "placeholder"
-    assert os.statvfs(datastore.backing).f_bavail * 4096 > 8 * MIB
+    assert free_bytes(datastore.backing) > 8 * MIB
     make_room(busy)
     assert idle.read_bytes() == CONTENT
     datastore.restart()
