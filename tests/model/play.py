@@ -393,7 +393,8 @@ class Play:
 
     def _check_nothing_left(self) -> None:
         """Maps and pins are of placeholders, or of what waits to be retired."""
-        if self.hydrates or self.is_shaken or self.services.hydration._courses:
+        closing = any(lock.locked() for lock in self.services.disks._ino_locks.values())
+        if self.hydrates or self.is_shaken or self.services.hydration._courses or closing:
             return  # background work may be about to take them away, or have failed to
         there = {record.placeholder_id for path in self.disks() if (record := self._record(self.rig.backing / path))}
         there |= {record.placeholder_id for h in self.guest.handles if (record := self._record(h.disk.fd))}
