@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import shutil
 from collections.abc import Awaitable, Callable
@@ -155,10 +156,11 @@ async def outage(play: Play) -> None:
     offset = chosen.randrange(len(content) + 1)
     play.life.is_store_away, recall.deadline_s = True, 0.02
     try:
-        found = await play.guest.read(handle, offset, 3 * BLOCK)
-        play.expect(found == content[offset : offset + 3 * BLOCK], "read without a store differs")
-    except (StoreError, RecallError):
-        pass
+        with contextlib.suppress(StoreError, RecallError):
+            found = await play.guest.read(handle, offset, 3 * BLOCK)
+            play.expect(found == content[offset : offset + 3 * BLOCK], "read without a store differs")
+        for flight in list(recall._flights.values()):  # else who joins one later is told that the store is away
+            await flight.landed.wait()
     finally:
         play.life.is_store_away, recall.deadline_s = False, DEADLINE_S
         recall._timed_out_s.clear()
