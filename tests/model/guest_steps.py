@@ -146,7 +146,7 @@ async def sync(play: Play) -> None:
     handle = await play.handle()
     if handle is not None:
         await play.guest.sync(handle, data_only=play.chosen.random() < 0.5)
-        handle.contents.synced()
+        play.synced(handle.contents)
 
 
 async def failing_sync(play: Play) -> None:
@@ -164,7 +164,7 @@ async def failing_sync(play: Play) -> None:
     play.life.fail_sync_in = 0
     play.ends_soon = True
     await play.guest.sync(handle, data_only=True)
-    handle.contents.synced()
+    play.synced(handle.contents)
 
 
 async def close(play: Play) -> None:
@@ -232,7 +232,7 @@ async def crossed_syncs(play: Play) -> None:
             await trio.testing.wait_all_tasks_blocked()
             await _write(play, handle, offset, data(play, length))
             await play.guest.sync(handle, data_only=True)
-            handle.contents.synced()
+            play.synced(handle.contents)
     finally:
         del play.life.instead["sync.data"]
     play.ends_soon = play.chosen.random() < 0.5

@@ -53,7 +53,7 @@ async def _job(play: Play, *, archive: bool) -> None:
         was_made = not set(report.placeholders).isdisjoint(names)
         play.expect(was_made == (archive and is_worth_it), f"placeholders {report.placeholders}, not {names}")
         if archive and is_worth_it and contents.is_settled:
-            contents.synced()
+            play.synced(contents)
     await play.check_point(vm, report.point_id, settles=not archive)
     if archive:
         play._check_nothing_left()

@@ -278,6 +278,11 @@ class Play:
                 contents.is_doubtful = True
         self.life.failed_sync = None
 
+    def synced(self, contents: Contents) -> None:
+        """A sync says that all of it is durable, unless another one failed beside it."""
+        self.note_failed_sync()
+        contents.synced()
+
     async def _look_at_everything(self) -> None:
         """At the end: every file is read, and can be made an ordinary one."""
         for path, contents in self.names.now.items():
