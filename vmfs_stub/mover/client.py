@@ -103,6 +103,9 @@ class Life:
     started: trio.Event = field(default_factory=trio.Event)
     _hurries: int = 0
 
+    def __post_init__(self) -> None:
+        yield_processor(self.process.pid)
+
     def begin(self, request: FromDaemon, on_over: Callable[[], None] = lambda: None) -> Conversation:
         """Start a conversation."""
         self.last_number += 1
@@ -175,7 +178,7 @@ class ProcessMover:
     async def wait_started(self) -> None:
         """Return when the process is ready for work, and what its chunk index is like was told; or after a while."""
         if self._life is not None:
-            with trio.move_on_after(START_WAIT_S):
+            with trio.move_on_after(START_WAIT_S), self._life.hurried():
                 await self._life.started.wait()
 
     def life(self) -> Life:

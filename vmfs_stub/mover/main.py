@@ -1,7 +1,7 @@
 """The mover's process: ``python -m vmfs_stub.mover.main SOCKET MEMORY PARENT``, started by the daemon only.
 
-What it does is for no guest that waits: it has what the processor and the disk have left.  It ends with the daemon, at
-once, whatever its threads are in.
+What it does is for no guest that waits: it has what the disk has left, and what the daemon gives it of the processor.
+It ends with the daemon, at once, whatever its threads are in.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import trio
 from vmfs_stub.core.errors import PrimaryError
 from vmfs_stub.mover.channel import Channel
 from vmfs_stub.mover.messages import IndexState, MoverSettings, Started
-from vmfs_stub.mover.priority import yield_processor
 from vmfs_stub.mover.server import Server
 from vmfs_stub.mover.shared_slots import SharedSlots
 from vmfs_stub.primary.files import FileCalls
@@ -82,7 +81,6 @@ def main() -> None:
     if os.getppid() != parent:
         os._exit(1)  # it died before it could be asked to take this one with it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the daemon
-    yield_processor(os.getpid())
     stand_back()
     memory.limit_arenas()
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, stream=sys.stderr)

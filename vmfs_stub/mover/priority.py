@@ -37,6 +37,7 @@ def share_processor(pid: int) -> None:
 
 def _set(pid: int, *, nice: int, slice_ns: int) -> None:
     with suppress(OSError):  # it has gone, or this one may not; then it stays as it is
+        _set_thread(pid, nice=nice, slice_ns=slice_ns)  # first: the threads that it starts from then on are like it
         for thread in Path(f"/proc/{pid}/task").iterdir():
             with suppress(ProcessLookupError):
                 _set_thread(int(thread.name), nice=nice, slice_ns=slice_ns)

@@ -2,7 +2,7 @@
 
 Invariants:
 * a chunk is fetched once at a time (single-flight); everyone who waits gets the same outcome, also when whoever asked
-  first has given up;
+  first has given up; only what the mover does not bring soon is fetched again when a guest waits for it;
 * a recall runs in this service's nursery, never in the task of a reader: giving up abandons the wait, not the fetch;
 * every wait has a limit: the caller's deadline, the store's time-out, the number of recalls that may wait.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 import trio
@@ -45,6 +45,9 @@ from vmfs_stub.store.objects import Buffer
 from vmfs_stub.store.store import Store
 
 log = logging.getLogger(__name__)
+
+MOVER_PATIENCE_S = 1.0
+"""How long a guest waits for what the mover brings already; then it is fetched here."""
 
 RETRY_PAUSE_S = 0.5
 """Between two tries of a recall whose guest still waits."""
@@ -179,17 +182,14 @@ class RecallService:
         """Fetch these chunks, or join whoever fetches them already.  Raises as `make_resident`, but has no deadline."""
         placeholder.check()
         flights = self._take_off(placeholder, chunks, demand=demand)
-        for flight in flights:
-            flight.waiting += 1
-        is_joined = demand and any(flight.is_background for flight in flights)
-        try:
-            with self._mover.hurried() if is_joined else nullcontext():
-                for flight in flights:
-                    if not flight.landed.is_set():  # most landed with the first: each wait is a turn of the event loop
-                        await flight.landed.wait()
-        finally:
-            for flight in flights:
-                flight.waiting -= 1
+        if demand and any(flight.is_background for flight in flights):
+            with trio.move_on_after(MOVER_PATIENCE_S), self._mover.hurried():
+                await _landed(flights)
+            late = [chunk for chunk, flight in zip(chunks, flights, strict=True) if not flight.landed.is_set()]
+            # Whatever holds the mover up, no guest waits for it: which of both comes second fills nothing.
+            own = self._take_off(placeholder, late, demand=True, overtakes=True)
+            flights = [flight for flight in flights if flight.landed.is_set()] + own
+        await _landed(flights)
         for flight in flights:
             if flight.error is not None:
                 raise flight.error
@@ -211,12 +211,15 @@ class RecallService:
 
     # The recall itself
 
-    def _take_off(self, placeholder: Placeholder, chunks: Iterable[int], *, demand: bool) -> list[Flight]:
+    def _take_off(
+        self, placeholder: Placeholder, chunks: Iterable[int], *, demand: bool, overtakes: bool = False
+    ) -> list[Flight]:
+        """A flight for each chunk: one that is under way, unless it is in the background and to be overtaken."""
         flights: list[Flight] = []
         new: dict[int, Flight] = {}
         for chunk in chunks:
             flight = self._flights.get((placeholder, chunk))
-            if flight is None or flight.landed.is_set():
+            if flight is None or flight.landed.is_set() or (overtakes and flight.is_background):
                 # One that has landed is over, also while others that took off with it are still under way.
                 flight = self._flights[placeholder, chunk] = new[chunk] = Flight(not demand)
             flights.append(flight)
@@ -315,6 +318,18 @@ class RecallService:
             self._failures.add(placeholder, chunks, error)
         for chunk in chunks:
             flights[chunk].land(error)
+
+
+async def _landed(flights: Sequence[Flight]) -> None:
+    for flight in flights:
+        flight.waiting += 1
+    try:
+        for flight in flights:
+            if not flight.landed.is_set():  # most landed with the first: each wait is a turn of the event loop
+                await flight.landed.wait()
+    finally:
+        for flight in flights:
+            flight.waiting -= 1
 
 
 def _as_ours(label: str, exc: Exception) -> VmfsStubError:
