@@ -326,6 +326,36 @@ async def test_two_names_of_a_placeholder_that_go_at_once_are_its_last() -> None
             await guest.end()
 
 
+@pytest.mark.parametrize("is_open", [False, True])
+async def test_a_placeholder_ends_when_the_removal_of_each_name_has_returned(is_open: bool) -> None:
+    """A file's link count falls before the removal of its last name is sure to be in the journal that is synced."""
+    with temporary_rig() as rig:
+        await archived(rig)
+        async with rig.running() as services:
+            guest, is_gone, go_on = Guest(services), threading.Event(), threading.Event()
+            await guest.link(DISK, "vm/second.img")
+
+            def unlink(function: Callable[..., None], name: bytes, **kwargs: int) -> None:
+                function(name, **kwargs)
+                if name == b"second.img":
+                    is_gone.set()
+                    _wait(go_on)
+
+            services.files.instead["mount.unlink"] = unlink
+            disk = await services.open(DISK) if is_open else None
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guest.unlink, "vm/second.img")
+                await trio.to_thread.run_sync(_wait, is_gone)
+                await guest.unlink(DISK)
+                if disk is not None:
+                    await services.disks.release(disk)
+                left = (list((rig.backing / "vm").iterdir()), len(rig.maps()), len(rig.pins()))
+                go_on.set()
+            assert left == ([], 1, 1)
+            assert (rig.maps(), rig.pins(), len(services.disks.placeholders)) == ([], [], 0)
+            await guest.end()
+
+
 async def test_one_of_two_names_that_were_to_go_stays_a_placeholder() -> None:
     with temporary_rig() as rig:
         await archived(rig)

@@ -84,8 +84,7 @@ class DiskCloser:
                 raise
             log.warning("%s: its last sync failed, and it is removed anyway", disk.label, exc_info=True)
         if removed:
-            self._placeholders.remove(disk.ino)
-            await self._removals.end(record)
+            await self._removals.closed(disk.ino, record)
 
     async def graduate(self, disk: Disk) -> None:
         """Turn a wholly resident placeholder into an ordinary file, with nothing left behind.

@@ -121,8 +121,8 @@ class Removals:
         async with self._ino_lock(ino):
             disk, known, nlink = self._opened(ino), self._placeholders.get(ino), os.fstat(path_fd).st_nlink
             has_name = disk.has_name if disk is not None else nlink > 0
-            if has_name and ino in self._under_way:
-                return  # others of its names are about to go: whichever is over last
+            if ino in self._under_way:
+                return  # others of its names are about to go: whichever is over last, when the removal of each is done
             before = self._states_before.pop(ino, None)
             if has_name:
                 if disk is not None:
@@ -135,7 +135,7 @@ class Removals:
                 if known is not None:
                     self._placeholders.remove(ino)  # a new file may have this number next
                     if before is not None and known.record is not None:
-                        await self.end(known.record)
+                        await self._end(known.record)
 
     async def drop_orphan(self, disk: Disk) -> None:
         """At its last release, or because it keeps its name: take the orphan's link away; what fails is swept later."""
@@ -148,8 +148,17 @@ class Removals:
         else:
             disk.is_orphan = False
 
-    async def end(self, record: PlaceholderRecord) -> None:
-        """The placeholder's file is gone: make that durable, then let its pin and maps go.  Raises OSError."""
+    async def closed(self, ino: int, record: PlaceholderRecord) -> None:
+        """A placeholder without a name is closed: it ends, or does when the removal of each name is over.
+
+        Raises OSError.
+        """
+        if ino not in self._under_way:
+            self._placeholders.remove(ino)
+            await self._end(record)
+
+    async def _end(self, record: PlaceholderRecord) -> None:
+        """The placeholder's file is gone: make that durable, then let its pin and maps go."""
         # Descriptors of files without a name cannot be synced for that: the maps lie on the same filesystem.
         await self._threads.files(self._files.call, "remove.sync", sync_filesystem, self._private.maps)
         replaced = await self._threads.files(self._replaced, record)
