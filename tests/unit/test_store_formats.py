@@ -184,6 +184,16 @@ def test_a_segment_gives_its_entries_back(places: list[tuple[int, str] | None]) 
     assert set(segment.packs) == sealed.packs == {ref.pack_id for ref in entries if ref}
 
 
+def test_entries_of_one_place_that_differ_stay_apart() -> None:
+    """A forged segment has such ones; the first stood for both when its entries were used again."""
+    entry = _ref(1)
+    entries = [entry, replace(entry, checksum=bytes(16)), replace(entry, raw_length=entry.raw_length - 1), entry]
+    sealed = seal_segment(entries, CHUNK)
+    assert sealed is not None
+    segment = Segment(sealed.data, sealed.segment_id)
+    assert [segment.ref(slot) for slot in range(segment.slot_count)] == entries
+
+
 def test_a_full_segment() -> None:
     entries = [_ref(number, offset=number * 100) for number in range(SEGMENT_CHUNKS)]
     sealed = seal_segment(entries, CHUNK)

@@ -47,17 +47,16 @@ def seal_segment(entries: Sequence[FrameRef | None], chunk_size: int) -> SealedS
     """Make the segment of up to 4,096 chunks in file order; None when all of them are zeros."""
     assert 0 < len(entries) <= SEGMENT_CHUNKS
     packs: dict[PackId, int] = {}
-    places: dict[tuple[ChunkId, PackId, int], int] = {}
+    known: dict[FrameRef, int] = {}
     slots: list[int] = []
     rows: list[bytes] = []
     for ref in entries:
         if ref is None:
             slots.append(SEGMENT_SLOT_ZERO)
             continue
-        place = (ref.chunk_id, ref.pack_id, ref.offset)
-        row = places.get(place)
+        row = known.get(ref)
         if row is None:
-            row = places[place] = len(rows)
+            row = known[ref] = len(rows)
             pack = packs.setdefault(ref.pack_id, len(packs))
             rows.append(SEGMENT_ENTRY.pack(ref.chunk_id, pack, ref.offset, ref.length, ref.raw_length, ref.checksum))
         slots.append(row)
