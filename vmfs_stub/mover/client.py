@@ -104,7 +104,7 @@ class Life:
     _hurries: int = 0
 
     def __post_init__(self) -> None:
-        yield_processor(self.process.pid)
+        self.hurry(1)  # until it has started, which on a busy host it would not soon
 
     def begin(self, request: FromDaemon, on_over: Callable[[], None] = lambda: None) -> Conversation:
         """Start a conversation."""
@@ -178,7 +178,7 @@ class ProcessMover:
     async def wait_started(self) -> None:
         """Return when the process is ready for work, and what its chunk index is like was told; or after a while."""
         if self._life is not None:
-            with trio.move_on_after(START_WAIT_S), self._life.hurried():
+            with trio.move_on_after(START_WAIT_S):
                 await self._life.started.wait()
 
     def life(self) -> Life:
@@ -226,6 +226,7 @@ class ProcessMover:
         life.pings_unanswered = 0
         if isinstance(message, Started):
             life.started.set()
+            life.hurry(-1)
         elif isinstance(message, IndexState):
             life.index_error = message.error
             self._on_index(message.error)
