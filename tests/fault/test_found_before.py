@@ -20,7 +20,6 @@ from tests.model.contents import Contents
 from tests.model.guest import Guest
 from vmfs_stub.core.errors import CorruptFrame, MapFrozen, PrimaryIOError, StoreError, StoreUnavailable
 from vmfs_stub.paced_io import WriteBackFailed
-from vmfs_stub.services import recall as recall_service
 from vmfs_stub.services.locks import SharedSync
 from vmfs_stub.services.placeholder import Placeholder
 
@@ -528,39 +527,6 @@ async def test_a_reader_hurries_a_fetch_of_the_background_that_it_joins(monkeypa
             rig.objects.before = lambda call, key: None
             await disk.read(2 * CHUNK, BLOCK)
             assert hurries == 1
-            await services.disks.release(disk)
-
-
-async def test_a_reader_overtakes_a_fetch_of_the_background_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mover that never got a processor was waited for until the deadline; what it brings late fills nothing."""
-    monkeypatch.setattr(recall_service, "MOVER_PATIENCE_S", 0.05)
-    with temporary_rig() as rig:
-        await archived(rig)
-        content = random.Random(4).randbytes(4 * CHUNK)
-        async with rig.running() as services:
-            disk = await services.open(DISK)
-            placeholder, recall, fetches = disk.placeholder, services.connected.recall, 0
-            assert placeholder is not None
-            go_on = threading.Event()
-
-            def hang_once(call: str, key: str) -> None:
-                nonlocal fetches
-                if call == "get_range":
-                    fetches += 1
-                    if fetches == 1:
-                        _wait(go_on)
-
-            rig.objects.before = hang_once
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(partial(recall.recall_chunks, placeholder, [1], demand=False))
-                await trio.testing.wait_all_tasks_blocked()
-                assert await disk.read(CHUNK, BLOCK) == content[CHUNK : CHUNK + BLOCK]
-                await disk.write(CHUNK + BLOCK, b"g" * BLOCK)
-                assert fetches == 2
-                go_on.set()
-            assert recall.counters.background_bytes == CHUNK
-            found = await disk.read(CHUNK, CHUNK)
-            assert found == content[CHUNK : CHUNK + BLOCK] + b"g" * BLOCK + content[CHUNK + 2 * BLOCK : 2 * CHUNK]
             await services.disks.release(disk)
 
 

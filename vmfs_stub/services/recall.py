@@ -1,8 +1,8 @@
 """Recall: bringing absent chunks back from the store, once each, however many wait for them.
 
 Invariants:
-* a chunk is fetched once at a time (single-flight); everyone who waits gets the same outcome, also when whoever asked
-  first has given up; only what the mover does not bring soon is fetched again when a guest waits for it;
+* a chunk has one flight at a time; everyone who waits for it gets the same outcome, also when whoever asked first has
+  given up; it is fetched once, unless the mover does not bring it soon: then a guest has it fetched here as well;
 * a recall runs in this service's nursery, never in the task of a reader: giving up abandons the wait, not the fetch;
 * every wait has a limit: the caller's deadline, the store's time-out, the number of recalls that may wait.
 """
@@ -63,18 +63,30 @@ The kernel repeats a buffered read that failed as a read-ahead; with a second wa
 class Flight:
     """One chunk on its way; ``error`` is set before ``landed`` when it did not arrive.
 
-    ``waiting`` counts those who wait for it.  The mover brings one that is ``is_background``.
+    ``waiting`` counts those who wait for it, ``fetches`` those that may still bring it: only the mover does when it
+    ``is_background``.
     """
 
     is_background: bool
     landed: trio.Event = field(default_factory=trio.Event)
     waiting: int = 0
+    fetches: int = 1
     error: VmfsStubError | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.landed.is_set()
 
     def land(self, error: VmfsStubError | None = None) -> None:
         if not self.landed.is_set():
             self.error = error
             self.landed.set()
+
+    def fail(self, error: VmfsStubError) -> None:
+        """One fetch does not bring it; the last one that does not is the end."""
+        self.fetches -= 1
+        if not self.fetches:
+            self.land(error)
 
 
 @dataclass(slots=True)
@@ -120,6 +132,8 @@ class RecallService:
         self._tables: dict[str, ChunkTable] = {}
         self._timed_out_s: dict[tuple[str, int], float] = {}
         """Chunks for which a guest has waited in vain, and when; those of the last moments only."""
+        self._is_mover_late = False
+        """A guest has waited for it in vain since it last brought something."""
         self._quiet = trio.lowlevel.ParkingLot()
         self.guests = guests
         self.held = False
@@ -154,9 +168,11 @@ class RecallService:
                         away = exc
                         await trio.sleep(RETRY_PAUSE_S)
                 return
-            for chunk in placeholder.absent_chunks(offset, length):
+            absent = placeholder.absent_chunks(offset, length)
+            for chunk in absent:
                 self._timed_out_s[placeholder.maps.record.placeholder_id, chunk] = trio.current_time()
-            raise self._timeout(placeholder) from away
+            if absent:
+                raise self._timeout(placeholder) from away
         finally:
             self.counters.waiting -= 1
             if self.counters.waiting == 0:
@@ -182,15 +198,13 @@ class RecallService:
         """Fetch these chunks, or join whoever fetches them already.  Raises as `make_resident`, but has no deadline."""
         placeholder.check()
         flights = self._take_off(placeholder, chunks, demand=demand)
-        if demand and any(flight.is_background for flight in flights):
-            with trio.move_on_after(MOVER_PATIENCE_S), self._mover.hurried():
-                await _landed(flights)
-            late = [chunk for chunk, flight in zip(chunks, flights, strict=True) if not flight.landed.is_set()]
-            # Whatever holds the mover up, no guest waits for it: which of both comes second fills nothing.
-            own = self._take_off(placeholder, late, demand=True, overtakes=True)
-            flights = [flight for flight in flights if flight.landed.is_set()] + own
-        await _landed(flights)
-        for flight in flights:
+        if demand and any(flight.is_background for flight in flights.values()):
+            if not self._is_mover_late:
+                with trio.move_on_after(MOVER_PATIENCE_S), self._mover.hurried():
+                    await _landed(flights.values())
+            self._overtake(placeholder, flights)
+        await _landed(flights.values())
+        for flight in flights.values():
             if flight.error is not None:
                 raise flight.error
 
@@ -211,25 +225,32 @@ class RecallService:
 
     # The recall itself
 
-    def _take_off(
-        self, placeholder: Placeholder, chunks: Iterable[int], *, demand: bool, overtakes: bool = False
-    ) -> list[Flight]:
-        """A flight for each chunk: one that is under way, unless it is in the background and to be overtaken."""
-        flights: list[Flight] = []
+    def _take_off(self, placeholder: Placeholder, chunks: Iterable[int], *, demand: bool) -> dict[int, Flight]:
+        flights: dict[int, Flight] = {}
         new: dict[int, Flight] = {}
         for chunk in chunks:
             flight = self._flights.get((placeholder, chunk))
-            if flight is None or flight.landed.is_set() or (overtakes and flight.is_background):
+            if flight is None or flight.is_over:
                 # One that has landed is over, also while others that took off with it are still under way.
                 flight = self._flights[placeholder, chunk] = new[chunk] = Flight(not demand)
-            flights.append(flight)
+            flights[chunk] = flight
         if new:
             self._nursery.start_soon(self._fly, placeholder, new, demand)
         return flights
 
+    def _overtake(self, placeholder: Placeholder, flights: Mapping[int, Flight]) -> None:
+        """Fetch here, too, what the mover has not brought: a guest waits for no other process."""
+        late = {chunk: flight for chunk, flight in flights.items() if flight.is_background and not flight.is_over}
+        for flight in late.values():
+            flight.is_background = False
+            flight.fetches += 1
+        if late:
+            self._is_mover_late = True
+            self._nursery.start_soon(self._fly, placeholder, late, True)
+
     async def _fly(self, placeholder: Placeholder, flights: dict[int, Flight], demand: bool) -> None:
         try:
-            with self._outcome(placeholder, flights, flights):
+            with self._failing(placeholder, flights, flights):
                 table = await self.table(placeholder)
                 found = await self._locate(table, sorted(flights))
                 zeros = [chunk for chunk, frame in found if frame is None]
@@ -239,11 +260,14 @@ class RecallService:
                         nursery.start_soon(self._fill_zeros, placeholder, zeros, flights)
                     for fetch in plan_fetches(frames, fetch_bytes_max=self._fetch_bytes_max):
                         nursery.start_soon(self._fetch, placeholder, fetch, flights, demand)
+        except BaseException:
+            for flight in flights.values():
+                flight.land(RecallTimeout(f"{placeholder.label}: the recall was cancelled"))
+            raise
         finally:
             for chunk, flight in flights.items():
-                if self._flights.get((placeholder, chunk)) is flight:
+                if flight.is_over and self._flights.get((placeholder, chunk)) is flight:
                     del self._flights[placeholder, chunk]
-                flight.land(RecallTimeout(f"{placeholder.label}: the recall was cancelled"))
 
     async def table(self, placeholder: Placeholder) -> ChunkTable:
         """The chunk table of the restore point that the placeholder stands for.  Raises StoreError, IntegrityError."""
@@ -259,13 +283,13 @@ class RecallService:
         return [(chunk, frames[chunk - chunks[0]]) for chunk in chunks]
 
     async def _fetch(self, placeholder: Placeholder, fetch: Fetch, flights: dict[int, Flight], demand: bool) -> None:
-        with self._outcome(placeholder, flights, fetch.chunks):
+        with self._failing(placeholder, flights, fetch.chunks):
             is_damaged = False
             async with self._slots if demand else self._background_slots:
                 if not any(flights[chunk].waiting for chunk in fetch.chunks):
                     # Its readers gave up while it waited for its turn: a store that hangs must not leave a queue.
                     for chunk in fetch.chunks:
-                        flights[chunk].land(self._timeout(placeholder))
+                        flights[chunk].fail(self._timeout(placeholder))
                     return
                 try:
                     async with self._fetched(fetch, demand=demand) as raws:
@@ -280,52 +304,58 @@ class RecallService:
                 for chunk, frame in zip(fetch.chunks, fetch.frames, strict=True):
                     await self._fetch(placeholder, Fetch((chunk,), (frame,)), flights, demand)
                 return
-            self._failures.arrived(placeholder, fetch.chunks)
+            self._arrived(placeholder, flights, fetch.chunks)
             self.counters.fetches += 1
             size = sum(frame.raw_length for frame in fetch.frames)
             if demand:
                 self.counters.demand_bytes += size
             else:
                 self.counters.background_bytes += size
+                self._is_mover_late = False
 
     @asynccontextmanager
     async def _fetched(self, fetch: Fetch, *, demand: bool) -> AsyncIterator[Sequence[Buffer]]:
         if demand:
-            # Here and now: a guest waits for no other process.
             yield await self._threads.store(self._store.fetch, fetch.frames)
         else:
             async with self._mover.fetch(fetch.frames) as raws:
                 yield raws
 
     async def _fill_zeros(self, placeholder: Placeholder, chunks: Sequence[int], flights: dict[int, Flight]) -> None:
-        with self._outcome(placeholder, flights, chunks):
+        with self._failing(placeholder, flights, chunks):
             nothing: list[Buffer | None] = [None] * len(chunks)
             for first, run in _consecutive(chunks, nothing):
                 await placeholder.fill(first, run, paced=False)
-            self._failures.arrived(placeholder, chunks)
+            self._arrived(placeholder, flights, chunks)
+
+    def _arrived(self, placeholder: Placeholder, flights: Mapping[int, Flight], chunks: Collection[int]) -> None:
+        self._failures.arrived(placeholder, chunks)
+        for chunk in chunks:
+            flights[chunk].land()
 
     @contextmanager
-    def _outcome(
+    def _failing(
         self, placeholder: Placeholder, flights: Mapping[int, Flight], chunks: Collection[int]
     ) -> Iterator[None]:
-        """Give the flights of ``chunks`` their outcome: landed when the block ends well, else why it did not."""
-        error: VmfsStubError | None = None
+        """What goes wrong in the block is why those of ``chunks`` that have not arrived do not by this fetch."""
         try:
             yield
         except Exception as exc:
             error = _as_ours(placeholder.label, exc)
-            self.counters.failures += 1
-            self._failures.add(placeholder, chunks, error)
-        for chunk in chunks:
-            flights[chunk].land(error)
+            missing = [chunk for chunk in chunks if not flights[chunk].is_over]
+            if missing:
+                self.counters.failures += 1
+                self._failures.add(placeholder, missing, error)
+            for chunk in missing:
+                flights[chunk].fail(error)
 
 
-async def _landed(flights: Sequence[Flight]) -> None:
+async def _landed(flights: Collection[Flight]) -> None:
     for flight in flights:
         flight.waiting += 1
     try:
         for flight in flights:
-            if not flight.landed.is_set():  # most landed with the first: each wait is a turn of the event loop
+            if not flight.is_over:  # most landed with the first: each wait is a turn of the event loop
                 await flight.landed.wait()
     finally:
         for flight in flights:
