@@ -5,10 +5,27 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
+import time
+from collections.abc import Callable
 
 import pytest
+import trio
 
-from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, RigFiles, Services, survives_kill, temporary_rig
+from tests.datastore_harness import (
+    BLOCK,
+    CALLER,
+    CHUNK,
+    Killed,
+    Rig,
+    RigFiles,
+    Services,
+    survives_kill,
+    temporary_rig,
+)
+from tests.model.guest import Guest
+from vmfs_stub.core.errors import PrimaryIOError
+from vmfs_stub.mount import filesystem
 
 DISK = "vm/disk.img"
 CONTENT = b"o" * (4 * CHUNK)
@@ -113,3 +130,94 @@ async def test_a_removal_that_could_not_be_noted_is_noted_by_the_next_try(seed: 
         rig.lose_power(random.Random(seed))
         async with rig.running() as services:
             assert services.recovered.findings == []
+
+
+@pytest.mark.parametrize("is_open", [False, True], ids=["closed", "open"])
+async def test_a_whole_file_whose_graduation_was_not_synced_is_not_marked_as_removed(is_open: bool) -> None:
+    """Its record was gone, its map said removed and its unlink was never made: the next start refused a whole file."""
+    with temporary_rig() as rig:
+        await archived(rig)
+        with survives_kill():
+            async with rig.running() as services:
+                disk = await services.open(DISK)
+                assert await disk.read(0, len(CONTENT)) == CONTENT
+                services.files.fail("graduate.sync", 1, OSError(errno.EIO, "planted"))
+                if is_open:
+                    with pytest.raises(OSError, match="planted"):
+                        await services.disks.graduate(disk)
+                else:
+                    await services.disks.release(disk)
+                services.files.fail("mount.unlink", 1, Killed())
+                await remove(services, DISK)
+        async with rig.running() as services:
+            assert services.recovered.findings == []
+            disk = await services.open(DISK)
+            assert await disk.read(0, len(CONTENT)) == CONTENT
+            await services.disks.release(disk)
+
+
+async def test_a_slow_sync_delays_the_end_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The unlink was answered after a while, and nobody thought of pin and map until the next start."""
+    monkeypatch.setattr(filesystem, "_REMOVED_TIMEOUT_S", 0.05)
+    with temporary_rig() as rig:
+        await archived(rig)
+        async with rig.running() as services:
+            guest = Guest(services)
+            services.files.instead["remove.sync"] = lambda function, fd: time.sleep(0.2)
+            await guest.unlink(DISK)
+            assert services.retirement._waiting or (rig.pins(), rig.maps()) == ([], [])
+            await guest.end()
+
+
+async def test_what_a_removal_noted_is_gone_though_a_close_was_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The removal gave up waiting for the close; its note was taken for one of the next file with that inode number."""
+    monkeypatch.setattr(filesystem, "_REMOVED_TIMEOUT_S", 0.05)
+    with temporary_rig() as rig:
+        await archived(rig)
+        async with rig.running() as services:
+            guest, disk, removals = Guest(services), await services.open(DISK), services.disks._removals
+            await disk.write(0, b"n" * BLOCK)
+            is_gone, is_closing = threading.Event(), threading.Event()
+
+            def unlink(function: Callable[..., None], name: bytes, **kwargs: int) -> None:
+                function(name, **kwargs)
+                is_gone.set()
+                assert is_closing.wait(10)
+
+            def sync(function: Callable[[int], None], fd: int) -> None:
+                is_closing.set()
+                time.sleep(0.2)
+
+            services.files.instead |= {"mount.unlink": unlink, "sync.data": sync}
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guest.unlink, DISK)
+                await trio.to_thread.run_sync(is_gone.wait, 10)
+                await services.disks.release(disk)
+            assert (removals._states_before, dict(removals._under_way)) == ({}, {})
+            assert services.retirement._waiting or (rig.pins(), rig.maps()) == ([], [])
+            await guest.end()
+
+
+async def test_an_open_that_comes_after_the_removal_is_told_so_and_is_no_finding() -> None:
+    """Any user could open a file of his own once more by a descriptor, and the daemon counted as unhealthy for good."""
+    with temporary_rig() as rig:
+        await archived(rig)
+        async with rig.running() as services:
+            with rig.path_fd(DISK) as fd:
+                await remove(services, DISK)
+                with pytest.raises(OSError, match="Stale") as refused:
+                    await services.disks.open(fd, writable=False, caller=CALLER)
+                assert refused.value.errno == errno.ESTALE
+            assert services.findings.all() == []
+
+
+async def test_a_removal_that_cannot_be_noted_leaves_no_link() -> None:
+    with temporary_rig() as rig:
+        await archived(rig)
+        async with rig.running() as services:
+            disk = await services.open(DISK)
+            services.files.fail("map.sync", 1, OSError(errno.EIO, "planted"))
+            with pytest.raises((OSError, PrimaryIOError)):
+                await remove(services, DISK)
+            assert (disk.fstat().st_nlink, disk.is_orphan) == (1, False)
+            await services.disks.release(disk)

@@ -46,6 +46,7 @@ from vmfs_stub.core.names import PLACEHOLDER_XATTR, PRIVATE_DIR
 from vmfs_stub.core.residency import block_count
 from vmfs_stub.primary.changed_record import Seen
 from vmfs_stub.primary.record import PlaceholderRecord, decode_record
+from vmfs_stub.services import recall
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.store.keys import MANIFESTS, PENDING_SUFFIX, manifest_key, pin_key
 from vmfs_stub.store.manifest import FileKind
@@ -485,6 +486,14 @@ def _stat_believed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _impatient() -> Iterator[None]:
+    """Guests wait for next to nothing that is fetched in the background: they have it fetched as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recall, "MOVER_PATIENCE_S", 0.001)
+        yield
+
+
+@contextlib.contextmanager
 def _ids_from(seed: int) -> Iterator[None]:
     """Ids are random, and order files and objects: they are the seed's, too."""
     before, chosen = secrets.token_hex, random.Random(seed)
@@ -505,7 +514,11 @@ def play(seed: int, *, step_count: int = 40, favoured: Collection[str] = ()) -> 
     on_disk = seed % 4 == 0 or not MEMORY.is_dir()
     ends = [chosen.choice(ENDS_BYTES) for _ in range(2)]
     parent = Path(tempfile.gettempdir()) if on_disk else MEMORY
-    with _ids_from(seed), temporary_rig(head=ends[0], tail=ends[1], parent=parent) as rig:
+    with (
+        _ids_from(seed),
+        _impatient() if seed % 2 else contextlib.nullcontext(),
+        temporary_rig(head=ends[0], tail=ends[1], parent=parent) as rig,
+    ):
         found = Play(rig, chosen, favoured)
         try:
             trio.run(found.run, step_count, strict_exception_groups=True)

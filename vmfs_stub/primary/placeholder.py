@@ -276,10 +276,13 @@ def discard_maps(files: FileCalls, private: PrivateState, placeholder_id: Placeh
         files.call("map.remove", sync_directory, private.maps)
 
 
+KEPT_WHEN_REMOVED = frozenset({MapState.PREPARED, MapState.GRADUATING})
+
+
 def mark_removed(files: FileCalls, private: PrivateState, record: PlaceholderRecord, *, label: str) -> MapState:
     """Note durably that the file's last link is about to go; returns the state before.  Raises IntegrityError kinds.
 
-    One that is *prepared* stays so, since its record may not be durable: the next start can tell what became of it.
+    One of KEPT_WHEN_REMOVED stays as it is: whether its record is durable is not known, and the next start finds out.
     What it replaced, if that is still there, goes too, whichever of the two records is durable.
     """
     replaced = open_replaced(files, private, record, label=label)
@@ -292,7 +295,7 @@ def mark_removed(files: FileCalls, private: PrivateState, record: PlaceholderRec
     durable = open_durable(files, private, record, label=label)
     try:
         before = durable.header.state
-        if before != MapState.PREPARED:
+        if before not in KEPT_WHEN_REMOVED:
             durable.set_state(MapState.REMOVED)
     finally:
         durable.close()

@@ -73,11 +73,16 @@ class DiskOpener:
         return DiskName.of(path.removeprefix(f"{self._backing}/"))
 
     async def open(self, path_fd: int) -> Disk:
-        """Open the regular file of an O_PATH descriptor.  Raises IntegrityError kinds, PrimaryIOError, OSError."""
+        """Open the regular file of an O_PATH descriptor.
+
+        Raises IntegrityError kinds, PrimaryIOError, OSError (ESTALE for one that was removed, and has ended).
+        """
         name = self.name(path_fd)
         try:
             return await self._open_intact(path_fd, name)
         except (IntegrityError, UnknownFormat) as exc:
+            if not os.fstat(path_fd).st_nlink:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from exc
             log.error("%s", exc)  # noqa: TRY400 - the message says all that an operator can use
             self._on_damage(str(name), exc)
             raise

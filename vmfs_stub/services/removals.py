@@ -11,10 +11,18 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 
+import trio
+
 from vmfs_stub.core.errors import IntegrityError, UnknownFormat
 from vmfs_stub.primary.durable_map import MapState
 from vmfs_stub.primary.files import FileCalls, sync_filesystem
-from vmfs_stub.primary.placeholder import PrivateState, mark_removed, open_durable, open_replaced
+from vmfs_stub.primary.placeholder import (
+    KEPT_WHEN_REMOVED,
+    PrivateState,
+    mark_removed,
+    open_durable,
+    open_replaced,
+)
 from vmfs_stub.primary.record import PlaceholderRecord
 from vmfs_stub.services.changes import Changes
 from vmfs_stub.services.disk import Disk
@@ -77,7 +85,8 @@ class Removals:
                     await self._mark_removed(ino, disk)
                 return True
         except BaseException:
-            self._end_one(ino)
+            with trio.CancelScope(shield=True):
+                await self.removed(path_fd)
             raise
 
     def _end_one(self, ino: int) -> None:
@@ -92,8 +101,7 @@ class Removals:
             return
         if disk is not None and disk.placeholder is not None:
             before = disk.placeholder.maps.durable.header.state
-            # One that is prepared stays so, see `mark_removed`.
-            await disk.placeholder.set_state(MapState.REMOVED, only_from=set(MapState) - {MapState.PREPARED})
+            await disk.placeholder.set_state(MapState.REMOVED, only_from=set(MapState) - KEPT_WHEN_REMOVED)
             self._states_before[ino] = before
         elif disk is None:
             try:
@@ -118,24 +126,30 @@ class Removals:
         """After the attempt: if the file is gone and closed, its placeholder ends; if not, it is as before."""
         ino = os.fstat(path_fd).st_ino
         self._end_one(ino)
-        async with self._ino_lock(ino):
-            disk, known, nlink = self._opened(ino), self._placeholders.get(ino), os.fstat(path_fd).st_nlink
-            has_name = disk.has_name if disk is not None else nlink > 0
-            if ino in self._under_way:
-                return  # others of its names are about to go: whichever is over last, when the removal of each is done
-            before = self._states_before.pop(ino, None)
-            if has_name:
-                if disk is not None:
-                    await self.drop_orphan(disk)
-                if known is not None and before is not None:
-                    await self._unmark(disk, known, before)
-            elif disk is None:
-                if self._changes.has(ino):
-                    await self._threads.files(self._changes.removed, ino)
-                if known is not None:
-                    self._placeholders.remove(ino)  # a new file may have this number next
-                    if before is not None and known.record is not None:
-                        await self._end(known.record)
+        with trio.CancelScope(shield=True):  # what was noted for this inode is not for the next one of its number
+            async with self._ino_lock(ino):
+                if ino in self._under_way:
+                    return  # others of its names are about to go: whichever is over last, when each is done
+                record = await self._settle(ino, nlink=os.fstat(path_fd).st_nlink)
+        if record is not None:
+            await self._end(record)
+
+    async def _settle(self, ino: int, *, nlink: int) -> PlaceholderRecord | None:
+        """No name is about to go any more: returns the record of a placeholder that has ended."""
+        disk, known = self._opened(ino), self._placeholders.get(ino)
+        before = self._states_before.pop(ino, None)
+        if disk.has_name if disk is not None else nlink > 0:
+            if disk is not None:
+                await self.drop_orphan(disk)
+            if known is not None and before is not None:
+                await self._unmark(disk, known, before)
+        elif disk is None:
+            if self._changes.has(ino):
+                await self._threads.files(self._changes.removed, ino)
+            if known is not None:
+                self._placeholders.remove(ino)  # a new file may have this number next
+                return None if before is None else known.record
+        return None
 
     async def drop_orphan(self, disk: Disk) -> None:
         """At its last release, or because it keeps its name: take the orphan's link away; what fails is swept later."""
@@ -159,12 +173,11 @@ class Removals:
 
     async def _end(self, record: PlaceholderRecord) -> None:
         """The placeholder's file is gone: make that durable, then let its pin and maps go."""
-        # Descriptors of files without a name cannot be synced for that: the maps lie on the same filesystem.
-        await self._threads.files(self._files.call, "remove.sync", sync_filesystem, self._private.maps)
-        replaced = await self._threads.files(self._replaced, record)
-        if replaced is not None:
-            await self._retirement.retire(replaced)
-        await self._retirement.retire(Ended.of(record))
+        with trio.CancelScope(shield=True):  # however long the disk takes; only the store is not waited for
+            # Descriptors of files without a name cannot be synced for that: the maps lie on the same filesystem.
+            await self._threads.files(self._files.call, "remove.sync", sync_filesystem, self._private.maps)
+            replaced = await self._threads.files(self._replaced, record)
+        await self._retirement.retire(*([] if replaced is None else [replaced]), Ended.of(record))
 
     def _replaced(self, record: PlaceholderRecord) -> Ended | None:
         """What the placeholder was before, where an archive that failed has left it."""

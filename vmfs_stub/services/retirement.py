@@ -49,16 +49,17 @@ class Retirement:
         self._private = private
         self._waiting: list[Ended] = []
 
-    async def retire(self, ended: Ended) -> None:
-        """Remove pin and maps, or remember to; the end of the file or of its record is durable already."""
-        try:
-            await self._retire(ended)
-        except (VmfsStubError, OSError) as exc:
-            log.warning("the pin of placeholder %s stays for now: %s", ended.placeholder_id, exc)
-            self._waiting.append(ended)
-        except trio.Cancelled:
-            self._waiting.append(ended)
-            raise
+    async def retire(self, *ended: Ended) -> None:
+        """Remove pins and maps, or remember to; the ends of the files or of their records are durable already."""
+        for number, each in enumerate(ended):
+            try:
+                await self._retire(each)
+            except (VmfsStubError, OSError) as exc:
+                log.warning("the pin of placeholder %s stays for now: %s", each.placeholder_id, exc)
+                self._waiting.append(each)
+            except trio.Cancelled:
+                self._waiting += ended[number:]
+                raise
 
     async def _retire(self, ended: Ended) -> None:
         await self._threads.store(self._store.remove_pin, ended.vm_id, ended.point_id, ended.placeholder_id)
@@ -69,5 +70,4 @@ class Retirement:
         while True:
             await trio.sleep(RETRY_INTERVAL_S)
             waiting, self._waiting = self._waiting, []
-            for ended in waiting:
-                await self.retire(ended)
+            await self.retire(*waiting)
