@@ -430,12 +430,12 @@ async def test_memory_of_slots_is_given_back_and_used_again(tmp_path: Path, impa
     async with place.process() as mover:
         await back_up(place, mover, 1, data(0, 6))
         refs = [ref for ref in refs_of(place.store, 1) if ref is not None]
-        life = mover.life()
+        life, nothing = mover.life(), bytes(8 * CHUNK)
         for _ in range(3):
             async with mover.fetch(refs[1:3]) as raws:
                 assert b"".join(map(bytes, raws)) == NOISE[CHUNK : 3 * CHUNK]
             with trio.fail_after(10):
-                while any(any(life.slots.read(slot, [8 * CHUNK])[0]) for slot in range(FETCHES_AT_ONCE)):  # noqa: ASYNC110
+                while any(life.slots.read(slot, [8 * CHUNK])[0] != nothing for slot in range(FETCHES_AT_ONCE)):  # noqa: ASYNC110
                     await trio.sleep(0.02)  # nobody is told
 
 

@@ -264,11 +264,14 @@ class ProcessMover:
 
     async def _give_back(self, life: Life) -> None:
         """Return the memory of the slots to the system, one at a time: each takes a while."""
-        for slot in tuple(life.free):
+        fetches, slots = life.fetches, tuple(life.free)
+        for slot in slots:
             if slot in life.free:
                 life.slots.give_back(slot)
             await trio.lowlevel.checkpoint()
-        life.given_back = life.fetches
+        # Else one was still in use, or has been used since it was dealt with.
+        if len(slots) == FETCHES_AT_ONCE and life.fetches == fetches:
+            life.given_back = fetches
 
     # The mover
 
