@@ -212,6 +212,8 @@ async def archive_after(services: Services, site: str, code: int) -> None:
     services.files.fail(site, 1, OSError(code, os.strerror(code)))
     try:
         await archive(services)
+    except MapFrozen:
+        raise  # by what else went wrong; until the next boot it refuses
     except (VmfsStubError, OSError):
         await archive(services)
 
