@@ -92,6 +92,14 @@ class StoreConfig(_Section):
     url: str = Field(min_length=1)
     threads: int = Field(default=16, ge=1, le=256)
     retries_max: int = Field(default=3, ge=0, le=100)
+    access_key_id: str = ""
+    secret_access_key: str = Field(default="", repr=False)
+
+    @model_validator(mode="after")
+    def _credentials_are_whole(self) -> StoreConfig:
+        if bool(self.access_key_id) != bool(self.secret_access_key):
+            raise ValueError("access_key_id and secret_access_key go together: give both, or neither")
+        return self
 
 
 class RecallConfig(_Section):

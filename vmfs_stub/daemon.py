@@ -14,6 +14,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -54,7 +55,7 @@ from vmfs_stub.services.resumption import resume
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.format import decode_description, encode_description
-from vmfs_stub.store.objects_url import open_objects
+from vmfs_stub.store.objects_url import StoreAt, open_objects
 from vmfs_stub.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -247,7 +248,7 @@ def open_store(config: Config) -> Store:
     Resident disks need no store, so a host must start without it.  Raises StoreError when it was never seen,
     UnknownFormat, CorruptStoreObject.
     """
-    objects = open_objects(config.store.url, retries_max=config.store.retries_max)
+    objects = open_objects(_store_at(config))
     try:
         store = Store.open(objects)
     except StoreError as exc:
@@ -343,6 +344,12 @@ def _closing(thing: C) -> Iterator[C]:
         thing.close()
 
 
+def _store_at(config: Config) -> StoreAt:
+    timeout_s = config.recall.store_timeout_s
+    transfer_timeout_s = timeout_s * TRANSFER_TIMEOUT_FACTOR
+    return replace(StoreAt.of(config.store), timeout_s=timeout_s, transfer_timeout_s=transfer_timeout_s)
+
+
 def _threads(config: Config) -> Threads:
     return Threads(
         files_max=config.primary.threads,
@@ -356,8 +363,7 @@ def _threads(config: Config) -> Threads:
 def _mover_settings(config: Config, store: Store) -> MoverSettings:
     recall = config.recall
     return MoverSettings(
-        store_url=config.store.url,
-        store_retries_max=config.store.retries_max,
+        store=_store_at(config),
         store_description=store.description,
         index_path=config.index_path,
         workers=config.archive.workers,

@@ -33,7 +33,7 @@ from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.manifest import FileKind, StoredFile
-from vmfs_stub.store.objects_url import open_objects
+from vmfs_stub.store.objects_url import StoreAt, open_objects
 from vmfs_stub.store.pins import Pin
 from vmfs_stub.store.store import Store
 
@@ -71,8 +71,7 @@ class Place:
     @asynccontextmanager
     async def process(self) -> AsyncIterator[ProcessMover]:
         settings = MoverSettings(
-            store_url=(self.base / "store").as_uri(),
-            store_retries_max=0,
+            store=StoreAt((self.base / "store").as_uri(), retries_max=0),
             store_description=self.store.description,
             index_path=self.base / "index.sqlite",
             workers=2,
@@ -92,7 +91,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
 
 
 def make_place(base: Path, kind: str) -> Place:
-    objects = open_objects((base / "store").as_uri(), create=True)
+    objects = open_objects(StoreAt((base / "store").as_uri()), create=True)
     return Place(base, kind, Store.create(objects, chunk_size=CHUNK))
 
 

@@ -39,8 +39,11 @@ MAKERS: dict[str, Callable[[Path], ObjectStore]] = {
 }
 
 
-@pytest.fixture(params=MAKERS)
+@pytest.fixture(params=[*MAKERS, "s3", "s3-prefix"])
 def objects(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStore]:
+    if request.param in ("s3", "s3-prefix"):
+        yield request.getfixturevalue("bucket").objects("some/prefix" if request.param == "s3-prefix" else "")
+        return
     made = MAKERS[request.param](tmp_path)
     yield made
     inner = made.inner if isinstance(made, RetryingObjects) else made

@@ -110,11 +110,12 @@ def noise(size: int, *, seed: int) -> bytes:
 class LiveDatastore:
     """Directories, configuration and daemon of one datastore; ``daemon`` is None while none was started."""
 
-    def __init__(self, base: Path, *, store: Path | None = None) -> None:
+    def __init__(self, base: Path, *, store: Path | str | None = None) -> None:
         self.base = base
         self.backing = base / "backing"
         self.mountpoint = base / "mount"
-        self.store = store or base / "store"
+        self.store = store if isinstance(store, Path) else base / "store"
+        self.store_url = store if isinstance(store, str) else self.store.as_uri()
         self.runtime = base / "run"
         self.config = base / "config.toml"
         self.log_path = base / "log"
@@ -123,7 +124,7 @@ class LiveDatastore:
 
     def init(self, settings: Settings) -> None:
         """Create it, with a configuration that differs by ``settings`` from what ``init`` writes."""
-        where = ("--backing", self.backing, "--mountpoint", self.mountpoint, "--store", self.store.as_uri())
+        where = ("--backing", self.backing, "--mountpoint", self.mountpoint, "--store", self.store_url)
         self.cli("init", *where, "--runtime-dir", self.runtime, check=0)
         self.configure(settings)
 

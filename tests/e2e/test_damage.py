@@ -28,7 +28,7 @@ from live_datastore import (
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.names import PLACEHOLDER_XATTR
 from vmfs_stub.store.keys import manifest_key, pack_key, segment_key
-from vmfs_stub.store.objects_url import open_objects
+from vmfs_stub.store.objects_url import StoreAt, open_objects
 from vmfs_stub.store.store import Store
 
 SIZE = 12 * MIB
@@ -57,7 +57,7 @@ class Stored:
 
 
 def stored(datastore: LiveDatastore, vm: str) -> Stored:
-    store = Store.open(open_objects(datastore.store.as_uri()))
+    store = Store.open(open_objects(StoreAt(datastore.store.as_uri())))
     (found,) = (each for each in store.vms() if each.name == vm)
     point = store.open_point(found.vm_id, found.points[-1].point_id)
     (index,) = (at for at, each in enumerate(point.manifest.files) if each.path == "disk.raw")
@@ -209,7 +209,7 @@ def test_damaged_store(datastore: LiveDatastore, plant: Damage, seed: int, code:
 def test_a_url_that_leads_to_another_store_is_not_healthy(datastore: LiveDatastore) -> None:
     """A whole store, but not the one that has the placeholders' bytes."""
     other = datastore.base / "other-store"
-    Store.create(open_objects(other.as_uri(), create=True))
+    Store.create(open_objects(StoreAt(other.as_uri()), create=True))
     datastore.stop()
     datastore.configure({"store": {"url": other.as_uri()}})
     datastore.start()

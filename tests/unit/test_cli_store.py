@@ -19,7 +19,7 @@ from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.keys import pack_key
 from vmfs_stub.store.manifest import FileKind, StoredFile
 from vmfs_stub.store.objects import ObjectStore
-from vmfs_stub.store.objects_url import open_objects
+from vmfs_stub.store.objects_url import StoreAt, open_objects
 from vmfs_stub.store.store import PointSummary, Store, StoredVm
 
 CONTENT = bytes(range(256)) * 1024 + bytes(1 << 20) + b"end"
@@ -35,7 +35,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def url(tmp_path: Path) -> str:
     """A store with the VM "db" (two points) and the VM "web" (one)."""
     where = f"file://{tmp_path}/store"
-    store = Store.create(open_objects(where, create=True))
+    store = Store.create(open_objects(StoreAt(where), create=True))
     add_point(store, "a" * 32, "db", "1111" + "0" * 28)
     add_point(store, "a" * 32, "db", "2222" + "0" * 28)
     add_point(store, "b" * 32, "web", "3333" + "0" * 28)
@@ -110,9 +110,9 @@ url = "{url}"
 retries_max = 7
 """)
 
-    def opening(url: str, *, retries_max: int) -> ObjectStore:
-        tried.append(retries_max)
-        return open_objects(url, retries_max=retries_max)
+    def opening(at: StoreAt) -> ObjectStore:
+        tried.append(at.retries_max)
+        return open_objects(at)
 
     monkeypatch.setattr(objects_url, "open_objects", opening)
     assert run("--config", path, "points").code == 0
@@ -145,10 +145,10 @@ def test_verify_finds_planted_damage(run: Run, url: str, tmp_path: Path) -> None
 def test_verify_folds_neighbours_with_the_same_problem(run: Run, url: str, tmp_path: Path) -> None:
     """A pack that is missing takes hundreds of chunks with it; one line says so."""
     content = random.Random(5).randbytes(6 * CHUNK)
-    made = back_up(Store.open(open_objects(url)), {"big.raw": content}, vm_name="big")
+    made = back_up(Store.open(open_objects(StoreAt(url))), {"big.raw": content}, vm_name="big")
     verified = run("verify", "big", "--store", url)
     assert verified.code == 0, verified
-    found = Store.open(open_objects(url)).open_point(made.vm_id, made.point_id).chunks(0).locate(0, 6)
+    found = Store.open(open_objects(StoreAt(url))).open_point(made.vm_id, made.point_id).chunks(0).locate(0, 6)
     refs = [ref for ref in found if ref is not None]
     pack = tmp_path / "store" / pack_key(refs[0].pack_id)
     whole = pack.read_bytes()

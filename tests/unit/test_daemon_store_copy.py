@@ -12,7 +12,7 @@ from vmfs_stub import daemon
 from vmfs_stub.config import Config, parse_config
 from vmfs_stub.core.errors import CorruptStoreObject, ObjectMissing
 from vmfs_stub.daemon import open_store
-from vmfs_stub.store.objects_url import open_objects
+from vmfs_stub.store.objects_url import StoreAt, open_objects
 from vmfs_stub.store.store import Store
 
 CHUNK = 64 << 10
@@ -24,7 +24,7 @@ def config(tmp_path: Path) -> Config:
     for name in ("backing/.vmfs-stub", "mount", "store"):
         (tmp_path / name).mkdir(parents=True)
     url = (tmp_path / "store").as_uri()
-    Store.create(open_objects(url, create=True), chunk_size=CHUNK)
+    Store.create(open_objects(StoreAt(url), create=True), chunk_size=CHUNK)
     text = f"""
 [datastore]
 name = "main"

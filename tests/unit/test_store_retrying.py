@@ -6,7 +6,7 @@ import pytest
 from store_fakes import FakeObjects
 
 from vmfs_stub.core.errors import ConfigError, ObjectExists, StoreDenied, StoreError, StoreUnavailable
-from vmfs_stub.store.objects_url import open_objects
+from vmfs_stub.store.objects_url import StoreAt, open_objects
 from vmfs_stub.store.retrying import RetryingObjects, RetryPolicy
 
 POLICY = RetryPolicy(attempts_max=4, pause_s=1.0, pause_max_s=3.0)
@@ -116,10 +116,10 @@ def test_a_listing_that_fails_midway_hands_out_each_once() -> None:
 @pytest.mark.parametrize("url", ["", "relative/path", "http://host/x", "file://host/path", "memory://", "s3:"])
 def test_unknown_urls_are_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="store URL"):
-        open_objects(url)
+        open_objects(StoreAt(url))
 
 
 def test_memory_is_one_store_per_name() -> None:
-    open_objects("memory://one").put("key", b"x", if_absent=False)
-    assert open_objects("memory://one").get("key") == b"x"
-    assert list(open_objects("memory://two").list("")) == []
+    open_objects(StoreAt("memory://one")).put("key", b"x", if_absent=False)
+    assert open_objects(StoreAt("memory://one")).get("key") == b"x"
+    assert list(open_objects(StoreAt("memory://two")).list("")) == []

@@ -16,11 +16,8 @@ if TYPE_CHECKING:
 
     from vmfs_stub.config import Config
     from vmfs_stub.control.client import ControlClient
+    from vmfs_stub.store.objects_url import StoreAt
     from vmfs_stub.store.store import Store
-
-
-RETRIES_MAX = 3
-"""Of a store that is named without a configuration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,24 +56,23 @@ def client_of(config: Config) -> ControlClient:
 
 def open_store_of(ctx: typer.Context, url: str | None) -> Store:
     """The store at ``url``, for which no configuration is needed, else the configured one; raises as `open_store`."""
-    if url is not None:
-        return open_store(url)
-    store = load_config_of(ctx).store
-    return open_store(store.url, retries_max=store.retries_max)
+    from vmfs_stub.store.objects_url import StoreAt
+
+    return open_store(StoreAt.of(load_config_of(ctx).store) if url is None else StoreAt(url))
 
 
-def open_store(url: str, *, retries_max: int = RETRIES_MAX) -> Store:
-    """The secondary store at ``url``; raises StoreError, ConfigError, UnknownFormat."""
+def open_store(at: StoreAt) -> Store:
+    """The secondary store there; raises StoreError, ConfigError, UnknownFormat."""
     from vmfs_stub.core.errors import ObjectMissing
     from vmfs_stub.store.objects_url import open_objects
     from vmfs_stub.store.store import Store
 
     try:
-        return Store.open(open_objects(url, retries_max=retries_max))
+        return Store.open(open_objects(at))
     except ObjectMissing as exc:
         # Not a word of `init`: in a disaster it would make an empty store in the place of one that is not mounted.
         raise ObjectMissing(
-            f"there is no vmfs-stub store at {url}; is what belongs there mounted, and is the URL right?"
+            f"there is no vmfs-stub store at {at.url}; is what belongs there mounted, and is the URL right?"
         ) from exc
 
 

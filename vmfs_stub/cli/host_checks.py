@@ -37,7 +37,6 @@ _CAPABILITIES = {
 """Name → number, and what needs it."""
 _UNSTABLE = frozenset({"tmpfs", "ramfs", "overlay", "aufs"})
 _FUSE_TIMEOUT = Path("/proc/sys/fs/fuse/max_request_timeout")
-_PROBE = "doctor-probe"
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,24 +264,19 @@ def protected_files(config: Config, directory: Path = Path("/proc/sys/fs")) -> I
 
 def store(config: Config) -> Iterator[HostFinding]:
     """Reachable, of a known format, and writable."""
-    import secrets
+    from vmfs_stub.store.objects_url import StoreAt, open_objects
+    from vmfs_stub.store.probe import probe
 
-    from vmfs_stub.store.objects_url import open_objects
-
-    url = config.store.url
+    url, at = config.store.url, StoreAt.of(config.store)
     try:
-        found = open_store(url, retries_max=config.store.retries_max)
-        key = f"{_PROBE}/{secrets.token_hex(8)}"
-        objects = open_objects(url, retries_max=config.store.retries_max)
-        try:
-            objects.put(key, b"probe")
-            objects.get(key)
-        finally:
-            objects.delete(key)
+        found = open_store(at)
+        may_remove = probe(open_objects(at))
     except VmfsStubError as exc:
         yield HostFinding("problem", "store", f"{url}: {exc}", "bring the store back, or correct store.url")
         return
     yield HostFinding("ok", "store", f"{url} (store {found.id}) can be read and written")
+    if not may_remove:
+        yield HostFinding("note", "store", "this host may not remove objects", "none, but another host has to run gc")
 
 
 CHECKS: tuple[Check, ...] = (

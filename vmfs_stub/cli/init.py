@@ -33,14 +33,14 @@ def init(
     ctx: typer.Context,
     backing: Annotated[Path, typer.Option(help="Directory for the image files themselves, on one filesystem.")],
     mountpoint: Annotated[Path, typer.Option(help="Directory where hypervisors see them.")],
-    store: Annotated[str, typer.Option(help="Secondary storage: file:///absolute/path")],
+    store: Annotated[str, typer.Option(help="Secondary storage: file:///absolute/path or s3://bucket/prefix")],
     name: Annotated[str | None, typer.Option(help="Name of the datastore; else made from the mountpoint.")] = None,
     runtime_dir: Annotated[
         Path | None, typer.Option(help="Control socket, volatile maps and log; else /run/vmfs-stub/NAME.")
     ] = None,
 ) -> None:
     """Write a commented configuration, make the directories, create or join the store; overwrites nothing."""
-    from vmfs_stub.store.objects_url import open_objects
+    from vmfs_stub.store.objects_url import StoreAt, open_objects
 
     target = config_path_of(ctx)
     if os.path.lexists(target):
@@ -53,7 +53,7 @@ def init(
         store=_store_url(store),
     )
     config = _checked(text, target)
-    objects = open_objects(config.store.url, create=True)
+    objects = open_objects(StoreAt.of(config.store), create=True)
     _check_mountpoint(config.datastore.mountpoint)
     _check_store_parent(config.store.url, config.datastore.backing)
     _make_backing(config.datastore.backing)
@@ -181,8 +181,10 @@ def _make_mountpoint(mountpoint: Path) -> None:
 
 
 def _join_store(objects: ObjectStore, url: str) -> None:
+    from vmfs_stub.store.probe import probe
     from vmfs_stub.store.store import Store
 
+    probe(objects)
     try:
         store = Store.open(objects)
     except ObjectMissing:

@@ -16,14 +16,14 @@ from vmfs_stub.core.errors import PrimaryError, VmfsStubError
 from vmfs_stub.services.mover import CopyOrder, Part, PointFile, PointOrder
 from vmfs_stub.store.backup_writer import WriterCounts
 from vmfs_stub.store.format import StoreDescription
+from vmfs_stub.store.objects_url import StoreAt
 
 
 @dataclass(frozen=True, slots=True)
 class MoverSettings:
     """What a mover needs of the configuration; times in seconds.  ``slot_bytes`` is the size of a slot."""
 
-    store_url: str
-    store_retries_max: int
+    store: StoreAt
     store_description: StoreDescription
     index_path: Path
     workers: int

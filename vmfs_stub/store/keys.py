@@ -28,6 +28,7 @@ PINS: Final = "pins/"
 CONDEMNED: Final = "condemned/"
 CONDEMNED_PACKS: Final = "condemned/packs/"
 CONDEMNED_SEGMENTS: Final = "condemned/segments/"
+PROBES: Final = "doctor-probe/"
 PENDING_SUFFIX: Final = ".pending"
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}(?:/[A-Za-z0-9][A-Za-z0-9._-]{0,199}){0,7}\Z")

@@ -1,9 +1,11 @@
-"""From a store's URL to its objects: ``file:///path`` and ``memory://name``."""
+"""From a store's URL to its objects: ``file:///path``, ``s3://bucket/prefix`` and ``memory://name``."""
 
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from obstore.store import MemoryStore
@@ -14,19 +16,50 @@ from vmfs_stub.store.local import LocalObjects
 from vmfs_stub.store.objects import ObjectStore
 from vmfs_stub.store.remote import RemoteObjects
 from vmfs_stub.store.retrying import RetryingObjects, RetryPolicy
+from vmfs_stub.store.s3 import STANDARD_CHAIN, S3Credentials, open_s3
 
 _memory: dict[str, RemoteObjects] = {}
 _memory_lock = threading.Lock()
 
 
-def open_objects(url: str, *, create: bool = False, retries_max: int = 3) -> ObjectStore:
-    """The object store at ``url``, with retries around it; opened when it is first used.
+class StoreSettings(Protocol):
+    """What of a configuration says where a store is and how to ask it."""
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def retries_max(self) -> int: ...
+    @property
+    def access_key_id(self) -> str: ...
+    @property
+    def secret_access_key(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoreAt:
+    """Where a store is, and how it is asked: times in seconds, of one request and of one that moves much."""
+
+    url: str
+    retries_max: int = 3
+    credentials: S3Credentials = STANDARD_CHAIN
+    timeout_s: float = 10
+    transfer_timeout_s: float = 60
+
+    @classmethod
+    def of(cls, settings: StoreSettings) -> StoreAt:
+        """The one that is configured."""
+        credentials = S3Credentials(settings.access_key_id, settings.secret_access_key)
+        return cls(settings.url, settings.retries_max, credentials)
+
+
+def open_objects(at: StoreAt, *, create: bool = False) -> ObjectStore:
+    """The object store there, with retries around it; opened when it is first used.
 
     ``file:///path`` (or a plain absolute path) is a directory, made when absent if ``create``; without ``create`` it
     must hold a store, so that the empty place of a mount that is missing is not taken for one.  ``memory://name``
     lives as long as this process.  Raises: ConfigError for another URL.
     """
-    policy = RetryPolicy(attempts_max=1 + retries_max)
+    policy, url = RetryPolicy(attempts_max=1 + at.retries_max), at.url
     path = _local_path(url)
     if path is not None:
         return RetryingObjects(LateObjects(lambda: LocalObjects(path, create=create)), policy)
@@ -36,7 +69,10 @@ def open_objects(url: str, *, create: bool = False, retries_max: int = 3) -> Obj
             if url not in _memory:
                 _memory[url] = RemoteObjects(MemoryStore(), name=url)
             return RetryingObjects(_memory[url], policy)
-    msg = f"{url!r}: not a store URL; use file:///absolute/path"
+    if parts.scheme == "s3":
+        remote = open_s3(url, at.credentials, timeout_s=at.timeout_s, transfer_timeout_s=at.transfer_timeout_s)
+        return RetryingObjects(remote, policy)
+    msg = f"{url!r}: not a store URL; use file:///absolute/path or s3://bucket/prefix"
     raise ConfigError(msg)
 
 

@@ -1,4 +1,4 @@
-"""Object stores that obstore reaches: memory now, S3 and its like through the same class.
+"""Object stores that obstore reaches: memory, S3 and its like.
 
 Invariants: every obstore exception is translated here; a read that returns fewer bytes than asked is an error.
 A put is as durable as the service promises when it answers.  This module must not know what the objects mean.
@@ -21,20 +21,25 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore as Transport
 
 LIST_PAGE = 1000
+QUICK_BYTES_MAX = 1 << 20
 
 
 class RemoteObjects:
-    """Object store over one obstore transport; ``name`` is its URL, for messages."""
+    """Object store over one obstore transport; ``name`` is its URL, for messages.
 
-    def __init__(self, transport: Transport, *, name: str) -> None:
+    ``patient`` is the same with a longer time limit, for what may be large.
+    """
+
+    def __init__(self, transport: Transport, *, name: str, patient: Transport | None = None) -> None:
         self.name = name
         self._transport = transport
+        self._patient = patient or transport
 
     def get(self, key: str, *, size_max: int = OBJECT_SIZE_MAX) -> bytes:
         """Read a whole object; see ObjectStore."""
         check_key(key)
         with self._translated(key, "read"):
-            answer = obstore.get(self._transport, key)
+            answer = obstore.get(self._patient, key)
             size = answer.meta["size"]
             if size > size_max:
                 raise oversized(key, size=size, size_max=size_max)
@@ -68,9 +73,13 @@ class RemoteObjects:
         """Store an object; see ObjectStore."""
         check_key(key)
         mode: Literal["create", "overwrite"] = "create" if if_absent else "overwrite"
-        with self._translated(key, "write"):
-            # One request: a multipart upload cannot be conditional everywhere, and our objects are small.
-            obstore.put(self._transport, key, bytes(data), mode=mode, use_multipart=False)
+        transport = self._transport if len(data) <= QUICK_BYTES_MAX else self._patient
+        try:
+            with self._translated(key, "write"):
+                # One request: a multipart upload cannot be conditional everywhere, and our objects are small.
+                obstore.put(transport, key, bytes(data), mode=mode, use_multipart=False)
+        except ObjectMissing as exc:
+            raise StoreUnavailable(f"{self.name}: there is no such bucket; make it, or correct the URL") from exc
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """All objects under a folder; see ObjectStore."""
