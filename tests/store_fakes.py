@@ -77,6 +77,7 @@ KINDS = {
     keys.INDEX: "index",
     keys.PINS: "pin",
     keys.CONDEMNED: "condemned",
+    keys.PROBES: "probe",
 }
 
 

@@ -38,6 +38,7 @@ from vmfs_stub.services.single_error import single_error
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.keys import PACKS, SEGMENTS
 from vmfs_stub.store.packs import read_footer
+from vmfs_stub.store.probe import probe
 from vmfs_stub.store.store import Store
 
 PATHS = ("vm/disk.img", "vm/below/second.img")
@@ -405,6 +406,7 @@ async def check_store(services: Services) -> None:
     """Everything that looks at a store: points, pins, verification."""
     store, files = services.store, services.files
     objects = SitedObjects(FakeObjects(), files)
+    probe(objects)
     created = Store.open_or_create(objects, chunk_size=CHUNK)
     created.check()
     store.check()

@@ -115,7 +115,7 @@ def test_a_listing_that_fails_midway_hands_out_each_once() -> None:
 
 @pytest.mark.parametrize("url", ["", "relative/path", "http://host/x", "file://host/path", "memory://", "s3:"])
 def test_unknown_urls_are_refused(url: str) -> None:
-    with pytest.raises(ConfigError, match="store URL"):
+    with pytest.raises(ConfigError, match="URL"):
         open_objects(StoreAt(url))
 
 

@@ -6,9 +6,8 @@ This module must not know what objects mean.
 from __future__ import annotations
 
 import secrets
-from contextlib import suppress
 
-from vmfs_stub.core.errors import ObjectExists, StoreDenied, StoreError, Unsupported
+from vmfs_stub.core.errors import ObjectExists, StoreDenied, Unsupported
 from vmfs_stub.store.keys import PROBES
 from vmfs_stub.store.objects import ObjectStore
 
@@ -24,10 +23,12 @@ def probe(objects: ObjectStore) -> bool:
     objects.put(key, _FIRST)
     try:
         _try_out(objects, key)
-    except BaseException:
-        with suppress(StoreError):
-            objects.delete(key)
-        raise
+    finally:
+        may_remove = _removed(objects, key)
+    return may_remove
+
+
+def _removed(objects: ObjectStore, key: str) -> bool:
     try:
         objects.delete(key)
     except StoreDenied:
