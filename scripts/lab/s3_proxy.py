@@ -17,7 +17,6 @@ from typing import Final
 from urllib.parse import urlsplit
 
 _HOP_BY_HOP: Final = frozenset({"connection", "keep-alive", "transfer-encoding"})
-_COPY_BYTES: Final = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +42,8 @@ Plan = Callable[[str, str], Trouble]
 class S3Proxy:
     """The proxy; ``plan`` may be replaced at any time."""
 
-    def __init__(self, endpoint: str, *, delay_s: float = 0.0) -> None:
-        self.plan: Plan = lambda method, path: Trouble(delay_s)
+    def __init__(self, endpoint: str) -> None:
+        self.plan: Plan = lambda method, path: NOTHING
         self.troubles = 0
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.proxy = self
@@ -120,27 +119,17 @@ class _Handler(BaseHTTPRequestHandler):
             upstream.close()
 
     def _return(self, answer: http.client.HTTPResponse, *, cuts: bool) -> None:
+        body = answer.read()
         self.send_response_only(answer.status, answer.reason)
-        length = answer.getheader("Content-Length")
         for name, value in answer.getheaders():
             if name.lower() not in _HOP_BY_HOP:
                 self.send_header(name, value)
-        if length is None and self.command != "HEAD":
-            whole = answer.read()
-            length = str(len(whole))
-            self.send_header("Content-Length", length)
-            self.end_headers()
-            self.wfile.write(whole)
-            return
+        if answer.getheader("Content-Length") is None:
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        left = 0 if self.command == "HEAD" else int(length or 0)
+        self.wfile.write(body[: len(body) // 2] if cuts else body)
         if cuts:
-            self.wfile.write(answer.read(left // 2))
             self._hang_up()
-            return
-        while left > 0 and (part := answer.read(min(left, _COPY_BYTES))):
-            self.wfile.write(part)
-            left -= len(part)
 
     def _hang_up(self) -> None:
         self.close_connection = True
@@ -150,9 +139,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def s3_proxy(endpoint: str, *, delay_s: float = 0.0) -> Iterator[S3Proxy]:
+def s3_proxy(endpoint: str) -> Iterator[S3Proxy]:
     """A proxy within the block."""
-    proxy = S3Proxy(endpoint, delay_s=delay_s)
+    proxy = S3Proxy(endpoint)
     try:
         yield proxy
     finally:

@@ -26,11 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import obstore
-from obstore.exceptions import GenericError
-from obstore.store import S3Store
-
 from scripts.lab.failure import LabError, run
+from vmfs_stub.core.errors import StoreUnavailable
+from vmfs_stub.store.s3 import S3Credentials, open_s3
 
 _OSD_BYTES: Final = 40 << 30
 """Sparse: what is put takes room, no more."""
@@ -105,14 +103,12 @@ class CephS3:
         settings = self._home / "account.json"
         is_new = not settings.exists()
         if is_new:
-            port, mon_port = _free_ports(2)
+            fsid, (port, mon_port) = str(uuid.uuid4()), _free_ports(2)
             for name in ("run", "log", "mon", "osd", "rgw"):
                 (self._home / name).mkdir()
-            text = _CONFIGURATION.format(
-                fsid=uuid.uuid4(), mon_port=mon_port, port=port, home=self._home, osd_bytes=_OSD_BYTES
-            )
+            text = _CONFIGURATION.format(fsid=fsid, mon_port=mon_port, port=port, home=self._home, osd_bytes=_OSD_BYTES)
             (self._home / "ceph.conf").write_text(text)
-            self._make_monitor(mon_port)
+            self._make_monitor(fsid, mon_port)
         try:
             self._launch("ceph-mon", "-i", "a")
             if is_new:
@@ -143,23 +139,24 @@ class CephS3:
 
     # Its parts
 
-    def _make_monitor(self, port: int) -> None:
+    def _make_monitor(self, fsid: str, port: int) -> None:
         home = self._home
         rings = home / "mon.keyring", home / "client.admin.keyring"
         self._tool(rings[0], "--create-keyring", "--gen-key", "-n", "mon.", "--cap", "mon", "allow *")
         caps = [word for part in ("mon", "osd", "mds", "mgr") for word in ("--cap", part, "allow *")]
         self._tool(rings[1], "--create-keyring", "--gen-key", "-n", "client.admin", *caps)
         self._tool(rings[0], "--import-keyring", str(rings[1]))
-        fsid = next(line for line in (home / "ceph.conf").read_text().splitlines() if line.startswith("fsid"))
         address = f"[v2:127.0.0.1:{port}]"
-        command = ["monmaptool", "--create", "--addv", "a", address, "--fsid", fsid.split()[-1], f"{home}/monmap"]
+        command = ["monmaptool", "--create", "--addv", "a", address, "--fsid", fsid, f"{home}/monmap"]
         run(command, deadline_s=_STEP_DEADLINE_S)
         self._run("ceph-mon", "--mkfs", "-i", "a", "--monmap", f"{home}/monmap", "--keyring", str(rings[0]))
 
     def _make_osd(self) -> None:
         self._ceph("config", "set", "mon", "auth_allow_insecure_global_id_reclaim", "false")
         number, secret = str(uuid.uuid4()), _cephx_secret()
-        self._ceph("osd", "new", number, "-i", "-", given=json.dumps({"cephx_secret": secret}))
+        secrets_path = self._home / "osd.0.json"
+        secrets_path.write_text(json.dumps({"cephx_secret": secret}))
+        self._ceph("osd", "new", number, "-i", str(secrets_path))
         self._tool(self._home / "osd.0.keyring", "--create-keyring", "-n", "osd.0", "--add-key", secret)
         self._run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", number)
         self._ceph("osd", "crush", "add", "osd.0", "1.0", "host=localhost")
@@ -176,14 +173,8 @@ class CephS3:
     def _run(self, program: str, *words: str) -> str:
         return run([program, "-c", f"{self._home}/ceph.conf", *words], deadline_s=_STEP_DEADLINE_S)
 
-    def _ceph(self, *words: str, given: str | None = None) -> str:
-        command = ["ceph", "-c", f"{self._home}/ceph.conf", "--connect-timeout", "30", *words]
-        done = subprocess.run(
-            command, input=given, capture_output=True, text=True, timeout=_STEP_DEADLINE_S, check=False
-        )
-        if done.returncode:
-            raise LabError(f"{' '.join(command)}: {done.stderr[-1000:]}")
-        return done.stdout
+    def _ceph(self, *words: str) -> None:
+        self._run("ceph", "--connect-timeout", "30", *words)
 
     def _wait_answers(self) -> None:
         until_s = time.monotonic() + _START_DEADLINE_S
@@ -279,19 +270,12 @@ def _keep(home: Path) -> None:
 def create_bucket(account: S3Account, name: str) -> None:
     """Make a bucket, empty."""
     # In the virtual-hosted style an endpoint is a bucket, so that a put of a name at the server's own makes one.
-    transport = S3Store(
-        name,
-        config={
-            "endpoint": account.endpoint,
-            "virtual_hosted_style_request": True,
-            "region": account.region,
-            "access_key_id": account.access_key_id,
-            "secret_access_key": account.secret_access_key,
-        },
-        client_options={"allow_http": True},
-    )
-    with suppress(GenericError):  # it answers without an ETag
-        obstore.put(transport, name, b"", mode="overwrite", use_multipart=False)
+    url = f"s3://{name}/?endpoint={account.endpoint}&region={account.region}&path_style=false"
+    credentials = S3Credentials(account.access_key_id, account.secret_access_key)
+    with suppress(StoreUnavailable):  # it answers without an ETag
+        open_s3(url, credentials, timeout_s=_STEP_DEADLINE_S, transfer_timeout_s=_STEP_DEADLINE_S).put(
+            name, b"", if_absent=False
+        )
 
 
 if __name__ == "__main__":
