@@ -351,17 +351,17 @@ def _store_at(config: Config) -> StoreAt:
 
 
 def _threads(config: Config) -> Threads:
+    at = _store_at(config)
     return Threads(
         files_max=config.primary.threads,
         store_max=config.store.threads,
         compute_max=config.archive.workers,
-        store_timeout_s=config.recall.store_timeout_s,
-        transfer_timeout_s=config.recall.store_timeout_s * TRANSFER_TIMEOUT_FACTOR,
+        store_timeout_s=at.timeout_s,
+        transfer_timeout_s=at.transfer_timeout_s,
     )
 
 
 def _mover_settings(config: Config, store: Store) -> MoverSettings:
-    recall = config.recall
     return MoverSettings(
         store=_store_at(config),
         store_description=store.description,
@@ -369,8 +369,6 @@ def _mover_settings(config: Config, store: Store) -> MoverSettings:
         workers=config.archive.workers,
         files_threads=config.primary.threads,
         store_threads=config.store.threads,
-        store_timeout_s=recall.store_timeout_s,
-        transfer_timeout_s=recall.store_timeout_s * TRANSFER_TIMEOUT_FACTOR,
         slot_bytes=max(_fetch_bytes_max(config), store.chunk_size),
     )
 

@@ -71,14 +71,12 @@ class Place:
     @asynccontextmanager
     async def process(self) -> AsyncIterator[ProcessMover]:
         settings = MoverSettings(
-            store=StoreAt((self.base / "store").as_uri(), retries_max=0),
+            store=StoreAt((self.base / "store").as_uri(), retries_max=0, timeout_s=30, transfer_timeout_s=30),
             store_description=self.store.description,
             index_path=self.base / "index.sqlite",
             workers=2,
             files_threads=4,
             store_threads=4,
-            store_timeout_s=30,
-            transfer_timeout_s=30,
             slot_bytes=8 * CHUNK,
         )
         async with open_mover(settings, self.guests, lambda error: None) as mover:

@@ -264,13 +264,13 @@ def protected_files(config: Config, directory: Path = Path("/proc/sys/fs")) -> I
 
 def store(config: Config) -> Iterator[HostFinding]:
     """Reachable, of a known format, and writable."""
-    from vmfs_stub.store.objects_url import StoreAt, open_objects
+    from vmfs_stub.store.objects_url import StoreAt
     from vmfs_stub.store.probe import probe
 
-    url, at = config.store.url, StoreAt.of(config.store)
+    url = config.store.url
     try:
-        found = open_store(at)
-        may_remove = probe(open_objects(at))
+        found = open_store(StoreAt.of(config.store))
+        may_remove = probe(found.objects)
     except VmfsStubError as exc:
         yield HostFinding("problem", "store", f"{url}: {exc}", "bring the store back, or correct store.url")
         return

@@ -57,8 +57,8 @@ def _threads(settings: MoverSettings) -> Threads:
         files_max=settings.files_threads,
         store_max=settings.store_threads,
         compute_max=settings.workers,
-        store_timeout_s=settings.store_timeout_s,
-        transfer_timeout_s=settings.transfer_timeout_s,
+        store_timeout_s=settings.store.timeout_s,
+        transfer_timeout_s=settings.store.transfer_timeout_s,
     )
 
 

@@ -29,8 +29,6 @@ class MoverSettings:
     workers: int
     files_threads: int
     store_threads: int
-    store_timeout_s: float
-    transfer_timeout_s: float
     slot_bytes: int
 
 
