@@ -20,7 +20,16 @@ from vmfs_stub.core.chunking import CHUNK_SIZE_MAX, CHUNK_SIZE_MIN
 from vmfs_stub.core.ids import PointId, StoreId, VmId
 from vmfs_stub.core.origin import Origin
 from vmfs_stub.primary.durable_map import NEW_SUFFIX
-from vmfs_stub.primary.envelope import FILE_TIME_NS_END, UINT64_MAX, Body, Damaged, NewerVersion, seal, unseal
+from vmfs_stub.primary.envelope import (
+    FILE_TIME_NS_END,
+    UINT64_MAX,
+    Body,
+    Damaged,
+    NewerVersion,
+    seal,
+    sealed_size,
+    unseal,
+)
 from vmfs_stub.primary.files import FileCalls, read_fully, write_fully
 from vmfs_stub.primary.identity import InodeIdentity
 
@@ -82,8 +91,7 @@ def encode_changed(record: ChangedRecord) -> bytes:
 
 def decode_changed(raw: bytes) -> ChangedRecord:
     """Parse it.  Raises Damaged, NewerVersion."""
-    head = unseal(raw, magic=_MAGIC, version=_VERSION)
-    body = Body(head)
+    body = Body(unseal(raw, magic=_MAGIC, version=_VERSION))
     identity, origin = take_described(body)
     seen, bits = body.body("seen"), body.body("bits")
     times = {"low": -FILE_TIME_NS_END, "high": FILE_TIME_NS_END - 1}
@@ -91,7 +99,7 @@ def decode_changed(raw: bytes) -> ChangedRecord:
     size, digest = bits.integer("size", low=1, high=RECORD_SIZE_MAX), bits.identifier("digest")
     for each in (seen, bits, body):
         each.finish()
-    packed = raw[len(seal(_MAGIC, _VERSION, head)) :]
+    packed = raw[sealed_size(raw) :]
     if len(packed) != size or xxhash.xxh3_128_hexdigest(packed) != digest:
         raise Damaged("its bits are not those that were written")
     return ChangedRecord(identity, was_seen, Changed(origin, _unpacked(packed, bits_size(origin))))

@@ -31,6 +31,7 @@ from vmfs_stub.primary.files import FileCalls, read_fully, sync_directory, write
 from vmfs_stub.primary.identity import BootIdentity, InodeIdentity
 
 UNIT = 4096
+MAP_SUFFIX = ".map"
 NEW_SUFFIX = ".new"
 PAGE_BITS_SIZE = 4032
 """Bytes of bits in one page; with its header a page is one 4 KiB unit."""
@@ -71,6 +72,9 @@ class MapState(enum.IntEnum):
     """The last link of the file is about to go, or is gone."""
     SUPERSEDED = 6
     """The file was archived again: its record names another placeholder, and does so durably."""
+
+
+_FIRST_STATE, _LAST_STATE = min(MapState), max(MapState)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +141,10 @@ class DurableMap:
         """Open the map at ``path``.  Raises FileNotFoundError, CorruptMap, UnknownFormat, OSError."""
         fd = files.call("map.open", os.open, path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            copies = [_decode_header(read_fully(files, "map.read", fd, UNIT, at), label) for at in (0, UNIT)]
+            raw = read_fully(files, "map.read", fd, 2 * UNIT, 0)
+            first, second = raw[:UNIT], raw[UNIT:]
+            # The same bytes but for a crash between the two; a start reads many maps.
+            copies = [_decode_header(copy, label) for copy in ([first] if first == second else [first, second])]
             found = max((copy for copy in copies if copy is not None), key=lambda copy: copy[0], default=None)
             if found is None:
                 raise CorruptMap(
@@ -242,7 +249,7 @@ def _header_of(body: Body) -> MapHeader:
             identity.integer("ino", high=UINT64_MAX),
             identity.integer("generation", high=UINT64_MAX),
         ),
-        state=MapState(body.integer("state", low=min(MapState), high=max(MapState))),
+        state=MapState(body.integer("state", low=_FIRST_STATE, high=_LAST_STATE)),
         size=body.integer("size"),
         chunk_size=body.integer("chunk_size", low=CHUNK_SIZE_MIN, high=CHUNK_SIZE_MAX),
         archived_limit=body.integer("archived_limit"),

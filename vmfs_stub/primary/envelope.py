@@ -54,12 +54,18 @@ def unseal(raw: bytes, *, magic: bytes, version: int) -> dict[str, object]:
     if found_version != version:
         raise NewerVersion(f"format version {found_version}, this program knows {version}")
     try:
-        body = json.loads(raw[_HEAD.size : end])
+        body = json.loads(raw[_HEAD.size : end].decode())
     except (ValueError, RecursionError) as exc:
         raise Damaged("its body cannot be parsed") from exc
     if not isinstance(body, dict):
         raise Damaged("its body is of another kind")
     return body
+
+
+def sealed_size(raw: bytes) -> int:
+    """How many bytes the envelope takes that ``raw`` begins with; `unseal` has found it undamaged."""
+    length: int = _HEAD.unpack_from(raw)[3]
+    return _HEAD.size + length + _DIGEST_SIZE
 
 
 class Body:

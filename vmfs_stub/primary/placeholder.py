@@ -18,7 +18,7 @@ from vmfs_stub.core.errors import CorruptMap, IdentityMismatch, MapFrozen, MapMi
 from vmfs_stub.core.ids import PlaceholderId
 from vmfs_stub.core.names import CHANGES_DIR, ORPHANS_DIR, PRIVATE_DIR, RESERVE_FILE
 from vmfs_stub.core.sites import PLAIN
-from vmfs_stub.primary.durable_map import PAGE_BITS_SIZE, DurableMap, MapHeader, MapState
+from vmfs_stub.primary.durable_map import MAP_SUFFIX, PAGE_BITS_SIZE, DurableMap, MapHeader, MapState
 from vmfs_stub.primary.files import FileCalls, sync_directory
 from vmfs_stub.primary.identity import BootIdentity, boot_identity, inode_identity
 from vmfs_stub.primary.orphans import Orphans
@@ -57,7 +57,7 @@ class PrivateState:
             os.close(fd)
 
     def durable_path(self, placeholder_id: PlaceholderId) -> Path:
-        return self.maps / f"{placeholder_id}.map"
+        return self.maps / f"{placeholder_id}{MAP_SUFFIX}"
 
     def volatile_path(self, placeholder_id: PlaceholderId) -> Path:
         return self.volatile_maps / f"{placeholder_id}.bits"

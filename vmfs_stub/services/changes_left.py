@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from vmfs_stub.core.sites import FileCalls
@@ -34,13 +35,18 @@ class ChangesLeft:
         """Raises OSError."""
         self._files = files
         self._private = private
-        self._unseen: set[int] = set()
+        self._records: set[int] = set()
+        self._maps: set[int] = set()
+        """Inodes that have one of these, and were not looked at yet."""
         self.known: set[int] = set()
         self.doubtful: set[int] = set()
         self._stopped_ns = self._time_of_clean_end()
-        for directory in (private.changes, private.volatile_changes):
+        for directory, unseen in ((private.changes, self._records), (private.volatile_changes, self._maps)):
             for name in files.call("changes.list", os.listdir, directory):
-                self._sort(directory / name)
+                if name.isdecimal():
+                    unseen.add(int(name))
+                else:
+                    self._sort(directory / name)
 
     def _time_of_clean_end(self) -> int:
         try:
@@ -49,9 +55,7 @@ class ChangesLeft:
             return 0
 
     def _sort(self, path: Path) -> None:
-        if path.name.isdecimal():
-            self._unseen.add(int(path.name))
-        elif path.suffix == DOUBT_SUFFIX and path.stem.isdecimal() and self._is_of_this_boot(path):
+        if path.suffix == DOUBT_SUFFIX and path.stem.isdecimal() and self._is_of_this_boot(path):
             self.doubtful.add(int(path.stem))
         elif path.name != STOPPED:
             self._files.call("changes.clean", path.unlink)
@@ -67,21 +71,24 @@ class ChangesLeft:
 
     def look_at(self, st: os.stat_result) -> None:
         """This file is there.  Raises OSError when what is not to be believed cannot be removed."""
-        ino = st.st_ino
-        if ino not in self._unseen:
-            return
-        self._unseen.discard(ino)
-        record_path, map_path = self._private.changed_record_path(ino), self._private.changed_map_path(ino)
-        for path, is_true in ((record_path, self._is_record_true), (map_path, self._is_map_true)):
-            try:
-                is_believed = is_true(path, st)
-            except OSError as exc:
-                log.warning("%s cannot be read: %s; the next backup of its file reads all of it", path, exc.strerror)
-                is_believed = False
-            if is_believed:
-                self.known.add(ino)
-            else:
-                self._remove(path)
+        ino, private = st.st_ino, self._private
+        if ino in self._records:
+            self._records.discard(ino)
+            self._look_into(private.changed_record_path(ino), st, self._is_record_true)
+        if ino in self._maps:
+            self._maps.discard(ino)
+            self._look_into(private.changed_map_path(ino), st, self._is_map_true)
+
+    def _look_into(self, path: Path, st: os.stat_result, is_true: Callable[[Path, os.stat_result], bool]) -> None:
+        try:
+            is_believed = is_true(path, st)
+        except OSError as exc:
+            log.warning("%s cannot be read: %s; the next backup of its file reads all of it", path, exc.strerror)
+            is_believed = False
+        if is_believed:
+            self.known.add(st.st_ino)
+        else:
+            self._remove(path)
 
     def _is_record_true(self, path: Path, st: os.stat_result) -> bool:
         record = load_changed(self._files, path)
@@ -100,8 +107,9 @@ class ChangesLeft:
 
     def finish(self) -> None:
         """All files were looked at: what belongs to none goes.  Raises OSError."""
-        for ino in sorted(self._unseen):
+        for ino in sorted(self._records):
             self._remove(self._private.changed_record_path(ino))
+        for ino in sorted(self._maps):
             self._remove(self._private.changed_map_path(ino))
         # Also what an earlier daemon removed, which may have been killed before it could see to that.
         self._files.call("changes.clean_sync", sync_directory, self._private.changes)

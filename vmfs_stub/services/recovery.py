@@ -27,15 +27,15 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmfs_stub.core.errors import PrimaryIOError, RecordMissing, VmfsStubError
 from vmfs_stub.core.ids import PlaceholderId
 from vmfs_stub.core.names import PRIVATE_DIR
-from vmfs_stub.primary.durable_map import NEW_SUFFIX, DurableMap, MapHeader, MapState
-from vmfs_stub.primary.files import FileCalls, sync_filesystem
+from vmfs_stub.primary.durable_map import MAP_SUFFIX, NEW_SUFFIX, DurableMap, MapHeader, MapState
+from vmfs_stub.primary.files import FileCalls, read_ahead, sync_filesystem
 from vmfs_stub.primary.identity import inode_generation, inode_identity
 from vmfs_stub.primary.placeholder import PrivateState, live_guest_mtime_ns, open_durable
 from vmfs_stub.primary.record import PlaceholderRecord, check_identity, read_record
@@ -90,6 +90,8 @@ class Recovery:
         """Look at everything once.  Raises OSError when the backing directory itself cannot be read."""
         self._sweep_orphans()
         self._remove_unfinished()
+        for directory in (self._private.changes, self._private.maps):
+            self._read_ahead(directory)
         flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
         backing_fd = self._files.call("recovery.open", os.open, self._backing, flags)
         try:
@@ -101,31 +103,35 @@ class Recovery:
                         self._changes.look_at(entry.st)
                         self._look_at_file(entry)
             self._changes.finish()
-            for map_path in self._maps(".map"):
-                placeholder_id = PlaceholderId(map_path.stem)
+            for name in self._names(self._private.maps, MAP_SUFFIX):
+                placeholder_id = PlaceholderId(name.removesuffix(MAP_SUFFIX))
                 if placeholder_id not in self._matched:
                     try:
-                        self._look_at_lone_map(map_path, placeholder_id, backing_fd)
+                        self._look_at_lone_map(placeholder_id, backing_fd)
                     except (VmfsStubError, OSError) as exc:
-                        self._result.findings.append((f"map {placeholder_id}", _as_ours(map_path.name, exc)))
+                        self._result.findings.append((f"map {placeholder_id}", _as_ours(name, exc)))
         finally:
             os.close(backing_fd)
         return self._result
 
     def _remove_unfinished(self) -> None:
         """Maps that never got their name mean nothing; one that cannot be removed is in nobody's way."""
-        for unfinished in (*self._maps(NEW_SUFFIX), *self._files_in(self._private.volatile_maps, NEW_SUFFIX)):
-            try:
-                self._files.call("recovery.clean", unfinished.unlink)
-            except OSError as exc:
-                log.warning("%s, left by a crash, could not be removed: %s", unfinished, exc.strerror)
+        for directory in (self._private.maps, self._private.volatile_maps):
+            for name in self._names(directory, NEW_SUFFIX):
+                try:
+                    self._files.call("recovery.clean", (directory / name).unlink)
+                except OSError as exc:
+                    log.warning("%s, left by a crash, could not be removed: %s", directory / name, exc.strerror)
 
-    def _maps(self, suffix: str) -> list[Path]:
-        return self._files_in(self._private.maps, suffix)
+    def _read_ahead(self, directory: Path) -> None:
+        """Have the disk read these many small files while they are looked at, not one after the other."""
+        for name in self._names(directory):
+            with suppress(OSError):
+                self._files.call("recovery.read_ahead", read_ahead, directory / name)
 
-    def _files_in(self, directory: Path, suffix: str) -> list[Path]:
+    def _names(self, directory: Path, suffix: str = "") -> list[str]:
         names = self._files.call("recovery.list", os.listdir, directory)
-        return [directory / name for name in sorted(names) if name.endswith(suffix)]
+        return sorted(name for name in names if name.endswith(suffix))
 
     def _sweep_orphans(self) -> None:
         """Nobody has a file open when a mount begins: those without a name go for good."""
@@ -187,8 +193,8 @@ class Recovery:
         finally:
             durable.close()
 
-    def _look_at_lone_map(self, map_path: Path, placeholder_id: PlaceholderId, backing_fd: int) -> None:
-        label = f"map {placeholder_id}"
+    def _look_at_lone_map(self, placeholder_id: PlaceholderId, backing_fd: int) -> None:
+        map_path, label = self._private.durable_path(placeholder_id), f"map {placeholder_id}"
         durable = DurableMap.open(self._files, map_path, label=label)
         header = durable.header
         durable.close()
