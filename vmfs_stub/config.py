@@ -184,6 +184,11 @@ class Config(_Section):
         return self.private_dir / "lock"
 
     @property
+    def mover_lock_path(self) -> Path:
+        """The flock that a daemon and its data movers share."""
+        return self.private_dir / "mover.lock"
+
+    @property
     def index_path(self) -> Path:
         """Local chunk index; it can be rebuilt from the store."""
         return self.private_dir / "index.sqlite"

@@ -39,6 +39,7 @@ from vmfs_stub.mount.filesystem import Filesystem
 from vmfs_stub.mount.serving import Mount, open_mount
 from vmfs_stub.mount.settings import MountSettings
 from vmfs_stub.mover.client import open_mover
+from vmfs_stub.mover.lock import MoverLock
 from vmfs_stub.mover.messages import MoverSettings
 from vmfs_stub.primary.files import FileCalls, sync_directory, write_fully
 from vmfs_stub.primary.placeholder import PrivateState
@@ -154,9 +155,10 @@ async def _open_datastore(config: Config) -> AsyncIterator[trio.Event]:
         _closing(_threads(config)) as threads,
         _closing(FileReads(files=files, threads=threads, ring=open_ring())) as reads,
         _closing(open_catalog(config, findings)) as catalog,
+        _closing(MoverLock(config.mover_lock_path)) as mover_lock,
     ):
         async with (
-            open_mover(_mover_settings(config, store), guests, _index_told(findings)) as mover,
+            open_mover(_mover_settings(config, store), guests, _index_told(findings), lock=mover_lock) as mover,
             trio.open_nursery() as background,
         ):
             services = connect_services(

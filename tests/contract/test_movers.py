@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import gc
 import os
 import random
 import signal
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
 from vmfs_stub.core.origin import Origin
 from vmfs_stub.mover import client
 from vmfs_stub.mover.client import ProcessMover, open_mover
+from vmfs_stub.mover.lock import MoverLock
 from vmfs_stub.mover.messages import MoverSettings
 from vmfs_stub.mover.priority import NICE, NICEST
+from vmfs_stub.mover.process import MoverProcess
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.services.guest_activity import GuestActivity
 from vmfs_stub.services.local_mover import LocalMover
@@ -55,6 +58,10 @@ class Place:
     def path(self) -> Path:
         return self.base / "disk.img"
 
+    @property
+    def lock_path(self) -> Path:
+        return self.base / "mover.lock"
+
     def mover(self) -> AbstractAsyncContextManager[Mover]:
         return self.process() if self.kind == "process" else self._local()
 
@@ -68,9 +75,8 @@ class Place:
             threads.close()
             index.close()
 
-    @asynccontextmanager
-    async def process(self) -> AsyncIterator[ProcessMover]:
-        settings = MoverSettings(
+    def settings(self) -> MoverSettings:
+        return MoverSettings(
             store=StoreAt((self.base / "store").as_uri(), retries_max=0, timeout_s=30, transfer_timeout_s=30),
             store_description=self.store.description,
             index_path=self.base / "index.sqlite",
@@ -79,8 +85,12 @@ class Place:
             store_threads=4,
             slot_bytes=8 * CHUNK,
         )
-        async with open_mover(settings, self.guests, lambda error: None) as mover:
-            yield mover
+
+    @asynccontextmanager
+    async def process(self) -> AsyncIterator[ProcessMover]:
+        with closing(MoverLock(self.lock_path)) as lock:
+            async with open_mover(self.settings(), self.guests, lambda error: None, lock=lock) as mover:
+                yield mover
 
 
 @pytest.fixture(params=["local", "process"])
@@ -365,6 +375,60 @@ async def test_a_process_that_dies_or_hangs_fails_what_it_did_and_is_replaced(
     finally:
         os.close(fd)
     assert content_of(place.store, 2) == NOISE
+
+
+async def test_a_mover_of_an_earlier_daemon_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = make_place(tmp_path, "process")
+    async with place.process() as earlier:
+        with closing(MoverLock(place.lock_path)) as late:
+            assert not late.take(), "the one that was started has the lock before it is asked for"
+        await earlier.wait_earlier_gone()
+    with closing(MoverLock(place.lock_path)) as left:
+        assert left.take(), "it has gone, and the lock with it"
+        monkeypatch.setattr(client, "EARLIER_WAIT_S", 0.2)
+        async with place.process() as mover:
+            for _ in range(2):
+                with trio.fail_after(5), pytest.raises(MoverLost, match="earlier daemon"):
+                    await mover.wait_earlier_gone()
+            fcntl.flock(left.fd, fcntl.LOCK_UN)
+            await mover.wait_earlier_gone()
+            with closing(MoverLock(place.lock_path)) as late:
+                assert not late.take()
+
+
+def test_a_lock_that_cannot_be_opened_says_which(tmp_path: Path) -> None:
+    with pytest.raises(PrimaryIOError, match=r"mover\.lock: No such file or directory"):
+        MoverLock(tmp_path / "missing" / "mover.lock")
+
+
+async def test_the_lock_is_held_until_the_mover_has_gone(tmp_path: Path) -> None:
+    place = make_place(tmp_path, "process")
+    lock = MoverLock(place.lock_path)
+    with closing(MoverLock(place.lock_path)) as next_daemons:
+        async with open_mover(place.settings(), place.guests, lambda error: None, lock=lock):
+            lock.close()  # as if the daemon were gone already
+            assert not next_daemons.take()
+        assert next_daemons.take()
+
+
+async def test_a_process_that_was_killed_and_has_not_gone_is_told_of(
+    tmp_path: Path, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = make_place(tmp_path, "process")
+    hangs = True
+    has_gone = MoverProcess.has_gone
+    monkeypatch.setattr(MoverProcess, "has_gone", lambda process: not hangs and has_gone(process))
+    async with place.process() as mover:
+        await mover.wait_earlier_gone()
+        pid = mover.life().process.pid
+        os.kill(pid, signal.SIGKILL)
+        with trio.fail_after(10):
+            while mover.pid == pid:
+                await trio.testing.wait_all_tasks_blocked(0.01)
+        with pytest.raises(MoverLost, match=f"process {pid}.* hangs"):
+            await mover.wait_earlier_gone()
+        hangs = False
+        await mover.wait_earlier_gone()
 
 
 @pytest.mark.parametrize("call", ["os.memfd_create", "socket.socketpair", "subprocess.Popen"])

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,11 @@ from live_datastore import MIB, QUIET, LiveDatastore, MakeDatastore, noise, wait
 from scripts.lab.daemon_process import movers_of
 from scripts.lab.datastore import ended
 from vmfs_stub.control.messages import JobInfo
+from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
+from vmfs_stub.mover.lock import MoverLock
+from vmfs_stub.primary.durable_map import DurableMap, MapHeader, MapState
+from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.primary.identity import InodeIdentity
 
 SIZE = 96 * MIB
 CONTENT = noise(SIZE, seed=11)
@@ -129,6 +135,37 @@ def test_the_mover_ends_with_a_daemon_that_is_killed(make_datastore: MakeDatasto
     wait_until("the mover is gone", lambda: ended(mover, deadline_s=0), deadline_s=1)
     datastore.start()
     datastore.archive("vm")
+
+
+def test_a_pin_that_an_earlier_mover_puts_late_goes_too(make_datastore: MakeDatastore) -> None:
+    datastore = make_datastore(QUIET)
+    datastore.start()
+    datastore.add_vm("vm", CONTENT[:MIB])
+    datastore.archive("vm")
+    (pin,) = datastore.pins()
+    datastore.stop()
+    # As if a daemon was killed while it archived another disk, and its mover hung in the system call that makes a pin.
+    late = pin.with_name("9" * 32)
+    header = MapHeader(
+        placeholder_id=PlaceholderId(late.name),
+        vm_id=VmId(pin.parent.parent.name),
+        point_id=PointId(pin.parent.name),
+        identity=InodeIdentity("0" * 32, 1 << 40, 0),
+        state=MapState.PREPARED,
+        size=MIB,
+        chunk_size=64 << 10,
+        archived_limit=MIB,
+    )
+    prepared = datastore.backing / ".vmfs-stub" / "maps" / f"{late.name}.map"
+    DurableMap.create(FileCalls(), prepared, header).close()
+    with closing(MoverLock(datastore.backing / ".vmfs-stub" / "mover.lock")) as hanging:
+        assert hanging.take()
+        datastore.start()
+        time.sleep(1)
+        assert prepared.exists()
+        late.write_bytes(pin.read_bytes())
+    wait_until("nothing is left of it", lambda: not prepared.exists() and not late.exists(), poll_s=0.01)
+    assert datastore.pins() == [pin]
 
 
 def test_the_mover_ends_with_the_daemon(make_datastore: MakeDatastore) -> None:

@@ -4,7 +4,8 @@ Invariants:
 * a process that has gone, or says nothing for long, ends every conversation with MoverLost; the next request starts
   another process;
 * a slot is free again only when the conversation that used it is over; slots belong to one process, and go with it;
-* at the end of a backup its conversation is over, so that the process has no descriptor of a file left.
+* at the end of a backup its conversation is over, so that the process has no descriptor of a file left; a process that
+  hangs in a system call when it is killed is remembered, as what it does there may take effect later.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import trio
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import MoverLost, PrimaryError, PrimaryIOError
 from vmfs_stub.mover.channel import Channel, ChannelClosed
+from vmfs_stub.mover.lock import MoverLock
 from vmfs_stub.mover.messages import (
     LAST,
     AllParts,
@@ -61,6 +63,8 @@ PINGS_UNANSWERED_MAX = 10
 did not run either does not count.  After half of them it is hurried: it may only be short of the processor."""
 WINDOW_BYTES = 32 << 20
 """Parts of a file that the mover knows and has not dealt with; one may be larger."""
+EARLIER_WAIT_S = 5.0
+"""How long after our start those of other daemons are waited for that were killed and have not gone."""
 FILES_AT_ONCE = 64
 """Files of a restore point in one message."""
 
@@ -161,9 +165,13 @@ class ProcessMover:
         settings: MoverSettings,
         guests: GuestActivity,
         on_index: Callable[[PrimaryError | None], None],
+        lock: MoverLock,
     ) -> None:
         self._nursery = nursery
         self._settings = settings
+        self._lock = lock
+        self._began_s = trio.current_time()
+        self._hanging: list[MoverProcess] = []
         self._guests = guests
         guests.on_return = self._make_way
         self._on_index = on_index
@@ -184,12 +192,13 @@ class ProcessMover:
     def life(self) -> Life:
         """The running process; starts one where there is none.  Raises MoverLost."""
         if self._life is None:
+            self._lock.take()
             try:
                 slots, fd = SharedSlots.create(count=FETCHES_AT_ONCE, size=self._settings.slot_bytes)
             except OSError as exc:
                 raise could_not_start(exc) from exc
             try:
-                process = MoverProcess(fd)
+                process = MoverProcess(fd, self._lock)
             finally:
                 os.close(fd)
             life = Life(process, Channel(process.socket), slots, self._settings.store_description.chunk_size)
@@ -215,6 +224,8 @@ class ProcessMover:
             life.channel.close()
             life.hurry(1)
             how = await life.process.end()
+            if not life.process.has_gone():
+                self._hanging.append(life.process)
             lost = MoverLost(f"the data mover (process {life.process.pid}) {how} before this was done; try again")
             for conversation in list(life.conversations.values()):
                 self._over(life, conversation, lost)
@@ -243,6 +254,7 @@ class ProcessMover:
         """Give up a process that does not answer, however much it has to do; take back memory that is not used."""
         was_slow = False
         while True:
+            self._lock.take()  # also when nobody here has waited: the next daemon will
             life.channel.post(0, Ping(self._guests.is_recent))
             life.pings_unanswered += 1
             fetches = life.fetches
@@ -280,6 +292,21 @@ class ProcessMover:
         """See mover.Mover."""
         with nullcontext() if self._life is None else self._life.hurried():
             yield
+
+    async def wait_earlier_gone(self) -> None:
+        """See mover.Mover."""
+        while not self._lock.take():
+            if trio.current_time() > self._began_s + EARLIER_WAIT_S:
+                raise MoverLost("a data mover of an earlier daemon, which has gone, hangs in a system call")
+            await trio.sleep(0.05)
+        self._hanging = [process for process in self._hanging if not process.has_gone()]
+        if self._hanging:
+            raise MoverLost(f"the data mover (process {self._hanging[0].pid}) was killed, but hangs in a system call")
+
+    def close(self) -> None:
+        """After the end: wait for no process that hangs."""
+        for process in self._hanging:
+            process.forget()
 
     @asynccontextmanager
     async def backup(self) -> AsyncIterator[ProcessBackup]:
@@ -395,14 +422,18 @@ class _Window:
 
 @asynccontextmanager
 async def open_mover(
-    settings: MoverSettings, guests: GuestActivity, on_index: Callable[[PrimaryError | None], None]
+    settings: MoverSettings,
+    guests: GuestActivity,
+    on_index: Callable[[PrimaryError | None], None],
+    *,
+    lock: MoverLock,
 ) -> AsyncIterator[ProcessMover]:
     """A mover within the block; at its end the process has gone.
 
     The process is started at once.  If that fails, things go on without: the first job tries again.
     """
     async with trio.open_nursery() as nursery:
-        mover = ProcessMover(nursery, settings, guests, on_index)
+        mover = ProcessMover(nursery, settings, guests, on_index, lock)
         try:
             mover.life()
         except MoverLost as exc:
@@ -411,3 +442,4 @@ async def open_mover(
             yield mover
         finally:
             nursery.cancel_scope.cancel()
+    mover.close()

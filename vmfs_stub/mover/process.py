@@ -1,7 +1,7 @@
 """The mover's process, as its parent sees it: started with one socket and the shared memory, ended for certain.
 
-It inherits nothing else: no lock of the datastore, no mount, no other descriptor.  It dies with the thread that starts
-it, which must be the daemon's main thread.
+It inherits the movers' lock and nothing else: no lock of the datastore, no mount, no other descriptor.  It dies with
+the thread that starts it, which must be the daemon's main thread.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import trio
 
 from vmfs_stub.core.errors import MoverLost
+from vmfs_stub.mover.lock import MoverLock
 
 _GONE_S = 1.0
 """How long one that was told to go, or was killed, is waited for."""
@@ -23,8 +24,8 @@ _GONE_S = 1.0
 class MoverProcess:
     """One process, from start to end; ``socket`` is our end of the connection."""
 
-    def __init__(self, slots_fd: int) -> None:
-        """Start it, with the memory of that descriptor.  Raises MoverLost."""
+    def __init__(self, slots_fd: int, lock: MoverLock) -> None:
+        """Start it, with the memory of that descriptor and its part of the lock.  Raises MoverLost."""
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         except OSError as exc:
@@ -34,7 +35,7 @@ class MoverProcess:
             self._child = subprocess.Popen(
                 [sys.executable, "-P", "-m", "vmfs_stub.mover.main", *map(str, numbers)],
                 stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), slots_fd),
+                pass_fds=(theirs.fileno(), slots_fd, lock.fd),
                 cwd="/",
             )
         except OSError as exc:
@@ -55,9 +56,16 @@ class MoverProcess:
             self._child.kill()
         code = await self._gone()
         if code is None:
-            self._child.returncode = 0  # nobody waits for it any more
             return "hangs in a system call"
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+    def has_gone(self) -> bool:
+        """Whether it can do nothing any more."""
+        return self._child.poll() is not None
+
+    def forget(self) -> None:
+        """Nobody waits for it any more."""
+        self._child.returncode = self._child.returncode or 0
 
     async def _gone(self) -> int | None:
         """Its exit code as Popen has it; None when it still runs after a while."""

@@ -164,7 +164,7 @@ class Archiver:
         """Remove pin and map of every placeholder that was prepared and did not come to be."""
         for source in sources:
             if source.placeholder_id is not None and not self._maker.may_be_placeholder(source):
-                await self._retirement.retire(Ended(source.placeholder_id, vm.id, point_id))
+                await self._retirement.retire(Ended(source.placeholder_id, vm.id, point_id, was_made=False))
 
     # Copy, verify, commit to the store
 

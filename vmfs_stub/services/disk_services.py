@@ -81,7 +81,7 @@ def connect_services(
         failures=RecallFailures(findings),
         guests=guests,
     )
-    retirement = Retirement(files=files, threads=threads, store=store, private=private)
+    retirement = Retirement(files=files, threads=threads, store=store, mover=mover, private=private)
     changes = Changes(
         files=files,
         threads=threads,

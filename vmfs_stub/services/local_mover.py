@@ -49,6 +49,9 @@ class LocalMover:
         """See mover.Mover; this process knows no hurry."""
         return nullcontext()
 
+    async def wait_earlier_gone(self) -> None:
+        """See mover.Mover; this process is not lost without whoever asks."""
+
     @asynccontextmanager
     async def fetch(self, frames: Sequence[FrameRef]) -> AsyncIterator[Sequence[Buffer]]:
         """See mover.Mover."""

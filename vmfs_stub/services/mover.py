@@ -115,6 +115,13 @@ class Mover(Protocol):
         """Within the block somebody waits for what is under way, which may be done with the lowest priority else."""
         ...
 
+    async def wait_earlier_gone(self) -> None:
+        """Return when nothing can take effect any more of what a process did that was lost.
+
+        Raises MoverLost when that takes long; it may then go on for ever.
+        """
+        ...
+
     def fetch(self, frames: Sequence[FrameRef]) -> AbstractAsyncContextManager[Sequence[Buffer]]:
         """The verified raw bytes of frames as `Store.fetch` gives them, for which no guest waits.
 

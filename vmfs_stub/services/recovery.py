@@ -213,7 +213,8 @@ class Recovery:
             log.info(
                 "placeholder %s ended (%s); removing what is left of it", placeholder_id, header.state.name.lower()
             )
-            self._result.ended.append(Ended(placeholder_id, header.vm_id, header.point_id))
+            was_made = header.state != MapState.PREPARED
+            self._result.ended.append(Ended(placeholder_id, header.vm_id, header.point_id, was_made))
         elif present and path is not None:
             self._problem(path, header.identity.ino, None, _record_missing(path))
         else:

@@ -1,7 +1,7 @@
 """The end of a placeholder that nothing needs any more: its pin goes, then its maps.
 
 The pin goes first and the map last, because the map is what remembers that this is still to be done: with a store
-that is down it stays, and is tried again.
+that is down it stays, and is tried again.  So it does while a pin may still be put, after it was removed here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PrivateState, discard_maps
 from vmfs_stub.primary.record import PlaceholderRecord
+from vmfs_stub.services.mover import Mover
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.store import Store
 
@@ -27,11 +28,15 @@ RETRY_INTERVAL_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A placeholder that has ended, and the restore point it pinned."""
+    """A placeholder that has ended, and the restore point it pinned.
+
+    ``was_made``: False when it never came to be, so that whoever was to put its pin may be lost, and still at it.
+    """
 
     placeholder_id: PlaceholderId
     vm_id: VmId
     point_id: PointId
+    was_made: bool = True
 
     @classmethod
     def of(cls, record: PlaceholderRecord) -> Ended:
@@ -42,10 +47,13 @@ class Ended:
 class Retirement:
     """Removes pins and maps; what fails is tried again until it works or the daemon ends (then at its next start)."""
 
-    def __init__(self, *, files: FileCalls, threads: Threads, store: Store, private: PrivateState) -> None:
+    def __init__(
+        self, *, files: FileCalls, threads: Threads, store: Store, mover: Mover, private: PrivateState
+    ) -> None:
         self._files = files
         self._threads = threads
         self._store = store
+        self._mover = mover
         self._private = private
         self._waiting: list[Ended] = []
 
@@ -62,6 +70,8 @@ class Retirement:
                 raise
 
     async def _retire(self, ended: Ended) -> None:
+        if not ended.was_made:
+            await self._mover.wait_earlier_gone()
         await self._threads.store(self._store.remove_pin, ended.vm_id, ended.point_id, ended.placeholder_id)
         await self._threads.files(discard_maps, self._files, self._private, ended.placeholder_id)
 
