@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import trio
+import trio.testing
 
 from tests.datastore_harness import (
     BLOCK,
@@ -24,7 +25,7 @@ from tests.datastore_harness import (
     temporary_rig,
 )
 from tests.model.guest import Guest
-from vmfs_stub.core.errors import PrimaryIOError
+from vmfs_stub.core.errors import InUse, PrimaryIOError
 from vmfs_stub.mount import filesystem
 
 DISK = "vm/disk.img"
@@ -221,3 +222,45 @@ async def test_a_removal_that_cannot_be_noted_leaves_no_link() -> None:
                 await remove(services, DISK)
             assert (disk.fstat().st_nlink, disk.is_orphan) == (1, False)
             await services.disks.release(disk)
+
+
+async def test_an_archive_that_begins_while_a_removal_waits_gives_up() -> None:
+    """The removal's note was overtaken by the archive's own: the disk was removed while it became a placeholder."""
+    with temporary_rig() as rig:
+        await archived(rig)
+        async with rig.running() as services, trio.open_nursery() as nursery:
+            disks = services.disks
+            with rig.path_fd(DISK) as fd:
+                ino = os.fstat(fd).st_ino
+                lost: list[bool] = []
+
+                async def reserve() -> None:
+                    with trio.CancelScope() as scope:
+                        async with disks.reserve(fd, scope) as reservation:
+                            await trio.sleep_forever()
+                    lost.append(reservation.lost)
+
+                async with disks._ino_lock(ino):
+                    nursery.start_soon(reserve)
+                    await trio.testing.wait_all_tasks_blocked()
+                    nursery.start_soon(remove, services, DISK)
+                    await trio.testing.wait_all_tasks_blocked()
+                with trio.fail_after(10):
+                    while not lost or rig.pins():
+                        await trio.testing.wait_all_tasks_blocked(0.01)
+                assert lost == [True]
+                assert (rig.pins(), rig.maps()) == ([], [])
+
+
+async def test_a_file_that_is_about_to_go_is_not_archived() -> None:
+    with temporary_rig() as rig:
+        await archived(rig)
+        async with rig.running() as services:
+            with rig.path_fd(DISK) as fd, trio.CancelScope() as scope:
+                await services.disks.removing(fd)
+                with pytest.raises(InUse, match="is being removed"):
+                    async with services.disks.reserve(fd, scope):
+                        pass
+                await services.disks.removed(fd)
+                async with services.disks.reserve(fd, scope) as reservation:
+                    assert not reservation.lost

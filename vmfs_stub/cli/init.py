@@ -184,13 +184,14 @@ def _join_store(objects: ObjectStore, url: str) -> None:
     from vmfs_stub.store.probe import probe
     from vmfs_stub.store.store import Store
 
-    probe(objects)
     try:
         store = Store.open(objects)
     except ObjectMissing:
+        probe(objects)
         store = Store.open_or_create(objects)
         say(f"made the store {store.id} at {url}")
     else:
+        probe(objects)
         say(f"joined the store {store.id} at {url}")
 
 

@@ -73,7 +73,6 @@ class DiskCloser:
 
     async def _lay_down(self, disk: Disk, placeholder: Placeholder) -> None:
         record, removed = placeholder.maps.record, not disk.has_name
-        self._recall.forget(placeholder, ended=removed)
         known = self._placeholders.get(disk.ino)
         if known is not None:
             known.mtime_ns = placeholder.mtime_ns
@@ -83,6 +82,8 @@ class DiskCloser:
             if not removed:
                 raise
             log.warning("%s: its last sync failed, and it is removed anyway", disk.label, exc_info=True)
+        finally:
+            self._recall.forget(placeholder, ended=removed)
         if removed:
             await self._removals.closed(disk.ino, record)
 

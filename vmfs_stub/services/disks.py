@@ -98,7 +98,7 @@ class Disks:
             placeholders=placeholders,
             changes=changes,
             opened=self.get,
-            ino_lock=self._ino_lock,
+            ino_lock=self._unreserved,
         )
         self._closer = DiskCloser(
             threads=threads,
@@ -152,18 +152,14 @@ class Disks:
 
     async def _acquire(self, path_fd: int, *, guests: int, kept: int) -> Disk:
         ino = os.fstat(path_fd).st_ino
-        while True:
-            await self._win_over_reservation(ino)
-            async with self._ino_lock(ino):
-                if ino in self._reservations:
-                    continue
-                disk = self._open.get(ino)
-                if disk is None:
-                    disk = self._open[ino] = await self._opener.open(path_fd)
-                disk.open_count += guests
-                disk.kept += kept
-                await self._removals.opened_meanwhile(disk)
-            return disk
+        async with self._unreserved(ino):
+            disk = self._open.get(ino)
+            if disk is None:
+                disk = self._open[ino] = await self._opener.open(path_fd)
+            disk.open_count += guests
+            disk.kept += kept
+            await self._removals.opened_meanwhile(disk)
+        return disk
 
     async def _give_back(self, disk: Disk, *, guests: int, kept: int) -> None:
         with trio.CancelScope(shield=True):
@@ -173,9 +169,15 @@ class Disks:
                 if disk.open_count + disk.kept == 0 and self._open.pop(disk.ino, None) is not None:
                     await self._closer.close(disk)
 
-    async def _win_over_reservation(self, ino: int) -> None:
-        reservation = self._reservations.get(ino)
-        if reservation is not None:
+    @asynccontextmanager
+    async def _unreserved(self, ino: int) -> AsyncIterator[None]:
+        """The inode's lock, with no reservation of it: who has one loses it."""
+        while True:
+            async with self._ino_lock(ino):
+                reservation = self._reservations.get(ino)
+                if reservation is None:
+                    yield
+                    return
             reservation.lost = True
             reservation.scope.cancel()
             await reservation.ended.wait()
@@ -205,10 +207,12 @@ class Disks:
     async def reserve(self, path_fd: int, scope: trio.CancelScope) -> AsyncIterator[Reservation]:
         """Have a closed disk for oneself within the block; ``scope`` is cancelled when an open wins.
 
-        Raises InUse when anybody has it open.
+        Raises InUse when anybody has it open, or is about to remove its last name.
         """
         ino = os.fstat(path_fd).st_ino
         async with self._ino_lock(ino):
+            if self._removals.is_last(ino):
+                raise InUse(f"{self._opener.name(path_fd)} is being removed")
             if ino in self._open or ino in self._reservations:
                 raise InUse(f"{self._opener.name(path_fd)} is open; shut the VM down first")
             disk = await self._opener.open(path_fd)
@@ -281,7 +285,6 @@ class Disks:
         What is open stays usable until its last release; a damaged placeholder can be removed, too, but its pin stays.
         Raises OSError.
         """
-        await self._win_over_reservation(os.fstat(path_fd).st_ino)
         return await self._removals.removing(path_fd)
 
     async def removed(self, path_fd: int) -> None:

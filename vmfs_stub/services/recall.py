@@ -275,7 +275,8 @@ class RecallService:
         table = self._tables.get(record.placeholder_id)
         if table is None:
             table = await self._threads.store(open_table, self._store, placeholder.origin)
-            self._tables[record.placeholder_id] = table
+            if not placeholder.ended:  # else nobody will `forget` it
+                self._tables[record.placeholder_id] = table
         return table
 
     async def _locate(self, table: ChunkTable, chunks: Sequence[int]) -> list[tuple[int, FrameRef | None]]:

@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 class Removals:
     """Removals under way, and the state that each placeholder's map had before.
 
-    ``opened`` finds the open disk of an inode, which stays as it is while ``ino_lock`` of that inode is held.
+    ``opened`` finds the open disk of an inode, which stays as it is while ``ino_lock`` of that inode is held; taking
+    that ends what an archive or a backup does with it.
     """
 
     def __init__(
@@ -88,6 +89,10 @@ class Removals:
             with trio.CancelScope(shield=True):
                 await self.removed(path_fd)
             raise
+
+    def is_last(self, ino: int) -> bool:
+        """Whether no name of that file would be left when what is under way is over."""
+        return ino in self._last
 
     def _end_one(self, ino: int) -> None:
         self._under_way[ino] -= 1
