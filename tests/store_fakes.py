@@ -6,10 +6,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from vmfs_stub.core.errors import ObjectExists, ObjectMissing
+from vmfs_stub.core.errors import ObjectExists, ObjectMissing, StoreDenied
+from vmfs_stub.core.ids import PackId
 from vmfs_stub.core.sites import FileCalls
 from vmfs_stub.store import keys
-from vmfs_stub.store.keys import CONDEMNED_PACKS, PACKS, check_key, check_prefix
+from vmfs_stub.store.condemned import Condemned, encode_condemned
+from vmfs_stub.store.keys import CONDEMNED, PACKS, check_key, check_prefix
 from vmfs_stub.store.objects import OBJECT_SIZE_MAX, Buffer, ObjectInfo, ObjectStore, oversized, truncated
 
 
@@ -77,6 +79,10 @@ KINDS = {
     keys.INDEX: "index",
     keys.PINS: "pin",
     keys.CONDEMNED: "condemned",
+    keys.LEASES: "lease",
+    keys.DEAD: "dead",
+    keys.UNPINNED: "unpinned",
+    keys.FORGOTTEN: "forgotten",
     keys.PROBES: "probe",
 }
 
@@ -116,10 +122,26 @@ class SitedObjects:
 @contextmanager
 def packs_condemned(contents: dict[str, bytes]) -> Iterator[None]:
     """Within the block garbage collection is about to remove every pack that is there; then it is not."""
-    for key in [key for key in contents if key.startswith(PACKS)]:
-        contents[f"{CONDEMNED_PACKS}{key.rpartition('/')[2]}"] = b""
+    packs = frozenset(PackId(key.rpartition("/")[2]) for key in contents if key.startswith(PACKS))
+    contents[f"{CONDEMNED}list"] = encode_condemned(Condemned(packs=packs), "nonce")
     try:
         yield
     finally:
-        for key in [key for key in contents if key.startswith(CONDEMNED_PACKS)]:
-            del contents[key]
+        del contents[f"{CONDEMNED}list"]
+
+
+@contextmanager
+def refused_deletes(objects: FakeObjects) -> Iterator[None]:
+    """Within the block this host may not delete."""
+    before = objects.before
+
+    def refuse(call: str, key: str) -> None:
+        before(call, key)
+        if call == "delete":
+            raise StoreDenied(f"{key}: delete is not allowed")
+
+    objects.before = refuse
+    try:
+        yield
+    finally:
+        objects.before = before

@@ -246,6 +246,17 @@ async def test_a_backup_that_is_given_up_makes_nothing(place: Place) -> None:
     assert place.store.point_counts() == {}
 
 
+async def test_a_backup_that_is_given_up_ends_its_lease(tmp_path: Path) -> None:
+    """Else garbage collection would have to wait for it, and to mark its writer as dead for ever."""
+    place = make_place(tmp_path, "process")
+    async with place.process() as mover:
+        async with mover.backup():
+            assert len(list(place.store.objects.list("leases/"))) == 1
+        with trio.fail_after(10):
+            while list(place.store.objects.list("leases/")):  # noqa: ASYNC110
+                await trio.sleep(0.02)  # the store is changed by another process
+
+
 async def test_a_commit_that_is_given_up_leaves_no_pins(place: Place) -> None:
     """One that is over when it is given up has made its pins, which its owner removes; none comes after that."""
     place.path.write_bytes(NOISE)

@@ -18,13 +18,13 @@ from typing import cast
 import trio
 
 from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, RigFiles, Services, survives_kill
-from tests.store_fakes import FakeObjects, SitedObjects, packs_condemned
+from tests.store_fakes import FakeObjects, SitedObjects, packs_condemned, refused_deletes
 from vmfs_stub.catalog.catalog import Catalog
 from vmfs_stub.config import Config, parse_config
 from vmfs_stub.control.jobs import Jobs, open_jobs
 from vmfs_stub.control.peer import Peer
-from vmfs_stub.core.errors import MapFrozen, PointNotFound, PrimaryIOError, StoreConflict, VmfsStubError
-from vmfs_stub.core.ids import PackId, PointId, VmId
+from vmfs_stub.core.errors import MapFrozen, ObjectMissing, PointNotFound, PrimaryIOError, StoreConflict, VmfsStubError
+from vmfs_stub.core.ids import PackId, PlaceholderId, PointId, VmId, WriterId
 from vmfs_stub.datastore import Datastore
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.mount.attributes import Change, Requester
@@ -36,9 +36,14 @@ from vmfs_stub.services import verify
 from vmfs_stub.services.restore import STAGING, restore_point
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.store.chunk_index import ChunkIndex
-from vmfs_stub.store.keys import PACKS, SEGMENTS
+from vmfs_stub.store.collector import Collector
+from vmfs_stub.store.condemned import Condemned, encode_condemned
+from vmfs_stub.store.index_objects import decode_index, encode_index
+from vmfs_stub.store.keys import CONDEMNED, FORGOTTEN, INDEX, LEASES, MANIFESTS, PACKS, SEGMENTS, STORE_KEY, pack_key
+from vmfs_stub.store.leases import LeaseState, encode_lease
 from vmfs_stub.store.packs import read_footer
 from vmfs_stub.store.probe import probe
+from vmfs_stub.store.reachability import Reachability
 from vmfs_stub.store.store import Store
 
 PATHS = ("vm/disk.img", "vm/below/second.img")
@@ -426,6 +431,52 @@ async def check_store(services: Services) -> None:
         raise NotWhole(f"verify: {report.findings}")
 
 
+async def with_garbage(rig: Rig) -> None:
+    """Two restore points, of which one is forgotten; another backup, which died late; and a list of what is gone."""
+    await backed_up(rig)
+    contents = rig.objects.contents
+    (old,) = [key for key in contents if key.startswith(MANIFESTS)]
+    await archived(rig)
+    contents[old.replace(MANIFESTS, FORGOTTEN)] = b""
+    contents[f"{LEASES}{'d' * 16}"] = encode_lease(LeaseState(WriterId("d" * 16), 3))
+    contents[f"{MANIFESTS}{'e' * 32}/{'f' * 32}.{'d' * 16}.pending"] = contents[old]
+    dead = PackId("a" * 16 + "d" * 16)
+    contents[pack_key(dead)] = b"of the dead writer"
+    index = next(key for key in contents if key.startswith(INDEX))
+    packs = decode_index(contents[index], index)
+    contents[f"{INDEX}{'c' * 32}"] = encode_index([*packs, (dead, packs[0][1])])
+    contents[f"{CONDEMNED}list"] = encode_condemned(Condemned(frozenset([PackId("b" * 32)])), "nonce")
+
+
+def _collect(store: Store) -> None:
+    with closing(Reachability(None, store.id, store.objects, workers=1)) as reachability:
+        collector = Collector(store.objects, reachability, lag_s=0, sleep=lambda seconds: None, workers=1)
+        collector.survey()
+        collector.run()
+
+
+async def collect(services: Services) -> None:
+    """Garbage collection twice, and what hosts do for it."""
+    store, contents = services.store, services.rig.objects.contents
+    writer = store.begin_backup(index=ChunkIndex(None, store.id))
+    writer.renew_lease()
+    with refused_deletes(services.rig.objects):
+        store.remove_pin(VmId("7" * 32), PointId("8" * 32), PlaceholderId("9" * 32))
+    lost = {key: contents.pop(key) for key in list(contents) if key.startswith(SEGMENTS)}
+    try:
+        _collect(store)
+        raise NotWhole("segments are lost, and garbage collection does not mind")
+    except ObjectMissing:
+        pass
+    finally:
+        contents.update(lost)
+    for _ in range(2):
+        _collect(store)
+    left = {key.split("/")[0] for key in contents} - {STORE_KEY, "index", "manifests", "packs", "pins", "segments"}
+    if not services.files.spoiled and left != {"dead"}:
+        raise NotWhole(f"garbage collection has left {sorted(left)}")
+
+
 async def keep_history(services: Services) -> None:
     """What the daemon keeps beside the disks, each damaged once."""
     base, files = services.rig.base, services.files
@@ -583,6 +634,7 @@ SCENARIOS = [
     Scenario("restore", archived, restore),
     Scenario("restore_undone", archived, restore_undone),
     Scenario("check_store", archived, check_store),
+    Scenario("collect", with_garbage, collect),
     Scenario("keep_history", archived, keep_history),
     Scenario("use_mount", archived, use_mount),
     Scenario("use_datastore", archived, use_datastore),

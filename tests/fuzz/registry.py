@@ -22,6 +22,8 @@ TARGETS: dict[str, type[Target]] = {
         targets_store.IndexObjectTarget,
         targets_store.DocumentTarget,
         targets_store.PinTarget,
+        targets_store.LeaseTarget,
+        targets_store.CondemnedTarget,
         targets_store.ManifestTarget,
         targets_store.RestoreTarget,
         targets_edge.ConfigTarget,

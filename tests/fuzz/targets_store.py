@@ -30,10 +30,11 @@ from vmfs_stub.core.errors import (
     StoreUnavailable,
     UnknownFormat,
 )
-from vmfs_stub.core.ids import ChunkId, PackId, PlaceholderId, PointId, SegmentId, StoreId, VmId
+from vmfs_stub.core.ids import ChunkId, PackId, PlaceholderId, PointId, SegmentId, StoreId, VmId, WriterId
 from vmfs_stub.services.restore import restore_point
 from vmfs_stub.store import frames
 from vmfs_stub.store.chunk_table import RestorePoint
+from vmfs_stub.store.condemned import Condemned, decode_condemned, encode_condemned
 from vmfs_stub.store.format import (
     FRAME_HEADER,
     FRAME_LENGTH_MAX,
@@ -43,7 +44,8 @@ from vmfs_stub.store.format import (
     encode_description,
 )
 from vmfs_stub.store.index_objects import decode_index, encode_index
-from vmfs_stub.store.keys import is_id, is_segment_id, manifest_key, pack_key, pin_key, segment_key
+from vmfs_stub.store.keys import is_id, is_segment_id, lease_key, manifest_key, pack_key, pin_key, segment_key
+from vmfs_stub.store.leases import LeaseState, decode_lease, encode_lease
 from vmfs_stub.store.manifest import FileKind, Manifest, StoredFile, decode_manifest, encode_manifest
 from vmfs_stub.store.packs import OpenPack, read_footer
 from vmfs_stub.store.pins import Pin, decode_pin, encode_pin
@@ -52,6 +54,7 @@ from vmfs_stub.store.store import Store
 
 CHUNK = 64 * 1024
 PACK = PackId("3a" * 16)
+WRITER = WriterId("7b" * 8)
 VM, POINT, PLACEHOLDER = VmId("1b" * 16), PointId("2c" * 16), PlaceholderId("4d" * 16)
 
 PLAIN = bytes(range(256)) * 40
@@ -143,7 +146,7 @@ class PackTarget(Target):
 
 
 class SegmentTarget(Target):
-    """A segment; the input is its name (32 bytes) and its bytes."""
+    """A segment; the input is its name (40 bytes) and its bytes."""
 
     name = "segment"
     permitted = (CorruptSegment, UnknownFormat)
@@ -155,17 +158,17 @@ class SegmentTarget(Target):
         _, refs = sample_pack()
         _, others = sample_pack(PackId("5e" * 16))
         tables = ([*refs, None, *others, refs[0]], [None] * 400 + [refs[1]], [refs[0]] * 300, refs[:1])
-        sealed = [seal_segment(table, CHUNK) for table in tables]
+        sealed = [seal_segment(table, CHUNK, WRITER) for table in tables]
         return [bytes.fromhex(one.segment_id) + one.data for one in sealed if one is not None]
 
     def call(self, data: bytes) -> object:
-        segment = Segment(data[32:], SegmentId(data[:32].hex()))
+        segment = Segment(data[40:], SegmentId(data[:40].hex()))
         found = [segment.ref(slot) for slot in range(segment.slot_count)]
         for ref in found:
             if ref is not None:
                 check_types(ref)
         if any(ref is not None for ref in found):
-            again = seal_segment(found, segment.chunk_size)
+            again = seal_segment(found, segment.chunk_size, WRITER)
             require(again is not None, "a segment is lost when it is written again")
             assert again is not None
             reread = Segment(again.data, again.segment_id)
@@ -173,7 +176,7 @@ class SegmentTarget(Target):
         return segment.chunk_size, segment.packs, found
 
     def reseal(self, data: bytes) -> bytes:
-        return blake3(data[32:]).digest() + data[32:]
+        return blake3(data[40:]).digest() + data[32:]
 
 
 class IndexObjectTarget(Target):
@@ -250,6 +253,38 @@ class PinTarget(DocumentTarget):
         return pin
 
 
+class LeaseTarget(DocumentTarget):
+    """A lease."""
+
+    name = "lease"
+
+    def seeds(self) -> list[bytes]:
+        return [encode_lease(LeaseState(WRITER, counter)) for counter in (0, 2**40)]
+
+    def call(self, data: bytes) -> object:
+        state = decode_lease(data, lease_key(WRITER))
+        check_types(state)
+        require(decode_lease(encode_lease(state), lease_key(WRITER)) == state, "a lease does not read back")
+        return state
+
+
+class CondemnedTarget(DocumentTarget):
+    """A list of what is condemned."""
+
+    name = "condemned"
+
+    def seeds(self) -> list[bytes]:
+        packs = frozenset(PackId(digit * 32) for digit in "123")
+        some = Condemned(packs, frozenset([SegmentId("6f" * 40)]))
+        return [encode_condemned(each, "nonce") for each in (some, Condemned())]
+
+    def call(self, data: bytes) -> object:
+        found = decode_condemned(data, "condemned/list")
+        require(all(map(is_id, found.packs)) and all(map(is_segment_id, found.segments)), "a name that is none")
+        require(decode_condemned(encode_condemned(found, ""), "condemned/list") == found, "a list does not read back")
+        return found
+
+
 def sample_manifest(*files: StoredFile) -> bytes:
     """A manifest of files."""
     return encode_manifest(
@@ -271,7 +306,7 @@ class ManifestTarget(DocumentTarget):
 
     def seeds(self) -> list[bytes]:
         xattrs = {"user.comment": b"\0\xff", "security.capability": b"x"}
-        segment = SegmentId("6f" * 32)
+        segment = SegmentId("6f" * 40)
         return [
             sample_manifest(
                 sample_file("disk.raw", size=3 << 28, segments=(segment, None, segment), xattrs=xattrs),
@@ -331,7 +366,7 @@ class RestoreTarget(ManifestTarget):
         raw = [(PLAIN * 7)[:CHUNK], bytes(reversed(PLAIN)) * 6 + bytes(CHUNK - 6 * len(PLAIN)), PLAIN[:100]]
         pack, refs = sample_pack(PACK, *raw)
         objects.contents[pack_key(PACK)] = pack
-        segment = seal_segment([refs[0], None, refs[1], refs[2]], CHUNK)
+        segment = seal_segment([refs[0], None, refs[1], refs[2]], CHUNK, WRITER)
         assert segment is not None
         self._segment, self._content = segment.segment_id, raw[0] + bytes(CHUNK) + raw[1] + raw[2]
         objects.contents[segment_key(segment.segment_id)] = segment.data

@@ -27,7 +27,7 @@ from vmfs_stub.core.errors import (
     UnknownFormat,
     VmfsStubError,
 )
-from vmfs_stub.core.ids import ChunkId, PackId, PlaceholderId, PointId, SegmentId, StoreId, VmId
+from vmfs_stub.core.ids import ChunkId, PackId, PlaceholderId, PointId, StoreId, VmId, WriterId
 from vmfs_stub.store import documents, frames
 from vmfs_stub.store.format import (
     FRAME_HEADER,
@@ -37,6 +37,7 @@ from vmfs_stub.store.format import (
     encode_description,
 )
 from vmfs_stub.store.index_objects import decode_index, encode_index
+from vmfs_stub.store.keys import segment_id_of
 from vmfs_stub.store.manifest import (
     TIME_NS_END,
     FileKind,
@@ -52,6 +53,7 @@ from vmfs_stub.store.segments import Segment, seal_segment
 from vmfs_stub.store.store import Store
 
 CHUNK = 64 * 1024
+WRITER = WriterId("0123456789abcdef")
 RANDOM = random.Random(3)
 IDS = st.binary(min_size=16, max_size=16).map(bytes.hex)
 TEXTS = st.text(max_size=20)
@@ -175,7 +177,7 @@ PLACES = st.one_of(st.none(), st.tuples(st.integers(0, 20), st.sampled_from(["aa
 @given(st.lists(PLACES, min_size=1, max_size=60))
 def test_a_segment_gives_its_entries_back(places: list[tuple[int, str] | None]) -> None:
     entries = [None if place is None else _ref(place[0], place[1], place[0] * 100) for place in places]
-    sealed = seal_segment(entries, CHUNK)
+    sealed = seal_segment(entries, CHUNK, WRITER)
     if sealed is None:
         assert not any(entries)
         return
@@ -188,7 +190,7 @@ def test_entries_of_one_place_that_differ_stay_apart() -> None:
     """A forged segment has such ones; the first stood for both when its entries were used again."""
     entry = _ref(1)
     entries = [entry, replace(entry, checksum=bytes(16)), replace(entry, raw_length=entry.raw_length - 1), entry]
-    sealed = seal_segment(entries, CHUNK)
+    sealed = seal_segment(entries, CHUNK, WRITER)
     assert sealed is not None
     segment = Segment(sealed.data, sealed.segment_id)
     assert [segment.ref(slot) for slot in range(segment.slot_count)] == entries
@@ -196,14 +198,14 @@ def test_entries_of_one_place_that_differ_stay_apart() -> None:
 
 def test_a_full_segment() -> None:
     entries = [_ref(number, offset=number * 100) for number in range(SEGMENT_CHUNKS)]
-    sealed = seal_segment(entries, CHUNK)
+    sealed = seal_segment(entries, CHUNK, WRITER)
     assert sealed is not None
     segment = Segment(sealed.data, sealed.segment_id)
     assert [segment.ref(slot) for slot in range(SEGMENT_CHUNKS)] == entries
 
 
 def test_any_flipped_bit_or_cut_of_a_segment_is_found() -> None:
-    sealed = seal_segment([_ref(1), None, _ref(2, offset=100)], CHUNK)
+    sealed = seal_segment([_ref(1), None, _ref(2, offset=100)], CHUNK, WRITER)
     assert sealed is not None
     for bit in range(len(sealed.data) * 8):
         damaged = bytearray(sealed.data)
@@ -217,12 +219,12 @@ def test_any_flipped_bit_or_cut_of_a_segment_is_found() -> None:
 
 @given(st.integers(0, 300), st.binary(min_size=1, max_size=8))
 def test_a_hostile_segment_that_matches_its_name_gives_a_typed_error_or_sane_refs(at: int, junk: bytes) -> None:
-    sealed = seal_segment([_ref(1), None, _ref(2, offset=100), _ref(3, "cd" * 16)], CHUNK)
+    sealed = seal_segment([_ref(1), None, _ref(2, offset=100), _ref(3, "cd" * 16)], CHUNK, WRITER)
     assert sealed is not None
     data = bytearray(sealed.data)
     data[at : at + len(junk)] = junk
     try:
-        segment = Segment(bytes(data), SegmentId(blake3(data).hexdigest()))
+        segment = Segment(bytes(data), segment_id_of(blake3(data).hexdigest(), WRITER))
         refs = [segment.ref(slot) for slot in range(segment.slot_count)]
     except (CorruptSegment, UnknownFormat):
         return

@@ -90,10 +90,11 @@ def _replace_segment(objects: FakeObjects, store: Store, point_id: PointId, segm
 
     from blake3 import blake3
 
-    from vmfs_stub.core.ids import SegmentId
+    from vmfs_stub.core.ids import WriterId
+    from vmfs_stub.store.keys import segment_id_of
     from vmfs_stub.store.manifest import encode_manifest
 
-    new = SegmentId(blake3(table).hexdigest())
+    new = segment_id_of(blake3(table).hexdigest(), WriterId("1" * 16))
     objects.contents[f"segments/{new[:2]}/{new}"] = table
     (vm,) = store.vms()
     manifest = store.open_point(vm.vm_id, point_id).manifest

@@ -18,6 +18,7 @@ from vmfs_stub.core.errors import (
     ObjectMissing,
     PointNotFound,
     StoreConflict,
+    StoreDenied,
     StoreUnavailable,
     WrongStore,
 )
@@ -25,8 +26,11 @@ from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
 from vmfs_stub.store import manifest, packs
 from vmfs_stub.store.backup_writer import EncodedBatch
 from vmfs_stub.store.chunk_index import ChunkIndex
-from vmfs_stub.store.keys import STORE_KEY
+from vmfs_stub.store.condemned import Condemned, encode_condemned
+from vmfs_stub.store.keys import STORE_KEY, dead_key, segment_key
+from vmfs_stub.store.leases import decode_lease
 from vmfs_stub.store.local import LocalObjects
+from vmfs_stub.store.manifest import encode_void
 from vmfs_stub.store.pins import Pin
 from vmfs_stub.store.store import Store
 
@@ -89,7 +93,7 @@ def test_equal_chunks_are_stored_once_within_a_job_and_across_vms(objects: FakeO
     before = _keys(objects, "packs/")
     second = back_up(store, {"copy": chunk * 10}, vm_name="db")
     assert _keys(objects, "packs/") == before
-    assert len(_keys(objects, "segments/")) == 2  # ten chunks, and one
+    assert len(_keys(objects, "segments/")) == 3  # each backup writes its own where it takes over none
     assert _read(store, second.vm_id, second.point_id) == chunk * 10
 
 
@@ -137,6 +141,7 @@ def test_order_of_a_commit(objects: FakeObjects, store: Store) -> None:
     )
     back_up(store, {"disk": RANDOM.randbytes(CHUNK)}, pins=[pin])
     steps = [
+        "put leases",
         "put packs",
         "put segments",
         "put pins",
@@ -147,6 +152,7 @@ def test_order_of_a_commit(objects: FakeObjects, store: Store) -> None:
         "put manifests",
         "delete manifests.pending",
         "put index",
+        "delete leases",
     ]
     assert [step for step in order if step in steps] == steps
     # the planted fault: the same check on a wrong order fails
@@ -198,7 +204,7 @@ def test_a_manifest_that_is_too_large_or_out_of_bounds_for_readers_is_not_writte
             writer.commit(
                 vm_id=VmId(new_id()), point_id=PointId(new_id()), vm_name="x", host="h", files=files, metadata={}
             )
-    assert set(objects.contents) == {STORE_KEY}
+    assert {key.split("/")[0] for key in objects.contents} == {STORE_KEY, "leases"}
 
 
 @pytest.mark.parametrize("how", ["gone", "condemned"])
@@ -214,11 +220,18 @@ def test_reused_objects_that_are_being_collected_fail_the_commit(
     assert writer.counts.reused_chunks == 2
     pin = Pin(PlaceholderId(new_id()), "host1", "images", 1.0)
     segments = writer.add_file(entries)
-    (key,) = _keys(objects, f"{what}s/")
+    key = _keys(objects, f"{what}s/")[0]
+    if what == "segment":
+        taken = store.open_point(first.vm_id, first.point_id).chunks(0)
+        segment_id, segment = taken.segment(0)
+        assert segment_id is not None
+        key = segment_key(segment_id)
+        writer.reuse_segment(segment_id, segment, chunk_count=2)
     if how == "gone":
         del objects.contents[key]
     else:
-        objects.put(f"condemned/{what}s/{key.split('/')[-1]}", b"")
+        names = {f"{what}s": frozenset([key.split("/")[-1]])}
+        objects.put("condemned/list", encode_condemned(Condemned(**names), "nonce"))  # type: ignore[arg-type]
     with pytest.raises(StoreConflict, match="run the backup again"):
         writer.commit(
             vm_id=first.vm_id,
@@ -304,16 +317,79 @@ def test_read_back_finds_what_the_medium_lost(tmp_path: Path) -> None:
     objects.close()
 
 
-def test_a_damaged_segment_is_replaced_when_it_is_written_again(objects: FakeObjects, store: Store) -> None:
-    content = RANDOM.randbytes(CHUNK)
-    index = ChunkIndex(None, store.id)
-    back_up(store, {"disk": content}, index=index)
-    (key,) = _keys(objects, "segments/")
-    whole = objects.contents[key]
-    for damaged in (b"", whole[:-1] + b"x", whole + b"x" * 100):
-        objects.contents[key] = damaged
-        back_up(store, {"disk": content}, index=index)
-        assert objects.contents[key] == whole
+def test_equal_segments_of_one_backup_are_put_once_and_of_two_under_two_names(
+    objects: FakeObjects, store: Store
+) -> None:
+    content, index = RANDOM.randbytes(CHUNK), ChunkIndex(None, store.id)
+    for number in (1, 2):
+        objects.calls.clear()
+        back_up(store, {"disk": content, "copy": content}, index=index)
+        assert len([key for call, key in objects.calls if call == "put" and key.startswith("segments/")]) == 1
+        assert len(_keys(objects, "segments/")) == number
+    assert len({key.split("/")[-1][:64] for key in _keys(objects, "segments/")}) == 1
+
+
+def test_a_backup_that_was_taken_for_dead_makes_no_point(objects: FakeObjects, store: Store) -> None:
+    """Of its manifest and the collector's void one the first counts."""
+    pin, vm_id = Pin(PlaceholderId(new_id()), "host1", "images", 1.0), VmId(new_id())
+
+    def collect(call: str, key: str) -> None:
+        if (call, key[:10]) == ("put", "manifests/") and not key.endswith(".pending"):
+            objects.contents[key] = encode_void("nonce")
+
+    objects.before = collect
+    with pytest.raises(StoreConflict, match="taken for dead"):
+        back_up(store, {"disk": RANDOM.randbytes(CHUNK)}, vm_id=vm_id, pins=[pin])
+    objects.before = lambda call, key: None
+    assert _keys(objects, "pins/") == []
+    (void,) = _keys(objects, "manifests/")
+    assert store.vms() == store.points(vm_id, with_damaged=True) == []
+    with pytest.raises(PointNotFound, match="never ended"):
+        store.open_point(vm_id, PointId(void.split("/")[-1]))
+
+
+def test_a_backup_that_was_found_dead_before_it_had_anything_pending_commits_nothing(
+    objects: FakeObjects, store: Store
+) -> None:
+    """It put a segment again that was deleted, and another collector was still about to delete that name."""
+    writer = store.begin_backup(index=ChunkIndex(None, store.id))
+    refs = write_chunks(writer, RANDOM.randbytes(CHUNK))
+    finish(writer)
+    objects.put(dead_key(writer.writer_id), b"")
+    with pytest.raises(StoreConflict, match="taken for dead"):
+        _commit(store, writer, refs)  # type: ignore[arg-type]
+    assert _keys(objects, "manifests/") == []
+
+
+def test_a_lease_is_there_while_a_backup_is_under_way(objects: FakeObjects, store: Store) -> None:
+    writer = store.begin_backup(index=ChunkIndex(None, store.id))
+    counters = []
+    for _ in range(3):
+        (key,) = _keys(objects, "leases/")
+        counters.append(decode_lease(objects.contents[key], key).counter)
+        writer.renew_lease()
+    assert counters == [0, 1, 2]
+    refs = write_chunks(writer, RANDOM.randbytes(CHUNK))
+    finish(writer)
+    _commit(store, writer, refs)  # type: ignore[arg-type]
+    assert {ref.pack_id[-16:] for ref in refs if ref} == {key.removeprefix("leases/")}
+    assert _keys(objects, "leases/") == []
+
+
+def test_a_lease_that_cannot_be_renewed_or_removed_fails_nothing(objects: FakeObjects, store: Store) -> None:
+    writer = store.begin_backup(index=ChunkIndex(None, store.id))
+
+    def refuse(call: str, key: str) -> None:
+        if key.startswith("leases/"):
+            raise StoreDenied("planted")
+
+    objects.before = refuse
+    writer.renew_lease()
+    refs = write_chunks(writer, RANDOM.randbytes(CHUNK))
+    finish(writer)
+    _commit(store, writer, refs)  # type: ignore[arg-type]
+    (key,) = _keys(objects, "leases/")
+    assert decode_lease(objects.contents[key], key).counter == 0
 
 
 def test_pins(store: Store) -> None:

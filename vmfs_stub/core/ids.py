@@ -1,6 +1,6 @@
 """Identities as distinct types, so that one is never passed for another.
 
-All but ChunkId are 32 lower-case hex digits (16 random bytes); names can change, these never do.
+Unless it says otherwise, each is 32 lower-case hex digits (16 random bytes); names can change, these never do.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ StoreId = NewType("StoreId", str)
 PackId = NewType("PackId", str)
 JobId = NewType("JobId", str)
 
+WriterId = NewType("WriterId", str)
+"""Whoever writes packs and segments, once: 16 hex digits, with which the names of both end."""
+
 ChunkId = NewType("ChunkId", bytes)
 """BLAKE3-256 of a chunk's raw bytes: 32 bytes."""
 
 SegmentId = NewType("SegmentId", str)
-"""BLAKE3-256 of a segment's bytes: 64 hex digits."""
+"""BLAKE3-256 of a segment's bytes (64 hex digits), and who wrote it: no name is ever used again."""

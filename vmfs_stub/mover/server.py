@@ -39,7 +39,8 @@ from vmfs_stub.mover.messages import (
 from vmfs_stub.mover.shared_slots import SharedSlots
 from vmfs_stub.paced_io import pace
 from vmfs_stub.services import memory
-from vmfs_stub.services.mover import Backup, Mover, Part, PointFile
+from vmfs_stub.services.local_mover import LocalMover
+from vmfs_stub.services.mover import Backup, Part, PointFile
 from vmfs_stub.services.single_error import single_error
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class _Task:
 class Server:
     """Answers on a channel."""
 
-    def __init__(self, channel: Channel, mover: Mover, slots: SharedSlots) -> None:
+    def __init__(self, channel: Channel, mover: LocalMover, slots: SharedSlots) -> None:
         self._channel = channel
         self._mover = mover
         self._slots = slots
@@ -122,6 +123,7 @@ class Server:
                 while True:
                     _drop(task.requests.receive_nowait())
         self._channel.post(task.number, last)
+        await self._mover.end_leases()
 
     async def _fetch(self, request: Fetch) -> Fetched:
         # Laid down here, never by a thread that nobody may be waiting for any more: the slot is the next fetch's then.

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import replace
 
 import trio
 
 from vmfs_stub.core.chunking import FrameRef
+from vmfs_stub.core.errors import StoreError
 from vmfs_stub.core.ids import SegmentId
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.services.copying import Copier, open_copier
 from vmfs_stub.services.mover import FETCHES_AT_ONCE, PointFile, PointOrder
+from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.backup_writer import BackupWriter, WriterCounts
 from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.leases import LEASE_INTERVAL_S
 from vmfs_stub.store.manifest import StoredFile
 from vmfs_stub.store.objects import Buffer
 from vmfs_stub.store.store import Store
@@ -33,6 +36,7 @@ class LocalMover:
         self._chunk_index = chunk_index
         self._workers = workers
         self._fetches = trio.Semaphore(FETCHES_AT_ONCE)
+        self._abandoned: list[BackupWriter] = []
 
     @asynccontextmanager
     async def backup(self) -> AsyncIterator[LocalBackup]:
@@ -40,10 +44,28 @@ class LocalMover:
         writer = await self._threads.transfer(self._store.begin_backup, index=self._chunk_index)
         backup = LocalBackup(self._files, self._threads, self._store, writer, self._workers)
         try:
-            yield backup
+            with single_error():
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._keep_lease, writer)
+                    yield backup
+                    nursery.cancel_scope.cancel()
         finally:
             if not backup.is_committed:
                 writer.abandon()
+                self._abandoned.append(writer)
+
+    async def end_leases(self) -> None:
+        """End those of backups that were given up: not part of their end, for which a guest may be waiting."""
+        abandoned, self._abandoned = self._abandoned, []
+        for writer in abandoned:
+            with suppress(StoreError):  # it will be found dead
+                await self._threads.store(writer.end_lease)
+
+    async def _keep_lease(self, writer: BackupWriter) -> None:
+        while True:
+            await trio.sleep(LEASE_INTERVAL_S)
+            with suppress(StoreError):  # a store that hangs; the next call may get through
+                await self._threads.store(writer.renew_lease)
 
     def hurried(self) -> AbstractContextManager[None]:
         """See mover.Mover; this process knows no hurry."""

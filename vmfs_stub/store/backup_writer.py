@@ -6,7 +6,10 @@ out packs when full) → ``put_pack`` (from several threads) → ``read_back`` �
 Ordering invariants (must = data loss otherwise):
 - must: frames and segments are durable before the pending manifest names them;
 - must: pins are durable before the pending manifest, which is durable before ``condemned/`` is read;
-- must: ``condemned/`` is read, and every pack and segment used is seen to exist, before the manifest is committed;
+- must: ``condemned/`` is read, every pack and segment used is seen to exist, and this job not to have been taken for
+  dead, before the manifest is committed: what a dead one puts again may be deleted at any time;
+- must: the committed manifest is put where none is: a collector that took this job for dead has put a void one there,
+  before it deleted the pending one and stopped counting what that names;
 - should: index objects come last (without them the chunks are merely stored again).
 
 A writer that ends without ``commit`` leaves packs that nothing names; garbage collection takes them.
@@ -18,32 +21,33 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
 from vmfs_stub.core.chunking import FrameRef
-from vmfs_stub.core.errors import IntegrityError, ObjectExists, ObjectMissing, StoreConflict, StoreError
-from vmfs_stub.core.ids import ChunkId, PackId, PointId, SegmentId, VmId
+from vmfs_stub.core.errors import IntegrityError, ObjectExists, ObjectMissing, StoreConflict, StoreDenied, StoreError
+from vmfs_stub.core.ids import ChunkId, PackId, PointId, SegmentId, VmId, WriterId
 from vmfs_stub.store import frames
 from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.condemned import read_condemned
 from vmfs_stub.store.format import FRAME_HEADER, INDEX_OBJECT_ENTRIES
 from vmfs_stub.store.frames import EncodedChunk
 from vmfs_stub.store.index_objects import PackEntries, encode_index
 from vmfs_stub.store.keys import (
-    CONDEMNED,
-    CONDEMNED_PACKS,
-    CONDEMNED_SEGMENTS,
     INDEX,
+    dead_key,
     manifest_key,
     pack_key,
     pending_key,
     pin_key,
     segment_key,
 )
+from vmfs_stub.store.leases import Lease
 from vmfs_stub.store.manifest import Manifest, StoredFile, encode_checked
 from vmfs_stub.store.objects import Buffer, CacheDropping, ObjectStore
 from vmfs_stub.store.packs import OpenPack, SealedPack
-from vmfs_stub.store.pins import Pin, encode_pin
+from vmfs_stub.store.pins import Pin, encode_pin, remove_pin
 from vmfs_stub.store.segments import SealedSegment, Segment, SegmentTable
 
 BUFFERS_KEPT: Final = 4
@@ -97,14 +101,15 @@ class BackupWriter:
         *,
         chunk_size: int,
         clock: Callable[[], float],
-        new_id: Callable[[], str] = lambda: secrets.token_hex(16),
     ) -> None:
+        """Take out a lease.  Raises: StoreUnavailable, StoreDenied, StoreFull."""
         self.chunk_size = chunk_size
+        self.writer_id = WriterId(secrets.token_hex(8))
         self._objects = objects
         self._fetch = fetch
         self._index = index
         self._clock = clock
-        self._new_id = new_id
+        self._lease = Lease(objects, self.writer_id)
         self._lock = threading.Lock()
         self._abandoned = False
         self._pack: OpenPack | None = None
@@ -221,16 +226,14 @@ class BackupWriter:
             self._read_back_run(run, dropped)
 
     def put_segment(self, segment: SealedSegment) -> None:
-        """Store a segment durably, or reuse the one that is there (a damaged one is replaced); from any thread.
+        """Store a segment durably; one call at a time.
 
         Raises: StoreUnavailable, StoreDenied, StoreFull.
         """
-        key = segment_key(segment.segment_id)
-        try:
-            self._objects.put(key, segment.data)
-        except ObjectExists:
-            if not self._holds(key, segment.data):
-                self._objects.put(key, segment.data, if_absent=False)
+        with self._lock:
+            if segment.segment_id in self._segments:
+                return  # of an equal part of another file; once it was put, it is never put again
+        self._objects.put(segment_key(segment.segment_id), segment.data)
         with self._lock:
             self._segments.add(segment.segment_id)
             self._used.update(segment.packs)
@@ -249,9 +252,17 @@ class BackupWriter:
             self._segments.add(segment_id)
             self._used.update(segment.packs)
 
+    def renew_lease(self) -> None:
+        """To be called each LEASE_INTERVAL_S, from one thread at a time; never fails."""
+        self._lease.renew()
+
+    def end_lease(self) -> None:
+        """After `abandon`; `commit` does it by itself.  Never fails."""
+        self._lease.end()
+
     def begin_file(self) -> SegmentTable:
         """A table to collect one file's entries in, segment by segment."""
-        return SegmentTable(self.chunk_size)
+        return SegmentTable(self.chunk_size, self.writer_id)
 
     def add_file(self, entries: Iterable[FrameRef | None]) -> tuple[SegmentId | None, ...]:
         """Turn a whole file's entries into segments and put them; for files small enough to hold their entries."""
@@ -286,18 +297,21 @@ class BackupWriter:
         data = encode_checked(manifest, manifest_key(vm_id, point_id))
         for pin in pins:
             self._objects.put(pin_key(vm_id, point_id, pin.placeholder_id), encode_pin(pin, vm_id, point_id))
-        self._objects.put(pending_key(vm_id, point_id), data)
+        pending = pending_key(vm_id, point_id, self.writer_id)
+        self._objects.put(pending, data)
         try:
             self._check_used()
+            self._put_manifest(manifest_key(vm_id, point_id), data)
         except StoreConflict:
-            self._withdraw(vm_id, point_id, pins)
+            self._withdraw(pending, vm_id, point_id, pins)
             raise
-        self._objects.put(manifest_key(vm_id, point_id), data)
-        self._objects.delete(pending_key(vm_id, point_id))
+        with suppress(StoreDenied):  # a host that may not delete leaves that to garbage collection
+            self._objects.delete(pending)
         self._publish_index()
         if self._abandoned:
             # Whoever waited for this thread does so no more, and has removed the pins, perhaps before they were made.
-            self._withdraw(vm_id, point_id, pins)
+            self._withdraw_pins(vm_id, point_id, pins)
+        self._lease.end()
         return manifest
 
     def abandon(self) -> None:
@@ -338,7 +352,7 @@ class BackupWriter:
             sealed.append(full)
         if self._pack is None:
             buffer = self._spare.pop() if self._spare else None
-            self._pack = OpenPack(PackId(self._new_id()), buffer)
+            self._pack = OpenPack(PackId(secrets.token_hex(8) + self.writer_id), buffer)
             self._own.add(self._pack.pack_id)
         ref = self._pack.add(chunk)
         self._unindexed[chunk.chunk_id] = ref
@@ -372,17 +386,19 @@ class BackupWriter:
 
     def _check_used(self) -> None:
         """See that nothing this job uses is condemned or gone."""
-        condemned = {info.key for info in self._objects.list(CONDEMNED)}
+        condemned = read_condemned(self._objects)
         lost_packs = {
             pack_id
-            for pack_id in self._used
-            if f"{CONDEMNED_PACKS}{pack_id}" in condemned or not self._exists(pack_key(pack_id))
+            for pack_id in sorted(self._used)
+            if pack_id in condemned.packs or not self._exists(pack_key(pack_id))
         }
         lost_segments = {
             segment_id
-            for segment_id in self._segments
-            if f"{CONDEMNED_SEGMENTS}{segment_id}" in condemned or not self._exists(segment_key(segment_id))
+            for segment_id in sorted(self._segments)
+            if segment_id in condemned.segments or not self._exists(segment_key(segment_id))
         }
+        if self._exists(dead_key(self.writer_id)):
+            raise _taken_for_dead()
         self._index.forget_packs(lost_packs)
         if lost_packs or lost_segments:
             msg = (
@@ -391,11 +407,11 @@ class BackupWriter:
             )
             raise StoreConflict(msg)
 
-    def _holds(self, key: str, data: bytes) -> bool:
+    def _put_manifest(self, key: str, data: bytes) -> None:
         try:
-            return self._objects.get(key, size_max=len(data)) == data
-        except (IntegrityError, ObjectMissing):
-            return False
+            self._objects.put(key, data)
+        except ObjectExists as exc:
+            raise _taken_for_dead() from exc
 
     def _exists(self, key: str) -> bool:
         try:
@@ -404,16 +420,22 @@ class BackupWriter:
             return False
         return True
 
-    def _withdraw(self, vm_id: VmId, point_id: PointId, pins: Sequence[Pin]) -> None:
-        try:
-            self._objects.delete(pending_key(vm_id, point_id))
+    def _withdraw(self, pending: str, vm_id: VmId, point_id: PointId, pins: Sequence[Pin]) -> None:
+        with suppress(StoreError):  # garbage collection takes what is pending of a dead job
+            self._objects.delete(pending)
+        self._withdraw_pins(vm_id, point_id, pins)
+
+    def _withdraw_pins(self, vm_id: VmId, point_id: PointId, pins: Sequence[Pin]) -> None:
+        with suppress(StoreError):
             for pin in pins:
-                self._objects.delete(pin_key(vm_id, point_id, pin.placeholder_id))
-        except StoreError:
-            return  # garbage collection takes a pending manifest of a dead job, and its pins
+                remove_pin(self._objects, vm_id, point_id, pin.placeholder_id)
 
     def _publish_index(self) -> None:
         with self._lock:
             packs, self._unpublished, self._unpublished_entries = self._unpublished, [], 0
         if packs:
-            self._objects.put(f"{INDEX}{self._new_id()}", encode_index(packs))
+            self._objects.put(f"{INDEX}{secrets.token_hex(8)}{self.writer_id}", encode_index(packs))
+
+
+def _taken_for_dead() -> StoreConflict:
+    return StoreConflict("this backup stood still, and was taken for dead by garbage collection; run it again")

@@ -17,7 +17,7 @@ from vmfs_stub.core.errors import (
     CorruptStoreObject,
     IntegrityError,
 )
-from vmfs_stub.core.ids import PackId, PlaceholderId, PointId, SegmentId, VmId
+from vmfs_stub.core.ids import PackId, PlaceholderId, PointId, SegmentId, VmId, WriterId
 
 STORE_KEY: Final = "vmfs-store.json"
 PACKS: Final = "packs/"
@@ -25,16 +25,20 @@ SEGMENTS: Final = "segments/"
 MANIFESTS: Final = "manifests/"
 INDEX: Final = "index/"
 PINS: Final = "pins/"
+UNPINNED: Final = "unpinned/"
+FORGOTTEN: Final = "forgotten/"
 CONDEMNED: Final = "condemned/"
-CONDEMNED_PACKS: Final = "condemned/packs/"
-CONDEMNED_SEGMENTS: Final = "condemned/segments/"
+LEASES: Final = "leases/"
+DEAD: Final = "dead/"
 PROBES: Final = "doctor-probe/"
 PENDING_SUFFIX: Final = ".pending"
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}(?:/[A-Za-z0-9][A-Za-z0-9._-]{0,199}){0,7}\Z")
 _PREFIX = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]{0,199}/){0,7}\Z")
 _ID = re.compile(r"[0-9a-f]{32}\Z")
-_SEGMENT_ID = re.compile(r"[0-9a-f]{64}\Z")
+_SEGMENT_ID = re.compile(r"[0-9a-f]{80}\Z")
+_WRITER_ID = re.compile(r"[0-9a-f]{16}\Z")
+_HASH_DIGITS: Final = 64
 
 
 def check_key(key: str) -> str:
@@ -65,8 +69,28 @@ def is_id(text: str) -> bool:
 
 
 def is_segment_id(text: str) -> bool:
-    """Whether ``text`` is 64 lower-case hex digits."""
+    """Whether ``text`` is 80 lower-case hex digits."""
     return _SEGMENT_ID.match(text) is not None
+
+
+def is_writer_id(text: str) -> bool:
+    """Whether ``text`` is 16 lower-case hex digits."""
+    return _WRITER_ID.match(text) is not None
+
+
+def writer_of(name: PackId | SegmentId) -> WriterId:
+    """Who wrote a pack or a segment."""
+    return WriterId(name[-16:])
+
+
+def segment_id_of(digest: str, writer_id: WriterId) -> SegmentId:
+    """The id of a segment whose bytes have this hash (64 hex digits)."""
+    return SegmentId(digest + writer_id)
+
+
+def segment_digest(segment_id: SegmentId) -> str:
+    """The hash that a segment's bytes must have."""
+    return segment_id[:_HASH_DIGITS]
 
 
 def pack_key(pack_id: PackId) -> str:
@@ -89,9 +113,19 @@ def manifest_key(vm_id: VmId, point_id: PointId) -> str:
     return f"{manifests_of(vm_id)}{_checked(point_id)}"
 
 
-def pending_key(vm_id: VmId, point_id: PointId) -> str:
-    """Name of a manifest that is not committed yet."""
-    return manifest_key(vm_id, point_id) + PENDING_SUFFIX
+def pending_key(vm_id: VmId, point_id: PointId, writer_id: WriterId) -> str:
+    """Name of a manifest that its writer has not committed yet."""
+    return f"{manifest_key(vm_id, point_id)}.{writer_id}{PENDING_SUFFIX}"
+
+
+def lease_key(writer_id: WriterId) -> str:
+    """Name of a writer's lease."""
+    return f"{LEASES}{writer_id}"
+
+
+def dead_key(writer_id: WriterId) -> str:
+    """Name of the mark that a writer was taken for dead, and commits nothing any more."""
+    return f"{DEAD}{writer_id}"
 
 
 def pins_of(vm_id: VmId, point_id: PointId) -> str:
@@ -102,6 +136,11 @@ def pins_of(vm_id: VmId, point_id: PointId) -> str:
 def pin_key(vm_id: VmId, point_id: PointId, placeholder_id: PlaceholderId) -> str:
     """Name of a pin."""
     return f"{pins_of(vm_id, point_id)}{_checked(placeholder_id)}"
+
+
+def unpinned_key(vm_id: VmId, point_id: PointId, placeholder_id: PlaceholderId) -> str:
+    """Name of the mark that makes a pin void."""
+    return UNPINNED + pin_key(vm_id, point_id, placeholder_id).removeprefix(PINS)
 
 
 def damage(key: str) -> type[IntegrityError]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from vmfs_stub.core.chunking import chunk_count
-from vmfs_stub.core.errors import ConfigError, CorruptManifest
+from vmfs_stub.core.errors import ConfigError, CorruptManifest, PointNotFound
 from vmfs_stub.core.ids import PointId, SegmentId, VmId
 from vmfs_stub.store import documents
 from vmfs_stub.store.documents import Fields
@@ -24,6 +24,8 @@ from vmfs_stub.store.format import FEATURES_KNOWN, MANIFEST_SIZE_MAX, MANIFEST_V
 from vmfs_stub.store.keys import is_segment_id
 
 MANIFEST_FORMAT = "vmfs-stub manifest"
+VOID_FORMAT = "vmfs-stub void manifest"
+_VOID_START = f'{{"format":"{VOID_FORMAT}"'.encode()
 PATH_LENGTH_MAX = 4095
 NAME_LENGTH_MAX = 255
 PATH_PARTS_MAX = 256
@@ -106,8 +108,12 @@ def encode_manifest(manifest: Manifest) -> bytes:
 def decode_manifest(data: bytes, key: str) -> Manifest:
     """Parse the manifest that was read from ``key``.
 
-    Raises: CorruptManifest; UnknownFormat.
+    Raises: PointNotFound when it is void; CorruptManifest; UnknownFormat.
     """
+    if data.startswith(_VOID_START):
+        documents.decode(data, key, VOID_FORMAT, version=MANIFEST_VERSION, features=FEATURES_KNOWN)
+        msg = f"{key}: there is no such restore point: the backup that was to make it never ended"
+        raise PointNotFound(msg)
     fields = documents.decode(data, key, MANIFEST_FORMAT, version=MANIFEST_VERSION, features=FEATURES_KNOWN)
     chunk_size = fields.integer("chunk_size")
     try:
@@ -126,6 +132,11 @@ def decode_manifest(data: bytes, key: str) -> Manifest:
         files=files,
         metadata=fields.mapping("metadata"),
     )
+
+
+def encode_void(nonce: str) -> bytes:
+    """A manifest of no restore point, put in the place of one that is never to be committed."""
+    return documents.encode(VOID_FORMAT, MANIFEST_VERSION, {"nonce": nonce})
 
 
 def check_manifest(manifest: Manifest, key: str) -> None:

@@ -2,16 +2,20 @@
 
 A pin is a checked document under ``pins/<vm id>/<point id>/<placeholder id>``.  Its name is never used again: a
 placeholder id is fresh for each archive.  ``nonce`` tells a retried put from somebody else's.
-This module must not know how pins are transported.
+A host that may not delete makes a pin *void* by a mark under ``unpinned/``; garbage collection deletes both.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
+from vmfs_stub.core.errors import ObjectExists, StoreDenied
 from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
 from vmfs_stub.store import documents
 from vmfs_stub.store.format import FEATURES_KNOWN, PIN_VERSION
+from vmfs_stub.store.keys import pin_key, unpinned_key
+from vmfs_stub.store.objects import ObjectStore
 
 PIN_FORMAT = "vmfs-stub pin"
 
@@ -25,6 +29,15 @@ class Pin:
     datastore: str
     created_s: float
     nonce: str = ""
+
+
+def remove_pin(objects: ObjectStore, vm_id: VmId, point_id: PointId, placeholder_id: PlaceholderId) -> None:
+    """Take a pin away, or make it void; a missing one is fine.  Raises: StoreUnavailable, StoreDenied, StoreFull."""
+    try:
+        objects.delete(pin_key(vm_id, point_id, placeholder_id))
+    except StoreDenied:
+        with suppress(ObjectExists):
+            objects.put(unpinned_key(vm_id, point_id, placeholder_id), b"")
 
 
 def encode_pin(pin: Pin, vm_id: VmId, point_id: PointId) -> bytes:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from vmfs_stub.core.errors import ObjectExists, StoreUnavailable
+from vmfs_stub.core.errors import ObjectExists, ObjectMissing, StoreUnavailable
 from vmfs_stub.store.objects import OBJECT_SIZE_MAX, Buffer, CacheDropping, ObjectInfo, ObjectStore
 
 T = TypeVar("T")
@@ -60,7 +60,7 @@ class RetryingObjects:
             try:
                 self.inner.put(key, data, if_absent=if_absent)
             except ObjectExists:
-                if number == 0 or self.inner.get(key) != bytes(data):
+                if number == 0 or self._there(key) != bytes(data):
                     raise
 
         self._retried(attempt)
@@ -91,6 +91,13 @@ class RetryingObjects:
         """Pass on, where the inner store has a cache to drop."""
         if isinstance(self.inner, CacheDropping):
             self.inner.drop_cache(key)
+
+    def _there(self, key: str) -> bytes:
+        try:
+            return self.inner.get(key)
+        except ObjectMissing as exc:
+            msg = f"{key}: was there, and is not any more"
+            raise StoreUnavailable(msg) from exc
 
     def _retried(self, attempt: Callable[[int], T]) -> T:
         number = 0

@@ -1,8 +1,9 @@
-"""Segments: pieces of a file's chunk table, 4,096 chunks each, named by the BLAKE3 of their bytes.
+"""Segments: pieces of a file's chunk table, 4,096 chunks each, named by the BLAKE3 of their bytes and their writer.
 
 A segment says for each of its chunks where the frame lies and what it must decode to, so that a recall needs no
 index.  Chunks of zeros take two bytes; a segment of nothing but zeros is not stored at all (None in the manifest).
-Equal chunks share an entry.  Equal tables have equal names, so restore points share segments.
+Equal chunks share an entry.  Restore points share segments by taking over those of the point before.  A name is never
+used again: a collector that was stopped for long before it deletes cannot meet another segment of that name.
 
 Entries are taken apart when asked for, not when read: a recall's first read must not wait for 4,096 objects.
 Layout: docs/FORMAT.md.  This module must not know how segments are transported.
@@ -18,7 +19,7 @@ from blake3 import blake3
 
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import CorruptSegment, UnknownFormat
-from vmfs_stub.core.ids import ChunkId, PackId, SegmentId
+from vmfs_stub.core.ids import ChunkId, PackId, SegmentId, WriterId
 from vmfs_stub.store.format import (
     FRAME_HEADER,
     FRAME_LENGTH_MAX,
@@ -31,7 +32,7 @@ from vmfs_stub.store.format import (
     SEGMENT_SLOT_ZERO,
     SEGMENT_VERSION,
 )
-from vmfs_stub.store.keys import segment_key
+from vmfs_stub.store.keys import segment_digest, segment_id_of, segment_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class SealedSegment:
     packs: frozenset[PackId]
 
 
-def seal_segment(entries: Sequence[FrameRef | None], chunk_size: int) -> SealedSegment | None:
+def seal_segment(entries: Sequence[FrameRef | None], chunk_size: int, writer_id: WriterId) -> SealedSegment | None:
     """Make the segment of up to 4,096 chunks in file order; None when all of them are zeros."""
     assert 0 < len(entries) <= SEGMENT_CHUNKS
     packs: dict[PackId, int] = {}
@@ -65,7 +66,7 @@ def seal_segment(entries: Sequence[FrameRef | None], chunk_size: int) -> SealedS
     header = SEGMENT_HEADER.pack(SEGMENT_MAGIC, SEGMENT_VERSION, 0, chunk_size, len(slots), len(rows), len(packs))
     table = b"".join(bytes.fromhex(pack_id) for pack_id in packs)
     data = b"".join((header, table, struct.pack(f"<{len(slots)}H", *slots), *rows))
-    return SealedSegment(SegmentId(blake3(data).hexdigest()), data, frozenset(packs))
+    return SealedSegment(segment_id_of(blake3(data).hexdigest(), writer_id), data, frozenset(packs))
 
 
 class SegmentTable:
@@ -74,9 +75,10 @@ class SegmentTable:
     ``ids`` are the segments so far, in order; every SealedSegment handed out must be put.
     """
 
-    def __init__(self, chunk_size: int) -> None:
+    def __init__(self, chunk_size: int, writer_id: WriterId) -> None:
         self.ids: list[SegmentId | None] = []
         self._chunk_size = chunk_size
+        self._writer_id = writer_id
         self._open: list[FrameRef | None] = []
 
     def extend(self, entries: Iterable[FrameRef | None]) -> list[SealedSegment]:
@@ -99,7 +101,7 @@ class SegmentTable:
         return self._seal(rest) if rest else []
 
     def _seal(self, entries: list[FrameRef | None]) -> list[SealedSegment]:
-        segment = seal_segment(entries, self._chunk_size)
+        segment = seal_segment(entries, self._chunk_size, self._writer_id)
         self.ids.append(None if segment is None else segment.segment_id)
         return [] if segment is None else [segment]
 
@@ -118,7 +120,7 @@ class Segment:
         Raises: CorruptSegment; UnknownFormat.
         """
         self._key = segment_key(segment_id)
-        if len(data) > SEGMENT_SIZE_MAX or blake3(data).hexdigest() != segment_id:
+        if len(data) > SEGMENT_SIZE_MAX or blake3(data).hexdigest() != segment_digest(segment_id):
             raise self._corrupt("does not match its name")
         if len(data) < SEGMENT_HEADER.size:
             raise self._corrupt("is too short")

@@ -42,17 +42,18 @@ from vmfs_stub.store.format import (
 )
 from vmfs_stub.store.keys import (
     MANIFESTS,
+    PINS,
     STORE_KEY,
+    UNPINNED,
     is_id,
     manifest_key,
     manifests_of,
     pack_key,
-    pin_key,
     pins_of,
 )
 from vmfs_stub.store.manifest import Manifest, decode_manifest
 from vmfs_stub.store.objects import ObjectStore
-from vmfs_stub.store.pins import Pin, decode_pin
+from vmfs_stub.store.pins import Pin, decode_pin, remove_pin
 
 SUMMARIES_KEPT: Final = 100_000
 """Summaries of immutable manifests kept in memory: 2,000 VMs with 30 points and room to spare."""
@@ -204,7 +205,7 @@ class Store:
         Only when the placeholder's end (unlink, graduation, supersession, or an archive that did not commit) is
         certain.
         """
-        self.objects.delete(pin_key(vm_id, point_id, placeholder_id))
+        remove_pin(self.objects, vm_id, point_id, placeholder_id)
 
     def pins(self, vm_id: VmId, point_id: PointId) -> list[Pin]:
         """All pins of a restore point.
@@ -212,7 +213,13 @@ class Store:
         Raises: CorruptStoreObject, UnknownFormat: an unreadable pin is not an absent one.
         """
         found = []
-        for info in self.objects.list(pins_of(vm_id, point_id)):
+        pins = pins_of(vm_id, point_id)
+        void = {
+            PINS + info.key.removeprefix(UNPINNED) for info in self.objects.list(UNPINNED + pins.removeprefix(PINS))
+        }
+        for info in self.objects.list(pins):
+            if info.key in void:
+                continue
             try:
                 found.append(decode_pin(self.objects.get(info.key, size_max=DOCUMENT_SIZE_MAX), info.key))
             except ObjectMissing:

@@ -1,0 +1,133 @@
+"""Garbage collection beside backups on other hosts, and the mistakes that such a world must find."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.collection.hosts import play
+from vmfs_stub.core.errors import ObjectExists
+from vmfs_stub.store import backup_writer, collector, segments
+from vmfs_stub.store.backup_writer import BackupWriter
+from vmfs_stub.store.collector import Collector
+from vmfs_stub.store.condemned import Condemned
+from vmfs_stub.store.keys import PENDING_SUFFIX
+from vmfs_stub.store.segments import SealedSegment
+
+Patch = pytest.MonkeyPatch
+
+SEEDS = 40
+SEEDS_FOR_A_FAULT = 120
+
+
+def test_hosts_that_share_a_store_lose_nothing_and_leave_nothing() -> None:
+    conflicts = runs = points = 0
+    for seed in range(SEEDS):
+        record = play(seed)
+        conflicts, runs, points = conflicts + record.conflicts, runs + record.runs, points + len(record.contents)
+    # It has met what it is about.
+    assert min(conflicts, runs, points) > SEEDS
+
+
+def test_a_seed_plays_the_same_again() -> None:
+    assert play(3) == play(3)
+
+
+def no_look_at_lists(patch: Patch) -> None:
+    patch.setattr(backup_writer, "read_condemned", lambda objects: Condemned())
+
+
+def no_look_whether_it_is_there(patch: Patch) -> None:
+    patch.setattr(BackupWriter, "_exists", lambda writer, key: True)
+
+
+def no_last_look(patch: Patch) -> None:
+    still = Collector._still
+
+    def first_only(self: Collector, packs: Any, found: Any) -> Any:
+        if self.__dict__.setdefault("looks", 0):
+            return collector._Doomed(dict(packs), dict(found))
+        self.__dict__["looks"] = 1
+        return still(self, packs, found)
+
+    patch.setattr(Collector, "_still", first_only)
+
+
+def pending_does_not_count(patch: Patch) -> None:
+    manifests = Collector._manifests
+    patch.setattr(
+        Collector, "_manifests", lambda self: (key for key in manifests(self) if not key.endswith(PENDING_SUFFIX))
+    )
+
+
+def no_wait(patch: Patch) -> None:
+    patch.setattr(Collector, "_wait", lambda self, seconds, why: None)
+
+
+def no_void_manifest(patch: Patch) -> None:
+    patch.setattr(collector, "committed_name", lambda key: f"{key.split('.')[0]}.elsewhere")
+
+
+def segments_are_named_by_their_content_alone(patch: Patch) -> None:
+    patch.setattr(segments, "segment_id_of", lambda digest, writer: digest + "0" * 16)
+    put = BackupWriter.put_segment
+
+    def put_or_find(self: BackupWriter, segment: SealedSegment) -> None:
+        with suppress(ObjectExists):
+            put(self, segment)
+        self._segments.add(segment.segment_id)
+        self._used.update(segment.packs)
+
+    patch.setattr(BackupWriter, "put_segment", put_or_find)
+
+
+def lists_of_others_are_taken_away(patch: Patch) -> None:
+    patch.setattr(Collector, "_exists", lambda self, key: False)
+
+
+def pins_are_looked_at_once(patch: Patch) -> None:
+    look = Collector._look
+
+    def first_only(self: Collector) -> Any:
+        found = look(self)
+        if self.__dict__.setdefault("first", None) is None:
+            self.__dict__["first"] = found
+            return found
+        return replace(found, pinned=frozenset())
+
+    patch.setattr(Collector, "_look", first_only)
+
+
+def pins_do_not_count(patch: Patch) -> None:
+    look = Collector._look
+    patch.setattr(Collector, "_look", lambda self: replace(look(self), pinned=frozenset()))
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        no_look_at_lists,
+        no_look_whether_it_is_there,
+        no_last_look,
+        pending_does_not_count,
+        no_wait,
+        no_void_manifest,
+        segments_are_named_by_their_content_alone,
+        lists_of_others_are_taken_away,
+        pins_are_looked_at_once,
+        pins_do_not_count,
+    ],
+)
+def test_a_planted_mistake_is_found(plant: Callable[[Patch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    for seed in range(SEEDS_FOR_A_FAULT):
+        try:
+            play(seed, hours=3)
+        except Exception as exc:
+            print(f"found by seed {seed}: {exc!r}")
+            return
+    pytest.fail(f"not found in {SEEDS_FOR_A_FAULT} seeds")

@@ -1,0 +1,351 @@
+"""Garbage collection: removes from a store what no restore point and no running backup needs.
+
+It runs beside backups of any host, and beside other collectors.  Nothing here compares clocks; ``lag`` is how long a
+listing may miss what was put.  The order, and why it is safe:
+
+1. Look at leases, pins and forgotten marks; wait; look again.  A lease whose counter stood still is dead, and a mark
+   says so from then on: whatever its writer puts again, it will not commit.
+2. A forgotten point without a pin in either look is deleted.  Whoever pins an old point looks for the mark after that.
+3. What a dead writer has pending is deleted, after a void manifest is put where the committed one would be: either that
+   or the writer's comes first, and the other one fails.
+4. Whatever no manifest needs, committed or pending, and no living writer has put, is condemned: its name is on a list.
+5. Wait.  A backup reads the lists after its pending manifest is there, so that it sees the list, or is seen:
+6. look at all manifests again, delete what they still do not need, then the lists.
+
+A collector that stops anywhere leaves things that the next one takes up; one that wakes up late deletes only names that
+are never used again.  The list of another one stays until every name on it is gone, needed or not: as long as that one
+may be about to delete a name, no backup may begin to need it.  (If a collector died, and something it had condemned was
+needed after all, that is stored afresh by later backups, and the list goes with the last restore point that needs it.)
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+
+from vmfs_stub.core.errors import (
+    CorruptStoreObject,
+    ObjectExists,
+    ObjectMissing,
+    StoreDenied,
+    StoreError,
+    UnknownFormat,
+    VmfsStubError,
+)
+from vmfs_stub.core.ids import PackId, PointId, SegmentId, VmId, WriterId
+from vmfs_stub.store.condemned import LIST_MAX, Condemned, decode_condemned, encode_condemned
+from vmfs_stub.store.format import DOCUMENT_SIZE_MAX, INDEX_SIZE_MAX
+from vmfs_stub.store.index_objects import decode_index, encode_index
+from vmfs_stub.store.keys import (
+    CONDEMNED,
+    DEAD,
+    FORGOTTEN,
+    INDEX,
+    LEASES,
+    MANIFESTS,
+    PACKS,
+    PENDING_SUFFIX,
+    PINS,
+    SEGMENTS,
+    UNPINNED,
+    dead_key,
+    is_id,
+    is_segment_id,
+    is_writer_id,
+    lease_key,
+    manifest_key,
+    pack_key,
+    segment_key,
+    writer_of,
+)
+from vmfs_stub.store.leases import LEASE_DEAD_S, decode_lease
+from vmfs_stub.store.manifest import encode_void
+from vmfs_stub.store.objects import ObjectStore
+from vmfs_stub.store.probe import probe
+from vmfs_stub.store.reachability import Reachability, committed_name
+
+log = logging.getLogger(__name__)
+
+Point = tuple[VmId, PointId]
+
+
+@dataclass(slots=True)
+class Collected:
+    """What was removed, or would be; ``bytes`` are those of packs and segments.
+
+    ``waiting_points`` are forgotten, but a placeholder depends on them.
+    """
+
+    points: int = 0
+    waiting_points: int = 0
+    packs: int = 0
+    segments: int = 0
+    bytes: int = 0
+    pending: int = 0
+    leases: int = 0
+    pins: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What decides who is alive and which points stay: leases with their counters, keys of pins that are void."""
+
+    leases: dict[WriterId, int]
+    void: frozenset[str]
+    pinned: frozenset[Point]
+    forgotten: frozenset[Point]
+    pending: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Doomed:
+    """Names that nothing needs, with their sizes in bytes."""
+
+    packs: dict[PackId, int] = field(default_factory=dict)
+    segments: dict[SegmentId, int] = field(default_factory=dict)
+
+
+class Collector:
+    """One run; ``sleep`` gets seconds, ``say`` gets what to tell whoever waits."""
+
+    def __init__(
+        self,
+        objects: ObjectStore,
+        reachability: Reachability,
+        *,
+        lag_s: float,
+        sleep: Callable[[float], None],
+        say: Callable[[str], None] = log.info,
+        workers: int = 16,
+    ) -> None:
+        self._objects = objects
+        self._reachability = reachability
+        self._lag_s = lag_s
+        self._sleep = sleep
+        self._say = say
+        self._workers = workers
+        self._collected = Collected()
+
+    def survey(self) -> Collected:
+        """What a run would remove, as far as one look can tell; changes nothing.  Raises as `run`."""
+        look = self._look()
+        going = look.forgotten - look.pinned
+        keys = [key for key in self._manifests() if _point_of(key) not in going]
+        doomed = self._unneeded(keys, set(look.leases))
+        self._collected.points = len(going)
+        self._count(doomed, look)
+        return self._collected
+
+    def run(self) -> Collected:
+        """Remove what nothing needs.
+
+        Raises: IntegrityError kinds, UnknownFormat, ObjectMissing when a manifest or a segment that a restore point
+        needs cannot be read: nothing it may need is deleted then; StoreDenied when this host may not delete;
+        StoreUnavailable.
+        """
+        if not probe(self._objects):
+            msg = "this host may not delete from the store; run garbage collection on one that may"
+            raise StoreDenied(msg)
+        alive = self._clear_dead()
+        earlier = {info.key for info in self._objects.list(CONDEMNED)}
+        doomed = self._unneeded(set(self._manifests()), alive)
+        lists: list[str] = []
+        try:
+            self._condemn(doomed, lists)
+            if lists:
+                self._wait(2 * self._lag_s, "for backups that are about to finish")
+            keys = set(self._manifests())
+            self._reachability.look(keys)
+        except VmfsStubError:
+            with suppress(StoreError):  # nothing will be deleted, so backups may need all of it
+                self._each(self._objects.delete, lists)
+            raise
+        doomed = self._still(doomed.packs.items(), doomed.segments.items())
+        self._delete(doomed)
+        self._count(doomed, None)
+        self._each(self._objects.delete, lists)
+        self._unlist(earlier)
+        self._reachability.forget_all_but(keys)
+        return self._collected
+
+    # Who is alive, and which points stay
+
+    def _clear_dead(self) -> set[WriterId]:
+        """Steps 1 to 3; returns who is writing."""
+        first = self._look()
+        self._wait(
+            max(2 * self._lag_s, LEASE_DEAD_S if first.leases else 0), "to see which backups of other hosts are alive"
+        )
+        second = self._look()
+        dead = {writer for writer, counter in first.leases.items() if second.leases.get(writer) == counter}
+        dead |= {WriterId(info.key.removeprefix(DEAD)) for info in self._objects.list(DEAD)}
+        alive = set(second.leases) - dead
+        for pin in sorted(first.void):
+            self._objects.delete(pin)
+            self._objects.delete(UNPINNED + pin.removeprefix(PINS))
+            self._collected.pins += 1
+        for vm_id, point_id in sorted((first.forgotten & second.forgotten) - first.pinned - second.pinned):
+            self._objects.delete(manifest_key(vm_id, point_id))
+            self._objects.delete(f"{FORGOTTEN}{vm_id}/{point_id}")
+            self._collected.points += 1
+        self._collected.waiting_points = len(second.forgotten & second.pinned)
+        for writer in sorted(dead & set(second.leases)):
+            with suppress(ObjectExists):
+                self._objects.put(dead_key(writer), b"")
+        for key in sorted(first.pending & second.pending):
+            if _pending_writer(key) not in alive:
+                with suppress(ObjectExists):  # it was committed
+                    self._objects.put(committed_name(key), encode_void(secrets.token_hex(16)))
+                self._objects.delete(key)
+                self._collected.pending += 1
+        for writer in sorted(dead & set(second.leases)):
+            self._objects.delete(lease_key(writer))
+            self._collected.leases += 1
+        return alive
+
+    def _look(self) -> _Look:
+        leases: dict[WriterId, int] = {}
+        for info in self._objects.list(LEASES):
+            writer = WriterId(info.key.removeprefix(LEASES))
+            if is_writer_id(writer):
+                counter = self._counter(info.key)
+                if counter is not None:
+                    leases[writer] = counter
+        void = frozenset(PINS + info.key.removeprefix(UNPINNED) for info in self._objects.list(UNPINNED))
+        return _Look(
+            leases,
+            void,
+            frozenset(_point_of(info.key) for info in self._objects.list(PINS) if info.key not in void),
+            frozenset(_point_of(info.key) for info in self._objects.list(FORGOTTEN)),
+            frozenset(key for key in self._manifests() if key.endswith(PENDING_SUFFIX)),
+        )
+
+    def _counter(self, key: str) -> int | None:
+        try:
+            return decode_lease(self._objects.get(key, size_max=DOCUMENT_SIZE_MAX), key).counter
+        except ObjectMissing:
+            return None
+        except (CorruptStoreObject, UnknownFormat) as exc:
+            log.warning("a lease that cannot be read counts as one that stands still: %s", exc)
+            return -1
+
+    # What nothing needs
+
+    def _manifests(self) -> Iterator[str]:
+        return (info.key for info in self._objects.list(MANIFESTS) if _is_point(info.key))
+
+    def _unneeded(self, keys: Collection[str], alive: set[WriterId]) -> _Doomed:
+        self._reachability.look(keys)
+        packs = ((PackId(name), size) for name, size in self._stored(PACKS) if is_id(name))
+        segments = ((SegmentId(name), size) for name, size in self._stored(SEGMENTS) if is_segment_id(name))
+        doomed = self._still(packs, segments)
+        # After the listing: whoever has put one of these had a lease before.
+        alive = alive | {WriterId(info.key.removeprefix(LEASES)) for info in self._objects.list(LEASES)}
+        return _Doomed(
+            {name: size for name, size in doomed.packs.items() if writer_of(name) not in alive},
+            {name: size for name, size in doomed.segments.items() if writer_of(name) not in alive},
+        )
+
+    def _still(self, packs: Iterable[tuple[PackId, int]], segments: Iterable[tuple[SegmentId, int]]) -> _Doomed:
+        """Those that were not needed in the last look."""
+        needs = self._reachability
+        return _Doomed(
+            {name: size for name, size in packs if not needs.has_pack(name)},
+            {name: size for name, size in segments if not needs.has_segment(name)},
+        )
+
+    def _stored(self, prefix: str) -> Iterator[tuple[str, int]]:
+        return ((info.key.rpartition("/")[2], info.size) for info in self._objects.list(prefix))
+
+    def _count(self, doomed: _Doomed, look: _Look | None) -> None:
+        collected = self._collected
+        collected.packs, collected.segments = len(doomed.packs), len(doomed.segments)
+        collected.bytes = sum(doomed.packs.values()) + sum(doomed.segments.values())
+        if look is not None:
+            collected.waiting_points = len(look.forgotten & look.pinned)
+
+    # Condemn and delete
+
+    def _condemn(self, doomed: _Doomed, lists: list[str]) -> None:
+        """Put lists; ``lists`` gets their keys, also when that fails."""
+        names = iter([*((True, name) for name in doomed.packs), *((False, name) for name in doomed.segments)])
+        while part := list(islice(names, LIST_MAX)):
+            condemned = Condemned(
+                frozenset(PackId(name) for is_pack, name in part if is_pack),
+                frozenset(SegmentId(name) for is_pack, name in part if not is_pack),
+            )
+            nonce = secrets.token_hex(16)
+            lists.append(f"{CONDEMNED}{nonce}")
+            self._objects.put(lists[-1], encode_condemned(condemned, nonce))
+
+    def _delete(self, doomed: _Doomed) -> None:
+        self._each(self._objects.delete, [segment_key(name) for name in doomed.segments])
+        self._each(self._objects.delete, [pack_key(name) for name in doomed.packs])
+        if doomed.packs:
+            self._clear_index(set(doomed.packs))
+
+    def _clear_index(self, gone: set[PackId]) -> None:
+        """Index objects that name what is gone are written again without, or hosts would go on referring to it."""
+        for info in list(self._objects.list(INDEX)):
+            try:
+                packs = decode_index(self._objects.get(info.key, size_max=INDEX_SIZE_MAX), info.key)
+            except (ObjectMissing, CorruptStoreObject, UnknownFormat):
+                continue  # it is of no use, and no harm
+            left = [(pack_id, refs) for pack_id, refs in packs if pack_id not in gone]
+            if len(left) == len(packs):
+                continue
+            if left:
+                self._objects.put(f"{INDEX}{secrets.token_hex(16)}", encode_index(left))
+            self._objects.delete(info.key)
+
+    def _unlist(self, lists: set[str]) -> None:
+        """Delete those of earlier lists of which every name is gone."""
+        for key in sorted(lists):
+            try:
+                listed = decode_condemned(self._objects.get(key, size_max=DOCUMENT_SIZE_MAX), key)
+            except ObjectMissing:
+                continue
+            names = [*map(pack_key, sorted(listed.packs)), *map(segment_key, sorted(listed.segments))]
+            if not any(map(self._exists, names)):
+                self._objects.delete(key)
+
+    def _exists(self, key: str) -> bool:
+        try:
+            self._objects.size(key)
+        except ObjectMissing:
+            return False
+        return True
+
+    def _each(self, call: Callable[[str], None], keys: list[str]) -> None:
+        if self._workers == 1:
+            for key in keys:
+                call(key)
+            return
+        with ThreadPoolExecutor(self._workers) as executor:
+            for _ in executor.map(call, keys):
+                pass
+
+    def _wait(self, seconds: float, why: str) -> None:
+        if seconds >= 1:
+            self._say(f"waiting {seconds:.0f} s {why}")
+        self._sleep(seconds)
+
+
+def _point_of(key: str) -> Point:
+    """Of a manifest, a pin or a mark: ``kind/vm id/point id…``."""
+    _, vm_id, point_id = (*key.split("/"), "", "")[:3]
+    return VmId(vm_id), PointId(point_id.partition(".")[0])
+
+
+def _is_point(key: str) -> bool:
+    vm_id, point_id = _point_of(key)
+    return is_id(vm_id) and is_id(point_id)
+
+
+def _pending_writer(key: str) -> WriterId:
+    return WriterId(key.removesuffix(PENDING_SUFFIX).rpartition(".")[2])

@@ -1,0 +1,66 @@
+"""Condemned lists: packs and segments that garbage collection is about to delete, so that no backup refers to them.
+
+A list is a checked document under ``condemned/``, put before the collector looks for a last time whether anything needs
+what is on it, and deleted when all on it is gone or was spared.  Several collectors may have lists at the same time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from vmfs_stub.core.errors import ObjectMissing
+from vmfs_stub.core.ids import PackId, SegmentId
+from vmfs_stub.store import documents
+from vmfs_stub.store.format import CONDEMNED_VERSION, DOCUMENT_SIZE_MAX, FEATURES_KNOWN
+from vmfs_stub.store.keys import CONDEMNED, is_id, is_segment_id
+from vmfs_stub.store.objects import ObjectStore
+
+CONDEMNED_FORMAT: Final = "vmfs-stub condemned"
+LIST_MAX: Final = 10_000
+"""Names in one list, so that it stays a small document."""
+
+
+@dataclass(frozen=True, slots=True)
+class Condemned:
+    """Names on a list."""
+
+    packs: frozenset[PackId] = frozenset()
+    segments: frozenset[SegmentId] = frozenset()
+
+    def __or__(self, other: Condemned) -> Condemned:
+        return Condemned(self.packs | other.packs, self.segments | other.segments)
+
+
+def encode_condemned(condemned: Condemned, nonce: str) -> bytes:
+    """The bytes of a list; ``nonce`` tells a retried put from somebody else's."""
+    body = {"packs": sorted(condemned.packs), "segments": sorted(condemned.segments), "nonce": nonce}
+    return documents.encode(CONDEMNED_FORMAT, CONDEMNED_VERSION, body)
+
+
+def decode_condemned(data: bytes, key: str) -> Condemned:
+    """Parse the list that was read from ``key``.
+
+    Raises: CorruptStoreObject; UnknownFormat.
+    """
+    fields = documents.decode(data, key, CONDEMNED_FORMAT, version=CONDEMNED_VERSION, features=FEATURES_KNOWN)
+    packs, segments = fields.texts("packs"), fields.texts("segments")
+    if not all(map(is_id, packs)):
+        raise fields.error("packs", "holds something that is not a pack id")
+    if not all(map(is_segment_id, segments)):
+        raise fields.error("segments", "holds something that is not a segment id")
+    return Condemned(frozenset(map(PackId, packs)), frozenset(map(SegmentId, segments)))
+
+
+def read_condemned(objects: ObjectStore) -> Condemned:
+    """What is on any list.
+
+    Raises: CorruptStoreObject, UnknownFormat, StoreUnavailable, StoreDenied: then nothing is known to be free.
+    """
+    found = Condemned()
+    for info in objects.list(CONDEMNED):
+        try:
+            found |= decode_condemned(objects.get(info.key, size_max=DOCUMENT_SIZE_MAX), info.key)
+        except ObjectMissing:
+            continue  # all on it is gone, or may be used again
+    return found

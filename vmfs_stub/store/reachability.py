@@ -1,0 +1,213 @@
+"""Which packs and segments the manifests of a store need.
+
+Manifests and segments never change, so what they name is kept in a SQLite file from one time to the next, and a look at
+a large store costs little more than a listing.  What is kept is believed only with its checksum, since what is needed
+and not known to be would be deleted.  Memory is bounded at any size of store.  Blocking; one user at a time.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+from xxhash import xxh3_128_digest
+
+from vmfs_stub.core.errors import ObjectMissing, PointNotFound, PrimaryIOError
+from vmfs_stub.core.ids import PackId, SegmentId, StoreId
+from vmfs_stub.store.format import MANIFEST_SIZE_MAX, SEGMENT_SIZE_MAX
+from vmfs_stub.store.keys import PENDING_SUFFIX, segment_key
+from vmfs_stub.store.manifest import decode_manifest
+from vmfs_stub.store.objects import ObjectStore
+from vmfs_stub.store.segments import Segment
+
+SCHEMA_VERSION: Final = 1
+_SCHEMA: Final = """
+CREATE TABLE store (id TEXT NOT NULL);      -- one row: the store that this is a cache of
+CREATE TABLE objects (                      -- manifests and segments
+    key TEXT PRIMARY KEY,
+    named BLOB NOT NULL,                    -- segments, or packs, one behind the other
+    digest BLOB NOT NULL                    -- of the key and these
+) WITHOUT ROWID;
+"""
+_LOOK: Final = """
+CREATE TEMP TABLE IF NOT EXISTS segments (id BLOB PRIMARY KEY) WITHOUT ROWID;
+CREATE TEMP TABLE IF NOT EXISTS packs (id BLOB PRIMARY KEY) WITHOUT ROWID;
+DELETE FROM temp.segments;
+DELETE FROM temp.packs;
+"""
+_SEGMENT_BYTES: Final = 40
+_PACK_BYTES: Final = 16
+_BATCH: Final = 256
+_CACHE_KIB: Final = 16 * 1024
+
+
+class Reachability:
+    """`look` finds out what some manifests need, `has_pack` and `has_segment` tell it."""
+
+    def __init__(self, path: Path | None, store_id: StoreId, objects: ObjectStore, *, workers: int = 16) -> None:
+        """Open the file, or make it afresh when it is missing, damaged or another store's; None keeps it in memory.
+
+        Raises: PrimaryIOError.
+        """
+        self._objects = objects
+        self._workers = workers
+        try:
+            try:
+                self._database = _open(path, store_id)
+            except sqlite3.DatabaseError:
+                if path is None:
+                    raise
+                path.unlink(missing_ok=True)
+                self._database = _open(path, store_id)
+        except (sqlite3.Error, OSError) as exc:
+            raise PrimaryIOError(f"{path}: cannot be used ({exc}); it may be deleted, it is made afresh") from exc
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+    def look(self, keys: Collection[str]) -> None:
+        """Find out what the manifests of these keys need, pending ones included; one that is gone needs nothing.
+
+        Raises: IntegrityError kinds, UnknownFormat, ObjectMissing (of a segment), StoreUnavailable, StoreDenied: what
+        is needed is then not known.
+        """
+        self._database.executescript(_LOOK)
+        for _, named in self._named(iter(sorted(keys)), self._segments_of):
+            self._enter("segments", named, _SEGMENT_BYTES)
+        missing = []
+        for key, named in self._named(self._segment_keys(), self._packs_of):
+            if named is None:
+                missing.append(key)
+            self._enter("packs", named, _PACK_BYTES)
+        if missing:
+            self._check_gone(missing, keys)
+
+    def _check_gone(self, segments: Sequence[str], keys: Iterable[str]) -> None:
+        """Another collector may have deleted these, after the manifests that name them.
+
+        Or a backup that was taken for dead goes on: what it has pending without them is never committed.
+        """
+        ids = {bytes.fromhex(key.rpartition("/")[2]) for key in segments}
+        for key in keys:
+            if not key.endswith(PENDING_SUFFIX) and not ids.isdisjoint(_split(self._kept(key) or b"", _SEGMENT_BYTES)):
+                try:
+                    self._objects.size(key)
+                except ObjectMissing:
+                    continue
+                msg = f"{key} needs {segments[0]}, which is not in the store; run verify, and forget what is lost"
+                raise ObjectMissing(msg)
+
+    def has_pack(self, pack_id: PackId) -> bool:
+        """Whether what was looked at needs it."""
+        return self._has("packs", pack_id)
+
+    def has_segment(self, segment_id: SegmentId) -> bool:
+        """Whether what was looked at needs it."""
+        return self._has("segments", segment_id)
+
+    def forget_all_but(self, keys: Collection[str]) -> None:
+        """Keep what is known of manifests of these keys, and of the segments that were last found to be needed."""
+        with self._database:
+            for (key,) in self._database.execute("SELECT key FROM objects").fetchall():
+                if key not in keys and not self._is_needed_segment(key):
+                    self._database.execute("DELETE FROM objects WHERE key = ?", (key,))
+
+    def _is_needed_segment(self, key: str) -> bool:
+        return key.startswith("segments/") and self.has_segment(SegmentId(key.rpartition("/")[2]))
+
+    def _has(self, table: str, an_id: str) -> bool:
+        query = f"SELECT 1 FROM temp.{table} WHERE id = ?"
+        return self._database.execute(query, (bytes.fromhex(an_id),)).fetchone() is not None
+
+    def _enter(self, table: str, named: bytes | None, size: int) -> None:
+        ids = ((an_id,) for an_id in _split(named or b"", size))
+        self._database.executemany(f"INSERT OR IGNORE INTO temp.{table} VALUES (?)", ids)
+
+    def _segment_keys(self) -> Iterator[str]:
+        last = b""
+        query = "SELECT id FROM temp.segments WHERE id > ? ORDER BY id LIMIT ?"
+        while rows := self._database.execute(query, (last, _BATCH)).fetchall():
+            yield from (segment_key(SegmentId(an_id.hex())) for (an_id,) in rows)
+            last = rows[-1][0]
+
+    def _named(self, keys: Iterator[str], read: Callable[[str], bytes]) -> Iterator[tuple[str, bytes | None]]:
+        """What each of these objects names, None when it is gone; those not known are read, several at a time."""
+        while batch := list(islice(keys, _BATCH)):
+            known = {key: self._kept(key) for key in batch}
+            unknown = [key for key, named in known.items() if named is None]
+            with self._database:
+                for key, named in zip(unknown, self._mapped(read, unknown), strict=True):
+                    if named is not None:
+                        row = (key, named, _digest(key, named))
+                        self._database.execute("INSERT OR REPLACE INTO objects VALUES (?, ?, ?)", row)
+                    known[key] = named
+            yield from known.items()
+
+    def _kept(self, key: str) -> bytes | None:
+        row = self._database.execute("SELECT named, digest FROM objects WHERE key = ?", (key,)).fetchone()
+        return row[0] if row is not None and row[1] == _digest(key, row[0]) else None
+
+    def _mapped(self, read: Callable[[str], bytes], keys: list[str]) -> list[bytes | None]:
+        def attempt(key: str) -> bytes | None:
+            try:
+                return read(key)
+            except ObjectMissing:
+                return None
+
+        if self._workers == 1:
+            return [attempt(key) for key in keys]
+        with ThreadPoolExecutor(self._workers) as executor:
+            return list(executor.map(attempt, keys))
+
+    def _segments_of(self, key: str) -> bytes:
+        data = self._objects.get(key, size_max=MANIFEST_SIZE_MAX)
+        try:
+            manifest = decode_manifest(data, committed_name(key))
+        except PointNotFound:
+            return b""  # a void one
+        named = {one for stored in manifest.files for one in stored.segments if one is not None}
+        return bytes.fromhex("".join(sorted(named)))
+
+    def _packs_of(self, key: str) -> bytes:
+        segment_id = SegmentId(key.rpartition("/")[2])
+        segment = Segment(self._objects.get(key, size_max=SEGMENT_SIZE_MAX), segment_id)
+        return bytes.fromhex("".join(segment.packs))
+
+
+def committed_name(key: str) -> str:
+    """The key that a manifest has, or will have when it is pending."""
+    return key.partition(".")[0] if key.endswith(PENDING_SUFFIX) else key
+
+
+def _split(named: bytes, size: int) -> list[bytes]:
+    return [named[at : at + size] for at in range(0, len(named), size)]
+
+
+def _digest(key: str, named: bytes) -> bytes:
+    return xxh3_128_digest(key.encode() + b"\0" + named)
+
+
+def _open(path: Path | None, store_id: StoreId) -> sqlite3.Connection:
+    database = sqlite3.connect(":memory:" if path is None else path)
+    try:
+        database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+        database.execute("PRAGMA temp_store = FILE")
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = NORMAL")
+        version = database.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            database.executescript(_SCHEMA)
+            with database:
+                database.execute("INSERT INTO store VALUES (?)", (store_id,))
+                database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        elif version != SCHEMA_VERSION or database.execute("SELECT id FROM store").fetchall() != [(store_id,)]:
+            raise sqlite3.DatabaseError("it belongs to another store or version")
+    except BaseException:
+        database.close()
+        raise
+    return database
