@@ -78,6 +78,7 @@ KINDS = {
     keys.MANIFESTS: "manifest",
     keys.INDEX: "index",
     keys.PINS: "pin",
+    keys.FORGOTTEN: "forgotten",
     keys.CONDEMNED: "condemned",
     keys.LEASES: "lease",
     keys.DEAD: "dead",

@@ -408,21 +408,26 @@ def _check_nothing_restored(target: Path) -> None:
 
 
 async def check_store(services: Services) -> None:
-    """Everything that looks at a store: points, pins, verification."""
+    """Everything that looks at a store: points, pins, marks, verification."""
     store, files = services.store, services.files
     objects = SitedObjects(FakeObjects(), files)
     probe(objects)
     created = Store.open_or_create(objects, chunk_size=CHUNK)
     created.check()
+    gone = VmId("00" * 16), PointId("00" * 16)
+    created.forget(*gone, host="host1", why="by hand")
+    if [ids for *ids, _ in created.forgotten()] != [[*gone]]:
+        raise NotWhole("what was forgotten is not")
     store.check()
     store.point_counts()
+    store.pin_counts()
     for vm in store.vms():
         for point in store.points(vm.vm_id):
             store.pins(vm.vm_id, point.point_id)
     for info in store.objects.list(PACKS):
         read_footer(store.objects, PackId(info.key.rpartition("/")[2]))
     try:
-        store.open_point(VmId("00" * 16), PointId("00" * 16))
+        store.open_point(*gone)
         raise NotWhole("a point was opened that is not there")
     except PointNotFound:
         pass

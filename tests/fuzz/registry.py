@@ -24,6 +24,7 @@ TARGETS: dict[str, type[Target]] = {
         targets_store.PinTarget,
         targets_store.LeaseTarget,
         targets_store.CondemnedTarget,
+        targets_store.ForgottenTarget,
         targets_store.ManifestTarget,
         targets_store.RestoreTarget,
         targets_edge.ConfigTarget,

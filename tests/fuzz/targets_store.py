@@ -35,6 +35,7 @@ from vmfs_stub.services.restore import restore_point
 from vmfs_stub.store import frames
 from vmfs_stub.store.chunk_table import RestorePoint
 from vmfs_stub.store.condemned import Condemned, decode_condemned, encode_condemned
+from vmfs_stub.store.forgotten import Forgotten, decode_forgotten, encode_forgotten
 from vmfs_stub.store.format import (
     FRAME_HEADER,
     FRAME_LENGTH_MAX,
@@ -44,7 +45,16 @@ from vmfs_stub.store.format import (
     encode_description,
 )
 from vmfs_stub.store.index_objects import decode_index, encode_index
-from vmfs_stub.store.keys import is_id, is_segment_id, lease_key, manifest_key, pack_key, pin_key, segment_key
+from vmfs_stub.store.keys import (
+    forgotten_key,
+    is_id,
+    is_segment_id,
+    lease_key,
+    manifest_key,
+    pack_key,
+    pin_key,
+    segment_key,
+)
 from vmfs_stub.store.leases import LeaseState, decode_lease, encode_lease
 from vmfs_stub.store.manifest import FileKind, Manifest, StoredFile, decode_manifest, encode_manifest
 from vmfs_stub.store.packs import OpenPack, read_footer
@@ -283,6 +293,26 @@ class CondemnedTarget(DocumentTarget):
         require(all(map(is_id, found.packs)) and all(map(is_segment_id, found.segments)), "a name that is none")
         require(decode_condemned(encode_condemned(found, ""), "condemned/list") == found, "a list does not read back")
         return found
+
+
+class ForgottenTarget(DocumentTarget):
+    """The mark of a forgotten restore point."""
+
+    name = "forgotten"
+
+    def seeds(self) -> list[bytes]:
+        marks = (
+            Forgotten("host1", 1_700_000_000.25, "rules: keep_last 3, keep_daily 7", "n" * 16),
+            Forgotten("\udcff\x1b[2J", 0.0, ""),
+        )
+        return [encode_forgotten(mark, VM, POINT) for mark in marks]
+
+    def call(self, data: bytes) -> object:
+        key = forgotten_key(VM, POINT)
+        mark = decode_forgotten(data, key)
+        check_types(mark)
+        require(decode_forgotten(encode_forgotten(mark, VM, POINT), key) == mark, "a mark does not read back")
+        return mark
 
 
 def sample_manifest(*files: StoredFile) -> bytes:

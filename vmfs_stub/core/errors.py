@@ -13,6 +13,7 @@ are translated at the edge of the adapter that met them, with ``raise ... from e
     │   ├── InUse                somebody has a disk of the VM open
     │   ├── Abandoned            somebody opened or changed something of the VM during the job
     │   ├── RecallsHeld          `hold` is in force for this datastore
+    │   ├── PointPinned          placeholders depend on the restore point
     │   ├── DatastoreLocked      another daemon serves this backing directory
     │   ├── AlreadyExists        would overwrite something
     │   └── Unsupported          this kernel, filesystem or store cannot do what is needed
@@ -29,7 +30,7 @@ are translated at the edge of the adapter that met them, with ``raise ... from e
     │   ├── CorruptPack
     │   ├── CorruptSegment
     │   ├── CorruptManifest
-    │   ├── CorruptStoreObject   any other object of the store (index, pin, store description)
+    │   ├── CorruptStoreObject   any other object of the store (index, pin, mark, store description)
     │   ├── CorruptRecord        the placeholder record in the xattr
     │   ├── CorruptMap           a residency map
     │   ├── MapMissing           a record without the map that belongs to it
@@ -88,6 +89,10 @@ class Abandoned(Refused):
 
 class RecallsHeld(Refused):
     """`hold` is in force for this datastore."""
+
+
+class PointPinned(Refused):
+    """Placeholders depend on the restore point."""
 
 
 class DatastoreLocked(Refused):

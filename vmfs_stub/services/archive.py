@@ -241,7 +241,7 @@ class Archiver:
             point_id=point_id,
             vm_name=vm.name,
             host=self._settings.host,
-            metadata={"inventory": "directory", "path": vm.entry},
+            metadata={"inventory": "directory", "path": vm.entry, "datastore": self._settings.datastore},
             pins=[self._pin(source.placeholder_id) for source in sources if source.placeholder_id is not None],
         )
 

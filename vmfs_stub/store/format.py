@@ -24,6 +24,7 @@ from vmfs_stub.store.keys import STORE_KEY
 STORE_VERSION: Final = 1
 MANIFEST_VERSION: Final = 1
 PIN_VERSION: Final = 1
+FORGOTTEN_VERSION: Final = 1
 PACK_VERSION: Final = 1
 SEGMENT_VERSION: Final = 1
 INDEX_VERSION: Final = 1
@@ -74,7 +75,7 @@ INDEX_SIZE_MAX: Final = 64 * 1024 * 1024
 
 MANIFEST_SIZE_MAX: Final = 256 * 1024 * 1024
 DOCUMENT_SIZE_MAX: Final = 1024 * 1024
-"""Bound for the small checked documents: store description, pins."""
+"""Bound for the small checked documents: store description, pins, forgotten marks."""
 
 COMPRESSION: Final = "lz4-block"
 HASH: Final = "blake3-256"

@@ -143,6 +143,16 @@ def unpinned_key(vm_id: VmId, point_id: PointId, placeholder_id: PlaceholderId) 
     return UNPINNED + pin_key(vm_id, point_id, placeholder_id).removeprefix(PINS)
 
 
+def forgotten_of(vm_id: VmId) -> str:
+    """Folder of the marks of a VM's forgotten restore points."""
+    return f"{FORGOTTEN}{_checked(vm_id)}/"
+
+
+def forgotten_key(vm_id: VmId, point_id: PointId) -> str:
+    """Name of the mark of a forgotten restore point."""
+    return f"{forgotten_of(vm_id)}{_checked(point_id)}"
+
+
 def damage(key: str) -> type[IntegrityError]:
     """The error that says: the object ``key`` is not what was written."""
     if key.startswith(PACKS):

@@ -1,4 +1,4 @@
-"""One secondary store: its description, VMs, restore points, pins and frames.
+"""One secondary store: its description, VMs, restore points, pins, forgotten marks and frames.
 
 Purpose: the facade that services use.  Thread-safe and blocking; all state that matters is in the objects, what is
 kept in memory is bounded and immutable.  This module must not know primary storage, nor when anything is done.
@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,9 +18,11 @@ from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import (
     AlreadyExists,
     CorruptManifest,
+    CorruptStoreObject,
     ObjectExists,
     ObjectMissing,
     PointNotFound,
+    PointPinned,
     StoreUnavailable,
     UnknownFormat,
     WrongStore,
@@ -30,6 +32,7 @@ from vmfs_stub.store import frames
 from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.chunk_table import RestorePoint, SegmentCache
+from vmfs_stub.store.forgotten import Forgotten, decode_forgotten, encode_forgotten
 from vmfs_stub.store.format import (
     DEFAULT_CHUNK_SIZE,
     DOCUMENT_SIZE_MAX,
@@ -41,10 +44,13 @@ from vmfs_stub.store.format import (
     encode_description,
 )
 from vmfs_stub.store.keys import (
+    FORGOTTEN,
     MANIFESTS,
     PINS,
     STORE_KEY,
     UNPINNED,
+    forgotten_key,
+    forgotten_of,
     is_id,
     manifest_key,
     manifests_of,
@@ -52,7 +58,7 @@ from vmfs_stub.store.keys import (
     pins_of,
 )
 from vmfs_stub.store.manifest import Manifest, decode_manifest
-from vmfs_stub.store.objects import ObjectStore
+from vmfs_stub.store.objects import ObjectInfo, ObjectStore
 from vmfs_stub.store.pins import Pin, decode_pin, remove_pin
 
 SUMMARIES_KEPT: Final = 100_000
@@ -63,7 +69,8 @@ SUMMARIES_KEPT: Final = 100_000
 class PointSummary:
     """A committed restore point in short; ``created_s`` is Unix time, ``size_bytes`` logical.
 
-    ``damaged`` says what is wrong with a manifest that cannot be read; all but the ids is then empty.
+    ``datastore`` is that which ``host`` backed the VM up from; empty where the manifest does not say.  ``damaged`` says
+    what is wrong with a manifest that cannot be read; all but the ids is then empty.
     """
 
     vm_id: VmId
@@ -74,6 +81,7 @@ class PointSummary:
     file_count: int
     size_bytes: int
     damaged: str | None = None
+    datastore: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +154,9 @@ class Store:
             raise WrongStore(msg)
 
     def vms(self) -> list[StoredVm]:
-        """All VMs with committed restore points, by name."""
+        """All VMs with committed restore points that are not forgotten, by name."""
         by_vm: dict[VmId, list[PointSummary]] = {}
-        for vm_id, point_id in self._point_ids(MANIFESTS):
+        for vm_id, point_id in self._point_ids():
             summary = self._summary(vm_id, point_id)
             if summary is not None:
                 by_vm.setdefault(vm_id, []).append(summary)
@@ -160,17 +168,17 @@ class Store:
         return sorted(vms, key=lambda vm: (vm.name, vm.vm_id))
 
     def point_counts(self) -> dict[VmId, int]:
-        """Number of committed restore points of each VM, from the names alone.  Raises: StoreUnavailable."""
-        return dict(Counter(vm_id for vm_id, _ in self._point_ids(MANIFESTS)))
+        """Number of restore points of each VM as `vms` has them, from the names alone.  Raises: StoreUnavailable."""
+        return dict(Counter(vm_id for vm_id, _ in self._point_ids()))
 
     def points(self, vm_id: VmId, *, with_damaged: bool = False) -> list[PointSummary]:
-        """Committed restore points of a VM, oldest first; those whose manifest is damaged only when asked for."""
-        found = [self._summary(vm_id, point_id) for _, point_id in self._point_ids(manifests_of(vm_id))]
+        """Restore points of a VM as `vms` has them, oldest first; those with a damaged manifest only when asked for."""
+        found = [self._summary(vm_id, point_id) for _, point_id in self._point_ids(vm_id)]
         known = [summary for summary in found if summary is not None]
         return list(_oldest_first([point for point in known if with_damaged or point.damaged is None]))
 
     def open_point(self, vm_id: VmId, point_id: PointId) -> RestorePoint:
-        """Open a committed restore point.
+        """Open a committed restore point; also one that is forgotten, which placeholders may depend on.
 
         Raises: PointNotFound, CorruptManifest, UnknownFormat, StoreUnavailable.
         """
@@ -226,17 +234,69 @@ class Store:
                 continue  # removed since the listing
         return found
 
+    def pin_counts(self) -> dict[tuple[VmId, PointId], int]:
+        """Number of pins of each restore point that has any, from the names alone.  Raises: StoreUnavailable."""
+        return dict(Counter(_points_named(self.objects.list(PINS))))
+
+    def check_unpinned(self, vm_id: VmId, point_id: PointId) -> None:
+        """See that no placeholder depends on a restore point.
+
+        Raises: PointPinned, which says where they are; as `pins`.
+        """
+        if pins := self.pins(vm_id, point_id):
+            places = Counter((pin.host, pin.datastore) for pin in pins)
+            where = ", ".join(
+                f"{count} {'placeholder' if count == 1 else 'placeholders'} in datastore {datastore} of host {host}"
+                for (host, datastore), count in sorted(places.items())
+            )
+            msg = f"restore point {point_id} is needed by {where}; it can be forgotten when `vmfs-stub recall` is done"
+            raise PointPinned(msg)
+
+    def forget(self, vm_id: VmId, point_id: PointId, *, host: str, why: str) -> None:
+        """Mark a restore point as not wanted any more; one that is marked already is fine.
+
+        From then on listings leave it out.  The mark is never taken back, and removes nothing: garbage collection
+        deletes a marked point once it has no pin, after waiting of its own.  So a pin that is put between the look at
+        the pins and the mark is raised as PointPinned, too, the mark stays, and the point does as long as the pin does.
+        Raises: as `check_unpinned`; StoreUnavailable, StoreDenied, StoreFull.
+        """
+        self.check_unpinned(vm_id, point_id)
+        mark = Forgotten(host, time.time(), why, nonce=secrets.token_hex(8))
+        try:
+            self.objects.put(forgotten_key(vm_id, point_id), encode_forgotten(mark, vm_id, point_id))
+        except ObjectExists:
+            return  # for whoever marked it first this was said already
+        self.check_unpinned(vm_id, point_id)
+
+    def forgotten(self) -> list[tuple[VmId, PointId, Forgotten | None]]:
+        """All forgotten points with their marks; None for one that cannot be read, which counts as well.
+
+        Raises: StoreUnavailable, StoreDenied.
+        """
+        found: list[tuple[VmId, PointId, Forgotten | None]] = []
+        for vm_id, point_id in _points_named(self.objects.list(FORGOTTEN)):
+            key = forgotten_key(vm_id, point_id)
+            try:
+                mark = decode_forgotten(self.objects.get(key, size_max=DOCUMENT_SIZE_MAX), key)
+            except ObjectMissing:
+                continue  # removed since the listing
+            except (CorruptStoreObject, UnknownFormat):
+                mark = None
+            found.append((vm_id, point_id, mark))
+        return found
+
     def begin_backup(self, *, index: ChunkIndex) -> BackupWriter:
         """Start a backup job of one VM; brings ``index`` up to date first.  Raises: as `check`."""
         self.check()
         index.sync(self.objects)
         return BackupWriter(self.objects, self.fetch, index, chunk_size=self.chunk_size, clock=time.time)
 
-    def _point_ids(self, prefix: str) -> Iterator[tuple[VmId, PointId]]:
-        for info in self.objects.list(prefix):
-            _, vm_id, point_id = (*info.key.split("/"), "", "")[:3]
-            if is_id(vm_id) and is_id(point_id):  # neither pending ones nor foreign files
-                yield VmId(vm_id), PointId(point_id)
+    def _point_ids(self, vm_id: VmId | None = None) -> Iterator[tuple[VmId, PointId]]:
+        """Committed points of a VM, or of all, that are not forgotten."""
+        of_manifests, of_marks = (MANIFESTS, FORGOTTEN) if vm_id is None else (manifests_of(vm_id), forgotten_of(vm_id))
+        # The marks first: a mark goes after its manifest, which must not be taken for one that never had any.
+        forgotten = set(_points_named(self.objects.list(of_marks)))
+        return (ids for ids in _points_named(self.objects.list(of_manifests)) if ids not in forgotten)
 
     def _check_present(self) -> None:
         """Tell a store that is away (a mount that is missing) from an object that is.  Raises StoreUnavailable."""
@@ -279,12 +339,21 @@ class Store:
             manifest.host,
             len(manifest.files),
             manifest.size,
+            datastore=manifest.metadata.get("datastore", ""),
         )
         with self._lock:
             self._summaries[key] = summary
             if len(self._summaries) > SUMMARIES_KEPT:
                 self._summaries.popitem(last=False)
         return summary
+
+
+def _points_named(infos: Iterable[ObjectInfo]) -> Iterator[tuple[VmId, PointId]]:
+    """The restore points that objects belong to; neither pending manifests nor foreign files belong to one."""
+    for info in infos:
+        _, vm_id, point_id = (*info.key.split("/"), "", "")[:3]
+        if is_id(vm_id) and is_id(point_id):
+            yield VmId(vm_id), PointId(point_id)
 
 
 def _oldest_first(points: Sequence[PointSummary]) -> tuple[PointSummary, ...]:
