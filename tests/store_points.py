@@ -9,7 +9,8 @@ from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.ids import PointId, VmId
 from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.chunk_index import ChunkIndex
-from vmfs_stub.store.manifest import FileKind, Manifest, StoredFile
+from vmfs_stub.store.keys import manifest_key
+from vmfs_stub.store.manifest import FileKind, Manifest, StoredFile, encode_manifest
 from vmfs_stub.store.pins import Pin
 from vmfs_stub.store.store import Store
 
@@ -49,6 +50,24 @@ def stored_file(path: str, size: int, segments: Sequence[object] = (), **changes
         "segments": tuple(segments),
     }
     return StoredFile(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def put_point(
+    store: Store,
+    *,
+    vm_id: str,
+    point_id: str | None = None,
+    name: str = "web1",
+    created_s: float,
+    host: str = "host1",
+    datastore: str = "vms",
+) -> PointId:
+    """A committed restore point without files, made at any time and anywhere."""
+    made = PointId(point_id or new_id())
+    metadata = {"datastore": datastore} if datastore else {}
+    manifest = Manifest(VmId(vm_id), made, name, created_s, host, store.chunk_size, (), metadata)
+    store.objects.put(manifest_key(VmId(vm_id), made), encode_manifest(manifest))
+    return made
 
 
 def back_up(

@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from vmfs_stub.core.errors import ConfigError
 from vmfs_stub.core.names import PRIVATE_DIR
+from vmfs_stub.core.retention import Retention
 
 DEFAULT_CONFIG_PATH = Path("/etc/vmfs-stub/config.toml")
 CONFIG_ENVIRONMENT = "VMFS_STUB_CONFIG"
@@ -129,6 +130,30 @@ class ArchiveConfig(_Section):
     placeholder_bytes_min: ByteCount = 8 << 20
 
 
+RuleCount = Annotated[int, Field(ge=0, le=1_000_000)]
+
+
+class RetentionConfig(_Section):
+    """Which restore points of a VM are kept; 0 is no rule, and without any rule all are.
+
+    ``keep_deleted_days`` is for VMs that were deleted; without it theirs are kept until an operator forgets them.  It
+    is never 0, which for the others means that nothing is forgotten.
+    """
+
+    keep_last: RuleCount = 0
+    keep_hourly: RuleCount = 0
+    keep_daily: RuleCount = 0
+    keep_weekly: RuleCount = 0
+    keep_monthly: RuleCount = 0
+    keep_yearly: RuleCount = 0
+    keep_deleted_days: int | None = Field(default=None, ge=1, le=36_500)
+
+    @property
+    def rules(self) -> Retention:
+        """The rules for VMs that exist."""
+        return Retention(**self.model_dump(exclude={"keep_deleted_days"}))
+
+
 class PrimaryConfig(_Section):
     """The backing filesystem."""
 
@@ -169,6 +194,7 @@ class Config(_Section):
     recall: RecallConfig = RecallConfig()
     hydration: HydrationConfig = HydrationConfig()
     archive: ArchiveConfig = ArchiveConfig()
+    retention: RetentionConfig = RetentionConfig()
     primary: PrimaryConfig = PrimaryConfig()
     mount: MountConfig = MountConfig()
     control: ControlConfig = ControlConfig()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 
 from vmfs_stub.config import DEFAULT_CONFIG_PATH, config_path, load_config, parse_bytes, parse_config
 from vmfs_stub.core.errors import ConfigError
+from vmfs_stub.core.retention import Retention
 
 MINIMAL = """\
 [datastore]
@@ -28,6 +30,8 @@ def test_defaults_and_derived_paths() -> None:
     assert config.archive.enabled is False
     assert config.archive.resident_head_bytes == config.archive.resident_tail_bytes == 1 << 20
     assert config.archive.placeholder_bytes_min == 8 << 20
+    assert config.retention.rules.keeps_all
+    assert config.retention.keep_deleted_days is None
     assert config.datastore.runtime_dir == Path("/run/vmfs-stub/main")
     assert config.socket_path == Path("/run/vmfs-stub/main/control.sock")
     assert config.warnings == ()
@@ -54,6 +58,8 @@ def test_sizes_may_have_units() -> None:
         ("[recal]\nx = 3\n", r"c\.toml:9: recal: no such key"),
         ("[recall]\n\nrecall_deadline_s = -1\n", r"c\.toml:11: recall\.recall_deadline_s: .*greater than 0"),
         ("[recall]\nrecall_bytes_max = -1\n", r"c\.toml:10: recall\.recall_bytes_max: .*greater"),
+        ("[retention]\nkeep_daily = -1\n", r"c\.toml:10: retention\.keep_daily: .*greater"),
+        ("[retention]\nkeep_deleted_days = 0\n", r"c\.toml:10: retention\.keep_deleted_days: .*greater"),
         ("recall = nope\n", r"c\.toml: not valid TOML: .*line 9"),
         ('[control]\nsocket = "rel/sock"\n', r"c\.toml:10: control\.socket: must be an absolute path"),
     ],
@@ -61,6 +67,13 @@ def test_sizes_may_have_units() -> None:
 def test_errors_name_file_line_and_key(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_config(MINIMAL + "\n" + text, origin="c.toml")
+
+
+def test_retention_has_all_rules() -> None:
+    text = "[retention]\n" + "".join(f"{each.name} = {n}\n" for n, each in enumerate(fields(Retention), start=1))
+    config = parse_config(f"{MINIMAL}{text}keep_deleted_days = 30\n", origin="c.toml")
+    assert config.retention.rules == Retention(1, 2, 3, 4, 5, 6)
+    assert config.retention.keep_deleted_days == 30
 
 
 def test_every_error_is_reported_at_once() -> None:

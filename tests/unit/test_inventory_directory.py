@@ -198,3 +198,38 @@ def test_what_the_process_is_short_of_is_no_fault_of_a_vm(backing: Path, monkeyp
     monkeypatch.setattr(DirectoryInventory, "_vm", no_descriptors)
     with pytest.raises(PrimaryIOError, match="Too many open files"):
         DirectoryInventory(backing).scan()
+
+
+def test_ids_are_those_that_a_scan_gave(backing: Path) -> None:
+    (backing / PRIVATE_DIR).mkdir()
+    (backing / "link").symlink_to("nowhere")
+    inventory = DirectoryInventory(backing)
+    assert inventory.ids() == frozenset()
+    make(backing / "a/disk.raw")
+    make(backing / "b.raw")
+    scanned = {vm.name: vm.id for vm in inventory.scan().vms}
+    make(backing / "new.raw")
+    subprocess.run(["cp", "-a", backing / "a", backing / "copy"], check=True)
+    assert inventory.ids() == frozenset(scanned.values())
+    assert VM_XATTR not in os.listxattr(backing / "new.raw")
+    shutil.rmtree(backing / "a")
+    assert inventory.ids() == {scanned["b"]}
+
+
+def test_ids_that_cannot_be_told_are_an_error(backing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every VM would be taken for deleted."""
+    inventory = DirectoryInventory(backing)
+    with pytest.raises(PrimaryIOError, match="is what belongs there mounted"):
+        inventory.ids()
+    (backing / PRIVATE_DIR).mkdir()
+    make(backing / "a.raw")
+    with pytest.raises(PrimaryIOError, match="run this as root"):
+        inventory.ids()
+    inventory.scan()
+    assert len(inventory.ids()) == 1
+    monkeypatch.setattr("vmfs_stub.inventory.directory._list_names", lambda fd: [PRIVATE_DIR, "a.raw", "gone"])
+    with pytest.raises(PrimaryIOError, match="cannot read the backing directory"):
+        inventory.ids()
+    shutil.rmtree(backing)
+    with pytest.raises(PrimaryIOError, match="cannot open"):
+        inventory.ids()

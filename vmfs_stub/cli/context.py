@@ -5,6 +5,7 @@ Heavy imports happen in here, inside the functions, so that `--help` stays quick
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from vmfs_stub.config import Config
     from vmfs_stub.control.client import ControlClient
+    from vmfs_stub.services.datastore_vms import DatastoreVms
     from vmfs_stub.store.objects_url import StoreAt
     from vmfs_stub.store.store import Store
 
@@ -56,9 +58,25 @@ def client_of(config: Config) -> ControlClient:
 
 def open_store_of(ctx: typer.Context, url: str | None) -> Store:
     """The store at ``url``, for which no configuration is needed, else the configured one; raises as `open_store`."""
+    return store_and_config_of(ctx, url)[0]
+
+
+def store_and_config_of(ctx: typer.Context, url: str | None) -> tuple[Store, Config | None]:
+    """The same, with the configuration where it is needed; raises as `open_store`."""
     from vmfs_stub.store.objects_url import StoreAt
 
-    return open_store(StoreAt.of(load_config_of(ctx).store) if url is None else StoreAt(url))
+    if url is not None:
+        return open_store(StoreAt(url)), None
+    config = load_config_of(ctx)
+    return open_store(StoreAt.of(config.store)), config
+
+
+def datastore_vms_of(config: Config) -> DatastoreVms:
+    """The VMs in the configured backing directory; raises PrimaryIOError, Unsupported when they cannot be told."""
+    from vmfs_stub.services.datastore_vms import read_datastore_vms
+
+    datastore = config.datastore
+    return read_datastore_vms(datastore.backing, host=socket.gethostname(), name=datastore.name)
 
 
 def open_store(at: StoreAt) -> Store:

@@ -18,6 +18,7 @@ from vmfs_stub.cli import (
     archive,
     backup,
     doctor,
+    forget,
     hold,
     init,
     ls,
@@ -53,6 +54,7 @@ app.command("recall")(recall.recall)
 app.command("restore")(restore.restore)
 app.command("points")(points.points)
 app.command("verify")(verify.verify)
+app.command("forget")(forget.forget)
 app.command("hold")(hold.hold)
 app.command("unhold")(hold.unhold)
 app.command("status")(status.status)

@@ -2,48 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmfs_stub.cli.context import argument_names, open_store_of
+from vmfs_stub.cli.context import argument_names, datastore_vms_of, store_and_config_of
 from vmfs_stub.cli.output import bytes_text, say_json, say_table, time_text
 from vmfs_stub.cli.stored_vms import find_stored_vm
+from vmfs_stub.core.errors import VmfsStubError
 
 if TYPE_CHECKING:
-    from vmfs_stub.store.store import PointSummary, StoredVm
+    from vmfs_stub.config import Config
+    from vmfs_stub.core.ids import VmId
+    from vmfs_stub.store.store import PointSummary, Store, StoredVm
 
-_HEADERS = ("VM", "POINT", "CREATED", "FILES", "SIZE", "HOST")
+_HEADERS = ("VM", "POINT", "CREATED", "FILES", "SIZE", "HOST", "PINS")
+_FORGOTTEN_FIELDS = ("vm", "vm_id", "point", "forgotten", "host", "why")
+_FORGOTTEN_HEADERS = ("VM", "POINT", "FORGOTTEN", "BY HOST", "WHY")
 
 
 def points(
     ctx: typer.Context,
     vm: Annotated[str | None, typer.Argument(help="Name or id of a VM; all without.")] = None,
+    forgotten: Annotated[
+        bool, typer.Option("--forgotten", help="Instead, those that are forgotten and not removed yet, and why.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON list, for programs.")] = False,
     store: Annotated[str | None, typer.Option(help="URL of a store; no configuration is needed then.")] = None,
 ) -> None:
-    """List restore points, oldest first."""
-    found = open_store_of(ctx, store)
+    """List restore points, oldest first, and how many placeholders depend on each (PINS)."""
+    found, config = store_and_config_of(ctx, store)
+    if forgotten:
+        _list_forgotten(found, None if vm is None else argument_names([vm])[0], json=json)
+        return
     vms = found.vms() if vm is None else [find_stored_vm(found.vms(), argument_names([vm])[0])]
-    rows = [(stored, point) for stored in vms for point in stored.points]
+    pins, deleted = found.pin_counts(), _deleted(config, vms)
+    rows = [(stored, point, pins.get((point.vm_id, point.point_id), 0)) for stored in vms for point in stored.points]
     if json:
-        say_json([_json_row(stored, point) for stored, point in rows])
+        say_json([_json_row(stored, point, pin_count, deleted[stored.vm_id]) for stored, point, pin_count in rows])
         return
     table = [
         (
-            stored.name or stored.vm_id,
+            (stored.name or stored.vm_id) + (" (deleted)" if deleted[stored.vm_id] else ""),
             point.point_id,
             time_text(point.created_s) if point.damaged is None else "DAMAGED",
             str(point.file_count),
             bytes_text(point.size_bytes),
             point.host,
+            str(pin_count),
         )
-        for stored, point in rows
+        for stored, point, pin_count in rows
     ]
-    say_table(_HEADERS, table, right=frozenset({3, 4}))
+    say_table(_HEADERS, table, right=frozenset({3, 4, 6}))
 
 
-def _json_row(stored: StoredVm, point: PointSummary) -> dict[str, object]:
+def _list_forgotten(store: Store, name: str | None, *, json: bool) -> None:
+    names = {vm.vm_id: vm.name for vm in store.vms()}  # a VM of which nothing else is left has none
+    rows = [
+        (names.get(vm_id, ""), vm_id, point_id, mark.forgotten_s, mark.host, mark.why)
+        if mark is not None
+        else (names.get(vm_id, ""), vm_id, point_id, None, "", "its mark cannot be read")
+        for vm_id, point_id, mark in store.forgotten()
+        if name in (None, vm_id, names.get(vm_id))
+    ]
+    if json:
+        say_json([dict(zip(_FORGOTTEN_FIELDS, row, strict=True)) for row in rows])
+        return
+    table = [(vm or vm_id, point, time_text(at), host, why) for vm, vm_id, point, at, host, why in rows]
+    say_table(_FORGOTTEN_HEADERS, table)
+
+
+def _deleted(config: Config | None, vms: Sequence[StoredVm]) -> dict[VmId, bool | None]:
+    """Whether each VM was deleted from the configured datastore; None where that is not known."""
+    try:
+        here = None if config is None else datastore_vms_of(config)
+    except VmfsStubError:  # such as for whoever may not look into the backing directory, and may well list points
+        here = None
+    return {vm.vm_id: None if here is None else here.has_deleted(vm) for vm in vms}
+
+
+def _json_row(stored: StoredVm, point: PointSummary, pin_count: int, deleted: bool | None) -> dict[str, object]:
     return {
         "vm": stored.name,
         "vm_id": stored.vm_id,
@@ -53,4 +92,6 @@ def _json_row(stored: StoredVm, point: PointSummary) -> dict[str, object]:
         "files": point.file_count,
         "size_bytes": point.size_bytes,
         "damaged": point.damaged,
+        "pins": pin_count,
+        "deleted": deleted,
     }

@@ -14,12 +14,14 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from vmfs_stub.core.errors import PrimaryError, PrimaryIOError, Unsupported, VmfsStubError
+from vmfs_stub.core.ids import VmId
 from vmfs_stub.core.names import PRIVATE_DIR, printable
 from vmfs_stub.core.sites import PLAIN, FileCalls
-from vmfs_stub.inventory.identity import ensure_vm_id
+from vmfs_stub.inventory.identity import ensure_vm_id, read_vm_id
 from vmfs_stub.inventory.vm import Scan, UnreadVm, Vm, VmFile
 
 _SKIPPED = frozenset({PRIVATE_DIR, "lost+found"})
@@ -35,7 +37,7 @@ log = logging.getLogger(__name__)
 class DirectoryInventory:
     """VMs of one backing directory; blocking, thread-safe.
 
-    A scan gives every VM an identity, so only the daemon that serves the directory may use it.
+    A scan gives every VM an identity, so only the daemon that serves the directory may make one.
     """
 
     def __init__(self, backing: Path, *, files: FileCalls = PLAIN) -> None:
@@ -48,25 +50,59 @@ class DirectoryInventory:
 
         A VM that cannot be read is told of, and hides no other: its user may have seen to that.  Raises PrimaryIOError.
         """
-        with self._lock:
-            try:
-                top_fd = self._files.call("inventory.open", os.open, self._backing, _DIRECTORY)
-            except OSError as exc:
-                raise PrimaryIOError(f"cannot open the backing directory {self._backing}: {exc.strerror}") from exc
-            try:
-                device = os.fstat(top_fd).st_dev
-                names = self._names(top_fd)
-                found = [self._tolerant_vm(top_fd, name, device) for name in names if name not in _SKIPPED]
-            except OSError as exc:
-                raise PrimaryIOError(f"cannot read the backing directory {self._backing}: {exc}") from exc
-            finally:
-                os.close(top_fd)
+        with self._lock, self._opened() as (top_fd, device):
+            names = self._names(top_fd)
+            found = [self._tolerant_vm(top_fd, name, device) for name in names if name not in _SKIPPED]
         vms = sorted((vm for vm in found if isinstance(vm, Vm)), key=lambda vm: (vm.name, vm.path))
         return Scan(tuple(vms), tuple(vm for vm in found if isinstance(vm, UnreadVm)))
 
     def find(self, name: str) -> Vm:
         """The VM of that name, id or entry; raises VmNotFound, AmbiguousName, PrimaryIOError."""
         return self.scan().find(name)
+
+    def ids(self) -> frozenset[VmId]:
+        """The ids of all VMs that have one; gives none, so that others than the daemon may ask, too.
+
+        Whoever misses a VM in it takes it for deleted, so all must be certain: raises PrimaryIOError, Unsupported when
+        no daemon has ever served this directory, or something in it cannot be read, or no VM at all has an id.
+        """
+        with self._opened() as (top_fd, device):
+            names = self._names(top_fd)
+            if PRIVATE_DIR not in names:
+                raise PrimaryIOError(
+                    f"no daemon has served the backing directory {self._backing}: is what belongs there mounted?"
+                )
+            found = [each for name in names if name not in _SKIPPED for each in self._id(top_fd, name, device)]
+        ids = frozenset(vm_id for vm_id in found if vm_id is not None)
+        if found and not ids:  # as everybody without CAP_SYS_ADMIN sees it
+            raise PrimaryIOError(
+                f"which VMs are in {self._backing} cannot be told: no identity can be read; run this as root"
+            )
+        return ids
+
+    def _id(self, top_fd: int, name: str, device: int) -> list[VmId | None]:
+        """The id of the VM of that name, if it is one; None when it has no id yet."""
+        path_fd = self._files.call("inventory.open", os.open, name, _HANDLE, dir_fd=top_fd)
+        try:
+            st = os.fstat(path_fd)
+            is_vm = st.st_dev == device and (stat.S_ISDIR(st.st_mode) or stat.S_ISREG(st.st_mode))
+            return [read_vm_id(path_fd, files=self._files)] if is_vm else []
+        finally:
+            os.close(path_fd)
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[int, int]]:
+        """Descriptor and device of the backing directory; raises PrimaryIOError for an OSError within, too."""
+        try:
+            top_fd = self._files.call("inventory.open", os.open, self._backing, _DIRECTORY)
+        except OSError as exc:
+            raise PrimaryIOError(f"cannot open the backing directory {self._backing}: {exc.strerror}") from exc
+        try:
+            yield top_fd, os.fstat(top_fd).st_dev
+        except OSError as exc:
+            raise PrimaryIOError(f"cannot read the backing directory {self._backing}: {exc}") from exc
+        finally:
+            os.close(top_fd)
 
     def _tolerant_vm(self, top_fd: int, name: str, device: int) -> Vm | UnreadVm | None:
         shown = printable(name)
