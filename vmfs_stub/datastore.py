@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import trio
 
 from vmfs_stub.catalog.catalog import Catalog
 from vmfs_stub.config import Config
-from vmfs_stub.control.jobs import JobProgress, Jobs, failed_outcome, one_by_one
+from vmfs_stub.control.jobs import JobProgress, Jobs, failed_outcome, failure_info, one_by_one
 from vmfs_stub.control.messages import (
     DaemonStatus,
     DiskRow,
@@ -36,7 +37,7 @@ from vmfs_stub.control.messages import (
 )
 from vmfs_stub.control.peer import Peer
 from vmfs_stub.core.errors import InUse, PrimaryIOError, RecallsHeld, VmfsStubError
-from vmfs_stub.core.ids import JobId, VmId
+from vmfs_stub.core.ids import JobId, PointId, VmId
 from vmfs_stub.core.names import printable
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.vm import Scan, UnreadVm, Vm, VmFile
@@ -47,6 +48,7 @@ from vmfs_stub.services.disk import Caller, Disk
 from vmfs_stub.services.disk_name import disk_label
 from vmfs_stub.services.disk_services import DiskServices
 from vmfs_stub.services.findings import Findings
+from vmfs_stub.services.retention import apply_rules
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.store import Store
 
@@ -394,14 +396,34 @@ class Datastore:
         message = abandoned
         if left_out and not message:
             message = f"without {len(left_out)} FIFOs, sockets or devices, which no backup holds: {left_out[0]}"
+        forgotten, retention = await self._forget(vm)
         shown = {
             "placeholders": placeholders,
             "abandoned": abandoned,
             "left_out": left_out,
-            "message": message,
+            "forgotten": forgotten,
+            "message": "; ".join(filter(None, (message, retention))),
             "outcome": outcome,
         }
         return VmOutcome.model_validate({**asdict(report), **shown})
+
+    async def _forget(self, vm: Vm) -> tuple[list[PointId], str]:
+        """Apply [retention] to a VM that was backed up: what was forgotten, and what to say of it.
+
+        Whatever goes wrong with that is no failure of the backup.
+        """
+        rules = self._config.retention.rules
+        if rules.keeps_all:
+            return [], ""
+        try:
+            verdicts = await apply_rules(
+                self._threads, self._store, vm.id, rules, host=socket.gethostname(), now_s=time.time()
+            )
+        except Exception as exc:
+            failure = failure_info(f"forgetting restore points of VM {vm.name}", exc)
+            return [], f"not all restore points that are due could be forgotten: {failure.message}"
+        forgotten = [verdict.point.point_id for verdict in verdicts if not verdict.is_kept]
+        return forgotten, f"older restore points forgotten: {len(forgotten)}" if forgotten else ""
 
     async def _bring_back(self, vm: Vm, progress: Callable[[int], None]) -> VmOutcome:
         for file in vm.files:

@@ -22,9 +22,10 @@ from tests.store_fakes import FakeObjects, SitedObjects, packs_condemned, refuse
 from vmfs_stub.catalog.catalog import Catalog
 from vmfs_stub.config import Config, parse_config
 from vmfs_stub.control.jobs import Jobs, open_jobs
+from vmfs_stub.control.messages import JobInfo, JobReport
 from vmfs_stub.control.peer import Peer
 from vmfs_stub.core.errors import MapFrozen, ObjectMissing, PointNotFound, PrimaryIOError, StoreConflict, VmfsStubError
-from vmfs_stub.core.ids import PackId, PlaceholderId, PointId, VmId, WriterId
+from vmfs_stub.core.ids import JobId, PackId, PlaceholderId, PointId, VmId, WriterId
 from vmfs_stub.datastore import Datastore
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.mount.attributes import Change, Requester
@@ -499,18 +500,29 @@ async def keep_history(services: Services) -> None:
 
 async def use_datastore(services: Services) -> None:
     """An operator lists the disks and has the VM brought back."""
+    await _with_datastore(services, "", _list_and_recall)
+
+
+async def back_up_by_rules(services: Services) -> None:
+    """A backup after which the one before it is not wanted any more."""
+    await _with_datastore(services, "[retention]\nkeep_last = 1\n", _back_up_and_forget)
+
+
+async def _with_datastore(services: Services, text: str, act: Callable[[Datastore, Services], Awaitable[None]]) -> None:
     rig = services.rig
     where = f'name = "vms"\nbacking = "{rig.backing}"\nmountpoint = "{rig.base}/mount"\nruntime_dir = "{rig.runtime}"'
-    config = parse_config(f'[datastore]\n{where}\n[store]\nurl = "{(rig.base / "store").as_uri()}"\n', origin="test")
+    store = f'url = "{(rig.base / "store").as_uri()}"'
+    config = parse_config(f"[datastore]\n{where}\n[store]\n{store}\n{text}", origin="test")
     catalog = Catalog.in_memory()
     with closing(catalog), single_error():
         async with open_jobs(catalog, running_max=1, kept=1) as jobs:
-            await _list_and_recall(services, config, catalog, jobs)
+            with closing(_datastore(services, config, catalog, jobs)) as datastore:
+                await act(datastore, services)
 
 
-async def _list_and_recall(services: Services, config: Config, catalog: Catalog, jobs: Jobs) -> None:
+def _datastore(services: Services, config: Config, catalog: Catalog, jobs: Jobs) -> Datastore:
     rig = services.rig
-    datastore = Datastore(
+    return Datastore(
         config=config,
         threads=services.threads,
         inventory=DirectoryInventory(rig.backing, files=services.files),
@@ -523,21 +535,47 @@ async def _list_and_recall(services: Services, config: Config, catalog: Catalog,
         reserve=partial(services.private.reserve.fill, services.files),
         stop=trio.Event(),
     )
-    with closing(datastore):
-        if len(await datastore.list_disks("vm")) != len(PATHS):
-            raise OSError(errno.EIO, "a disk is not listed")
-        job = await datastore.start_recall(["vm"], peer=Peer(1, 0, 0))
-        while (info := await datastore.job(job)).state == "running":  # noqa: ASYNC110 - as a client does
-            await trio.sleep(0.001)
-        if info.state == "interrupted":
-            await trio.sleep_forever()  # killed, which ends this soon
-        if info.state != "done":
-            if "log has the traceback" in str(info.error):
-                raise NotWhole(f"a programming error: {info.error}")
-            error = MapFrozen if "MapFrozen" in str(info.error) else PrimaryIOError
-            raise error(str(info.error))
 
 
+async def _list_and_recall(datastore: Datastore, services: Services) -> None:
+    if len(await datastore.list_disks("vm")) != len(PATHS):
+        raise OSError(errno.EIO, "a disk is not listed")
+    await _done(datastore, await datastore.start_recall(["vm"], peer=ROOT_PEER))
+
+
+async def _back_up_and_forget(datastore: Datastore, services: Services) -> None:
+    """What goes wrong with forgetting fails no backup, and is told."""
+    job = await datastore.start_backup(["vm"], archive=False, peer=ROOT_PEER)
+    try:
+        info = await _done(datastore, job)
+    except VmfsStubError as exc:
+        if services.files.spoiled & {"store.forgotten.list", "store.forgotten.put"}:
+            raise NotWhole(f"a backup failed by what comes after it: {exc}") from exc
+        raise
+    (outcome,) = JobReport.model_validate(info.result).vms
+    if "log has the traceback" in outcome.message:
+        raise NotWhole(f"a programming error: {outcome.message}")
+    failed = services.files.spoiled & {"store.forgotten.list", "store.forgotten.put", "store.manifest.list"}
+    wanted = "could be forgotten: planted" if failed else "older restore points forgotten: 1"
+    if wanted not in outcome.message and (failed or not services.files.spoiled):
+        raise NotWhole(f"not told what was forgotten: {outcome}")
+
+
+async def _done(datastore: Datastore, job: JobId) -> JobInfo:
+    """Wait for a job as a client does; raises what it failed with."""
+    while (info := await datastore.job(job)).state == "running":  # noqa: ASYNC110
+        await trio.sleep(0.001)
+    if info.state == "interrupted":
+        await trio.sleep_forever()  # killed, which ends this soon
+    if info.state != "done":
+        if "log has the traceback" in str(info.error):
+            raise NotWhole(f"a programming error: {info.error}")
+        error = MapFrozen if "MapFrozen" in str(info.error) else PrimaryIOError
+        raise error(str(info.error))
+    return info
+
+
+ROOT_PEER = Peer(1, 0, 0)
 OWNER = Requester(pid=1, uid=0, gid=0, umask=0o022)
 
 
@@ -621,6 +659,7 @@ SCENARIOS = [
     Scenario("back_up_being_written", being_written, back_up),
     Scenario("back_up_damaged_segments", with_damaged_segments, back_up),
     Scenario("back_up_condemned", backed_up, back_up_condemned),
+    Scenario("back_up_by_rules", backed_up, back_up_by_rules),
     Scenario("archive_written", written_since, archive),
     Scenario("write_after_backup", backed_up, write_and_sync, WRITES),
     Scenario("write_again", being_written, write_and_sync, WRITES),
