@@ -48,7 +48,7 @@ from vmfs_stub.services.disk import Caller, Disk
 from vmfs_stub.services.disk_name import disk_label
 from vmfs_stub.services.disk_services import DiskServices
 from vmfs_stub.services.findings import Findings
-from vmfs_stub.services.retention import apply_rules
+from vmfs_stub.services.retention import apply_rules, problem_of
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.store import Store
 
@@ -420,9 +420,11 @@ class Datastore:
                 self._threads, self._store, vm.id, rules, host=socket.gethostname(), now_s=time.time()
             )
         except Exception as exc:
-            failure = failure_info(f"forgetting restore points of VM {vm.name}", exc)
-            return [], f"not all restore points that are due could be forgotten: {failure.message}"
+            return [], _not_forgotten(vm, exc)
         forgotten = [verdict.point.point_id for verdict in verdicts if not verdict.is_kept]
+        problem = problem_of(verdicts)
+        if problem is not None:
+            return forgotten, _not_forgotten(vm, problem)
         return forgotten, f"older restore points forgotten: {len(forgotten)}" if forgotten else ""
 
     async def _bring_back(self, vm: Vm, progress: Callable[[int], None]) -> VmOutcome:
@@ -441,6 +443,11 @@ class Datastore:
             await self._hydration.bring_back(path_fd, progress=progress)
         finally:
             os.close(path_fd)
+
+
+def _not_forgotten(vm: Vm, error: Exception) -> str:
+    failure = failure_info(f"forgetting restore points of VM {vm.name}", error)
+    return f"not all restore points that are due could be forgotten: {failure.message}"
 
 
 @contextmanager

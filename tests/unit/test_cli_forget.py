@@ -174,6 +174,16 @@ def test_rules_apply_to_the_vms_of_this_datastore(run: Run, place: Place) -> Non
     assert [(row["kept"], row["why"]) for row in other] == [(True, "not a VM of this datastore")] * 2
 
 
+def test_a_wrong_clock_stops_the_rules_and_is_told(run: Run, place: Place) -> None:
+    place.configure("keep_last = 1\n")
+    db = place.vm_id("db")
+    place.add(db, "db", 2, 1, -3)
+    result = run("forget", "--by-rules", "--json")
+    assert (result.code, place.marks()) == (ExitCode.REFUSED, set())
+    assert f"VM {db}: a restore point of this VM is from the future" in result.err
+    assert [row["kept"] for row in json.loads(result.out)] == [True] * 3
+
+
 def test_without_rules_all_is_kept(run: Run, place: Place) -> None:
     place.add(place.vm_id("db"), "db", 300, 200, 1)
     rows = json.loads(run("forget", "--by-rules", "--json").out)

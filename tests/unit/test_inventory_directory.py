@@ -227,6 +227,13 @@ def test_ids_that_cannot_be_told_are_an_error(backing: Path, monkeypatch: pytest
         inventory.ids()
     inventory.scan()
     assert len(inventory.ids()) == 1
+    (backing / "b").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", backing / "b"], check=True)
+    try:
+        with pytest.raises(PrimaryIOError, match=r"b in .* hides what is below it"):
+            inventory.ids()
+    finally:
+        subprocess.run(["umount", backing / "b"], check=True)
     monkeypatch.setattr("vmfs_stub.inventory.directory._list_names", lambda fd: [PRIVATE_DIR, "a.raw", "gone"])
     with pytest.raises(PrimaryIOError, match="cannot read the backing directory"):
         inventory.ids()

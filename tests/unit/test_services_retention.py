@@ -13,7 +13,7 @@ from vmfs_stub.core.errors import CorruptStoreObject, PointPinned, StoreUnavaila
 from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
 from vmfs_stub.core.retention import Retention
 from vmfs_stub.services.datastore_vms import DatastoreVms
-from vmfs_stub.services.retention import Verdict, apply_rules, by_age, by_rules, carry_out
+from vmfs_stub.services.retention import Verdict, apply_rules, by_age, by_rules, carry_out, problem_of
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.keys import forgotten_key, manifest_key, pin_key
 from vmfs_stub.store.pins import Pin, encode_pin
@@ -79,6 +79,7 @@ def test_a_point_from_the_future_stops_the_rules(ahead_days: float, is_applied: 
     verdicts = by_rules(points_of(2, 1, -ahead_days), Retention(keep_last=1), now_s=NOW_S)
     assert [verdict.is_kept for verdict in verdicts] == ([False, False, True] if is_applied else [True] * 3)
     assert ("set the clock" in verdicts[0].why) is not is_applied
+    assert (problem_of(verdicts) is None) is is_applied
 
 
 def test_a_deleted_vm_is_forgotten_as_a_whole_when_its_newest_point_is_old() -> None:
@@ -104,6 +105,8 @@ def test_a_verdict_is_carried_out_unless_placeholders_depend_on_the_point(object
         assert [verdict.is_kept for verdict in done] == [True, True, False, True, True]
         assert "1 placeholder in datastore images of host host2" in done[0].why
         assert [type(verdict.error) for verdict in done[:3]] == [PointPinned, CorruptStoreObject, type(None)]
+        assert problem_of(done) is done[1].error
+        assert problem_of([done[0], *done[2:]]) is None
         if dry_run:
             assert objects.contents == before
     assert set(objects.contents) - set(before) == {forgotten_key(VM, points[2].point_id)}

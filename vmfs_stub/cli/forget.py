@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vmfs_stub.cli.context import argument_names, datastore_vms_of, store_and_config_of
-from vmfs_stub.cli.exit_codes import exit_code_of
-from vmfs_stub.cli.output import say_json, say_table, time_text, warn
+from vmfs_stub.cli.output import say_json, say_table, time_text
 from vmfs_stub.cli.stored_vms import find_stored_vm, named_points
-from vmfs_stub.core.errors import ConfigError, PointPinned
+from vmfs_stub.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from vmfs_stub.config import Config
@@ -48,7 +47,7 @@ def forget(
 
     Those that placeholders depend on are kept.
     """
-    from vmfs_stub.services.retention import carry_out
+    from vmfs_stub.services.retention import carry_out, problem_of
 
     if not names and not by_rules:
         raise ConfigError("name restore points, as VM@POINT, or use --by-rules")
@@ -63,12 +62,10 @@ def forget(
             done.append((vm, carry_out(found, verdict, host=socket.gethostname(), dry_run=dry_run)))
     finally:
         _show(done, dry_run=dry_run, json=json)
-    errors = [verdict.error for _, verdict in done if verdict.error is not None]
-    unexpected = [error for error in errors if not (by_rules and isinstance(error, PointPinned))]
-    for error in unexpected:
-        warn(str(error))
-    if unexpected:
-        raise typer.Exit(exit_code_of(unexpected[0]))
+    verdicts = [verdict for _, verdict in done]
+    problem = problem_of(verdicts) if by_rules else next(filter(None, (verdict.error for verdict in verdicts)), None)
+    if problem is not None:
+        raise problem
 
 
 def _named(vms: Sequence[StoredVm], names: Sequence[str]) -> Iterator[Judged]:

@@ -63,8 +63,9 @@ class DirectoryInventory:
     def ids(self) -> frozenset[VmId]:
         """The ids of all VMs that have one; gives none, so that others than the daemon may ask, too.
 
-        Whoever misses a VM in it takes it for deleted, so all must be certain: raises PrimaryIOError, Unsupported when
-        no daemon has ever served this directory, or something in it cannot be read, or no VM at all has an id.
+        Whoever misses a VM in it takes it for deleted, so all must be certain.  Raises PrimaryIOError, Unsupported when
+        no daemon has ever served this directory, something in it cannot be read or is covered by a mount, or no VM at
+        all has an id.
         """
         with self._opened() as (top_fd, device):
             names = self._names(top_fd)
@@ -85,7 +86,11 @@ class DirectoryInventory:
         path_fd = self._files.call("inventory.open", os.open, name, _HANDLE, dir_fd=top_fd)
         try:
             st = os.fstat(path_fd)
-            is_vm = st.st_dev == device and (stat.S_ISDIR(st.st_mode) or stat.S_ISREG(st.st_mode))
+            if st.st_dev != device:
+                raise PrimaryIOError(
+                    f"{printable(name)} in {self._backing} hides what is below it: it is mounted there"
+                )
+            is_vm = stat.S_ISDIR(st.st_mode) or stat.S_ISREG(st.st_mode)
             return [read_vm_id(path_fd, files=self._files)] if is_vm else []
         finally:
             os.close(path_fd)

@@ -7,11 +7,11 @@ This module must not know where rules come from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from vmfs_stub.core.errors import IntegrityError, PointPinned, UnknownFormat, VmfsStubError
+from vmfs_stub.core.errors import IntegrityError, PointPinned, Refused, UnknownFormat, VmfsStubError
 from vmfs_stub.core.ids import VmId
 from vmfs_stub.core.retention import DatedPoint, Retention, kept
 from vmfs_stub.services.threads import Threads
@@ -40,7 +40,7 @@ class Verdict:
 def by_rules(points: Sequence[PointSummary], rules: Retention, *, now_s: float) -> list[Verdict]:
     """What the rules say of the points of a VM that exists, in their order; ``now_s`` is Unix time."""
     if any(point.created_s > now_s + CLOCK_SLACK_S for point in points):
-        return keep_all(points, _FROM_THE_FUTURE)
+        return keep_all(points, _FROM_THE_FUTURE, Refused(f"VM {points[0].vm_id}: {_FROM_THE_FUTURE}"))
     dated = [DatedPoint(point.point_id, point.created_s) for point in points if point.damaged is None]
     reasons = kept(dated, rules, zone=None)
     return [_by_rules(point, reasons.get(point.point_id), rules) for point in points]
@@ -58,9 +58,15 @@ def by_age(points: Sequence[PointSummary], days: int, *, now_s: float) -> list[V
     return [Verdict(point, not is_old, why) for point in points]
 
 
-def keep_all(points: Sequence[PointSummary], why: str) -> list[Verdict]:
+def keep_all(points: Sequence[PointSummary], why: str, error: VmfsStubError | None = None) -> list[Verdict]:
     """All are kept, for the same reason."""
-    return [Verdict(point, True, why) for point in points]
+    return [Verdict(point, True, why, error) for point in points]
+
+
+def problem_of(verdicts: Iterable[Verdict]) -> VmfsStubError | None:
+    """What kept a point from being forgotten, and an operator should look at: the first; pins are as they should be."""
+    errors = (verdict.error for verdict in verdicts if verdict.error is not None)
+    return next((error for error in errors if not isinstance(error, PointPinned)), None)
 
 
 def carry_out(store: Store, verdict: Verdict, *, host: str, dry_run: bool = False) -> Verdict:
@@ -96,7 +102,7 @@ async def apply_rules(
 
 def _by_rules(point: PointSummary, reasons: tuple[str, ...] | None, rules: Retention) -> Verdict:
     if point.damaged is not None:
-        return Verdict(point, True, f"cannot be read: {point.damaged}")
+        return Verdict(point, True, f"cannot be read: {point.damaged}")  # which `verify` is to make known
     if reasons is None:
         return Verdict(point, False, f"not kept by {rules.words}")
     return Verdict(point, True, "no rule" if rules.keeps_all else ", ".join(reasons))
