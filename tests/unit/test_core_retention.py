@@ -110,6 +110,12 @@ def test_each_point_has_its_reasons() -> None:
     assert list(kept(points, Retention(), zone=UTC).values()) == [(NEWEST,), (), (), ()]
 
 
+def test_a_week_across_new_year_is_one_week() -> None:
+    days = [datetime(2024, 12, 26, tzinfo=UTC), datetime(2024, 12, 30, tzinfo=UTC), datetime(2025, 1, 1, tzinfo=UTC)]
+    points = points_of([START, *(day.timestamp() for day in days)])
+    assert list(kept(points, Retention(keep_weekly=2), zone=UTC)) == [points[3].point_id, points[1].point_id]
+
+
 def test_rules_in_words() -> None:
     rules = Retention(keep_daily=7, keep_last=3)
     assert (rules.words, rules.keeps_all) == ("keep_last 3, keep_daily 7", False)

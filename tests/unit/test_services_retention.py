@@ -71,6 +71,12 @@ def test_what_cannot_be_read_counts_for_no_rule() -> None:
     verdicts = by_rules([*points[:3], damaged(points[3])], LAST_TWO, now_s=NOW_S)
     assert [verdict.is_kept for verdict in verdicts] == [False, True, True, True]
     assert verdicts[3].why == "cannot be read: checksum does not match"
+    points = [damaged(points[3]), *points[:3]]  # and is not the oldest, though its time is not known
+    assert [verdict.why for verdict in by_rules(points, Retention(keep_yearly=2), now_s=NOW_S)[1:]] == [
+        "oldest yearly",
+        "not kept by keep_yearly 2",
+        "newest, yearly",
+    ]
 
 
 @pytest.mark.parametrize(("ahead_days", "is_applied"), [(0.9, True), (1.1, False), (2**63 / DAY_S / 2, False)])
