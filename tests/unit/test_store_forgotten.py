@@ -118,7 +118,7 @@ def test_a_pin_that_comes_in_between_is_told_and_the_mark_stays() -> None:
             put_pin(objects, made, a_pin())
 
     objects.before = pin_first
-    with pytest.raises(PointPinned):
+    with pytest.raises(PointPinned, match="marked as forgotten by now"):
         forget(store, made)
     assert [point_id for _, point_id, _ in store.forgotten()] == [made.point_id]
 

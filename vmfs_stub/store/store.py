@@ -266,7 +266,10 @@ class Store:
             self.objects.put(forgotten_key(vm_id, point_id), encode_forgotten(mark, vm_id, point_id))
         except ObjectExists:
             return  # for whoever marked it first this was said already
-        self.check_unpinned(vm_id, point_id)
+        try:
+            self.check_unpinned(vm_id, point_id)
+        except PointPinned as exc:
+            raise PointPinned(f"{exc}; it is marked as forgotten by now, and stays until then") from exc
 
     def forgotten(self) -> list[tuple[VmId, PointId, Forgotten | None]]:
         """All forgotten points with their marks; None for one that cannot be read, which counts as well.
