@@ -93,6 +93,7 @@ class StoreConfig(_Section):
     url: str = Field(min_length=1)
     threads: int = Field(default=16, ge=1, le=256)
     retries_max: int = Field(default=3, ge=0, le=100)
+    listing_lag_s: float = Field(default=30, ge=0, le=86400)
     access_key_id: str = ""
     secret_access_key: str = Field(default="", repr=False)
 
@@ -218,6 +219,11 @@ class Config(_Section):
     def index_path(self) -> Path:
         """Local chunk index; it can be rebuilt from the store."""
         return self.private_dir / "index.sqlite"
+
+    @property
+    def reachability_path(self) -> Path:
+        """What garbage collection knows of manifests and segments; it can be read from the store again."""
+        return self.private_dir / "reachability.sqlite"
 
     @property
     def hold_path(self) -> Path:

@@ -10,13 +10,13 @@ from unittest import mock
 
 from tests.collection.world import Host, HostObjects, World
 from tests.store_points import finish, stored_file, write_chunks
-from vmfs_stub.core.errors import ObjectExists, ObjectMissing, PointNotFound, StoreConflict, StoreUnavailable
+from vmfs_stub.core.errors import ObjectMissing, PointNotFound, PointPinned, StoreConflict, StoreUnavailable
 from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
 from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.collector import Collector
 from vmfs_stub.store.condemned import decode_condemned
-from vmfs_stub.store.keys import CONDEMNED, FORGOTTEN, LEASES, MANIFESTS, PACKS, PENDING_SUFFIX, SEGMENTS
+from vmfs_stub.store.keys import CONDEMNED, LEASES, MANIFESTS, PACKS, PENDING_SUFFIX, SEGMENTS, forgotten_key
 from vmfs_stub.store.leases import LEASE_INTERVAL_S
 from vmfs_stub.store.objects import ObjectStore
 from vmfs_stub.store.pins import Pin, encode_pin
@@ -122,11 +122,11 @@ class Play:
             if not record.contents:
                 continue
             point = self._random.choice(list(record.contents))
-            with suppress(StoreUnavailable, ObjectExists):
+            with suppress(StoreUnavailable, PointPinned):
                 match self._random.randrange(3):
                     case 0:
                         record.forgotten.add(point)
-                        objects.put(f"{FORGOTTEN}{point[0]}/{point[1]}", b"")
+                        store.forget(*point, host=host.name, why="by hand")
                     case 1 if record.pinned.get(point):
                         placeholder = min(record.pinned[point])
                         record.pinned[point].discard(placeholder)
@@ -146,7 +146,7 @@ class Play:
     def _stays(self, objects: ObjectStore, store: Store, point: Point) -> bool:
         """First the mark, then the point: a collector deletes them in the other order."""
         try:
-            objects.size(f"{FORGOTTEN}{point[0]}/{point[1]}")
+            objects.size(forgotten_key(*point))
         except ObjectMissing:
             try:
                 store.open_point(*point)

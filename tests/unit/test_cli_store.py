@@ -42,17 +42,17 @@ def url(tmp_path: Path) -> str:
     return where
 
 
-def add_point(store: Store, vm_id: str, name: str, point_id: str) -> None:
+def add_point(store: Store, vm_id: str, name: str, point_id: str, content: bytes = CONTENT) -> None:
     index = ChunkIndex(None, store.id)
     writer = store.begin_backup(index=index)
-    appended = writer.append(writer.encode(CONTENT))
+    appended = writer.append(writer.encode(content))
     for pack in (*appended.sealed, writer.finish()):
         if pack is not None:
             writer.put_pack(pack)
     disk = StoredFile(
         path="disk.raw",
         kind=FileKind.FILE,
-        size=len(CONTENT),
+        size=len(content),
         mode=0o640,
         uid=0,
         gid=0,
@@ -200,3 +200,49 @@ def test_names_of_points() -> None:
         find_stored(vms, "nope@aaaa1")
     with pytest.raises(PointNotFound, match="can be read"):
         find_stored([stored("a" * 32, "db", "x", damaged="x")], "db")
+
+
+def test_gc_removes_what_was_forgotten_and_nothing_else(
+    run: Run, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("vmfs_stub.cli.gc.time.sleep", waits.append)
+
+    def collected(*options: str) -> dict[str, int]:
+        result = run("gc", "--store", url, "--json", *options)
+        assert result.code == 0, result
+        return {name: count for name, count in json.loads(result.out).items() if count}
+
+    add_point(Store.open(open_objects(StoreAt(url))), "c" * 32, "own", "4444" + "0" * 28, CONTENT[::-1])
+    assert collected("--dry-run") == collected() == {}
+    assert run("forget", "db@2222", "web@3333", "own@4444", "--store", url).code == 0
+    would = collected("--dry-run")
+    assert (would["points"], would["packs"], would["segments"]) == (3, 1, 3)
+    packs = [path for path in (tmp_path / "store/packs").rglob("*") if path.is_file()]
+    assert len(packs) == 2
+    assert would["bytes"] >= min(pack.stat().st_size for pack in packs)
+    assert waits == [60], "only runs wait, and one that has nothing to delete waits once"
+    assert collected() == would
+    assert len([path for path in (tmp_path / "store/packs").rglob("*") if path.is_file()]) == 1
+    assert collected() == collected("--dry-run") == {}
+    assert [row["vm"] for row in json.loads(run("points", "--store", url, "--json").out)] == ["db"]
+    assert run("verify", "--store", url).code == 0
+    assert run("restore", "db", "--to", tmp_path / "out", "--store", url).code == 0
+    assert (tmp_path / "out/disk.raw").read_bytes() == CONTENT
+
+
+def test_gc_refuses_to_guess_what_a_damaged_point_needs(
+    run: Run, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmfs_stub.cli.gc.time.sleep", lambda seconds: None)
+    assert run("forget", "web@3333", "--store", url).code == 0
+    (damaged, *_) = (tmp_path / "store/manifests" / ("a" * 32)).iterdir()
+    damaged.write_bytes(b"?" + damaged.read_bytes())
+    before = sorted((tmp_path / "store/packs").rglob("*"))
+    for options in ((), ("--dry-run",)):
+        result = run("gc", "--store", url, *options)
+        assert (result.code, damaged.name in result.err) == (ExitCode.INTEGRITY, True), result
+    assert sorted((tmp_path / "store/packs").rglob("*")) == before
+    assert run("forget", f"db@{damaged.name}", "--store", url).code == 0
+    assert run("gc", "--store", url).code == 0
+    assert len([path for path in (tmp_path / "store/packs").rglob("*") if path.is_file()]) == 1

@@ -19,6 +19,7 @@ from vmfs_stub.cli import (
     backup,
     doctor,
     forget,
+    gc,
     hold,
     init,
     ls,
@@ -54,6 +55,7 @@ app.command("recall")(recall.recall)
 app.command("restore")(restore.restore)
 app.command("points")(points.points)
 app.command("verify")(verify.verify)
+app.command("gc")(gc.gc)
 app.command("forget")(forget.forget)
 app.command("hold")(hold.hold)
 app.command("unhold")(hold.unhold)

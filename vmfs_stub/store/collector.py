@@ -54,6 +54,7 @@ from vmfs_stub.store.keys import (
     SEGMENTS,
     UNPINNED,
     dead_key,
+    forgotten_key,
     is_id,
     is_segment_id,
     is_writer_id,
@@ -99,6 +100,7 @@ class _Look:
     void: frozenset[str]
     pinned: frozenset[Point]
     forgotten: frozenset[Point]
+    points: frozenset[Point]
     pending: frozenset[str]
 
 
@@ -134,7 +136,7 @@ class Collector:
     def survey(self) -> Collected:
         """What a run would remove, as far as one look can tell; changes nothing.  Raises as `run`."""
         look = self._look()
-        going = look.forgotten - look.pinned
+        going = (look.forgotten & look.points) - look.pinned
         keys = [key for key in self._manifests() if _point_of(key) not in going]
         doomed = self._unneeded(keys, set(look.leases))
         self._collected.points = len(going)
@@ -191,8 +193,8 @@ class Collector:
             self._collected.pins += 1
         for vm_id, point_id in sorted((first.forgotten & second.forgotten) - first.pinned - second.pinned):
             self._objects.delete(manifest_key(vm_id, point_id))
-            self._objects.delete(f"{FORGOTTEN}{vm_id}/{point_id}")
-            self._collected.points += 1
+            self._objects.delete(forgotten_key(vm_id, point_id))
+            self._collected.points += (vm_id, point_id) in second.points
         self._collected.waiting_points = len(second.forgotten & second.pinned)
         for writer in sorted(dead & set(second.leases)):
             with suppress(ObjectExists):
@@ -217,12 +219,14 @@ class Collector:
                 if counter is not None:
                     leases[writer] = counter
         void = frozenset(PINS + info.key.removeprefix(UNPINNED) for info in self._objects.list(UNPINNED))
+        manifests = list(self._manifests())
         return _Look(
             leases,
             void,
             frozenset(_point_of(info.key) for info in self._objects.list(PINS) if info.key not in void),
             frozenset(_point_of(info.key) for info in self._objects.list(FORGOTTEN)),
-            frozenset(key for key in self._manifests() if key.endswith(PENDING_SUFFIX)),
+            frozenset(_point_of(key) for key in manifests if not key.endswith(PENDING_SUFFIX)),
+            frozenset(key for key in manifests if key.endswith(PENDING_SUFFIX)),
         )
 
     def _counter(self, key: str) -> int | None:

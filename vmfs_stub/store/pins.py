@@ -14,8 +14,8 @@ from vmfs_stub.core.errors import ObjectExists, StoreDenied
 from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
 from vmfs_stub.store import documents
 from vmfs_stub.store.format import FEATURES_KNOWN, PIN_VERSION
-from vmfs_stub.store.keys import pin_key, unpinned_key
-from vmfs_stub.store.objects import ObjectStore
+from vmfs_stub.store.keys import PINS, UNPINNED, pin_key, unpinned_key
+from vmfs_stub.store.objects import ObjectInfo, ObjectStore
 
 PIN_FORMAT = "vmfs-stub pin"
 
@@ -38,6 +38,12 @@ def remove_pin(objects: ObjectStore, vm_id: VmId, point_id: PointId, placeholder
     except StoreDenied:
         with suppress(ObjectExists):
             objects.put(unpinned_key(vm_id, point_id, placeholder_id), b"")
+
+
+def valid_pins(objects: ObjectStore, folder: str) -> list[ObjectInfo]:
+    """The pins in a folder of pins that are not void.  Raises: StoreUnavailable, StoreDenied."""
+    void = {PINS + mark.key.removeprefix(UNPINNED) for mark in objects.list(UNPINNED + folder.removeprefix(PINS))}
+    return [info for info in objects.list(folder) if info.key not in void]
 
 
 def encode_pin(pin: Pin, vm_id: VmId, point_id: PointId) -> bytes:

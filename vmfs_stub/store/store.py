@@ -48,7 +48,6 @@ from vmfs_stub.store.keys import (
     MANIFESTS,
     PINS,
     STORE_KEY,
-    UNPINNED,
     forgotten_key,
     forgotten_of,
     is_id,
@@ -59,7 +58,7 @@ from vmfs_stub.store.keys import (
 )
 from vmfs_stub.store.manifest import Manifest, decode_manifest
 from vmfs_stub.store.objects import ObjectInfo, ObjectStore
-from vmfs_stub.store.pins import Pin, decode_pin, remove_pin
+from vmfs_stub.store.pins import Pin, decode_pin, remove_pin, valid_pins
 
 SUMMARIES_KEPT: Final = 100_000
 """Summaries of immutable manifests kept in memory: 2,000 VMs with 30 points and room to spare."""
@@ -221,13 +220,7 @@ class Store:
         Raises: CorruptStoreObject, UnknownFormat: an unreadable pin is not an absent one.
         """
         found = []
-        pins = pins_of(vm_id, point_id)
-        void = {
-            PINS + info.key.removeprefix(UNPINNED) for info in self.objects.list(UNPINNED + pins.removeprefix(PINS))
-        }
-        for info in self.objects.list(pins):
-            if info.key in void:
-                continue
+        for info in valid_pins(self.objects, pins_of(vm_id, point_id)):
             try:
                 found.append(decode_pin(self.objects.get(info.key, size_max=DOCUMENT_SIZE_MAX), info.key))
             except ObjectMissing:
@@ -236,7 +229,7 @@ class Store:
 
     def pin_counts(self) -> dict[tuple[VmId, PointId], int]:
         """Number of pins of each restore point that has any, from the names alone.  Raises: StoreUnavailable."""
-        return dict(Counter(_points_named(self.objects.list(PINS))))
+        return dict(Counter(_points_named(valid_pins(self.objects, PINS))))
 
     def check_unpinned(self, vm_id: VmId, point_id: PointId) -> None:
         """See that no placeholder depends on a restore point.

@@ -1,0 +1,51 @@
+"""`gc`: removes from the store what no restore point and no running backup needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from contextlib import closing
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vmfs_stub.cli.context import store_and_config_of
+from vmfs_stub.cli.output import bytes_text, say, say_json, warn
+
+if TYPE_CHECKING:
+    from vmfs_stub.store.collector import Collected
+
+
+def gc(
+    ctx: typer.Context,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed, and how much.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+    store: Annotated[str | None, typer.Option(help="URL of a store; no configuration is needed then.")] = None,
+) -> None:
+    """Remove forgotten restore points, and data that nothing needs.
+
+    Backups and recalls of any host may go on meanwhile.  Only this command needs permission to delete from the store.
+    """
+    from vmfs_stub.config import StoreConfig
+    from vmfs_stub.store.collector import Collector
+    from vmfs_stub.store.reachability import Reachability
+
+    found, config = store_and_config_of(ctx, store)
+    settings = StoreConfig(url=store or "-") if config is None else config.store
+    cache = None if config is None else config.reachability_path
+    with closing(Reachability(cache, found.id, found.objects)) as reachability:
+        collector = Collector(found.objects, reachability, lag_s=settings.listing_lag_s, sleep=time.sleep, say=warn)
+        collected = collector.survey() if dry_run else collector.run()
+    if json:
+        say_json(dataclasses.asdict(collected))
+        return
+    say(_told(collected, "would be removed" if dry_run else "were removed"))
+    if collected.waiting_points:
+        say(f"{collected.waiting_points} forgotten restore points stay until no placeholder depends on them")
+
+
+def _told(collected: Collected, what: str) -> str:
+    return (
+        f"{collected.points} restore points, {collected.packs} packs and {collected.segments} segments of "
+        f"{bytes_text(collected.bytes)} {what}"
+    )
