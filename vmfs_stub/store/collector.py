@@ -5,9 +5,10 @@ listing may miss what was put.  The order, and why it is safe:
 
 1. Look at leases, pins and forgotten marks; wait; look again.  A lease whose counter stood still is dead, and a mark
    says so from then on: whatever its writer puts again, it will not commit.
-2. A forgotten point without a pin in either look is deleted.  Whoever pins an old point looks for the mark after that.
-3. What a dead writer has pending is deleted, after a void manifest is put where the committed one would be: either that
+2. What a dead writer has pending is deleted, after a void manifest is put where the committed one would be: either that
    or the writer's comes first, and the other one fails.
+3. A forgotten point without a pin in either look is deleted.  Whoever pins an old point looks for the mark after that.
+   This comes after 2, so that no void manifest takes the place of one that others know.
 4. Whatever no manifest needs, committed or pending, and no living writer has put, is condemned: its name is on a list.
 5. Wait.  A backup reads the lists after its pending manifest is there, so that it sees the list, or is seen:
 6. look at all manifests again, delete what they still do not need, then the lists.
@@ -191,11 +192,6 @@ class Collector:
             self._objects.delete(pin)
             self._objects.delete(UNPINNED + pin.removeprefix(PINS))
             self._collected.pins += 1
-        for vm_id, point_id in sorted((first.forgotten & second.forgotten) - first.pinned - second.pinned):
-            self._objects.delete(manifest_key(vm_id, point_id))
-            self._objects.delete(forgotten_key(vm_id, point_id))
-            self._collected.points += (vm_id, point_id) in second.points
-        self._collected.waiting_points = len(second.forgotten & second.pinned)
         for writer in sorted(dead & set(second.leases)):
             with suppress(ObjectExists):
                 self._objects.put(dead_key(writer), b"")
@@ -205,6 +201,11 @@ class Collector:
                     self._objects.put(committed_name(key), encode_void(secrets.token_hex(16)))
                 self._objects.delete(key)
                 self._collected.pending += 1
+        for vm_id, point_id in sorted((first.forgotten & second.forgotten) - first.pinned - second.pinned):
+            self._objects.delete(manifest_key(vm_id, point_id))
+            self._objects.delete(forgotten_key(vm_id, point_id))
+            self._collected.points += (vm_id, point_id) in second.points
+        self._collected.waiting_points = len(second.forgotten & second.pinned)
         for writer in sorted(dead & set(second.leases)):
             self._objects.delete(lease_key(writer))
             self._collected.leases += 1

@@ -1,0 +1,147 @@
+"""Garbage collection by itself; beside others it is tried in tests/collection."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from store_fakes import FakeObjects, refused_deletes
+from store_points import back_up
+
+from vmfs_stub.core.errors import CorruptSegment, StoreDenied
+from vmfs_stub.core.ids import PackId, SegmentId
+from vmfs_stub.store.collector import Collected, Collector
+from vmfs_stub.store.condemned import Condemned, encode_condemned
+from vmfs_stub.store.reachability import Reachability
+from vmfs_stub.store.store import Store
+
+CHUNK = 64 * 1024
+RANDOM = random.Random(8)
+
+
+@pytest.fixture
+def objects() -> FakeObjects:
+    return FakeObjects()
+
+
+@pytest.fixture
+def store(objects: FakeObjects) -> Store:
+    return Store.create(objects, chunk_size=CHUNK)
+
+
+def names(objects: FakeObjects, prefix: str) -> list[str]:
+    return [key.rpartition("/")[2] for key in objects.contents if key.startswith(prefix)]
+
+
+def keys(objects: FakeObjects, prefix: str) -> list[str]:
+    return [key for key in objects.contents if key.startswith(prefix)]
+
+
+def collect(store: Store, path: Path | None = None) -> Collected:
+    with closing(Reachability(path, store.id, store.objects, workers=2)) as reachability:
+        collector = Collector(store.objects, reachability, lag_s=0, sleep=lambda seconds: None, workers=2)
+        return collector.run()
+
+
+def needed(store: Store, objects: FakeObjects, path: Path | None = None) -> tuple[int, int]:
+    """Packs and segments that the manifests need, of those that are there."""
+    with closing(Reachability(path, store.id, objects, workers=2)) as reachability:
+        reachability.look(keys(objects, "manifests/"))
+        packs = sum(reachability.has_pack(PackId(name)) for name in names(objects, "packs/"))
+        return packs, sum(reachability.has_segment(SegmentId(name)) for name in names(objects, "segments/"))
+
+
+def test_what_is_known_is_not_read_again(store: Store, objects: FakeObjects, tmp_path: Path) -> None:
+    for _ in range(3):
+        back_up(store, {"disk": RANDOM.randbytes(CHUNK)})
+    assert needed(store, objects, tmp_path / "cache") == (3, 3)
+    objects.calls.clear()
+    assert needed(store, objects, tmp_path / "cache") == (3, 3)
+    assert [key for call, key in objects.calls if call == "get"] == []
+
+
+def test_what_is_known_is_believed_only_with_its_checksum(store: Store, objects: FakeObjects, tmp_path: Path) -> None:
+    """Whatever is needed and not known to be would be deleted."""
+    back_up(store, {"disk": RANDOM.randbytes(CHUNK)})
+    path = tmp_path / "cache"
+    assert needed(store, objects, path) == (1, 1)
+    with closing(sqlite3.connect(path)) as database, database:
+        assert database.execute("UPDATE objects SET named = x''").rowcount == 2
+    assert needed(store, objects, path) == (1, 1)
+
+
+@pytest.mark.parametrize("found", [b"not a database at all" * 300, b""])
+def test_a_file_that_is_damaged_is_made_afresh(
+    store: Store, objects: FakeObjects, tmp_path: Path, found: bytes
+) -> None:
+    back_up(store, {"disk": RANDOM.randbytes(CHUNK)})
+    (tmp_path / "cache").write_bytes(found)
+    assert needed(store, objects, tmp_path / "cache") == (1, 1)
+
+
+def test_a_file_of_another_store_is_not_used(store: Store, objects: FakeObjects, tmp_path: Path) -> None:
+    back_up(store, {"disk": RANDOM.randbytes(CHUNK)})
+    assert needed(store, objects, tmp_path / "cache") == (1, 1)
+    other = Store.create(other_objects := FakeObjects(), chunk_size=CHUNK)
+    other_objects.contents |= {key: data for key, data in objects.contents.items() if key != "vmfs-store.json"}
+    other_objects.calls.clear()
+    assert needed(other, other_objects, tmp_path / "cache") == (1, 1)
+    assert [key for call, key in other_objects.calls if call == "get"] != []
+
+
+def test_a_segment_that_cannot_be_read_stops_it(store: Store, objects: FakeObjects) -> None:
+    back_up(store, {"disk": RANDOM.randbytes(CHUNK)})
+    (key,) = keys(objects, "segments/")
+    objects.contents[key] = b"?"
+    objects.contents["packs/ab/" + "a" * 32] = b"garbage"
+    with pytest.raises(CorruptSegment):
+        collect(store)
+    assert "packs/ab/" + "a" * 32 in objects.contents
+    assert keys(objects, "condemned/") == []
+
+
+def test_a_host_that_may_not_delete_is_told_so_before_anything(store: Store, objects: FakeObjects) -> None:
+    objects.contents["packs/aa/" + "a" * 32] = b"garbage"
+    with refused_deletes(objects), pytest.raises(StoreDenied, match="may not delete"):
+        collect(store)
+    assert {key.split("/")[0] for key in objects.contents} == {"vmfs-store.json", "packs", "doctor-probe"}
+
+
+def test_what_goes_is_on_a_list_when_it_goes(store: Store, objects: FakeObjects) -> None:
+    back_up(store, {"disk": RANDOM.randbytes(CHUNK)})
+    garbage = [f"packs/{digit * 2}/{digit * 32}" for digit in "abc"]
+    objects.contents |= dict.fromkeys(garbage, b"12345")
+    listed: list[int] = []
+
+    def look(call: str, key: str) -> None:
+        if call == "delete" and key in garbage:
+            listed.append(len(keys(objects, "condemned/")))
+
+    objects.before = look
+    assert collect(store) == Collected(packs=3, bytes=15)
+    assert listed == [1, 1, 1]
+    assert keys(objects, "condemned/") == []
+    assert needed(store, objects) == (1, 1)
+
+
+def test_a_list_of_another_collector_stays_while_a_name_on_it_is_there(store: Store, objects: FakeObjects) -> None:
+    """That one may be about to delete it, and a backup that began to need it would lose it."""
+    back_up(store, {"disk": RANDOM.randbytes(CHUNK)})
+    (pack,) = names(objects, "packs/")
+    objects.contents["condemned/other"] = encode_condemned(Condemned(frozenset([PackId(pack)])), "")
+    objects.contents["condemned/gone"] = encode_condemned(Condemned(frozenset([PackId("d" * 32)])), "")
+    collect(store)
+    assert keys(objects, "condemned/") == ["condemned/other"]
+
+
+def test_what_a_forgotten_point_has_pending_still_is_not_voided(store: Store, objects: FakeObjects) -> None:
+    """The void one took the name of one that other collectors knew, and for them its packs were needed for ever."""
+    made = back_up(store, {"disk": RANDOM.randbytes(CHUNK)})
+    (key,) = keys(objects, "manifests/")
+    objects.contents[f"{key}.{'5' * 16}.pending"] = objects.contents[key]  # came late
+    store.forget(made.vm_id, made.point_id, host="host", why="by hand")
+    assert collect(store).points == 1
+    assert {key.split("/")[0] for key in objects.contents} == {"vmfs-store.json"}
