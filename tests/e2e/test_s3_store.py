@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from live_datastore import MIB, QUIET, LiveDatastore, MakeDatastore, noise
 from s3_bucket import Bucket
+
+from vmfs_stub.cli.exit_codes import ExitCode
 
 CONTENT = noise(24 * MIB, seed=5)
 
@@ -79,3 +82,26 @@ def test_init_needs_a_bucket_that_is_there(make_datastore: MakeDatastore, in_env
     assert refused.code != 0
     assert "no such bucket" in refused.err
     assert not datastore.config.exists()
+
+
+def test_garbage_collection_beside_a_placeholder(
+    make_datastore: MakeDatastore, in_environment: Bucket, tmp_path: Path
+) -> None:
+    bucket = in_environment
+    datastore = make_datastore(QUIET | {"store": {"listing_lag_s": 0.2}}, store=bucket.url("prefix"))
+    datastore.start()
+    disk = datastore.add_vm("vm", CONTENT)
+    datastore.cli("backup", "vm", check=0)
+    disk.write_bytes(changed := noise(24 * MIB, seed=6))
+    datastore.archive("vm")
+    before = len(list(bucket.objects().list("prefix/packs/")))
+    first, second = (row["point"] for row in json.loads(datastore.cli("points", "vm", "--json", check=0).out))
+    assert datastore.cli("forget", f"vm@{second}").code == ExitCode.REFUSED, "a placeholder depends on it"
+    datastore.cli("forget", f"vm@{first}", check=0)
+    collected = json.loads(datastore.cli("gc", "--json", check=0).out)
+    assert collected["points"] == 1
+    assert len(list(bucket.objects().list("prefix/packs/"))) == before - collected["packs"] < before
+    assert disk.read_bytes() == changed
+    datastore.cli("verify", check=0)
+    for left in ("condemned", "leases", "dead", "forgotten"):
+        assert list(bucket.objects().list(f"prefix/{left}/")) == []

@@ -145,3 +145,14 @@ def test_what_a_forgotten_point_has_pending_still_is_not_voided(store: Store, ob
     store.forget(made.vm_id, made.point_id, host="host", why="by hand")
     assert collect(store).points == 1
     assert {key.split("/")[0] for key in objects.contents} == {"vmfs-store.json"}
+
+
+def test_what_was_pending_when_it_was_listed_and_is_committed_when_it_is_read_counts(
+    store: Store, objects: FakeObjects
+) -> None:
+    back_up(store, {"disk": RANDOM.randbytes(CHUNK)})
+    (key,) = keys(objects, "manifests/")
+    (pack,) = names(objects, "packs/")
+    with closing(Reachability(None, store.id, objects, workers=1)) as reachability:
+        reachability.look([f"{key}.{'5' * 16}.pending"])
+        assert reachability.has_pack(PackId(pack))

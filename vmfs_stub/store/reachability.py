@@ -165,7 +165,13 @@ class Reachability:
             return list(executor.map(attempt, keys))
 
     def _segments_of(self, key: str) -> bytes:
-        data = self._objects.get(key, size_max=MANIFEST_SIZE_MAX)
+        try:
+            data = self._objects.get(key, size_max=MANIFEST_SIZE_MAX)
+        except ObjectMissing:
+            if not key.endswith(PENDING_SUFFIX):
+                raise
+            # Since it was listed, it was committed, unless it was withdrawn.
+            data = self._objects.get(committed_name(key), size_max=MANIFEST_SIZE_MAX)
         try:
             manifest = decode_manifest(data, committed_name(key))
         except PointNotFound:
