@@ -137,6 +137,25 @@ def test_the_mover_ends_with_a_daemon_that_is_killed(make_datastore: MakeDatasto
     datastore.archive("vm")
 
 
+def test_an_archive_that_was_cut_short_goes_on_without_storing_again(make_datastore: MakeDatastore) -> None:
+    datastore = make_datastore(QUIET)
+    datastore.start()
+    disk = datastore.add_vm("vm", CONTENT)
+    job_id = datastore.client.start_archive(["vm"])
+    wait_until("half is copied", lambda: datastore.client.job(job_id).progress.done_bytes > SIZE // 2, poll_s=0.001)
+    datastore.kill()
+    stored = stored_bytes(datastore)
+    assert stored > SIZE // 4
+    datastore.start()
+    datastore.archive("vm")
+    assert stored_bytes(datastore) < SIZE + stored // 2  # some packs were being put
+    assert disk.read_bytes() == CONTENT
+
+
+def stored_bytes(datastore: LiveDatastore) -> int:
+    return sum(path.stat().st_size for path in (datastore.store / "packs").rglob("*") if path.is_file())
+
+
 def test_a_pin_that_an_earlier_mover_puts_late_goes_too(make_datastore: MakeDatastore) -> None:
     datastore = make_datastore(QUIET)
     datastore.start()

@@ -17,6 +17,7 @@ from vmfs_stub.core.errors import NoSpace, PrimaryIOError
 from vmfs_stub.core.ids import ChunkId, PackId, StoreId
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.index_objects import encode_index
+from vmfs_stub.store.keys import pack_key
 from vmfs_stub.store.store import Store
 
 STORE = StoreId("d" * 32)
@@ -86,18 +87,27 @@ def test_sync_reads_only_what_is_new(index: ChunkIndex) -> None:
     assert set(index.lookup([ref.chunk_id for ref in first + second]).values()) == set(second)
 
 
-def test_packs_of_a_job_that_was_never_published_are_dropped_at_start(path: Path) -> None:
+def test_packs_of_a_job_that_was_cut_short_are_used_by_the_next_where_they_are_there_still(path: Path) -> None:
     objects = FakeObjects()
-    published, lost = _refs(PackId(new_id()), 5), _refs(PackId(new_id()), 5, first=5)
+    published, kept, lost = (_refs(PackId(new_id()), 5, first=first) for first in (0, 5, 10))
     index = ChunkIndex(path, STORE)
-    index.add(published[0].pack_id, published)
-    index.add(lost[0].pack_id, lost)
+    index.sync(objects)
+    for refs in (published, kept, lost):
+        objects.contents[pack_key(refs[0].pack_id)] = b"a pack"
+        index.add(refs[0].pack_id, refs)
     _publish(objects, published)
     index.sync(objects)
     index.close()
-    again = ChunkIndex(path, STORE)
-    assert set(again.lookup([ref.chunk_id for ref in published + lost]).values()) == set(published)
-    again.close()
+    del objects.contents[pack_key(lost[0].pack_id)]
+    for is_first in (True, False):
+        again = ChunkIndex(path, STORE)
+        objects.calls.clear()
+        again.sync(objects)
+        assert len([key for call, key in objects.calls if call == "size"]) == (2 if is_first else 0)
+        again.sync(objects)
+        found = again.lookup([ref.chunk_id for ref in published + kept + lost])
+        assert set(found.values()) == {*published, *kept}
+        again.close()
 
 
 @pytest.mark.parametrize("damage", ["deleted", "emptied", "cut", "junk", "another store", "no tables", "newer"])

@@ -5,7 +5,8 @@ it, or any row of it, costs time or room, never data.  SQLite bounds the memory 
 
 Invariants: a row that does not match its own checksum is never used (the file is then rebuilt); a pack that is not in
 ``packs`` is never handed out, so forgetting a pack is one row.  What is handed out is a claim, not a proof: a commit
-checks that every pack is still there.  Packs of jobs that never published an index object are dropped at start.
+checks that every pack is still there.  Packs of jobs that were cut short, and never published an index object, are used
+by the next one, so that nothing is stored twice; once after a start it is seen that they are there still.
 
 This module must not know frames' contents.
 """
@@ -30,7 +31,7 @@ from vmfs_stub.core.ids import ChunkId, PackId, StoreId
 from vmfs_stub.core.sites import PLAIN, FileCalls
 from vmfs_stub.store.format import INDEX_SIZE_MAX
 from vmfs_stub.store.index_objects import decode_index
-from vmfs_stub.store.keys import INDEX
+from vmfs_stub.store.keys import INDEX, is_id, pack_key
 from vmfs_stub.store.objects import ObjectStore
 
 T = TypeVar("T")
@@ -45,7 +46,8 @@ CREATE TABLE objects (                                       -- index objects of
 CREATE TABLE packs (                                         -- packs that may be handed out
     number INTEGER PRIMARY KEY AUTOINCREMENT,                -- never used again, so old rows of chunks stay void
     id TEXT NOT NULL UNIQUE,
-    object INTEGER);                                         -- index object that lists it; NULL: not published yet
+    object INTEGER);                                         -- index object that lists it; NULL: not published yet;
+                                                             -- 0: nor ever, but it was seen in the store
 CREATE INDEX packs_by_object ON packs (object);
 CREATE TABLE chunks (                                        -- one place per chunk; void when its pack is gone
     id BLOB PRIMARY KEY,                                     -- 32 bytes
@@ -104,8 +106,10 @@ class ChunkIndex:
         self._closed = False
         self._lock = threading.RLock()
         self._database: sqlite3.Connection | None = None
+        self._has_looked_for_unpublished = False
+        nothing: set[str] = set()
         with self._lock:
-            self._guarded(self._forget_unpublished, None)
+            self._guarded(_known_objects, nothing)
 
     def close(self) -> None:
         """Close the file for good: a thread that comes late must not open it beside the next daemon."""
@@ -163,6 +167,8 @@ class ChunkIndex:
         with self._lock:
             if self._stands_in and not self._took_up_file():
                 return SyncReport(0, 0, ())
+        if not self._has_looked_for_unpublished:
+            self._look_for_unpublished(objects)
         listed = {info.key for info in objects.list(INDEX)}
         nothing: set[str] = set()
         with self._lock:
@@ -186,6 +192,21 @@ class ChunkIndex:
                 self._guarded(partial(_insert, packs=packs, key=key), None)
             added += 1
         return SyncReport(added, len(known - listed), tuple(damaged))
+
+    def _look_for_unpublished(self, objects: ObjectStore) -> None:
+        nothing: list[PackId] = []
+        with self._lock:
+            unpublished = self._guarded(_unpublished, nothing)
+        gone = []
+        for pack_id in unpublished:
+            try:
+                objects.size(pack_key(pack_id))
+            except ObjectMissing:
+                gone.append(pack_id)
+        with self._lock:
+            self._guarded(partial(_forget, pack_ids=gone), None)
+            self._guarded(partial(_seen, pack_ids=[each for each in unpublished if each not in gone]), None)
+        self._has_looked_for_unpublished = True
 
     def _guarded(self, action: Callable[[sqlite3.Connection], T], rebuilt: T) -> T:
         """Run ``action`` in a transaction; a damaged file is made afresh, and the answer is ``rebuilt``."""
@@ -239,10 +260,6 @@ class ChunkIndex:
     def _open(self, *, in_memory: bool) -> sqlite3.Connection:
         return self._files.call("index.open", _open, None if in_memory else self._path, self._store_id)
 
-    @staticmethod
-    def _forget_unpublished(database: sqlite3.Connection) -> None:
-        database.execute("DELETE FROM packs WHERE object IS NULL")
-
 
 def _transact(database: sqlite3.Connection, action: Callable[[sqlite3.Connection], T]) -> T:
     with database:
@@ -292,6 +309,20 @@ def _forget(database: sqlite3.Connection, pack_ids: Sequence[PackId]) -> None:
     for start in range(0, len(pack_ids), _LOOKUP_MAX):
         part = pack_ids[start : start + _LOOKUP_MAX]
         database.execute(f"DELETE FROM packs NOT INDEXED WHERE id IN ({','.join('?' * len(part))})", part)
+
+
+def _unpublished(database: sqlite3.Connection) -> list[PackId]:
+    rows = database.execute("SELECT id FROM packs WHERE object IS NULL").fetchall()
+    if not all(isinstance(pack_id, str) and is_id(pack_id) for (pack_id,) in rows):
+        msg = "a pack's name is none"
+        raise _Damaged(msg)
+    return [PackId(pack_id) for (pack_id,) in rows]
+
+
+def _seen(database: sqlite3.Connection, pack_ids: Iterable[PackId]) -> None:
+    database.executemany(
+        "UPDATE packs SET object = 0 WHERE id = ? AND object IS NULL", ((pack_id,) for pack_id in pack_ids)
+    )
 
 
 def _known_objects(database: sqlite3.Connection) -> set[str]:

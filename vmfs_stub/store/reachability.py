@@ -57,12 +57,12 @@ class Reachability:
         self._workers = workers
         try:
             try:
-                self._database = _open(path, store_id)
+                self._database = _opened(path, store_id)
             except sqlite3.DatabaseError:
                 if path is None:
                     raise
                 path.unlink(missing_ok=True)
-                self._database = _open(path, store_id)
+                self._database = _opened(path, store_id)
         except (sqlite3.Error, OSError) as exc:
             raise PrimaryIOError(f"{path}: cannot be used ({exc}); it may be deleted, it is made afresh") from exc
 
@@ -198,7 +198,7 @@ def _digest(key: str, named: bytes) -> bytes:
     return xxh3_128_digest(key.encode() + b"\0" + named)
 
 
-def _open(path: Path | None, store_id: StoreId) -> sqlite3.Connection:
+def _opened(path: Path | None, store_id: StoreId) -> sqlite3.Connection:
     database = sqlite3.connect(":memory:" if path is None else path)
     try:
         database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
