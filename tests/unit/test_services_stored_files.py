@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import struct
 from collections.abc import Generator
 from pathlib import Path
@@ -37,6 +38,7 @@ def test_directories_and_links_outermost_first(tmp_path: Path) -> None:
         ("b/c", "directory", None),
         ("b/c/link", "symlink", "/nowhere"),
     ]
+    assert pickle.loads(pickle.dumps(found)) == found, "they go to the data mover"
 
 
 def test_attributes_of_directories_are_kept_and_our_own_are_not(tmp_path: Path) -> None:

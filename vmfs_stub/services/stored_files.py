@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 from vmfs_stub.core.errors import PrimaryIOError
 from vmfs_stub.core.names import XATTR_PREFIX, printable
@@ -110,7 +109,7 @@ def _directory_xattrs(files: FileCalls, entry: Entry) -> dict[str, bytes]:
 
 
 def _entry(
-    entry: Entry, kind: FileKind, *, target: str | None = None, xattrs: Mapping[str, bytes] = MappingProxyType({})
+    entry: Entry, kind: FileKind, *, target: str | None = None, xattrs: Mapping[str, bytes] | None = None
 ) -> StoredFile:
     st = entry.st
     return StoredFile(
@@ -122,6 +121,6 @@ def _entry(
         gid=st.st_gid,
         mtime_ns=st.st_mtime_ns,
         atime_ns=st.st_atime_ns,
-        xattrs=xattrs,
+        xattrs={} if xattrs is None else xattrs,
         target=target,
     )
