@@ -22,6 +22,7 @@ from vmfs_stub.cli import (
     gc,
     hold,
     init,
+    leave,
     ls,
     mount,
     points,
@@ -48,6 +49,7 @@ app = typer.Typer(
 app.command("init")(init.init)
 app.command("mount")(mount.mount)
 app.command("unmount")(unmount.unmount)
+app.command("leave")(leave.leave)
 app.command("ls")(ls.ls)
 app.command("backup")(backup.backup)
 app.command("archive")(archive.archive)

@@ -14,6 +14,7 @@ from vmfs_stub.core.errors import DaemonUnreachable
 
 if TYPE_CHECKING:
     from vmfs_stub.config import Config
+    from vmfs_stub.control.client import ControlClient
 
 
 def unmount(
@@ -24,10 +25,16 @@ def unmount(
     config = load_config_of(ctx)
     client = client_of(config)
     try:
-        pid = client.status().daemon.pid
+        client.status()
     except DaemonUnreachable as exc:
         _without_daemon(config, exc, force=force)
-        return
+    else:
+        end_daemon(client, config, force=force)
+
+
+def end_daemon(client: ControlClient, config: Config, *, force: bool) -> None:
+    """Unmount, and wait until the daemon's process is gone.  Raises InUse, DaemonUnreachable."""
+    pid = client.status().daemon.pid
     try:
         process = os.pidfd_open(pid)
     except ProcessLookupError:

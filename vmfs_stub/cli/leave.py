@@ -1,0 +1,137 @@
+"""`leave`: the way out: plain files where the VMs were, for which no tool is needed any more.
+
+Everything is recalled and the daemon ended before anything is taken away, and nothing is while one placeholder is left.
+Each step can be repeated: a `leave` that fails is run again.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from vmfs_stub.cli.context import client_of, load_config_of
+from vmfs_stub.cli.job_progress import follow_job
+from vmfs_stub.cli.output import bytes_text, say, warn
+from vmfs_stub.cli.unmount import end_daemon
+from vmfs_stub.core.errors import DaemonUnreachable, DatastoreLocked, PrimaryIOError, Refused
+from vmfs_stub.core.names import PLACEHOLDER_XATTR, PRIVATE_DIR, TOP_MODE_XATTR, XATTR_PREFIX
+
+if TYPE_CHECKING:
+    from vmfs_stub.config import Config
+    from vmfs_stub.control.client import ControlClient
+
+_TOP_MODE = 0o755
+
+
+def leave(ctx: typer.Context) -> None:
+    """Recall everything, unmount, and leave plain files at the path where hypervisors saw them.
+
+    Restore points stay in the store.  Refused while disks are open.
+    """
+    config = load_config_of(ctx)
+    client = client_of(config)
+    try:
+        client.status()
+    except DaemonUnreachable:
+        if (config.private_dir / "maps").exists() and any((config.private_dir / "maps").iterdir()):
+            raise  # only a daemon can bring back what is away
+    else:
+        _recall_all(client, config)
+        end_daemon(client, config, force=False)
+    with _locked(config):
+        _refuse_placeholders(config)
+        _remove_traces(config)
+    _move_to_mountpoint(config.datastore.backing, config.datastore.mountpoint)
+
+
+def _recall_all(client: ControlClient, config: Config) -> None:
+    away = [row for row in client.list_disks() if row.state != "resident"]
+    absent = sum(row.size_bytes - row.resident_bytes for row in away)
+    free = shutil.disk_usage(config.datastore.backing).free
+    if absent > free:
+        warn(f"{bytes_text(absent)} are absent, {bytes_text(free)} are free: it has room only if enough of it is zeros")
+    if away:
+        follow_job(client, client.start_recall(sorted({row.vm for row in away})))
+    left = [row.path for row in client.list_disks() if row.state != "resident"]
+    if left:
+        raise Refused(f"{left[0]} and {len(left) - 1} other disks are not back yet; run `vmfs-stub leave` again")
+
+
+@contextmanager
+def _locked(config: Config) -> Iterator[None]:
+    """No daemon may begin meanwhile."""
+    try:
+        fd = os.open(config.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except FileNotFoundError:
+        yield  # the private directory is gone already
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as exc:
+        raise DatastoreLocked(f"a daemon serves {config.datastore.backing}; `vmfs-stub unmount` ends it") from exc
+    finally:
+        os.close(fd)
+
+
+def _refuse_placeholders(config: Config) -> None:
+    maps = config.private_dir / "maps"
+    if maps.exists() and any(maps.iterdir()):
+        raise Refused(
+            f"placeholders are not over yet (there are maps in {maps}): `vmfs-stub mount`, see that `vmfs-stub status` "
+            "has no findings and the store is there, then `vmfs-stub leave` again"
+        )
+    for path in _all(config.datastore.backing):
+        if PLACEHOLDER_XATTR in os.listxattr(path, follow_symlinks=False):
+            raise Refused(f"{path} is a copy of a placeholder, whose absent blocks would read as zeros; remove it")
+
+
+def _remove_traces(config: Config) -> None:
+    backing = config.datastore.backing
+    try:
+        mode = int(os.getxattr(backing, TOP_MODE_XATTR), 8)
+    except (OSError, ValueError):
+        mode = _TOP_MODE
+    try:
+        for path in (backing, *_all(backing)):
+            for name in os.listxattr(path, follow_symlinks=False):
+                if name.startswith(XATTR_PREFIX):
+                    os.removexattr(path, name, follow_symlinks=False)
+        shutil.rmtree(config.private_dir, ignore_errors=True)
+        for volatile in ("maps", "changes"):
+            shutil.rmtree(config.datastore.runtime_dir / volatile, ignore_errors=True)
+        backing.chmod(mode)
+    except OSError as exc:
+        raise PrimaryIOError(f"cannot remove all traces from {backing}: {exc}; run `vmfs-stub leave` again") from exc
+
+
+def _all(backing: Path) -> Iterator[Path]:
+    """Everything below the backing directory but our own; symbolic links are not followed."""
+    for directory, folders, files in os.walk(backing):
+        if Path(directory) == backing and PRIVATE_DIR in folders:
+            folders.remove(PRIVATE_DIR)
+        yield from (Path(directory, name) for name in (*folders, *files))
+
+
+def _move_to_mountpoint(backing: Path, mountpoint: Path) -> None:
+    """Where the mount was are now the files themselves, if both are on one filesystem."""
+    from vmfs_stub.mount.mountpoint import clear_immutable
+
+    if mountpoint.exists():
+        clear_immutable(mountpoint)
+    try:
+        backing.rename(mountpoint)
+    except OSError as exc:
+        if exc.errno not in (errno.EXDEV, errno.EBUSY):
+            raise PrimaryIOError(f"cannot move {backing} to {mountpoint}: {exc.strerror}; move it yourself") from exc
+        say(f"the files are in {backing}: `mount --bind {backing} {mountpoint}` shows them at the old path")
+    else:
+        say(f"the files are in {mountpoint}, and need no daemon any more")
