@@ -18,9 +18,11 @@ from scripts.lab.soak_churn import Churn
 from scripts.lab.soak_fsx import Fsx
 from scripts.lab.soak_fuzz import FuzzSoak
 from scripts.lab.soak_kills import KillSoak
-from scripts.lab.soak_model import ModelSoak
+from scripts.lab.soak_seeds import SeedSoak
 from scripts.lab.soak_sites import SiteSoak
 from scripts.lab.soak_steps import StepSoak
+from tests.collection import hosts
+from tests.model import play
 
 
 class Soak(Protocol):
@@ -35,12 +37,16 @@ class Soak(Protocol):
         """Run it and return what is to be said at the end; raises LabError when it finds something."""
 
 
+_MODEL = "Random lives of a datastore with kills and power losses, every byte compared with memory."
+_COLLECTION = "Garbage collection beside backups of hosts that stop for long, with lagging lists and late requests."
+
 SOAKS: Mapping[str, Soak] = {
+    "collection": SeedSoak("collection", hosts.play, about=_COLLECTION),
     "churn": StepSoak("churn", Churn),
     "fsx": StepSoak("fsx", Fsx),
     "fuzz": FuzzSoak(),
     "kills": KillSoak(),
-    "model": ModelSoak(),
+    "model": SeedSoak("model", play.play, about=_MODEL),
     "sites": SiteSoak(),
 }
 

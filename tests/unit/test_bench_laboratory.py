@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.lab import soak_model
+from scripts.lab import soak_seeds
 from scripts.lab.datastore import allocated_bytes, pss_bytes, with_settings, working_directory
 from scripts.lab.failure import LabError, run
 from scripts.lab.soak_steps import run_steps
@@ -78,12 +78,14 @@ def test_a_soak_names_the_seed_and_step_that_failed() -> None:
 
 def test_the_model_s_soak_names_the_seeds_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(soak_model, "_played", lambda seeds: ((seed, "torn" if seed == 12 else "") for seed in seeds))
+    monkeypatch.setattr(
+        soak_seeds, "_played", lambda play, seeds: ((seed, "torn" if seed == 12 else "") for seed in seeds)
+    )
     with pytest.raises(LabError, match="1 of 3 seeds show something wrong: 12"):
-        soak_model.play_seeds(11, 3, say=said.append)
+        soak_seeds.play_seeds("model", print, 11, 3, say=said.append)
     assert said[0] == "model: seed 12:\ntorn"
     assert said[-1].startswith("model: 3 of 3 seeds")
-    soak_model.play_seeds(20, 3, say=said.append)
+    soak_seeds.play_seeds("model", print, 20, 3, say=said.append)
 
 
 def test_a_soak_stops_when_its_time_is_over() -> None:

@@ -1,6 +1,6 @@
-"""Model: random lives of a datastore, from many seeds on all cores: kills, power losses, every byte against memory.
+"""Plays from many seeds on all cores: random lives of a datastore, and hosts that share a store.
 
-The model is that of the tests (tests/model), which play a few seeds; without daemon or mount.
+They are those of the tests (tests/model and tests/collection), which play a few seeds; without daemon or mount.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 
 from scripts.lab.failure import LabError
-from tests.model.play import play
 
 SEEDS = 1_000
 """How many are played unless told."""
@@ -26,10 +25,16 @@ _AHEAD = 8
 """Plays that wait for a process, so that none is idle."""
 
 
-class ModelSoak:
+Play = Callable[[int], object]
+
+
+class SeedSoak:
     """Plays one seed after the other, and says at the end in which of them something was wrong."""
 
-    about = "Random lives of a datastore with kills and power losses, every byte compared with memory."
+    def __init__(self, name: str, play: Play, *, about: str) -> None:
+        self.about = about
+        self._name = name
+        self._play = play
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """How much."""
@@ -39,27 +44,27 @@ class ModelSoak:
 
     def run(self, options: argparse.Namespace, seed: int) -> str:
         """Raises LabError naming the seeds in which something was wrong."""
-        play_seeds(seed, options.seeds)
+        play_seeds(self._name, self._play, seed, options.seeds)
         return f"{options.seeds} seeds from it on, nothing was wrong"
 
 
-def play_seeds(seed: int, seeds: int, *, say: Callable[[str], None] = print) -> None:
+def play_seeds(name: str, play: Play, seed: int, seeds: int, *, say: Callable[[str], None] = print) -> None:
     """Play ``seeds`` seeds from ``seed`` on.  Raises LabError naming those in which something was wrong."""
     started_s = reported_s = time.monotonic()
     wrong = []
-    for done, (played, problem) in enumerate(_played(range(seed, seed + seeds)), start=1):
+    for done, (played, problem) in enumerate(_played(play, range(seed, seed + seeds)), start=1):
         if problem:
             wrong.append(played)
-            say(f"model: seed {played}:\n{problem}")
+            say(f"{name}: seed {played}:\n{problem}")
         if time.monotonic() - reported_s >= _REPORT_INTERVAL_S or done == seeds:
             reported_s = time.monotonic()
             rate = done / (reported_s - started_s)
-            say(f"model: {done} of {seeds} seeds, {rate:.1f} a second, {len(wrong)} with something wrong")
+            say(f"{name}: {done} of {seeds} seeds, {rate:.1f} a second, {len(wrong)} with something wrong")
     if wrong:
         raise LabError(f"{len(wrong)} of {seeds} seeds show something wrong: {' '.join(map(str, sorted(wrong)))}")
 
 
-def _played(seeds: range) -> Iterator[tuple[int, str]]:
+def _played(play: Play, seeds: range) -> Iterator[tuple[int, str]]:
     """Each seed with what was wrong in it, or nothing, in the order in which they end."""
     count = _PER_CORE * (os.cpu_count() or 1)
     left = iter(seeds)
@@ -68,14 +73,14 @@ def _played(seeds: range) -> Iterator[tuple[int, str]]:
         running: dict[Future[str], int] = {}
         while True:
             while len(running) < count + _AHEAD and (seed := next(left, None)) is not None:
-                running[executor.submit(_play, seed)] = seed
+                running[executor.submit(_problem, play, seed)] = seed
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), future.result()
 
 
-def _play(seed: int) -> str:
+def _problem(play: Play, seed: int) -> str:
     """In a process of its own; empty when nothing was wrong."""
     logging.disable(logging.CRITICAL)
     try:
