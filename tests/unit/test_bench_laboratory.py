@@ -79,7 +79,7 @@ def test_a_soak_names_the_seed_and_step_that_failed() -> None:
 def test_the_model_s_soak_names_the_seeds_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(
-        soak_seeds, "_played", lambda play, seeds: ((seed, "torn" if seed == 12 else "") for seed in seeds)
+        soak_seeds, "_played", lambda _, seeds: ((seed, "torn" if seed == 12 else "") for seed in seeds)
     )
     with pytest.raises(LabError, match="1 of 3 seeds show something wrong: 12"):
         soak_seeds.play_seeds("model", print, 11, 3, say=said.append)
