@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from store_fakes import FakeObjects
-from store_points import back_up, finish, new_id, stored_file, write_chunks
+from store_points import KEY_SOURCE, back_up, finish, new_id, stored_file, write_chunks
 
 from vmfs_stub.core.errors import (
     AlreadyExists,
@@ -25,6 +25,7 @@ from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
 from vmfs_stub.store import manifest, packs
 from vmfs_stub.store.backup_writer import EncodedBatch
 from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.key_sources import KeySource
 from vmfs_stub.store.keys import STORE_KEY
 from vmfs_stub.store.local import LocalObjects
 from vmfs_stub.store.pins import Pin
@@ -39,9 +40,16 @@ def objects() -> FakeObjects:
     return FakeObjects()
 
 
+@pytest.fixture(params=[None, KEY_SOURCE], ids=["plain", "encrypted"])
+def source(request: pytest.FixtureRequest) -> KeySource | None:
+    """What opens the store."""
+    found: KeySource | None = request.param
+    return found
+
+
 @pytest.fixture
-def store(objects: FakeObjects) -> Store:
-    return Store.create(objects)
+def store(objects: FakeObjects, source: KeySource | None) -> Store:
+    return Store.create(objects, source=source)
 
 
 def _read(store: Store, vm_id: VmId, point_id: PointId, number: int = 0) -> bytes:
@@ -99,7 +107,9 @@ def test_frames_fill_several_packs(objects: FakeObjects, store: Store, monkeypat
     made = back_up(store, {"disk": content})
     assert len(_keys(objects, "packs/")) == 10
     assert _read(store, made.vm_id, made.point_id) == content
-    listed = [ref for key in _keys(objects, "packs/") for ref in packs.read_footer(objects, key.split("/")[-1])]  # type: ignore[arg-type]
+    listed = [
+        ref for key in _keys(objects, "packs/") for ref in packs.read_footer(objects, key.split("/")[-1], store.sealing)
+    ]  # type: ignore[arg-type]
     assert len(listed) == 20
 
 
@@ -198,7 +208,7 @@ def test_a_manifest_that_is_too_large_or_out_of_bounds_for_readers_is_not_writte
             writer.commit(
                 vm_id=VmId(new_id()), point_id=PointId(new_id()), vm_name="x", host="h", files=files, metadata={}
             )
-    assert set(objects.contents) == {STORE_KEY}
+    assert {key for key in objects.contents if not key.startswith("keys/")} == {STORE_KEY}
 
 
 @pytest.mark.parametrize("how", ["gone", "condemned"])
@@ -236,7 +246,9 @@ def test_reused_objects_that_are_being_collected_fail_the_commit(
         assert _read(store, again.vm_id, again.point_id) == content
 
 
-def test_a_store_that_fails_at_any_call_leaves_no_half_point(objects: FakeObjects, store: Store) -> None:
+def test_a_store_that_fails_at_any_call_leaves_no_half_point(
+    objects: FakeObjects, store: Store, source: KeySource | None
+) -> None:
     """Fail the 1st, 2nd, 3rd… call until a backup completes: a listed point is always whole."""
     content = RANDOM.randbytes(2 * CHUNK)
     vm_id = new_id()
@@ -255,8 +267,8 @@ def test_a_store_that_fails_at_any_call_leaves_no_half_point(objects: FakeObject
         except StoreUnavailable:
             completed = False
         objects.before = lambda call, key: None
-        for point in Store.open(objects).points(VmId(vm_id), with_damaged=True):
-            assert _read(Store.open(objects), VmId(vm_id), point.point_id) == content
+        for point in Store.open(objects, source).points(VmId(vm_id), with_damaged=True):
+            assert _read(Store.open(objects, source), VmId(vm_id), point.point_id) == content
         if completed:
             break
     assert completed
@@ -342,18 +354,18 @@ def test_one_store_per_place(objects: FakeObjects) -> None:
 def test_another_store_in_its_place_is_told_from_a_race_with_garbage_collection(store: Store) -> None:
     store.check()
     other = Store.create(FakeObjects())
-    moved = Store(other.objects, store.description)
+    moved = Store(other.objects, store.description, store.key)
     with pytest.raises(WrongStore, match=f"{other.id} lies where {store.id}"):
         moved.check()
     assert not issubclass(WrongStore, StoreConflict)
 
 
-def test_a_damaged_manifest_hides_no_other_point(objects: FakeObjects, store: Store) -> None:
+def test_a_damaged_manifest_hides_no_other_point(objects: FakeObjects, store: Store, source: KeySource | None) -> None:
     first = back_up(store, {"disk": b"x"})
     second = back_up(store, {"disk": b"y"}, vm_id=first.vm_id, vm_name="renamed")
     key = f"manifests/{first.vm_id}/{first.point_id}"
     objects.contents[key] = objects.contents[key][:-5]
-    fresh = Store.open(objects)
+    fresh = Store.open(objects, source)
     assert [point.point_id for point in fresh.points(first.vm_id)] == [second.point_id]
     assert {point.damaged is None for point in fresh.points(first.vm_id, with_damaged=True)} == {True, False}
     (vm,) = fresh.vms()
@@ -367,7 +379,7 @@ def test_a_manifest_under_another_name_is_refused(objects: FakeObjects, store: S
     other = PointId(new_id())
     whole = objects.contents[f"manifests/{made.vm_id}/{made.point_id}"]
     objects.contents[f"manifests/{made.vm_id}/{other}"] = whole
-    with pytest.raises(CorruptManifest, match="another restore point"):
+    with pytest.raises(CorruptManifest, match=r"is another one|another restore point"):
         store.open_point(made.vm_id, other)
     with pytest.raises(PointNotFound):
         store.open_point(made.vm_id, PointId(new_id()))

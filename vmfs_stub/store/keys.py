@@ -29,6 +29,7 @@ CONDEMNED: Final = "condemned/"
 CONDEMNED_PACKS: Final = "condemned/packs/"
 CONDEMNED_SEGMENTS: Final = "condemned/segments/"
 PROBES: Final = "doctor-probe/"
+KEYS: Final = "keys/"
 PENDING_SUFFIX: Final = ".pending"
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}(?:/[A-Za-z0-9][A-Za-z0-9._-]{0,199}){0,7}\Z")
@@ -72,6 +73,16 @@ def is_segment_id(text: str) -> bool:
 def pack_key(pack_id: PackId) -> str:
     """Name of a pack; spread over 256 folders so that none of them grows very large."""
     return f"{PACKS}{pack_id[:2]}/{pack_id}"
+
+
+def job_of(pack_id: PackId) -> str:
+    """The nonce of the job that made a pack (16 hex digits), which all of its packs end with."""
+    return pack_id[16:]
+
+
+def key_key(key_id: str) -> str:
+    """Name of a wrapped copy of the store's key."""
+    return f"{KEYS}{_checked(key_id)}"
 
 
 def segment_key(segment_id: SegmentId) -> str:
