@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from vmfs_stub.config import Config
     from vmfs_stub.control.client import ControlClient
+    from vmfs_stub.store.key_sources import KeySource
+    from vmfs_stub.store.objects import ObjectStore
     from vmfs_stub.store.objects_url import StoreAt
     from vmfs_stub.store.store import Store
 
@@ -54,25 +56,59 @@ def client_of(config: Config) -> ControlClient:
     )
 
 
-def open_store_of(ctx: typer.Context, url: str | None) -> Store:
-    """The store at ``url``, for which no configuration is needed, else the configured one; raises as `open_store`."""
-    from vmfs_stub.store.objects_url import StoreAt
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A store that was named: where it is, and what opens it if it is encrypted."""
 
-    return open_store(StoreAt.of(load_config_of(ctx).store) if url is None else StoreAt(url))
+    at: StoreAt
+    source: KeySource | None
+    objects: ObjectStore
 
 
-def open_store(at: StoreAt) -> Store:
-    """The secondary store there; raises StoreError, ConfigError, UnknownFormat."""
+def place_of(ctx: typer.Context, url: str | None, *, key: Path | None, passphrase: Path | None) -> Place:
+    """The store at ``url``, for which no configuration is needed, else the configured one.
+
+    Its key is the one that the options name, else, of the configured store, the configured one.  Raises ConfigError.
+    """
+    from vmfs_stub.store.key_sources import read_source, source_of
+    from vmfs_stub.store.objects_url import StoreAt, open_objects
+
+    source = read_source(key_file=key, passphrase_file=passphrase)
+    if url is not None:
+        at = StoreAt(url)
+    else:
+        settings = load_config_of(ctx).store
+        at, source = StoreAt.of(settings), source or source_of(settings)
+    return Place(at, source, open_objects(at))
+
+
+def open_store_of(
+    ctx: typer.Context, url: str | None, *, key: Path | None = None, passphrase: Path | None = None
+) -> Store:
+    """The store that is named, see `place_of`; raises as `open_store`."""
+    place = place_of(ctx, url, key=key, passphrase=passphrase)
+    return _opened(place.objects, place.at.url, place.source)
+
+
+def open_store(config: Config) -> Store:
+    """The configured store; raises StoreError, StoreKeyError, ConfigError, UnknownFormat."""
+    from vmfs_stub.store.key_sources import source_of
+    from vmfs_stub.store.objects_url import StoreAt, open_objects
+
+    at = StoreAt.of(config.store)
+    return _opened(open_objects(at), at.url, source_of(config.store))
+
+
+def _opened(objects: ObjectStore, url: str, source: KeySource | None) -> Store:
     from vmfs_stub.core.errors import ObjectMissing
-    from vmfs_stub.store.objects_url import open_objects
     from vmfs_stub.store.store import Store
 
     try:
-        return Store.open(open_objects(at))
+        return Store.open(objects, source)
     except ObjectMissing as exc:
         # Not a word of `init`: in a disaster it would make an empty store in the place of one that is not mounted.
         raise ObjectMissing(
-            f"there is no vmfs-stub store at {at.url}; is what belongs there mounted, and is the URL right?"
+            f"there is no vmfs-stub store at {url}; is what belongs there mounted, and is the URL right?"
         ) from exc
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vmfs_stub.cli.context import argument_names, open_store_of
+from vmfs_stub.cli.key_options import KeyOption, PassphraseOption, StoreOption
 from vmfs_stub.cli.output import bytes_text, say_json, say_table, time_text
 from vmfs_stub.cli.stored_vms import find_stored_vm
 
@@ -20,10 +21,12 @@ def points(
     ctx: typer.Context,
     vm: Annotated[str | None, typer.Argument(help="Name or id of a VM; all without.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON list, for programs.")] = False,
-    store: Annotated[str | None, typer.Option(help="URL of a store; no configuration is needed then.")] = None,
+    store: StoreOption = None,
+    key: KeyOption = None,
+    passphrase: PassphraseOption = None,
 ) -> None:
     """List restore points, oldest first."""
-    found = open_store_of(ctx, store)
+    found = open_store_of(ctx, store, key=key, passphrase=passphrase)
     vms = found.vms() if vm is None else [find_stored_vm(found.vms(), argument_names([vm])[0])]
     rows = [(stored, point) for stored in vms for point in stored.points]
     if json:
