@@ -78,6 +78,7 @@ KINDS = {
     keys.PINS: "pin",
     keys.CONDEMNED: "condemned",
     keys.PROBES: "probe",
+    keys.KEYS: "key",
 }
 
 

@@ -9,7 +9,7 @@ import shutil
 import stat
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +19,12 @@ import trio
 
 from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, RigFiles, Services, survives_kill
 from tests.store_fakes import FakeObjects, SitedObjects, packs_condemned
+from tests.store_points import KEY_SOURCE
 from vmfs_stub.catalog.catalog import Catalog
 from vmfs_stub.config import Config, parse_config
 from vmfs_stub.control.jobs import Jobs, open_jobs
 from vmfs_stub.control.peer import Peer
-from vmfs_stub.core.errors import MapFrozen, PointNotFound, PrimaryIOError, StoreConflict, VmfsStubError
+from vmfs_stub.core.errors import AlreadyExists, MapFrozen, PointNotFound, PrimaryIOError, StoreConflict, VmfsStubError
 from vmfs_stub.core.ids import PackId, PointId, VmId
 from vmfs_stub.datastore import Datastore
 from vmfs_stub.inventory.directory import DirectoryInventory
@@ -36,6 +37,7 @@ from vmfs_stub.services import verify
 from vmfs_stub.services.restore import STAGING, restore_point
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.keyring import add_key, look_at, remove_key
 from vmfs_stub.store.keys import PACKS, SEGMENTS
 from vmfs_stub.store.packs import read_footer
 from vmfs_stub.store.probe import probe
@@ -426,6 +428,23 @@ async def check_store(services: Services) -> None:
         raise NotWhole(f"verify: {report.findings}")
 
 
+async def change_keys(services: Services) -> None:
+    """An encrypted store is made, twice, and opened; another key is added to it, and taken away."""
+    objects = SitedObjects(FakeObjects(), services.files)
+    store = Store.open_or_create(objects, chunk_size=CHUNK, source=KEY_SOURCE)
+    other = replace(KEY_SOURCE, secret=bytes(32))
+    added = add_key(objects, look_at(objects), KEY_SOURCE, other)
+    try:
+        Store.create(objects, chunk_size=CHUNK, source=KEY_SOURCE)
+        raise NotWhole("a store was made in the place of another one")
+    except AlreadyExists:
+        pass
+    for source in (KEY_SOURCE, other):
+        if Store.open(objects, source).key != store.key:
+            raise NotWhole("another key than the store's")
+    remove_key(objects, look_at(objects), KEY_SOURCE, added.key_id)
+
+
 async def keep_history(services: Services) -> None:
     """What the daemon keeps beside the disks, each damaged once."""
     base, files = services.rig.base, services.files
@@ -583,6 +602,7 @@ SCENARIOS = [
     Scenario("restore", archived, restore),
     Scenario("restore_undone", archived, restore_undone),
     Scenario("check_store", archived, check_store),
+    Scenario("change_keys", archived, change_keys),
     Scenario("keep_history", archived, keep_history),
     Scenario("use_mount", archived, use_mount),
     Scenario("use_datastore", archived, use_datastore),

@@ -146,9 +146,14 @@ def put_key(objects: ObjectStore, description: StoreDescription, key: StoreKey, 
         if unwrap(read, description, source) != key:
             raise CorruptStoreObject(f"{name}: does not open with what it was made for")
     except (IntegrityError, UnknownFormat, ObjectMissing):
-        objects.delete(name)
+        withdraw_key(objects, document)
         raise
     return document
+
+
+def withdraw_key(objects: ObjectStore, document: KeyDocument) -> None:
+    """Take back a copy of a key that came to nothing.  Raises: StoreUnavailable, StoreDenied."""
+    objects.delete(key_key(document.key_id))
 
 
 def add_key(objects: ObjectStore, seen: SeenStore, source: KeySource, new: KeySource) -> KeyDocument:

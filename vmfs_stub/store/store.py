@@ -41,13 +41,12 @@ from vmfs_stub.store.format import (
     encode_description,
 )
 from vmfs_stub.store.key_sources import KeySource
-from vmfs_stub.store.keyring import look_at, new_store_key, put_key
+from vmfs_stub.store.keyring import look_at, new_store_key, put_key, withdraw_key
 from vmfs_stub.store.keys import (
     MANIFESTS,
     STORE_KEY,
     is_id,
     job_of,
-    key_key,
     manifest_key,
     manifests_of,
     pack_key,
@@ -124,7 +123,7 @@ class Store:
             objects.put(STORE_KEY, encode_description(description))
         except ObjectExists as exc:
             if wrapped is not None:
-                objects.delete(key_key(wrapped.key_id))
+                withdraw_key(objects, wrapped)
             msg = "there is a vmfs-stub store at this place already; use it, or choose another place"
             raise AlreadyExists(msg) from exc
         return cls(objects, description, key)
