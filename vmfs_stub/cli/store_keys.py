@@ -13,7 +13,7 @@ import typer
 
 from vmfs_stub.cli.context import Place, place_of
 from vmfs_stub.cli.key_options import KeyOption, PassphraseOption, StoreOption
-from vmfs_stub.cli.output import say, say_json, say_table, time_text
+from vmfs_stub.cli.output import say, say_json, say_table, time_text, warn
 from vmfs_stub.core.errors import ConfigError, KeyMissing, Refused
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ def keys(
     """List the keys of the store."""
     place = place_of(ctx, store, key=key, passphrase=passphrase)
     seen = _seen(place)
+    for damage in seen.damaged:
+        warn(f"warning: {damage}")
     used = seen.opened_by(place.source)
     rows = [(document, document.key_id == used) for document in seen.key_documents]
     if json:
