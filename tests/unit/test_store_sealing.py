@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from store_fakes import FakeObjects
@@ -21,11 +22,13 @@ from vmfs_stub.core.errors import (
     KeyMissing,
     UnknownFormat,
 )
-from vmfs_stub.core.ids import PackId, PlaceholderId, PointId, SegmentId
+from vmfs_stub.core.ids import PackId, PlaceholderId, PointId, SegmentId, StoreId
+from vmfs_stub.mover.messages import MoverSettings
 from vmfs_stub.store import frames, sealing
 from vmfs_stub.store.chunk_index import ChunkIndex
-from vmfs_stub.store.format import FRAME_HEADER, SEAL_GROWTH
+from vmfs_stub.store.format import FRAME_HEADER, SEAL_GROWTH, StoreDescription
 from vmfs_stub.store.keys import job_of, pack_key, segment_key
+from vmfs_stub.store.objects_url import StoreAt
 from vmfs_stub.store.packs import read_footer
 from vmfs_stub.store.pins import Pin
 from vmfs_stub.store.sealing import PLAIN, PLAIN_FRAMES, AesSealing, StoreKey
@@ -37,6 +40,7 @@ RANDOM = random.Random(11)
 MARKER = b"the guest's secret, in plain words"
 SECRET = StoreKey(RANDOM.randbytes(32))
 SEALING = AesSealing(SECRET)
+DESCRIPTION = StoreDescription(StoreId("d" * 32), CHUNK, is_encrypted=True)
 JOB, PACK = "0123456789abcdef", PackId("f" * 16 + "0123456789abcdef")
 
 
@@ -132,12 +136,13 @@ def test_each_job_has_a_key_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_key_is_never_shown() -> None:
-    shown = (repr(SECRET), str(SECRET), f"{SECRET}", repr(SEALING), repr(KEY_SOURCE))
+    settings = MoverSettings(StoreAt("file:///x"), DESCRIPTION, SECRET, Path("x"), 1, 1, 1, 1)
+    shown = (repr(SECRET), str(SECRET), f"{SECRET}", repr(SEALING), repr(KEY_SOURCE), repr(settings))
     for secret in (SECRET.secret, KEY_SOURCE.secret):
         for text in shown:
             assert secret.hex() not in text
             assert repr(secret)[2:12] not in text
-    assert pickle.loads(pickle.dumps(SECRET)) == SECRET  # and yet it travels to the mover
+    assert pickle.loads(pickle.dumps(settings)) == settings  # and yet it travels to the mover
 
 
 def _made() -> tuple[FakeObjects, Store, PointId]:
