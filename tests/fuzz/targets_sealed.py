@@ -17,6 +17,7 @@ from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import CorruptStoreObject, UnknownFormat
 from vmfs_stub.core.ids import ChunkId, StoreId
 from vmfs_stub.store import frames
+from vmfs_stub.store.aes_sealing import AesSealing
 from vmfs_stub.store.format import FRAME_HEADER, FRAME_LENGTH_MAX, PACK_ENTRY, StoreDescription
 from vmfs_stub.store.key_documents import (
     SCRYPT_MEMORY_MAX,
@@ -24,13 +25,12 @@ from vmfs_stub.store.key_documents import (
     Scrypting,
     decode_key_document,
     encode_key_document,
-    unwrap,
-    wrap,
 )
 from vmfs_stub.store.key_sources import KeyKind, KeySource
+from vmfs_stub.store.key_wrapping import unwrap, wrap
 from vmfs_stub.store.keyring import SeenStore, decode_seen
 from vmfs_stub.store.keys import job_of, key_key
-from vmfs_stub.store.sealing import AesSealing, StoreKey
+from vmfs_stub.store.sealing import StoreKey
 
 SECRET = StoreKey(bytes(range(32)))
 SEALING = AesSealing(SECRET)

@@ -22,7 +22,7 @@ from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import CorruptStoreObject
 from vmfs_stub.core.ids import JobId
 from vmfs_stub.primary import envelope, record
-from vmfs_stub.store import frames, key_documents, manifest, sealing
+from vmfs_stub.store import aes_sealing, frames, key_documents, manifest
 from vmfs_stub.store.documents import Fields
 from vmfs_stub.store.key_documents import encode_key_document
 from vmfs_stub.store.pins import Pin
@@ -136,15 +136,15 @@ def test_a_digest_that_says_nothing_is_found(fuzz: Fuzz, monkeypatch: pytest.Mon
 
 
 def test_a_seal_that_is_not_checked_is_found(fuzz: Fuzz, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = sealing.AesSealing.open
+    opened = aes_sealing.AesSealing.open
 
-    def trusting(self: sealing.AesSealing, data: bytes, key: str) -> bytes:
+    def trusting(self: aes_sealing.AesSealing, data: bytes, key: str) -> bytes:
         try:
             return opened(self, data, key)
         except CorruptStoreObject:
             return data[28:]
 
-    monkeypatch.setattr(sealing.AesSealing, "open", trusting)
+    monkeypatch.setattr(aes_sealing.AesSealing, "open", trusting)
     assert "a sealed object does not read back" in signatures(fuzz("sealed-object", count=500))
 
 

@@ -26,7 +26,7 @@ from vmfs_stub.core.errors import (
     VmfsStubError,
     WrongKey,
 )
-from vmfs_stub.store import documents, key_documents, keyring
+from vmfs_stub.store import documents, key_documents, key_wrapping, keyring
 from vmfs_stub.store.format import StoreDescription, decode_description, encode_description
 from vmfs_stub.store.key_documents import (
     SCRYPT_MEMORY_MAX,
@@ -34,9 +34,9 @@ from vmfs_stub.store.key_documents import (
     Scrypting,
     decode_key_document,
     encode_key_document,
-    unwrap,
 )
 from vmfs_stub.store.key_sources import KeyKind, KeySource, new_key_file, read_source
+from vmfs_stub.store.key_wrapping import unwrap
 from vmfs_stub.store.keyring import add_key, decode_seen, look_at, remove_key
 from vmfs_stub.store.keys import STORE_KEY, key_key
 from vmfs_stub.store.store import Store
@@ -242,7 +242,7 @@ def test_what_a_hostile_store_asks_for_is_bounded(
     key, _ = _document(objects)
     body = json.loads(objects.contents[key].splitlines()[0])
     objects.contents[key] = documents.encode("vmfs-stub store key", 1, {**body, **change})
-    monkeypatch.setattr(key_documents, "Scrypt", None)  # not even begun
+    monkeypatch.setattr(key_wrapping, "Scrypt", None)  # not even begun
     with pytest.raises(CorruptStoreObject, match=next(iter(change))):
         Store.open(objects, PASSPHRASE)
 
@@ -265,7 +265,7 @@ def test_keys_of_another_store_are_not_tried(objects: FakeObjects, monkeypatch: 
     """Such as one that was left by a creation that failed."""
     store = Store.create(objects, source=PASSPHRASE)
     _, document = _document(objects)
-    monkeypatch.setattr(key_documents, "Scrypt", None)
+    monkeypatch.setattr(key_wrapping, "Scrypt", None)
     assert unwrap(replace(document, store_id=store.id[::-1]), store.description, PASSPHRASE) is None  # type: ignore[arg-type]
 
 

@@ -24,14 +24,15 @@ from vmfs_stub.core.errors import (
 )
 from vmfs_stub.core.ids import PackId, PlaceholderId, PointId, SegmentId, StoreId
 from vmfs_stub.mover.messages import MoverSettings
-from vmfs_stub.store import frames, sealing
+from vmfs_stub.store import aes_sealing, frames
+from vmfs_stub.store.aes_sealing import AesSealing
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.format import FRAME_HEADER, SEAL_GROWTH, StoreDescription
 from vmfs_stub.store.keys import job_of, pack_key, segment_key
 from vmfs_stub.store.objects_url import StoreAt
 from vmfs_stub.store.packs import read_footer
 from vmfs_stub.store.pins import Pin
-from vmfs_stub.store.sealing import PLAIN, PLAIN_FRAMES, AesSealing, StoreKey
+from vmfs_stub.store.sealing import PLAIN, PLAIN_FRAMES, StoreKey
 from vmfs_stub.store.segments import Segment
 from vmfs_stub.store.store import Store
 
@@ -127,7 +128,7 @@ def test_whole_objects_are_bound_to_their_names() -> None:
 
 
 def test_each_job_has_a_key_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sealing.os, "urandom", lambda size: b"n" * size)
+    monkeypatch.setattr(aes_sealing.os, "urandom", lambda size: b"n" * size)
     same, again, other = (_frame(MARKER, job=job)[0] for job in (JOB, JOB, "0" * 16))
     assert same == again
     assert same[:32] == other[:32]

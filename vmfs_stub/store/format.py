@@ -46,6 +46,8 @@ FRAME_LZ4: Final = 0x01
 """Flag: the payload is one lz4 block without a size prefix; otherwise it is the raw bytes."""
 FRAME_SEALED: Final = 0x02
 """Flag: the payload is encrypted, its GCM tag behind it; the header's last 16 bytes are nonce (12) and zeros."""
+FRAME_MARK_AT: Final = 16
+"""Where the last 16 bytes of the header begin."""
 FRAME_TAG_SIZE: Final = 16
 FRAME_LENGTH_MAX: Final = FRAME_HEADER.size + CHUNK_SIZE_MAX + FRAME_TAG_SIZE
 """A payload is never longer than its chunk, but for its tag: what does not shrink is stored raw."""

@@ -29,8 +29,6 @@ from vmfs_stub.store.key_documents import (
     decode_key_document,
     encode_key_document,
     parse_key_document,
-    unwrap,
-    wrap,
 )
 from vmfs_stub.store.key_sources import KeySource
 from vmfs_stub.store.keys import KEYS, STORE_KEY, is_id, key_key
@@ -77,6 +75,8 @@ class SeenStore:
             )
         if source is None:
             raise KeyMissing(f"store {store_id} is encrypted: {HOW_TO_GIVE_A_KEY}")
+        from vmfs_stub.store.key_wrapping import unwrap  # memory that plain stores do not need; likewise below
+
         for document in self.key_documents:
             key = unwrap(document, self.description, source)
             if key is not None:
@@ -138,6 +138,8 @@ def put_key(objects: ObjectStore, description: StoreDescription, key: StoreKey, 
 
     Raises: CorruptStoreObject when it is not, and it is taken away again; StoreUnavailable, StoreDenied, StoreFull.
     """
+    from vmfs_stub.store.key_wrapping import unwrap, wrap
+
     document = wrap(key, description, source, key_id=secrets.token_hex(16), created_s=time.time())
     name = key_key(document.key_id)
     objects.put(name, encode_key_document(document))
