@@ -131,16 +131,22 @@ def test_there_never_is_a_store_that_nobody_can_open(objects: FakeObjects) -> No
     assert order == ["put keys", "get keys", f"put {STORE_KEY}"]
 
 
-def test_a_key_that_does_not_read_back_is_taken_away(objects: FakeObjects, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["damaged", "exchanged"])
+def test_a_key_that_does_not_read_back_is_taken_away(
+    objects: FakeObjects, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     Store.create(objects, source=KEY_SOURCE)
     seen, before = look_at(objects), dict(objects.contents)
     get = objects.get
 
-    def damaged(key: str, *, size_max: int = 1 << 20) -> bytes:
+    def other(key: str, *, size_max: int = 1 << 20) -> bytes:
         data = get(key, size_max=size_max)
-        return data if key in before else data.replace(b'"wrapped":"', b'"wrapped":"AAAA')
+        if key in before:
+            return data
+        whole_but_other = encode_key_document(replace(decode_key_document(data, key), wrapped=bytes(48)))
+        return data[:-3] if how == "damaged" else whole_but_other
 
-    monkeypatch.setattr(objects, "get", damaged)
+    monkeypatch.setattr(objects, "get", other)
     with pytest.raises(CorruptStoreObject):
         add_key(objects, seen, KEY_SOURCE, PASSPHRASE)
     assert objects.contents == before
