@@ -54,6 +54,7 @@ from vmfs_stub.services.recovery import Recovered, Recovery
 from vmfs_stub.services.resumption import resume
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.key_sources import KeySource
 from vmfs_stub.store.store import Store
 
 P = ParamSpec("P")
@@ -292,15 +293,18 @@ class Services:
 
 
 class Rig:
-    """What outlives a daemon.  ``head`` and ``tail`` are the bytes that stay resident at the ends of a disk."""
+    """What outlives a daemon.  ``head`` and ``tail`` are the bytes that stay resident at the ends of a disk.
 
-    def __init__(self, base: Path, *, head: int = 0, tail: int = 0) -> None:
+    With a ``source`` the store is encrypted.
+    """
+
+    def __init__(self, base: Path, *, head: int = 0, tail: int = 0, source: KeySource | None = None) -> None:
         self.base = base
         self.backing = base / "backing"
         self.runtime = base / "run"
         self.backing.mkdir(mode=0o700)
         self.objects = FakeObjects()
-        self.store = Store.create(self.objects, chunk_size=CHUNK)
+        self.store = Store.create(self.objects, chunk_size=CHUNK, source=source)
         self.medium = Medium(self.backing)
         self.inline = False
         """Whether lives do without threads."""
@@ -457,7 +461,7 @@ class Rig:
             free_floor_percent=0,
             archive=self.settings,
         )
-        store = Store(SitedObjects(self.objects, files), self.store.description)
+        store = Store(SitedObjects(self.objects, files), self.store.description, self.store.key)
         connected = connect_services(
             nursery,
             settings,
@@ -511,14 +515,16 @@ def _new_boot() -> BootIdentity:
 
 
 @contextlib.contextmanager
-def temporary_rig(*, head: int = 0, tail: int = 0, parent: Path | None = None) -> Iterator[Rig]:
+def temporary_rig(
+    *, head: int = 0, tail: int = 0, parent: Path | None = None, source: KeySource | None = None
+) -> Iterator[Rig]:
     """A rig in a directory of its own (in ``parent``, by default where temporary files are), removed at the end.
 
     The kernel tells of a lease that somebody wants broken by SIGIO, which would end the process.
     """
     before = signal.signal(signal.SIGIO, signal.SIG_IGN)
     base = Path(tempfile.mkdtemp(prefix="vmfs-stub-rig-", dir=parent)).resolve()
-    rig = Rig(base, head=head, tail=tail)
+    rig = Rig(base, head=head, tail=tail, source=source)
     try:
         yield rig
     finally:

@@ -85,6 +85,7 @@ KINDS = {
     keys.UNPINNED: "unpinned",
     keys.FORGOTTEN: "forgotten",
     keys.PROBES: "probe",
+    keys.KEYS: "key",
 }
 
 

@@ -9,10 +9,14 @@ from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.ids import PointId, VmId
 from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.key_sources import KeyKind, KeySource
 from vmfs_stub.store.keys import manifest_key
 from vmfs_stub.store.manifest import FileKind, Manifest, StoredFile, encode_manifest
 from vmfs_stub.store.pins import Pin
 from vmfs_stub.store.store import Store
+
+KEY_SOURCE = KeySource(KeyKind.KEY_FILE, "key file test", secrets.token_bytes(32))
+"""Opens the encrypted stores of tests."""
 
 
 def new_id() -> str:

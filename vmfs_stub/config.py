@@ -96,11 +96,29 @@ class StoreConfig(_Section):
     listing_lag_s: float = Field(default=30, ge=0, le=86400)
     access_key_id: str = ""
     secret_access_key: str = Field(default="", repr=False)
+    key_file: Path | None = None
+    passphrase_file: Path | None = None
+
+    @field_validator("key_file", "passphrase_file", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        return None if value == "" else value
+
+    @field_validator("key_file", "passphrase_file")
+    @classmethod
+    def _is_absolute(cls, value: Path | None) -> Path | None:
+        return None if value is None else _absolute(value)
 
     @model_validator(mode="after")
     def _credentials_are_whole(self) -> StoreConfig:
         if bool(self.access_key_id) != bool(self.secret_access_key):
             raise ValueError("access_key_id and secret_access_key go together: give both, or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _key_is_one(self) -> StoreConfig:
+        if self.key_file is not None and self.passphrase_file is not None:
+            raise ValueError("key_file or passphrase_file opens the store: give one of them, or neither")
         return self
 
 

@@ -55,7 +55,8 @@ from vmfs_stub.services.recovery import Recovered, Recovery
 from vmfs_stub.services.resumption import resume
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.threads import Threads
-from vmfs_stub.store.format import decode_description, encode_description
+from vmfs_stub.store.key_sources import source_of
+from vmfs_stub.store.keyring import decode_seen, look_at
 from vmfs_stub.store.objects_url import StoreAt, open_objects
 from vmfs_stub.store.store import Store
 
@@ -248,39 +249,40 @@ def open_store(config: Config) -> Store:
     """The configured store; one that is away is taken for what it was when it was last seen.
 
     Resident disks need no store, so a host must start without it.  Raises StoreError when it was never seen,
-    UnknownFormat, CorruptStoreObject.
+    StoreKeyError, ConfigError, UnknownFormat, CorruptStoreObject.
     """
-    objects = open_objects(_store_at(config))
+    objects, source = open_objects(_store_at(config)), source_of(config.store)
     try:
-        store = Store.open(objects)
+        seen = look_at(objects)
     except StoreError as exc:
         try:
             kept = config.store_copy_path.read_bytes()
         except FileNotFoundError:
             raise exc from None
         try:
-            description = decode_description(kept)
+            seen = decode_seen(kept)
         except (CorruptStoreObject, UnknownFormat) as damage:
             raise type(damage)(
                 f"the store is away ({exc}), and {config.store_copy_path}, which would stand in for its description, "
                 f"cannot be used ({damage}); start again when the store is back"
             ) from exc
         log.warning("the store is away (%s): starting without it; recalls fail until it is back", exc)
-        return Store(objects, description)
-    _keep_copy(config, encode_description(store.description))
+        return Store(objects, seen.description, seen.unlock(source))
+    store = Store(objects, seen.description, seen.unlock(source))
+    _keep_copy(config, seen.encode())
     return store
 
 
-def _keep_copy(config: Config, description: bytes) -> None:
-    """Replace the copy of the store's description when it is not that; the store is here, so failing is no harm yet."""
+def _keep_copy(config: Config, seen: bytes) -> None:
+    """Replace the copy of what opens the store when it is not that; the store is here, so failing is no harm yet."""
     path = config.store_copy_path
     new = path.with_suffix(".new")
     try:
-        if path.exists() and path.read_bytes() == description:
+        if path.exists() and path.read_bytes() == seen:
             return
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            write_fully(fd, description, 0)
+            write_fully(fd, seen, 0)
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -367,6 +369,7 @@ def _mover_settings(config: Config, store: Store) -> MoverSettings:
     return MoverSettings(
         store=_store_at(config),
         store_description=store.description,
+        store_key=store.key,
         index_path=config.index_path,
         workers=config.archive.workers,
         files_threads=config.primary.threads,

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.collection.hosts import play
-from vmfs_stub.core.errors import ObjectExists
-from vmfs_stub.store import backup_writer, collector, segments
+from vmfs_stub.store import backup_writer, collector
 from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.collector import Collector
 from vmfs_stub.store.condemned import Condemned
-from vmfs_stub.store.keys import PENDING_SUFFIX
-from vmfs_stub.store.segments import SealedSegment
+from vmfs_stub.store.keys import DEAD, PENDING_SUFFIX
 
 Patch = pytest.MonkeyPatch
 
@@ -42,7 +39,7 @@ def no_look_at_lists(patch: Patch) -> None:
 
 
 def no_look_whether_it_is_there(patch: Patch) -> None:
-    patch.setattr(BackupWriter, "_exists", lambda writer, key: True)
+    patch.setattr(BackupWriter, "_exists", lambda writer, key: not key.startswith(DEAD))
 
 
 def no_last_look(patch: Patch) -> None:
@@ -72,36 +69,6 @@ def no_void_manifest(patch: Patch) -> None:
     patch.setattr(collector, "committed_name", lambda key: f"{key.split('.')[0]}.elsewhere")
 
 
-def segments_are_named_by_their_content_alone(patch: Patch) -> None:
-    patch.setattr(segments, "segment_id_of", lambda digest, writer: digest + "0" * 16)
-    put = BackupWriter.put_segment
-
-    def put_or_find(self: BackupWriter, segment: SealedSegment) -> None:
-        with suppress(ObjectExists):
-            put(self, segment)
-        self._segments.add(segment.segment_id)
-        self._used.update(segment.packs)
-
-    patch.setattr(BackupWriter, "put_segment", put_or_find)
-
-
-def lists_of_others_are_taken_away(patch: Patch) -> None:
-    patch.setattr(Collector, "_exists", lambda self, key: False)
-
-
-def pins_are_looked_at_once(patch: Patch) -> None:
-    look = Collector._look
-
-    def first_only(self: Collector) -> Any:
-        found = look(self)
-        if self.__dict__.setdefault("first", None) is None:
-            self.__dict__["first"] = found
-            return found
-        return replace(found, pinned=frozenset())
-
-    patch.setattr(Collector, "_look", first_only)
-
-
 def pins_do_not_count(patch: Patch) -> None:
     look = Collector._look
     patch.setattr(Collector, "_look", lambda self: replace(look(self), pinned=frozenset()))
@@ -116,9 +83,6 @@ def pins_do_not_count(patch: Patch) -> None:
         pending_does_not_count,
         no_wait,
         no_void_manifest,
-        segments_are_named_by_their_content_alone,
-        lists_of_others_are_taken_away,
-        pins_are_looked_at_once,
         pins_do_not_count,
     ],
 )

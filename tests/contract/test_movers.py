@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from store_points import KEY_SOURCE
 
 from vmfs_stub.core.chunking import FrameRef, chunk_count
 from vmfs_stub.core.errors import CorruptFrame, MoverLost, PrimaryIOError, StoreError
@@ -35,6 +36,7 @@ from vmfs_stub.services.mover import FETCHES_AT_ONCE, Content, CopyOrder, Mover,
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.key_sources import KeySource
 from vmfs_stub.store.manifest import FileKind, StoredFile
 from vmfs_stub.store.objects_url import StoreAt, open_objects
 from vmfs_stub.store.pins import Pin
@@ -79,6 +81,7 @@ class Place:
         return MoverSettings(
             store=StoreAt((self.base / "store").as_uri(), retries_max=0, timeout_s=30, transfer_timeout_s=30),
             store_description=self.store.description,
+            store_key=self.store.key,
             index_path=self.base / "index.sqlite",
             workers=2,
             files_threads=4,
@@ -93,14 +96,15 @@ class Place:
                 yield mover
 
 
-@pytest.fixture(params=["local", "process"])
+@pytest.fixture(params=["local", "process", "process-encrypted"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    yield make_place(tmp_path, request.param)
+    kind, _, is_encrypted = request.param.partition("-")
+    yield make_place(tmp_path, kind, source=KEY_SOURCE if is_encrypted else None)
 
 
-def make_place(base: Path, kind: str) -> Place:
+def make_place(base: Path, kind: str, *, source: KeySource | None = None) -> Place:
     objects = open_objects(StoreAt((base / "store").as_uri()), create=True)
-    return Place(base, kind, Store.create(objects, chunk_size=CHUNK))
+    return Place(base, kind, Store.create(objects, chunk_size=CHUNK, source=source))
 
 
 def order(number: int) -> PointOrder:

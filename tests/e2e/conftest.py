@@ -25,12 +25,12 @@ def make_datastore(base: Path) -> Iterator[MakeDatastore]:
     """Makes datastores, initialised and not mounted; the first lies in ``base`` itself."""
     made: list[LiveDatastore] = []
 
-    def make(settings: Settings, *, store: Path | str | None = None) -> LiveDatastore:
+    def make(settings: Settings, *words: str | Path, store: Path | str | None = None) -> LiveDatastore:
         home = base if not made else base / f"datastore{len(made)}"
         home.mkdir(exist_ok=True)
         datastore = LiveDatastore(home, store=store)
         made.append(datastore)
-        datastore.init(settings)
+        datastore.init(settings, *words)
         return datastore
 
     yield make

@@ -122,10 +122,10 @@ class LiveDatastore:
         self.daemon: subprocess.Popen[bytes] | None = None
         self.client = ControlClient(self.runtime / "control.sock", timeout_s=30)
 
-    def init(self, settings: Settings) -> None:
-        """Create it, with a configuration that differs by ``settings`` from what ``init`` writes."""
+    def init(self, settings: Settings, *words: str | Path) -> None:
+        """Create it, with more ``words`` for ``init``, whose configuration is then changed by ``settings``."""
         where = ("--backing", self.backing, "--mountpoint", self.mountpoint, "--store", self.store_url)
-        self.cli("init", *where, "--runtime-dir", self.runtime, check=0)
+        self.cli("init", *where, "--runtime-dir", self.runtime, *words, check=0)
         self.configure(settings)
 
     def configure(self, settings: Settings) -> None:

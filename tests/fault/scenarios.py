@@ -9,7 +9,7 @@ import shutil
 import stat
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,12 +19,21 @@ import trio
 
 from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, RigFiles, Services, survives_kill
 from tests.store_fakes import FakeObjects, SitedObjects, packs_condemned, refused_deletes
+from tests.store_points import KEY_SOURCE
 from vmfs_stub.catalog.catalog import Catalog
 from vmfs_stub.config import Config, parse_config
 from vmfs_stub.control.jobs import Jobs, open_jobs
 from vmfs_stub.control.messages import JobInfo, JobReport
 from vmfs_stub.control.peer import Peer
-from vmfs_stub.core.errors import MapFrozen, ObjectMissing, PointNotFound, PrimaryIOError, StoreConflict, VmfsStubError
+from vmfs_stub.core.errors import (
+    AlreadyExists,
+    MapFrozen,
+    ObjectMissing,
+    PointNotFound,
+    PrimaryIOError,
+    StoreConflict,
+    VmfsStubError,
+)
 from vmfs_stub.core.ids import JobId, PackId, PlaceholderId, PointId, VmId, WriterId
 from vmfs_stub.datastore import Datastore
 from vmfs_stub.inventory.directory import DirectoryInventory
@@ -40,6 +49,7 @@ from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.collector import Collector
 from vmfs_stub.store.condemned import Condemned, encode_condemned
 from vmfs_stub.store.index_objects import decode_index, encode_index
+from vmfs_stub.store.keyring import add_key, look_at, remove_key
 from vmfs_stub.store.keys import CONDEMNED, FORGOTTEN, INDEX, LEASES, MANIFESTS, PACKS, SEGMENTS, STORE_KEY, pack_key
 from vmfs_stub.store.leases import LeaseState, encode_lease
 from vmfs_stub.store.packs import read_footer
@@ -468,6 +478,12 @@ async def collect(services: Services) -> None:
     writer.renew_lease()
     with refused_deletes(services.rig.objects):
         store.remove_pin(VmId("7" * 32), PointId("8" * 32), PlaceholderId("9" * 32))
+    index = ChunkIndex(None, store.id)  # of a host that was cut short
+    index.add(PackId("b" * 32), [])
+    index.sync(store.objects)
+    with closing(Reachability(None, store.id, store.objects, workers=1)) as reachability:
+        manifests = [key for key in contents if key.startswith(MANIFESTS) and "." not in key]
+        reachability.look([f"{key}.{'5' * 16}.pending" for key in manifests])  # they are committed by now
     lost = {key: contents.pop(key) for key in list(contents) if key.startswith(SEGMENTS)}
     try:
         _collect(store)
@@ -481,6 +497,23 @@ async def collect(services: Services) -> None:
     left = {key.split("/")[0] for key in contents} - {STORE_KEY, "index", "manifests", "packs", "pins", "segments"}
     if not services.files.spoiled and left != {"dead"}:
         raise NotWhole(f"garbage collection has left {sorted(left)}")
+
+
+async def change_keys(services: Services) -> None:
+    """An encrypted store is made, twice, and opened; another key is added to it, and taken away."""
+    objects = SitedObjects(FakeObjects(), services.files)
+    store = Store.open_or_create(objects, chunk_size=CHUNK, source=KEY_SOURCE)
+    other = replace(KEY_SOURCE, secret=bytes(32))
+    added = add_key(objects, look_at(objects), KEY_SOURCE, other)
+    try:
+        Store.create(objects, chunk_size=CHUNK, source=KEY_SOURCE)
+        raise NotWhole("a store was made in the place of another one")
+    except AlreadyExists:
+        pass
+    for source in (KEY_SOURCE, other):
+        if Store.open(objects, source).key != store.key:
+            raise NotWhole("another key than the store's")
+    remove_key(objects, look_at(objects), KEY_SOURCE, added.key_id)
 
 
 async def keep_history(services: Services) -> None:
@@ -679,6 +712,7 @@ SCENARIOS = [
     Scenario("restore_undone", archived, restore_undone),
     Scenario("check_store", archived, check_store),
     Scenario("collect", with_garbage, collect),
+    Scenario("change_keys", archived, change_keys),
     Scenario("keep_history", archived, keep_history),
     Scenario("use_mount", archived, use_mount),
     Scenario("use_datastore", archived, use_datastore),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.fuzz import targets_edge, targets_primary, targets_store
+from tests.fuzz import targets_edge, targets_primary, targets_sealed, targets_store
 from tests.fuzz.target import Target
 
 TARGETS: dict[str, type[Target]] = {
@@ -27,6 +27,10 @@ TARGETS: dict[str, type[Target]] = {
         targets_store.ForgottenTarget,
         targets_store.ManifestTarget,
         targets_store.RestoreTarget,
+        targets_sealed.SealedFrameTarget,
+        targets_sealed.SealedObjectTarget,
+        targets_sealed.KeyDocumentTarget,
+        targets_sealed.SeenStoreTarget,
         targets_edge.ConfigTarget,
         targets_edge.FuseInitTarget,
         targets_edge.ControlRequestTarget,

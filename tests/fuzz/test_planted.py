@@ -7,21 +7,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.fuzz import campaign, targets_primary, targets_store
+from tests.fuzz import campaign, targets_primary, targets_sealed, targets_store
 from tests.fuzz.campaign import Campaign, Result, bounded_address_space
 from tests.fuzz.registry import TARGETS
 from tests.unit.control_fakes import FakeTarget
 from vmfs_stub.control.peer import Peer
 from vmfs_stub.core.chunking import FrameRef
+from vmfs_stub.core.errors import CorruptStoreObject
 from vmfs_stub.core.ids import JobId
 from vmfs_stub.primary import envelope, record
-from vmfs_stub.store import frames, manifest
+from vmfs_stub.store import aes_sealing, frames, key_documents, manifest
 from vmfs_stub.store.documents import Fields
+from vmfs_stub.store.key_documents import encode_key_document
 from vmfs_stub.store.pins import Pin
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +133,31 @@ def test_a_digest_that_says_nothing_is_found(fuzz: Fuzz, monkeypatch: pytest.Mon
     monkeypatch.setattr("tests.fuzz.targets_store.xxh3_128_digest", lambda data: bytes(16))
     monkeypatch.setattr("tests.fuzz.targets_store.blake3", Constant)
     assert "damage not detected" in signatures(fuzz(name, count=1_000))
+
+
+def test_a_seal_that_is_not_checked_is_found(fuzz: Fuzz, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = aes_sealing.AesSealing.open
+
+    def trusting(self: aes_sealing.AesSealing, data: bytes, key: str) -> bytes:
+        try:
+            return opened(self, data, key)
+        except CorruptStoreObject:
+            return data[28:]
+
+    monkeypatch.setattr(aes_sealing.AesSealing, "open", trusting)
+    assert "a sealed object does not read back" in signatures(fuzz("sealed-object", count=500))
+
+
+def test_a_passphrase_that_costs_too_much_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    phrase = targets_sealed.sample_keys()[1]
+    assert phrase.scrypting is not None
+    data = encode_key_document(replace(phrase, scrypting=replace(phrase.scrypting, n=1 << 30)))
+    target = targets_sealed.KeyDocumentTarget(Path())
+    assert campaign.judge(target, data)[2] is None  # refused as it should be
+    monkeypatch.setattr(key_documents, "_N_MAX", 1 << 30)
+    finding = campaign.judge(target, data)[2]
+    assert finding is not None
+    assert finding.signature == "a passphrase that costs too much to try"
 
 
 def test_a_loss_on_the_way_back_is_found(fuzz: Fuzz, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,7 @@ from tests.model.guest import Guest, Handle
 from tests.model.life import Life
 from tests.model.names import Names
 from tests.store_fakes import FakeObjects
+from tests.store_points import KEY_SOURCE
 from vmfs_stub.core.errors import DatastoreLocked, IdentityMismatch, VmfsStubError
 from vmfs_stub.core.ids import PointId, VmId
 from vmfs_stub.core.names import PLACEHOLDER_XATTR, PRIVATE_DIR
@@ -90,7 +91,7 @@ class Play:
         self._stored: dict[tuple[str, int], bytes] = {}
         quiet = FakeObjects()
         quiet.contents = rig.objects.contents
-        self.quiet_store = Store(quiet, rig.store.description)
+        self.quiet_store = Store(quiet, rig.store.description, rig.store.key)
         for vm in self.vms:
             for number in range(chosen.randint(1, 3)):
                 self._make(f"{vm}/disk{number}")
@@ -514,10 +515,11 @@ def play(seed: int, *, step_count: int = 40, favoured: Collection[str] = ()) -> 
     on_disk = seed % 4 == 0 or not MEMORY.is_dir()
     ends = [chosen.choice(ENDS_BYTES) for _ in range(2)]
     parent = Path(tempfile.gettempdir()) if on_disk else MEMORY
+    source = KEY_SOURCE if seed % 5 == 0 else None
     with (
         _ids_from(seed),
         _impatient() if seed % 2 else contextlib.nullcontext(),
-        temporary_rig(head=ends[0], tail=ends[1], parent=parent) as rig,
+        temporary_rig(head=ends[0], tail=ends[1], parent=parent, source=source) as rig,
     ):
         found = Play(rig, chosen, favoured)
         try:

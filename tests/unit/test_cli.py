@@ -77,9 +77,19 @@ def start_daemon(config: Path, tmp_path: Path) -> Iterator[StartDaemon]:
 
 COMMANDS = (
     *("init", "mount", "unmount", "ls", "backup", "archive", "recall", "restore", "points", "verify"),
-    *("forget", "hold", "unhold", "status", "doctor"),
+    *("forget", "gc", "leave", "hold", "unhold", "status", "doctor", "store"),
 )
-HEAVY = ("pydantic", "starlette", "hypercorn", "trio", "prometheus_client", "obstore", "blake3", "rich.progress")
+HEAVY = (
+    "pydantic",
+    "starlette",
+    "hypercorn",
+    "trio",
+    "prometheus_client",
+    "obstore",
+    "blake3",
+    "cryptography",
+    "rich.progress",
+)
 
 
 def test_help_names_all_commands_and_imports_little() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from vmfs_stub import daemon
 from vmfs_stub.config import Config, parse_config
-from vmfs_stub.core.errors import CorruptStoreObject, ObjectMissing
+from vmfs_stub.core.errors import CorruptStoreObject, KeyMissing, ObjectMissing, WrongKey
 from vmfs_stub.daemon import open_store
+from vmfs_stub.store.format import encode_description
+from vmfs_stub.store.key_sources import new_key_file
 from vmfs_stub.store.objects_url import StoreAt, open_objects
 from vmfs_stub.store.store import Store
 
@@ -110,3 +114,46 @@ def test_without_room_the_old_one_stays(
     open_store(config)
     assert config.store_copy_path.read_bytes() == b"old"
     assert "could not be kept" in caplog.text
+
+
+@pytest.fixture
+def encrypted(config: Config, tmp_path: Path) -> Config:
+    """The same, with an encrypted store."""
+    (tmp_path / "store/vmfs-store.json").unlink()
+    key_file = tmp_path / "key"
+    source = new_key_file(key_file)
+    Store.create(open_objects(StoreAt(config.store.url), create=True), chunk_size=CHUNK, source=source)
+    return config.model_copy(update={"store": config.store.model_copy(update={"key_file": key_file})})
+
+
+def with_key(config: Config, key_file: Path | None) -> Config:
+    return config.model_copy(update={"store": config.store.model_copy(update={"key_file": key_file})})
+
+
+def test_an_encrypted_store_that_is_away_lets_the_host_start(encrypted: Config, tmp_path: Path) -> None:
+    store = open_store(encrypted)
+    assert store.key is not None
+    away(tmp_path)
+    again = open_store(encrypted)
+    assert (again.id, again.key) == (store.id, store.key)
+    assert store.key.secret not in encrypted.store_copy_path.read_bytes()
+    assert base64.b64encode(store.key.secret) not in encrypted.store_copy_path.read_bytes()
+    new_key_file(tmp_path / "other")
+    for is_away in (True, False):
+        if not is_away:
+            (tmp_path / "away").rename(tmp_path / "store")
+        with pytest.raises(KeyMissing, match="key_file or passphrase_file"):
+            open_store(with_key(encrypted, None))
+        with pytest.raises(WrongKey):
+            open_store(with_key(encrypted, tmp_path / "other"))
+
+
+def test_a_store_that_is_plain_all_at_once_is_refused(encrypted: Config, tmp_path: Path) -> None:
+    store = open_store(encrypted)
+    path = tmp_path / "store/vmfs-store.json"
+    path.unlink()
+    path.write_bytes(encode_description(replace(store.description, is_encrypted=False)))
+    before = encrypted.store_copy_path.read_bytes()
+    with pytest.raises(WrongKey, match="not encrypted"):
+        open_store(encrypted)
+    assert encrypted.store_copy_path.read_bytes() == before

@@ -24,6 +24,7 @@ EXEMPT = {
     "primary/identity.py:_as_seen_by_init": "/proc; what cannot be seen there is looked at from here",
     "primary/read_ring.py": "memory that is shared with the kernel; the reads themselves are tagged",
     "store/reachability.py": "a cache of `gc`, a command of its own; unit/test_store_collector.py damages it",
+    "store/key_sources.py": "read or made before anything is opened; unit/test_store_keys.py",
     "store/local.py": "behind the store's own sites; fault/test_store_files.py fails each of its calls",
 }
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import random
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
 from store_fakes import FakeObjects, refused_deletes
-from store_points import back_up
+from store_points import KEY_SOURCE, back_up
 
-from vmfs_stub.core.errors import CorruptSegment, StoreDenied
-from vmfs_stub.core.ids import PackId, SegmentId
+from vmfs_stub.core.errors import CorruptSegment, StoreConflict, StoreDenied
+from vmfs_stub.core.ids import PackId, PlaceholderId, SegmentId
+from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.collector import Collected, Collector
 from vmfs_stub.store.condemned import Condemned, encode_condemned
+from vmfs_stub.store.keys import pin_key
+from vmfs_stub.store.pins import Pin, encode_pin
 from vmfs_stub.store.reachability import Reachability
 from vmfs_stub.store.store import Store
 
@@ -40,10 +45,11 @@ def keys(objects: FakeObjects, prefix: str) -> list[str]:
     return [key for key in objects.contents if key.startswith(prefix)]
 
 
-def collect(store: Store, path: Path | None = None) -> Collected:
-    with closing(Reachability(path, store.id, store.objects, workers=2)) as reachability:
-        collector = Collector(store.objects, reachability, lag_s=0, sleep=lambda seconds: None, workers=2)
-        return collector.run()
+def collect(
+    store: Store, path: Path | None = None, *, sleep: Callable[[float], None] = lambda seconds: None
+) -> Collected:
+    with closing(Reachability(path, store.id, store.objects, sealing=store.sealing, workers=2)) as reachability:
+        return Collector(store.objects, reachability, lag_s=0, sleep=sleep, workers=2).run()
 
 
 def needed(store: Store, objects: FakeObjects, path: Path | None = None) -> tuple[int, int]:
@@ -156,3 +162,58 @@ def test_what_was_pending_when_it_was_listed_and_is_committed_when_it_is_read_co
     with closing(Reachability(None, store.id, objects, workers=1)) as reachability:
         reachability.look([f"{key}.{'5' * 16}.pending"])
         assert reachability.has_pack(PackId(pack))
+
+
+def in_wait(number: int, act: Callable[[], object]) -> Callable[[float], None]:
+    """A sleep that does ``act`` in that wait, counted from 1."""
+    waits = iter(range(1, 10))
+    return lambda seconds: act() if next(waits) == number else None
+
+
+def test_a_pin_that_comes_while_it_waits_keeps_a_forgotten_point(store: Store, objects: FakeObjects) -> None:
+    made = back_up(store, {"disk": RANDOM.randbytes(CHUNK)})
+    store.forget(made.vm_id, made.point_id, host="host", why="by hand")
+    pin = Pin(PlaceholderId("7" * 32), "host", "vms", 0.0)
+    key = pin_key(made.vm_id, made.point_id, pin.placeholder_id)
+    put = partial(store.objects.put, key, encode_pin(pin, made.vm_id, made.point_id))
+    found = collect(store, sleep=in_wait(1, put))
+    assert (found.points, found.waiting_points) == (0, 1)
+    assert needed(store, objects) == (1, 1)
+    store.remove_pin(made.vm_id, made.point_id, pin.placeholder_id)
+    assert collect(store).points == 1
+
+
+def test_what_a_backup_needs_that_comes_while_it_waits_stays(store: Store, objects: FakeObjects) -> None:
+    index = ChunkIndex(None, store.id)
+    content = RANDOM.randbytes(CHUNK)
+    made = back_up(store, {"disk": content}, index=index)
+    store.forget(made.vm_id, made.point_id, host="host", why="by hand")
+    conflicts = 0
+
+    def again() -> None:
+        nonlocal conflicts
+        try:
+            back_up(store, {"disk": content}, index=index)
+        except StoreConflict:
+            conflicts += 1
+
+    # While it waits for the lists to be seen, they are; when it waits before, what it needs is not condemned.
+    collect(store, sleep=in_wait(2, again))
+    assert (conflicts, needed(store, objects)) == (1, (0, 0))
+    back_up(store, {"disk": content}, index=index)
+    collect(store, sleep=in_wait(1, again))
+    assert (conflicts, needed(store, objects)) == (1, (1, 2))
+
+
+def test_of_an_encrypted_store() -> None:
+    store = Store.create(objects := FakeObjects(), chunk_size=CHUNK, source=KEY_SOURCE)
+    kept = back_up(store, {"disk": RANDOM.randbytes(CHUNK)})
+    gone = back_up(store, {"disk": RANDOM.randbytes(CHUNK)})
+    store.forget(gone.vm_id, gone.point_id, host="host", why="by hand")
+    dead = store.begin_backup(index=ChunkIndex(None, store.id))
+    found = collect(store)
+    assert (found.points, found.packs, found.segments, found.leases) == (1, 1, 1, 1)
+    assert len(keys(objects, "packs/")) == 1
+    table = store.open_point(kept.vm_id, kept.point_id).chunks(0)
+    assert [ref is not None and len(store.fetch([ref])[0]) for ref in table.locate(0, 1)] == [CHUNK]
+    assert keys(objects, "dead/") == [f"dead/{dead.writer_id}"]

@@ -146,7 +146,7 @@ def test_marks_are_listed_once_and_before_the_manifests() -> None:
     store.point_counts()
     store.pin_counts()
     of_all, of_vm = ["forgotten/", "manifests/"], [f"forgotten/{vm_id}/", f"manifests/{vm_id}/"]
-    assert listed == [*of_all, *of_vm, *of_all, "pins/"]
+    assert listed == [*of_all, *of_vm, *of_all, "unpinned/", "pins/"]
 
 
 def test_a_mark_that_goes_while_it_is_read_is_none() -> None:

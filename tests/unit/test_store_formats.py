@@ -30,6 +30,7 @@ from vmfs_stub.core.errors import (
 from vmfs_stub.core.ids import ChunkId, PackId, PlaceholderId, PointId, StoreId, VmId, WriterId
 from vmfs_stub.store import documents, frames
 from vmfs_stub.store.format import (
+    ENCRYPTION,
     FRAME_HEADER,
     SEGMENT_CHUNKS,
     StoreDescription,
@@ -350,7 +351,10 @@ def test_any_flipped_bit_or_cut_of_a_document_is_found(kind: str) -> None:
     "change",
     [
         {"version": 2},
-        {"required": ["encryption"]},
+        {"required": ["something new"]},
+        {"required": ["encryption"], **ENCRYPTION, "cipher": "rot13"},
+        {"required": ["encryption"], **ENCRYPTION, "object_cipher": "rot13"},
+        {"required": ["encryption"], **ENCRYPTION, "identity": "md5"},
         {"compression": "zstd"},
         {"hash": "sha256"},
         {"format": "something else"},

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from store_fakes import FakeObjects
-from store_points import back_up, stored_file
+from store_points import KEY_SOURCE, back_up, stored_file
 
 from vmfs_stub.core.errors import (
     AlreadyExists,
@@ -28,6 +28,7 @@ from vmfs_stub.services import restore
 from vmfs_stub.services.restore import _implied_folders, restore_point
 from vmfs_stub.store import manifest as manifests
 from vmfs_stub.store.chunk_table import RestorePoint
+from vmfs_stub.store.key_sources import KeySource
 from vmfs_stub.store.manifest import FileKind, StoredFile, decode_manifest, encode_manifest
 from vmfs_stub.store.store import Store
 
@@ -43,9 +44,16 @@ def objects() -> FakeObjects:
     return FakeObjects()
 
 
+@pytest.fixture(params=[None, KEY_SOURCE], ids=["plain", "encrypted"])
+def source(request: pytest.FixtureRequest) -> KeySource | None:
+    """What opens the store."""
+    found: KeySource | None = request.param
+    return found
+
+
 @pytest.fixture
-def store(objects: FakeObjects) -> Store:
-    return Store.create(objects)
+def store(objects: FakeObjects, source: KeySource | None) -> Store:
+    return Store.create(objects, source=source)
 
 
 def _point(store: Store, contents: dict[str, bytes], extra: tuple[StoredFile, ...] = ()) -> RestorePoint:
@@ -167,7 +175,7 @@ def test_short_writes_are_continued(store: Store, tmp_path: Path, monkeypatch: p
 def test_a_manifest_with_a_hostile_path_is_refused(objects: FakeObjects, store: Store, path: str) -> None:
     point = _point(store, {"a": b"x"})
     hostile = replace(point.manifest, files=(stored_file(path, 0),))
-    _plant(objects, hostile)
+    _plant(store, hostile)
     with pytest.raises(CorruptManifest, match="path"):
         store.open_point(hostile.vm_id, hostile.point_id)
 
@@ -190,7 +198,7 @@ def test_a_manifest_with_names_that_no_file_system_takes_is_refused(
 ) -> None:
     point = _point(store, {"a": b"x"})
     hostile = replace(point.manifest, files=(stored_file("a", 0, **fields),))
-    _plant(objects, hostile)
+    _plant(store, hostile)
     with pytest.raises(CorruptManifest, match=r"target|xattrs"):
         store.open_point(hostile.vm_id, hostile.point_id)
 
@@ -229,7 +237,7 @@ def test_folders_that_are_only_in_paths_are_found_once() -> None:
 def test_a_manifest_that_is_no_tree_is_refused(objects: FakeObjects, store: Store, paths: tuple[str, ...]) -> None:
     point = _point(store, {"x": b"x"})
     hostile = replace(point.manifest, files=tuple(stored_file(path, 0) for path in paths))
-    _plant(objects, hostile)
+    _plant(store, hostile)
     with pytest.raises(CorruptManifest):
         store.open_point(hostile.vm_id, hostile.point_id)
 
@@ -247,9 +255,9 @@ def test_a_symlink_in_the_point_is_not_followed(store: Store, tmp_path: Path, mo
     assert _tree(tmp_path / "out") == []
 
 
-def _plant(objects: FakeObjects, hostile: manifests.Manifest) -> None:
-    key = f"manifests/{hostile.vm_id}/{hostile.point_id}"
-    objects.contents[key] = encode_manifest(hostile)
+def _plant(store: Store, hostile: manifests.Manifest) -> None:
+    """As who has the key, if there is one."""
+    store.objects.put(f"manifests/{hostile.vm_id}/{hostile.point_id}", encode_manifest(hostile), if_absent=False)
 
 
 @pytest.fixture(autouse=True)

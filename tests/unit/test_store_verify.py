@@ -6,13 +6,14 @@ import random
 
 import pytest
 from store_fakes import FakeObjects
-from store_points import back_up, new_id
+from store_points import KEY_SOURCE, back_up, new_id
 from xxhash import xxh3_128_digest
 
 from vmfs_stub.core.errors import PointNotFound, StoreUnavailable
 from vmfs_stub.core.ids import PointId
 from vmfs_stub.services.verify import verify
 from vmfs_stub.store.format import FRAME_HEADER, FRAME_MAGIC
+from vmfs_stub.store.key_sources import KeySource
 from vmfs_stub.store.store import Store
 
 RANDOM = random.Random(11)
@@ -25,9 +26,16 @@ def objects() -> FakeObjects:
     return FakeObjects()
 
 
+@pytest.fixture(params=[None, KEY_SOURCE], ids=["plain", "encrypted"])
+def source(request: pytest.FixtureRequest) -> KeySource | None:
+    """What opens the store."""
+    found: KeySource | None = request.param
+    return found
+
+
 @pytest.fixture
-def store(objects: FakeObjects) -> Store:
-    return Store.create(objects)
+def store(objects: FakeObjects, source: KeySource | None) -> Store:
+    return Store.create(objects, source=source)
 
 
 def _only(objects: FakeObjects, prefix: str) -> str:
@@ -54,18 +62,21 @@ def test_a_whole_store_has_no_findings(store: Store) -> None:
     assert verify(store, vm_id=first.vm_id).point_count == 2
 
 
-def test_a_bad_chunk_is_named_in_every_point_that_uses_it(objects: FakeObjects, store: Store) -> None:
+def test_a_bad_chunk_is_named_in_every_point_that_uses_it(
+    objects: FakeObjects, store: Store, source: KeySource | None
+) -> None:
     first = back_up(store, {"disk.raw": DISK})
     second = back_up(store, {"disk.raw": DISK}, vm_id=first.vm_id)
     _flip(objects, _only(objects, "packs/"), 2 * (CHUNK + FRAME_HEADER.size) + 100)
     findings = verify(store).findings
     assert [(f.vm_name, f.path, f.chunk) for f in findings] == [("web1", "disk.raw", 2)] * 2
     assert {f.point_id for f in findings} == {first.point_id, second.point_id}
-    assert "damaged content" in findings[0].problem
+    assert ("damaged content" if source is None else "cannot be decrypted") in findings[0].problem
 
 
-def test_a_frame_that_is_whole_but_another_chunk_is_found(objects: FakeObjects, store: Store) -> None:
+def test_a_frame_that_is_whole_but_another_chunk_is_found(objects: FakeObjects) -> None:
     """A made-up frame that passes its checksum does not pass its identity."""
+    store = Store.create(objects)
     made = back_up(store, {"disk.raw": DISK})
     point = store.open_point(made.vm_id, made.point_id)
     ref = point.chunks(0).locate(1, 2)[0]
@@ -105,15 +116,15 @@ def _replace_segment(objects: FakeObjects, store: Store, point_id: PointId, segm
 
 
 @pytest.mark.parametrize(("prefix", "path"), [("packs/", "disk.raw"), ("segments/", "disk.raw"), ("manifests/", "")])
-def test_missing_truncated_and_emptied_objects_are_found(prefix: str, path: str) -> None:
+def test_missing_truncated_and_emptied_objects_are_found(prefix: str, path: str, source: KeySource | None) -> None:
     for damage in ("missing", "truncated", "emptied"):
         objects = FakeObjects()
-        made = back_up(Store.create(objects), {"disk.raw": DISK})
+        made = back_up(Store.create(objects, source=source), {"disk.raw": DISK})
         key = _only(objects, prefix)
         whole = objects.contents.pop(key)
         if damage != "missing":
             objects.contents[key] = whole[: len(whole) // 2] if damage == "truncated" else b""
-        store = Store.open(objects)
+        store = Store.open(objects, source)
         if (prefix, damage) == ("manifests/", "missing"):
             with pytest.raises(PointNotFound):
                 verify(store, vm_id=made.vm_id, point_id=made.point_id)

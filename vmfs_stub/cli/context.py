@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from vmfs_stub.config import Config
     from vmfs_stub.control.client import ControlClient
     from vmfs_stub.services.datastore_vms import DatastoreVms
+    from vmfs_stub.store.key_sources import KeySource
+    from vmfs_stub.store.objects import ObjectStore
     from vmfs_stub.store.objects_url import StoreAt
     from vmfs_stub.store.store import Store
 
@@ -56,21 +58,6 @@ def client_of(config: Config) -> ControlClient:
     )
 
 
-def open_store_of(ctx: typer.Context, url: str | None) -> Store:
-    """The store at ``url``, for which no configuration is needed, else the configured one; raises as `open_store`."""
-    return store_and_config_of(ctx, url)[0]
-
-
-def store_and_config_of(ctx: typer.Context, url: str | None) -> tuple[Store, Config | None]:
-    """The same, with the configuration where it is needed; raises as `open_store`."""
-    from vmfs_stub.store.objects_url import StoreAt
-
-    if url is not None:
-        return open_store(StoreAt(url)), None
-    config = load_config_of(ctx)
-    return open_store(StoreAt.of(config.store)), config
-
-
 def datastore_vms_of(config: Config) -> DatastoreVms:
     """The VMs in the configured backing directory; raises PrimaryIOError, Unsupported when they cannot be told."""
     from vmfs_stub.services.datastore_vms import read_datastore_vms
@@ -79,18 +66,67 @@ def datastore_vms_of(config: Config) -> DatastoreVms:
     return read_datastore_vms(datastore.backing, host=socket.gethostname(), name=datastore.name)
 
 
-def open_store(at: StoreAt) -> Store:
-    """The secondary store there; raises StoreError, ConfigError, UnknownFormat."""
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A store that was named: where it is, what opens it if it is encrypted, and the configuration if that names it."""
+
+    at: StoreAt
+    source: KeySource | None
+    objects: ObjectStore
+    config: Config | None
+
+
+def place_of(ctx: typer.Context, url: str | None, *, key: Path | None, passphrase: Path | None) -> Place:
+    """The store at ``url``, for which no configuration is needed, else the configured one.
+
+    Its key is the one that the options name, else, of the configured store, the configured one.  Raises ConfigError.
+    """
+    from vmfs_stub.store.key_sources import read_source, source_of
+    from vmfs_stub.store.objects_url import StoreAt, open_objects
+
+    source = read_source(key_file=key, passphrase_file=passphrase)
+    if url is not None:
+        at, config = StoreAt(url), None
+    else:
+        config = load_config_of(ctx)
+        at, source = StoreAt.of(config.store), source or source_of(config.store)
+    return Place(at, source, open_objects(at), config)
+
+
+def store_and_config_of(
+    ctx: typer.Context, url: str | None, *, key: Path | None = None, passphrase: Path | None = None
+) -> tuple[Store, Config | None]:
+    """The store that is named, see `place_of`, with the configuration if that names it; raises as `open_store`."""
+    place = place_of(ctx, url, key=key, passphrase=passphrase)
+    return _opened(place.objects, place.at.url, place.source), place.config
+
+
+def open_store_of(
+    ctx: typer.Context, url: str | None, *, key: Path | None = None, passphrase: Path | None = None
+) -> Store:
+    """The store that is named, see `place_of`; raises as `open_store`."""
+    return store_and_config_of(ctx, url, key=key, passphrase=passphrase)[0]
+
+
+def open_store(config: Config) -> Store:
+    """The configured store; raises StoreError, StoreKeyError, ConfigError, UnknownFormat."""
+    from vmfs_stub.store.key_sources import source_of
+    from vmfs_stub.store.objects_url import StoreAt, open_objects
+
+    at = StoreAt.of(config.store)
+    return _opened(open_objects(at), at.url, source_of(config.store))
+
+
+def _opened(objects: ObjectStore, url: str, source: KeySource | None) -> Store:
     from vmfs_stub.core.errors import ObjectMissing
-    from vmfs_stub.store.objects_url import open_objects
     from vmfs_stub.store.store import Store
 
     try:
-        return Store.open(open_objects(at))
+        return Store.open(objects, source)
     except ObjectMissing as exc:
         # Not a word of `init`: in a disaster it would make an empty store in the place of one that is not mounted.
         raise ObjectMissing(
-            f"there is no vmfs-stub store at {at.url}; is what belongs there mounted, and is the URL right?"
+            f"there is no vmfs-stub store at {url}; is what belongs there mounted, and is the URL right?"
         ) from exc
 
 

@@ -14,6 +14,7 @@
     11   written by a newer version, or not by vmfs-stub
     12   the backing filesystem, or the directory that `restore` writes to, failed
     13   the daemon's data mover ended in the middle of the job: run it again
+    14   the store is encrypted, and no key was given, or not one of its own
     130  interrupted
 
 An error has the code of its nearest ancestor in the table below.
@@ -45,6 +46,7 @@ class ExitCode(IntEnum):
     UNKNOWN_FORMAT = 11
     PRIMARY = 12
     MOVER = 13
+    KEY = 14
     INTERRUPTED = 130
 
 
@@ -55,6 +57,7 @@ EXIT_CODE_BY_TYPE: Mapping[type[errors.VmfsStubError], ExitCode] = MappingProxyT
         errors.NotFound: ExitCode.NOT_FOUND,
         errors.Refused: ExitCode.REFUSED,
         errors.StoreError: ExitCode.STORE,
+        errors.StoreKeyError: ExitCode.KEY,
         errors.IntegrityError: ExitCode.INTEGRITY,
         errors.UnknownFormat: ExitCode.UNKNOWN_FORMAT,
         errors.RecallError: ExitCode.RECALL,

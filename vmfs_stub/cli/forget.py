@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vmfs_stub.cli.context import argument_names, datastore_vms_of, store_and_config_of
+from vmfs_stub.cli.key_options import KeyOption, PassphraseOption, StoreOption
 from vmfs_stub.cli.output import say_json, say_table, time_text
 from vmfs_stub.cli.stored_vms import find_stored_vm, named_points
 from vmfs_stub.core.errors import ConfigError
@@ -41,7 +42,9 @@ def forget(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be forgotten.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON list, for programs.")] = False,
-    store: Annotated[str | None, typer.Option(help="URL of a store; no configuration is needed then.")] = None,
+    store: StoreOption = None,
+    key: KeyOption = None,
+    passphrase: PassphraseOption = None,
 ) -> None:
     """Have restore points removed by the next garbage collection; this cannot be taken back.
 
@@ -51,7 +54,7 @@ def forget(
 
     if not names and not by_rules:
         raise ConfigError("name restore points, as VM@POINT, or use --by-rules")
-    found, config = store_and_config_of(ctx, store)
+    found, config = store_and_config_of(ctx, store, key=key, passphrase=passphrase)
     if by_rules and config is None:
         raise ConfigError("the rules are in the configuration: use --by-rules without --store")
     vms, asked = found.vms(), argument_names(names)

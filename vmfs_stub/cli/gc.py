@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vmfs_stub.cli.context import store_and_config_of
+from vmfs_stub.cli.key_options import KeyOption, PassphraseOption, StoreOption
 from vmfs_stub.cli.output import bytes_text, say, say_json, warn
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ def gc(
     ctx: typer.Context,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed, and how much.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
-    store: Annotated[str | None, typer.Option(help="URL of a store; no configuration is needed then.")] = None,
+    store: StoreOption = None,
+    key: KeyOption = None,
+    passphrase: PassphraseOption = None,
 ) -> None:
     """Remove forgotten restore points, and data that nothing needs.
 
@@ -30,10 +33,10 @@ def gc(
     from vmfs_stub.store.collector import Collector
     from vmfs_stub.store.reachability import Reachability
 
-    found, config = store_and_config_of(ctx, store)
+    found, config = store_and_config_of(ctx, store, key=key, passphrase=passphrase)
     settings = StoreConfig(url=store or "-") if config is None else config.store
     cache = None if config is None else config.reachability_path
-    with closing(Reachability(cache, found.id, found.objects)) as reachability:
+    with closing(Reachability(cache, found.id, found.objects, sealing=found.sealing)) as reachability:
         collector = Collector(found.objects, reachability, lag_s=settings.listing_lag_s, sleep=time.sleep, say=warn)
         collected = collector.survey() if dry_run else collector.run()
     if json:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from vmfs_stub.cli.context import open_store
 from vmfs_stub.cli.init import probe_xattrs
 from vmfs_stub.cli.output import bytes_text
-from vmfs_stub.core.errors import DaemonUnreachable, OtherDatastore, VmfsStubError
+from vmfs_stub.core.errors import DaemonUnreachable, OtherDatastore, StoreKeyError, VmfsStubError
 from vmfs_stub.mount.mountpoint import is_dead, is_immutable, is_mounted, mount_of
 
 if TYPE_CHECKING:
@@ -264,13 +264,15 @@ def protected_files(config: Config, directory: Path = Path("/proc/sys/fs")) -> I
 
 def store(config: Config) -> Iterator[HostFinding]:
     """Reachable, of a known format, and writable."""
-    from vmfs_stub.store.objects_url import StoreAt
     from vmfs_stub.store.probe import probe
 
     url = config.store.url
     try:
-        found = open_store(StoreAt.of(config.store))
+        found = open_store(config)
         may_remove = probe(found.objects)
+    except StoreKeyError as exc:
+        yield HostFinding("problem", "store", f"{url}: {exc}", "correct store.key_file or store.passphrase_file")
+        return
     except VmfsStubError as exc:
         yield HostFinding("problem", "store", f"{url}: {exc}", "bring the store back, or correct store.url")
         return

@@ -20,6 +20,7 @@ import typer
 
 from vmfs_stub.cli.context import config_path_of
 from vmfs_stub.cli.output import say, warn
+from vmfs_stub.cli.store_keys import key_to_be
 from vmfs_stub.core.errors import AlreadyExists, ConfigError, ObjectMissing, PrimaryIOError, Unsupported
 from vmfs_stub.core.names import XATTR_PREFIX
 from vmfs_stub.mount.mountpoint import make_immutable, mounts_at
@@ -38,6 +39,13 @@ def init(
     runtime_dir: Annotated[
         Path | None, typer.Option(help="Control socket, volatile maps and log; else /run/vmfs-stub/NAME.")
     ] = None,
+    encrypt: Annotated[bool, typer.Option("--encrypt", help="If the store is new, encrypt all that it holds.")] = False,
+    key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Key file of the store; made with --encrypt if there is none.")
+    ] = None,
+    passphrase_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Instead: a file that holds a passphrase of the store.")
+    ] = None,
 ) -> None:
     """Write a commented configuration, make the directories, create or join the store; overwrites nothing."""
     from vmfs_stub.store.objects_url import StoreAt, open_objects
@@ -51,16 +59,30 @@ def init(
         mountpoint=_real(mountpoint),
         runtime_dir=None if runtime_dir is None else _real(runtime_dir),
         store=_store_url(store),
+        key_file=None if key_file is None else key_file.absolute(),
+        passphrase_file=None if passphrase_file is None else passphrase_file.absolute(),
     )
     config = _checked(text, target)
+    _check_key(config, encrypt=encrypt)
     objects = open_objects(StoreAt.of(config.store), create=True)
     _check_mountpoint(config.datastore.mountpoint)
     _check_store_parent(config.store.url, config.datastore.backing)
     _make_backing(config.datastore.backing)
-    _join_store(objects, config.store.url)
+    _join_store(objects, config, encrypt=encrypt)
     _make_mountpoint(config.datastore.mountpoint)
     _write_new(target, text)
     say(f"wrote {target}; look at it, then run `vmfs-stub mount`")
+
+
+def _check_key(config: Config, *, encrypt: bool) -> None:
+    """What opens the store is there and usable, or is a key file that is to be made."""
+    from vmfs_stub.store.key_sources import source_of
+
+    settings = config.store
+    if encrypt and settings.key_file is None and settings.passphrase_file is None:
+        raise ConfigError("--encrypt: what is to open the store? name --key-file FILE or --passphrase-file FILE")
+    if not encrypt or settings.key_file is None or os.path.lexists(settings.key_file):
+        source_of(settings)
 
 
 def _real(path: Path) -> Path:
@@ -77,7 +99,16 @@ def _store_url(store: str) -> str:
     return Path(store).absolute().as_uri() if store.startswith("/") else store
 
 
-def _config_text(*, name: str, backing: Path, mountpoint: Path, runtime_dir: Path | None, store: str) -> str:
+def _config_text(
+    *,
+    name: str,
+    backing: Path,
+    mountpoint: Path,
+    runtime_dir: Path | None,
+    store: str,
+    key_file: Path | None = None,
+    passphrase_file: Path | None = None,
+) -> str:
     from vmfs_stub.config import RUNTIME_ROOT
 
     values = {
@@ -88,9 +119,15 @@ def _config_text(*, name: str, backing: Path, mountpoint: Path, runtime_dir: Pat
         "STORE": store,
     }
     template = files("vmfs_stub.cli").joinpath("config.toml.in").read_text(encoding="utf-8")
-    # JSON's strings are TOML's basic strings, but for DEL
-    quoted = {key: json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") for key, value in values.items()}
+    quoted = {key: _quoted(value) for key, value in values.items()}
+    keys = {"key_file": key_file, "passphrase_file": passphrase_file}
+    named = [f"{key} = {_quoted(str(path))}" for key, path in keys.items() if path is not None]
+    quoted["KEY"] = "\n".join(named or [f'# {key} = ""' for key in keys])
     return re.sub(r"@([A-Z_]+)@", lambda match: quoted[match[1]], template)
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's strings are TOML's, but for DEL
 
 
 def _checked(text: str, target: Path) -> Config:
@@ -180,17 +217,26 @@ def _make_mountpoint(mountpoint: Path) -> None:
         say(f"{mountpoint} is immutable now: nothing can be written there while it is not mounted (see chattr(1))")
 
 
-def _join_store(objects: ObjectStore, url: str) -> None:
+def _join_store(objects: ObjectStore, config: Config, *, encrypt: bool) -> None:
+    from vmfs_stub.store.key_sources import source_of
+    from vmfs_stub.store.keyring import look_at
     from vmfs_stub.store.probe import probe
     from vmfs_stub.store.store import Store
 
+    settings, url = config.store, config.store.url
     try:
-        store = Store.open(objects)
-    except ObjectMissing:
+        seen = look_at(objects)
+    except ObjectMissing as exc:
+        if not encrypt and source_of(settings) is not None:
+            raise ConfigError(
+                f"there is no store at {url} that the key could open; --encrypt makes an encrypted one"
+            ) from exc
         probe(objects)
-        store = Store.open_or_create(objects)
-        say(f"made the store {store.id} at {url}")
+        source = key_to_be(key_file=settings.key_file, passphrase_file=settings.passphrase_file)
+        store = Store.open_or_create(objects, source=source)
+        say(f"made the {'encrypted ' if store.key else ''}store {store.id} at {url}")
     else:
+        store = Store(objects, seen.description, seen.unlock(source_of(settings)))
         probe(objects)
         say(f"joined the store {store.id} at {url}")
 

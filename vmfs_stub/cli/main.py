@@ -29,6 +29,7 @@ from vmfs_stub.cli import (
     recall,
     restore,
     status,
+    store_keys,
     unmount,
     verify,
 )
@@ -63,6 +64,7 @@ app.command("hold")(hold.hold)
 app.command("unhold")(hold.unhold)
 app.command("status")(status.status)
 app.command("doctor")(doctor.doctor)
+app.add_typer(store_keys.app, name="store")
 
 
 def _print_version(is_asked: bool) -> None:

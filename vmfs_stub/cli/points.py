@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vmfs_stub.cli.context import argument_names, datastore_vms_of, store_and_config_of
+from vmfs_stub.cli.key_options import KeyOption, PassphraseOption, StoreOption
 from vmfs_stub.cli.output import bytes_text, say_json, say_table, time_text
 from vmfs_stub.cli.stored_vms import find_stored_vm
 from vmfs_stub.core.errors import VmfsStubError
@@ -29,10 +30,12 @@ def points(
         bool, typer.Option("--forgotten", help="Instead, those that are forgotten and not removed yet, and why.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON list, for programs.")] = False,
-    store: Annotated[str | None, typer.Option(help="URL of a store; no configuration is needed then.")] = None,
+    store: StoreOption = None,
+    key: KeyOption = None,
+    passphrase: PassphraseOption = None,
 ) -> None:
     """List restore points, oldest first, and how many placeholders depend on each (PINS)."""
-    found, config = store_and_config_of(ctx, store)
+    found, config = store_and_config_of(ctx, store, key=key, passphrase=passphrase)
     if forgotten:
         _list_forgotten(found, None if vm is None else argument_names([vm])[0], json=json)
         return

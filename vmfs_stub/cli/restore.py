@@ -9,6 +9,7 @@ import typer
 
 from vmfs_stub.cli.context import argument_names, open_store_of
 from vmfs_stub.cli.job_progress import advance_shown
+from vmfs_stub.cli.key_options import KeyOption, PassphraseOption, StoreOption
 from vmfs_stub.cli.output import bytes_text, say, warn
 from vmfs_stub.cli.stored_vms import find_stored
 
@@ -17,12 +18,14 @@ def restore(
     ctx: typer.Context,
     vm: Annotated[str, typer.Argument(metavar="VM[@POINT]", help="A VM's newest restore point, or the one named.")],
     to: Annotated[Path, typer.Option(help="Directory to write into; nothing in it is overwritten.")],
-    store: Annotated[str | None, typer.Option(help="URL of a store; no configuration is needed then.")] = None,
+    store: StoreOption = None,
+    key: KeyOption = None,
+    passphrase: PassphraseOption = None,
 ) -> None:
     """Write a restore point out as ordinary files."""
     from vmfs_stub.services.restore import restore_point
 
-    found = open_store_of(ctx, store)
+    found = open_store_of(ctx, store, key=key, passphrase=passphrase)
     stored, summary = find_stored(found.vms(), argument_names([vm])[0])
     name = stored.name or stored.vm_id
     point = found.open_point(stored.vm_id, summary.point_id)

@@ -11,6 +11,7 @@ import typer
 from vmfs_stub.cli.context import argument_names, open_store_of
 from vmfs_stub.cli.exit_codes import ExitCode
 from vmfs_stub.cli.job_progress import advance_shown
+from vmfs_stub.cli.key_options import KeyOption, PassphraseOption, StoreOption
 from vmfs_stub.cli.output import bytes_text, say, warn
 from vmfs_stub.cli.stored_vms import named_points
 
@@ -24,12 +25,14 @@ def verify(
         str | None,
         typer.Argument(metavar="[VM[@POINT]]", help="All points of a VM, or one point; all of the store without."),
     ] = None,
-    store: Annotated[str | None, typer.Option(help="URL of a store; no configuration is needed then.")] = None,
+    store: StoreOption = None,
+    key: KeyOption = None,
+    passphrase: PassphraseOption = None,
 ) -> None:
     """Check restore points; exit code 6 when one could not be restored."""
     from vmfs_stub.services import verify as verification
 
-    found = open_store_of(ctx, store)
+    found = open_store_of(ctx, store, key=key, passphrase=passphrase)
     points = named_points(found.vms(), None if vm is None else argument_names([vm])[0])
     one = points.only
     with advance_shown(f"verifying {points.what}", total_bytes=points.size_bytes) as advance:

@@ -25,6 +25,9 @@ are translated at the edge of the adapter that met them, with ``raise ... from e
     │   ├── StoreConflict        garbage collection takes away what a job uses; run it again
     │   ├── WrongStore           another store than the one that has these bytes
     │   └── StoreFull            the store has no room left
+    ├── StoreKeyError            an encrypted store cannot be opened with what was given
+    │   ├── KeyMissing           no key was given
+    │   └── WrongKey             it is not a key of this store
     ├── IntegrityError           something read is not what was written
     │   ├── CorruptFrame
     │   ├── CorruptPack
@@ -141,6 +144,18 @@ class WrongStore(StoreError):
 
 class StoreFull(StoreError):
     """The store has no room left."""
+
+
+class StoreKeyError(VmfsStubError):
+    """An encrypted store cannot be opened with the key that was given, if any."""
+
+
+class KeyMissing(StoreKeyError):
+    """The store is encrypted, and no key was given."""
+
+
+class WrongKey(StoreKeyError):
+    """What was given is not a key of this store."""
 
 
 class IntegrityError(VmfsStubError):

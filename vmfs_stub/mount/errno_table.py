@@ -27,6 +27,7 @@ ERRNO_BY_TYPE: Final[Mapping[type[errors.VmfsStubError], int]] = MappingProxyTyp
         errors.AlreadyExists: errno.EEXIST,
         errors.Unsupported: errno.EOPNOTSUPP,
         errors.StoreError: errno.EIO,
+        errors.StoreKeyError: errno.EIO,
         errors.IntegrityError: errno.EIO,
         errors.UnknownFormat: errno.EIO,
         errors.RecallError: errno.EIO,

@@ -42,7 +42,7 @@ async def serve(sock: socket.socket, memory_fd: int) -> None:
         _, settings, _ = await channel.receive()
         assert isinstance(settings, MoverSettings)
         threads = _threads(settings)
-        store = Store(open_objects(settings.store), settings.store_description)
+        store = Store(open_objects(settings.store), settings.store_description, settings.store_key)
         files = FileCalls()
         index = await threads.files(_open_index, settings, files, channel, trio.lowlevel.current_trio_token())
         channel.post(0, Started())

@@ -17,6 +17,7 @@ from vmfs_stub.services.mover import CopyOrder, Part, PointFile, PointOrder
 from vmfs_stub.store.backup_writer import WriterCounts
 from vmfs_stub.store.format import StoreDescription
 from vmfs_stub.store.objects_url import StoreAt
+from vmfs_stub.store.sealing import StoreKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class MoverSettings:
 
     store: StoreAt
     store_description: StoreDescription
+    store_key: StoreKey | None
     index_path: Path
     workers: int
     files_threads: int

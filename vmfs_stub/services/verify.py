@@ -105,7 +105,7 @@ class _Verifier:
         self._store = store
         self._executor = executor
         self._progress = progress
-        self._tables = SegmentCache(store.objects)  # not the store's: what is in memory proves nothing
+        self._tables = SegmentCache(store.objects, store.sealing)  # not the store's: what is in memory proves nothing
         self._segments: dict[SegmentId, tuple[_BadChunk, ...]] = {}
         self.findings: list[Finding] = []
         self.file_count = 0
@@ -155,7 +155,7 @@ class _Verifier:
             self._store.objects.drop_cache(pack_key(run[0][1].pack_id))
         try:
             for (_, ref), raw in zip(run, self._store.fetch([ref for _, ref in run]), strict=True):
-                frames.check_identity(raw, ref)
+                frames.check_identity(raw, ref, self._store.sealing)
         except _LOST as exc:
             if len(run) == 1:
                 return [_BadChunk(run[0][0], str(exc))]

@@ -48,6 +48,7 @@ from vmfs_stub.store.manifest import Manifest, StoredFile, encode_checked
 from vmfs_stub.store.objects import Buffer, CacheDropping, ObjectStore
 from vmfs_stub.store.packs import OpenPack, SealedPack
 from vmfs_stub.store.pins import Pin, encode_pin, remove_pin
+from vmfs_stub.store.sealing import Sealing
 from vmfs_stub.store.segments import SealedSegment, Segment, SegmentTable
 
 BUFFERS_KEPT: Final = 4
@@ -100,11 +101,14 @@ class BackupWriter:
         index: ChunkIndex,
         *,
         chunk_size: int,
+        sealing: Sealing,
         clock: Callable[[], float],
     ) -> None:
         """Take out a lease.  Raises: StoreUnavailable, StoreDenied, StoreFull."""
         self.chunk_size = chunk_size
         self.writer_id = WriterId(secrets.token_hex(8))
+        self._sealing = sealing
+        self._frame_seal = sealing.frame_seal(self.writer_id)
         self._objects = objects
         self._fetch = fetch
         self._index = index
@@ -137,10 +141,11 @@ class BackupWriter:
         bytearray are read in place; a memoryview is copied first.  Raises: PrimaryIOError (chunk index).
         """
         raw = bytes(data) if isinstance(data, memoryview) else data
-        ids = frames.identities(raw, self.chunk_size)
+        ids = frames.identities(raw, self.chunk_size, self._sealing)
         known = self._known([chunk_id for chunk_id in ids if chunk_id is not None])
         view = memoryview(raw)
-        buffer = self._batch_buffer(len(raw) + len(ids) * FRAME_HEADER.size)
+        seal = self._frame_seal
+        buffer = self._batch_buffer(len(raw) + len(ids) * (FRAME_HEADER.size + seal.growth))
         room = memoryview(buffer)
         chunks: list[EncodedChunk | FrameRef | None] = []
         for number, chunk_id in enumerate(ids):
@@ -154,7 +159,7 @@ class BackupWriter:
             if ref is not None and frames.describes(ref, chunk):
                 chunks.append(ref)
             else:
-                encoded = frames.encode(chunk, chunk_id, into=room)
+                encoded = frames.encode(chunk, chunk_id, into=room, seal=seal)
                 chunks.append(encoded)
                 room = room[len(encoded.frame) :]
         return EncodedBatch(tuple(chunks), buffer)
@@ -262,7 +267,7 @@ class BackupWriter:
 
     def begin_file(self) -> SegmentTable:
         """A table to collect one file's entries in, segment by segment."""
-        return SegmentTable(self.chunk_size, self.writer_id)
+        return SegmentTable(self.chunk_size, self.writer_id, self._sealing)
 
     def add_file(self, entries: Iterable[FrameRef | None]) -> tuple[SegmentId | None, ...]:
         """Turn a whole file's entries into segments and put them; for files small enough to hold their entries."""
@@ -352,7 +357,8 @@ class BackupWriter:
             sealed.append(full)
         if self._pack is None:
             buffer = self._spare.pop() if self._spare else None
-            self._pack = OpenPack(PackId(secrets.token_hex(8) + self.writer_id), buffer)
+            pack_id = PackId(secrets.token_hex(8) + self.writer_id)
+            self._pack = OpenPack(pack_id, buffer, sealing=self._sealing)
             self._own.add(self._pack.pack_id)
         ref = self._pack.add(chunk)
         self._unindexed[chunk.chunk_id] = ref
@@ -378,7 +384,7 @@ class BackupWriter:
         try:
             for ref, raw in zip(run, self._fetch(run), strict=True):
                 if ref.pack_id not in self._own:
-                    frames.check_identity(raw, ref)
+                    frames.check_identity(raw, ref, self._sealing)
         except (IntegrityError, ObjectMissing):
             # What is there is of no use: the next job stores these chunks again, rather than fail like this one.
             self._index.forget_packs([pack_id])

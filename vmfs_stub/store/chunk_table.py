@@ -20,6 +20,7 @@ from vmfs_stub.store.format import SEGMENT_CHUNKS, SEGMENT_SIZE_MAX
 from vmfs_stub.store.keys import segment_key
 from vmfs_stub.store.manifest import Manifest, StoredFile
 from vmfs_stub.store.objects import ObjectStore
+from vmfs_stub.store.sealing import PLAIN, Sealing
 from vmfs_stub.store.segments import Segment
 
 SEGMENTS_KEPT: Final = 32
@@ -29,8 +30,9 @@ SEGMENTS_KEPT: Final = 32
 class SegmentCache:
     """Reads segments and keeps the last used ones; thread-safe."""
 
-    def __init__(self, objects: ObjectStore, *, kept_max: int = SEGMENTS_KEPT) -> None:
+    def __init__(self, objects: ObjectStore, sealing: Sealing = PLAIN, *, kept_max: int = SEGMENTS_KEPT) -> None:
         self._objects = objects
+        self._sealing = sealing
         self._kept_max = kept_max
         self._kept: OrderedDict[SegmentId, Segment] = OrderedDict()
         self._lock = threading.Lock()
@@ -45,7 +47,8 @@ class SegmentCache:
             if kept is not None:
                 self._kept.move_to_end(segment_id)
                 return kept
-        segment = Segment(self._objects.get(segment_key(segment_id), size_max=SEGMENT_SIZE_MAX), segment_id)
+        data = self._objects.get(segment_key(segment_id), size_max=SEGMENT_SIZE_MAX)
+        segment = Segment(data, segment_id, self._sealing)
         with self._lock:
             self._kept[segment_id] = segment
             while len(self._kept) > self._kept_max:

@@ -163,6 +163,16 @@ class Fields:
         except (binascii.Error, ValueError) as exc:
             raise self.error(name, "holds something that is not base64") from exc
 
+    def binary(self, name: str, *, size: int) -> bytes:
+        """Bytes in base64, of just that size."""
+        try:
+            value = base64.b64decode(self.text(name), validate=True)
+        except (binascii.Error, ValueError) as exc:
+            raise self.error(name, "is not base64") from exc
+        if len(value) != size:
+            raise self.error(name, f"does not have {size} bytes")
+        return value
+
     def _list(self, name: str) -> list[object]:
         value = self.values.get(name, [])
         if not isinstance(value, list):

@@ -12,7 +12,9 @@ damaged or hostile object claims.  This module must not know how objects are tra
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 from vmfs_stub.core.chunking import CHUNK_SIZE_MAX, CHUNK_SIZE_MIN
@@ -32,7 +34,9 @@ CONDEMNED_VERSION: Final = 1
 LEASE_VERSION: Final = 1
 """Each kind of object has a version of its own: raising one makes no other kind unreadable."""
 FEATURES_KNOWN: Final[frozenset[str]] = frozenset()
-"""Required features that this reader understands; a store or document that needs another is refused."""
+"""Required features that this reader understands; a document that needs another is refused."""
+FEATURE_ENCRYPTION: Final = "encryption"
+"""Of the store's description only: see sealing.py."""
 
 DEFAULT_CHUNK_SIZE: Final = 64 * 1024
 SEGMENT_CHUNKS: Final = 4096
@@ -43,8 +47,20 @@ FRAME_HEADER: Final = struct.Struct("<4sB3xII16s")
 FRAME_MAGIC: Final = b"vsFR"
 FRAME_LZ4: Final = 0x01
 """Flag: the payload is one lz4 block without a size prefix; otherwise it is the raw bytes."""
-FRAME_LENGTH_MAX: Final = FRAME_HEADER.size + CHUNK_SIZE_MAX
-"""A payload is never longer than its chunk: what does not shrink is stored raw."""
+FRAME_SEALED: Final = 0x02
+"""Flag: the payload is encrypted, its GCM tag behind it; the header's last 16 bytes are nonce (12) and zeros."""
+FRAME_MARK_AT: Final = 16
+"""Where the last 16 bytes of the header begin."""
+FRAME_TAG_SIZE: Final = 16
+FRAME_LENGTH_MAX: Final = FRAME_HEADER.size + CHUNK_SIZE_MAX + FRAME_TAG_SIZE
+"""A payload is never longer than its chunk, but for its tag: what does not shrink is stored raw."""
+
+SEAL_HEADER: Final = struct.Struct("<8sHH")
+"""Magic, version, 0; then the AES-SIV of the object: 16 bytes of synthetic IV and the ciphertext."""
+SEAL_MAGIC: Final = b"vsSEAL\r\n"
+SEAL_VERSION: Final = 1
+SEAL_GROWTH: Final = SEAL_HEADER.size + 16
+"""Bytes by which an object of an encrypted store is longer than a plain one's."""
 
 PACK_SIZE: Final = 8 * 1024 * 1024
 """Bytes of frames after which a pack is sealed: one durable put or one cold read of it takes tens of milliseconds."""
@@ -56,6 +72,7 @@ PACK_TRAILER: Final = struct.Struct("<16sQIIHH")
 """Pack id, footer offset, footer length, frame count, version, 0; then the BLAKE3 of footer and these; then magic."""
 PACK_MAGIC: Final = b"vsPACK\r\n"
 PACK_TAIL_SIZE: Final = PACK_TRAILER.size + 32 + len(PACK_MAGIC)
+PACK_FOOTER_SIZE_MAX: Final = PACK_FRAMES_MAX * PACK_ENTRY.size + SEAL_GROWTH
 
 SEGMENT_HEADER: Final = struct.Struct("<8sHHIIII")
 """Magic, version, 0, chunk size, slot count, entry count, pack count."""
@@ -63,7 +80,7 @@ SEGMENT_MAGIC: Final = b"vsSEGM\r\n"
 SEGMENT_ENTRY: Final = struct.Struct("<32sIIII16s")
 """Chunk id, index in the pack table, offset, length, raw length, xxh3-128 of the raw bytes."""
 SEGMENT_SLOT_ZERO: Final = 0xFFFF
-SEGMENT_SIZE_MAX: Final = SEGMENT_HEADER.size + SEGMENT_CHUNKS * (16 + 2 + SEGMENT_ENTRY.size)
+SEGMENT_SIZE_MAX: Final = SEGMENT_HEADER.size + SEGMENT_CHUNKS * (16 + 2 + SEGMENT_ENTRY.size) + SEAL_GROWTH
 
 INDEX_HEADER: Final = struct.Struct("<8sHHI")
 """Magic, version, 0, pack count; then per pack its id and frame count and entries; then the BLAKE3 of all before."""
@@ -75,10 +92,14 @@ INDEX_SIZE_MAX: Final = 64 * 1024 * 1024
 
 MANIFEST_SIZE_MAX: Final = 256 * 1024 * 1024
 DOCUMENT_SIZE_MAX: Final = 1024 * 1024
-"""Bound for the small checked documents: store description, pins, forgotten marks."""
+"""Bound for the small checked documents: store description, keys, pins, forgotten marks."""
 
 COMPRESSION: Final = "lz4-block"
 HASH: Final = "blake3-256"
+ENCRYPTION: Final[Mapping[str, str]] = MappingProxyType(
+    {"cipher": "aes-256-gcm", "object_cipher": "aes-256-siv", "identity": "blake3-keyed"}
+)
+"""What the description of an encrypted store says besides."""
 STORE_FORMAT: Final = "vmfs-stub store"
 
 
@@ -88,6 +109,7 @@ class StoreDescription:
 
     store_id: StoreId
     chunk_size: int
+    is_encrypted: bool = False
 
 
 def check_chunk_size(chunk_size: int) -> None:
@@ -110,6 +132,7 @@ def encode_description(description: StoreDescription) -> bytes:
             "chunk_size": description.chunk_size,
             "compression": COMPRESSION,
             "hash": HASH,
+            **({"required": [FEATURE_ENCRYPTION], **ENCRYPTION} if description.is_encrypted else {}),
         },
     )
 
@@ -119,8 +142,10 @@ def decode_description(data: bytes) -> StoreDescription:
 
     Raises: CorruptStoreObject when it is damaged; UnknownFormat when this version cannot use the store.
     """
-    fields = documents.decode(data, STORE_KEY, STORE_FORMAT, version=STORE_VERSION, features=FEATURES_KNOWN)
-    for name, known in (("compression", COMPRESSION), ("hash", HASH)):
+    features = FEATURES_KNOWN | {FEATURE_ENCRYPTION}
+    fields = documents.decode(data, STORE_KEY, STORE_FORMAT, version=STORE_VERSION, features=features)
+    is_encrypted = FEATURE_ENCRYPTION in fields.texts("required")
+    for name, known in {"compression": COMPRESSION, "hash": HASH, **(ENCRYPTION if is_encrypted else {})}.items():
         found = fields.text(name)
         if found != known:
             msg = f"{STORE_KEY}: {name} {found!r} is not known to this version; a newer vmfs-stub may read the store"
@@ -131,4 +156,4 @@ def decode_description(data: bytes) -> StoreDescription:
     except ConfigError as exc:
         msg = f"{STORE_KEY}: {exc}"
         raise CorruptStoreObject(msg) from exc
-    return StoreDescription(StoreId(fields.hex_id("store_id")), chunk_size)
+    return StoreDescription(StoreId(fields.hex_id("store_id")), chunk_size, is_encrypted)

@@ -2,7 +2,8 @@
 
 A frame is a 32-byte header and a payload: one lz4 block when that is shorter, else the raw bytes.  The header carries
 the raw length and the xxh3-128 of the raw bytes; both are also in every reference to the frame, so a frame is checked
-against what its *user* expects, not only against itself.  Layout: docs/FORMAT.md.
+against what its *user* expects, not only against itself.  In an encrypted store the payload is encrypted and the
+checksum is not in the header (`sealing.py`).  Layout: docs/FORMAT.md.
 
 Speed: the C calls here release the GIL for a 64 KiB chunk; everything else per chunk is kept to a few microseconds.
 This module must not know packs, files or stores.
@@ -13,14 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import lz4.block  # type: ignore[import-untyped]
-from blake3 import blake3
 from xxhash import xxh3_128_digest
 
 from vmfs_stub.core.chunking import CHUNK_SIZE_MAX, FrameRef
 from vmfs_stub.core.errors import CorruptFrame
 from vmfs_stub.core.ids import ChunkId
-from vmfs_stub.store.format import FRAME_HEADER, FRAME_LENGTH_MAX, FRAME_LZ4, FRAME_MAGIC
+from vmfs_stub.store.format import FRAME_HEADER, FRAME_LENGTH_MAX, FRAME_LZ4, FRAME_MAGIC, FRAME_SEALED
 from vmfs_stub.store.objects import Buffer
+from vmfs_stub.store.sealing import PLAIN, PLAIN_FRAMES, FrameSeal, SealBroken, Sealing
 
 _ZEROS = bytes(CHUNK_SIZE_MAX)
 _HEADER_SIZE = FRAME_HEADER.size
@@ -38,7 +39,7 @@ class EncodedChunk:
     frame: memoryview
 
 
-def identities(data: bytes | bytearray, chunk_size: int) -> list[ChunkId | None]:
+def identities(data: bytes | bytearray, chunk_size: int, sealing: Sealing = PLAIN) -> list[ChunkId | None]:
     """The identity of each chunk of ``data``; None for a chunk of zeros.
 
     ``data`` must be bytes or bytearray: ``startswith`` then compares with zeros in place, with no copy.
@@ -52,12 +53,14 @@ def identities(data: bytes | bytearray, chunk_size: int) -> list[ChunkId | None]
         if not data[start] and not data[end - 1] and data.startswith(expected, start):
             found.append(None)
         else:
-            found.append(ChunkId(blake3(view[start:end]).digest()))
+            found.append(sealing.chunk_id(view[start:end]))
     return found
 
 
-def encode(raw: memoryview, chunk_id: ChunkId, *, into: memoryview) -> EncodedChunk:
-    """Write the frame of one chunk to the start of ``into``, which has room for the header and the raw bytes.
+def encode(raw: memoryview, chunk_id: ChunkId, *, into: memoryview, seal: FrameSeal = PLAIN_FRAMES) -> EncodedChunk:
+    """Write the frame of one chunk to the start of ``into``.
+
+    That has room for the header, the raw bytes and the ``growth`` of the seal.
 
     The copy keeps a pipeline of batches from holding one small allocation per chunk, and lets the caller use its own
     buffer again at once.
@@ -69,32 +72,36 @@ def encode(raw: memoryview, chunk_id: ChunkId, *, into: memoryview) -> EncodedCh
     # Less than 1/16 saved is not worth a decompression at each recall.
     if len(payload) > size - size // 16:
         payload, flags = raw, 0
-    end = _HEADER_SIZE + len(payload)
-    FRAME_HEADER.pack_into(into, 0, FRAME_MAGIC, flags, size, len(payload), checksum)
-    into[_HEADER_SIZE:end] = payload
-    return EncodedChunk(chunk_id, checksum, size, into[:end])
+    length = len(payload) + seal.growth
+    frame = into[: _HEADER_SIZE + length]
+    FRAME_HEADER.pack_into(frame, 0, FRAME_MAGIC, flags | seal.flag, size, length, seal.mark(checksum))
+    seal.seal(frame, payload, chunk_id + checksum)
+    return EncodedChunk(chunk_id, checksum, size, frame)
 
 
-def decode(frame: memoryview, ref: FrameRef) -> bytes:
+def decode(frame: memoryview, ref: FrameRef, seal: FrameSeal = PLAIN_FRAMES) -> bytes:
     """The raw bytes of a frame, verified against what ``ref`` expects.
 
     Raises: CorruptFrame.
     """
     if len(frame) != ref.length or len(frame) < _HEADER_SIZE or len(frame) > FRAME_LENGTH_MAX:
         raise _corrupt(ref, "has an impossible length")
-    header = FRAME_HEADER.unpack_from(frame)
-    magic, flags, raw_length, payload_length, checksum = header
+    magic, flags, raw_length, payload_length, _ = FRAME_HEADER.unpack_from(frame)
     if (
         magic != FRAME_MAGIC
         or frame[5] | frame[6] | frame[7]
-        or flags & ~FRAME_LZ4
+        or flags & ~(FRAME_LZ4 | FRAME_SEALED)
         or raw_length != ref.raw_length
         or raw_length > CHUNK_SIZE_MAX
         or payload_length != ref.length - _HEADER_SIZE
-        or checksum != ref.checksum
     ):
         raise _corrupt(ref, "has a damaged header")
-    payload = frame[_HEADER_SIZE:]
+    if flags & FRAME_SEALED != seal.flag:
+        raise _corrupt(ref, "is not encrypted, in a store that is" if seal.flag else "is encrypted, in a plain store")
+    try:
+        payload = seal.open(frame, ref.chunk_id + ref.checksum)
+    except SealBroken as exc:
+        raise _corrupt(ref, str(exc)) from exc
     if flags & FRAME_LZ4:
         try:
             raw: bytes = _decompress(payload, uncompressed_size=raw_length)
@@ -102,7 +109,7 @@ def decode(frame: memoryview, ref: FrameRef) -> bytes:
             raise _corrupt(ref, "cannot be decompressed") from exc
     else:
         raw = bytes(payload)
-    if len(raw) != raw_length or xxh3_128_digest(raw) != checksum:
+    if len(raw) != raw_length or xxh3_128_digest(raw) != ref.checksum:
         raise _corrupt(ref, "has damaged content")
     return raw
 
@@ -112,12 +119,12 @@ def describes(ref: FrameRef, raw: memoryview) -> bool:
     return ref.raw_length == len(raw) and ref.checksum == xxh3_128_digest(raw)
 
 
-def check_identity(raw: Buffer, ref: FrameRef) -> None:
+def check_identity(raw: Buffer, ref: FrameRef, sealing: Sealing = PLAIN) -> None:
     """Check decoded bytes against the chunk's identity.
 
     Raises: CorruptFrame.
     """
-    if blake3(raw).digest() != ref.chunk_id:
+    if sealing.chunk_id(raw) != ref.chunk_id:
         raise _corrupt(ref, "holds another chunk than its reference says")
 
 

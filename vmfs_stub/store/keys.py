@@ -31,6 +31,7 @@ CONDEMNED: Final = "condemned/"
 LEASES: Final = "leases/"
 DEAD: Final = "dead/"
 PROBES: Final = "doctor-probe/"
+KEYS: Final = "keys/"
 PENDING_SUFFIX: Final = ".pending"
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}(?:/[A-Za-z0-9][A-Za-z0-9._-]{0,199}){0,7}\Z")
@@ -96,6 +97,11 @@ def segment_digest(segment_id: SegmentId) -> str:
 def pack_key(pack_id: PackId) -> str:
     """Name of a pack; spread over 256 folders so that none of them grows very large."""
     return f"{PACKS}{pack_id[:2]}/{pack_id}"
+
+
+def key_key(key_id: str) -> str:
+    """Name of a wrapped copy of the store's key."""
+    return f"{KEYS}{_checked(key_id)}"
 
 
 def segment_key(segment_id: SegmentId) -> str:

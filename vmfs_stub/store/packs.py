@@ -2,7 +2,8 @@
 
 Layout: frames back to back from byte 0, then one entry per frame, then a trailer whose BLAKE3 covers entries and
 trailer.  The trailer names the pack, so a pack stored under another name is found.  The footer alone rebuilds the
-chunk index.  Layout: docs/FORMAT.md.  This module must not know how packs are transported.
+chunk index; in an encrypted store its entries are sealed, and its trailer is not.  Layout: docs/FORMAT.md.
+This module must not know how packs are transported.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from vmfs_stub.store.format import (
     FRAME_HEADER,
     FRAME_LENGTH_MAX,
     PACK_ENTRY,
+    PACK_FOOTER_SIZE_MAX,
     PACK_FRAMES_MAX,
     PACK_MAGIC,
     PACK_SIZE,
@@ -29,8 +31,9 @@ from vmfs_stub.store.format import (
 from vmfs_stub.store.frames import EncodedChunk
 from vmfs_stub.store.keys import pack_key
 from vmfs_stub.store.objects import ObjectStore
+from vmfs_stub.store.sealing import PLAIN, Sealing
 
-BUFFER_SIZE = PACK_SIZE + PACK_FRAMES_MAX * PACK_ENTRY.size + PACK_TAIL_SIZE
+BUFFER_SIZE = PACK_SIZE + PACK_FOOTER_SIZE_MAX + PACK_TAIL_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +49,9 @@ class SealedPack:
 class OpenPack:
     """A pack being filled, in one preallocated buffer.  Not thread-safe."""
 
-    def __init__(self, pack_id: PackId, buffer: bytearray | None = None) -> None:
+    def __init__(self, pack_id: PackId, buffer: bytearray | None = None, *, sealing: Sealing = PLAIN) -> None:
         self.pack_id = pack_id
+        self._sealing = sealing
         self._buffer = bytearray(BUFFER_SIZE) if buffer is None else buffer
         self._view = memoryview(self._buffer)
         self._end = 0
@@ -69,17 +73,16 @@ class OpenPack:
 
     def seal(self) -> SealedPack:
         """Write footer and trailer; the pack takes no more frames."""
-        end = self._end
-        for ref in self._refs:
-            PACK_ENTRY.pack_into(self._buffer, end, ref.chunk_id, ref.offset, ref.length, ref.raw_length, ref.checksum)
-            end += PACK_ENTRY.size
-        footer_length = end - self._end
+        rows = (PACK_ENTRY.pack(r.chunk_id, r.offset, r.length, r.raw_length, r.checksum) for r in self._refs)
+        footer = self._sealing.seal(b"".join(rows), pack_key(self.pack_id))
+        end = self._end + len(footer)
+        self._view[self._end : end] = footer
         PACK_TRAILER.pack_into(
             self._buffer,
             end,
             bytes.fromhex(self.pack_id),
             self._end,
-            footer_length,
+            len(footer),
             len(self._refs),
             PACK_VERSION,
             0,
@@ -90,7 +93,7 @@ class OpenPack:
         return SealedPack(self.pack_id, self._view[: end + len(tail)], tuple(self._refs), self._buffer)
 
 
-def read_footer(objects: ObjectStore, pack_id: PackId) -> list[FrameRef]:
+def read_footer(objects: ObjectStore, pack_id: PackId, sealing: Sealing = PLAIN) -> list[FrameRef]:
     """The frames of a stored pack, by its footer.
 
     Raises: ObjectMissing, CorruptPack, UnknownFormat.
@@ -105,7 +108,7 @@ def read_footer(objects: ObjectStore, pack_id: PackId) -> list[FrameRef]:
         msg = f"{key}: does not end as a pack does: cut short or not a pack"
         raise CorruptPack(msg)
     named, offset, length, count, version, zero = PACK_TRAILER.unpack_from(tail)
-    if offset + length + PACK_TAIL_SIZE != size or length != count * PACK_ENTRY.size or count > PACK_FRAMES_MAX:
+    if offset + length + PACK_TAIL_SIZE != size or length > PACK_FOOTER_SIZE_MAX:
         msg = f"{key}: its trailer does not fit its size"
         raise CorruptPack(msg)
     footer = bytes(objects.get_range(key, offset=offset, length=length))
@@ -119,7 +122,11 @@ def read_footer(objects: ObjectStore, pack_id: PackId) -> list[FrameRef]:
     if named.hex() != pack_id:
         msg = f"{key}: is pack {named.hex()} under another name"
         raise CorruptPack(msg)
-    return decode_entries(footer, pack_id, frames_end=offset)
+    entries = sealing.open(footer, key)
+    if len(entries) != count * PACK_ENTRY.size or count > PACK_FRAMES_MAX:
+        msg = f"{key}: its footer does not have the {count} frames that its trailer says"
+        raise CorruptPack(msg)
+    return decode_entries(entries, pack_id, frames_end=offset)
 
 
 def decode_entries(entries: bytes | memoryview, pack_id: PackId, *, frames_end: int) -> list[FrameRef]:

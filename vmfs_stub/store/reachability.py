@@ -22,6 +22,7 @@ from vmfs_stub.store.format import MANIFEST_SIZE_MAX, SEGMENT_SIZE_MAX
 from vmfs_stub.store.keys import PENDING_SUFFIX, segment_key
 from vmfs_stub.store.manifest import decode_manifest
 from vmfs_stub.store.objects import ObjectStore
+from vmfs_stub.store.sealing import PLAIN, Sealing
 from vmfs_stub.store.segments import Segment
 
 SCHEMA_VERSION: Final = 1
@@ -48,12 +49,21 @@ _CACHE_KIB: Final = 16 * 1024
 class Reachability:
     """`look` finds out what some manifests need, `has_pack` and `has_segment` tell it."""
 
-    def __init__(self, path: Path | None, store_id: StoreId, objects: ObjectStore, *, workers: int = 16) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        store_id: StoreId,
+        objects: ObjectStore,
+        *,
+        sealing: Sealing = PLAIN,
+        workers: int = 16,
+    ) -> None:
         """Open the file, or make it afresh when it is missing, damaged or another store's; None keeps it in memory.
 
         Raises: PrimaryIOError.
         """
         self._objects = objects
+        self._sealing = sealing
         self._workers = workers
         try:
             try:
@@ -181,7 +191,7 @@ class Reachability:
 
     def _packs_of(self, key: str) -> bytes:
         segment_id = SegmentId(key.rpartition("/")[2])
-        segment = Segment(self._objects.get(key, size_max=SEGMENT_SIZE_MAX), segment_id)
+        segment = Segment(self._objects.get(key, size_max=SEGMENT_SIZE_MAX), segment_id, self._sealing)
         return bytes.fromhex("".join(segment.packs))
 
 

@@ -3,7 +3,8 @@
 A segment says for each of its chunks where the frame lies and what it must decode to, so that a recall needs no
 index.  Chunks of zeros take two bytes; a segment of nothing but zeros is not stored at all (None in the manifest).
 Equal chunks share an entry.  Restore points share segments by taking over those of the point before.  A name is never
-used again: a collector that was stopped for long before it deletes cannot meet another segment of that name.
+used again: a collector that was stopped for long before it deletes cannot meet another segment of that name.  In an
+encrypted store the bytes that are stored, and name it, are sealed.
 
 Entries are taken apart when asked for, not when read: a recall's first read must not wait for 4,096 objects.
 Layout: docs/FORMAT.md.  This module must not know how segments are transported.
@@ -32,7 +33,8 @@ from vmfs_stub.store.format import (
     SEGMENT_SLOT_ZERO,
     SEGMENT_VERSION,
 )
-from vmfs_stub.store.keys import segment_digest, segment_id_of, segment_key
+from vmfs_stub.store.keys import SEGMENTS, segment_digest, segment_id_of, segment_key
+from vmfs_stub.store.sealing import PLAIN, Sealing
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,9 @@ class SealedSegment:
     packs: frozenset[PackId]
 
 
-def seal_segment(entries: Sequence[FrameRef | None], chunk_size: int, writer_id: WriterId) -> SealedSegment | None:
+def seal_segment(
+    entries: Sequence[FrameRef | None], chunk_size: int, writer_id: WriterId, sealing: Sealing = PLAIN
+) -> SealedSegment | None:
     """Make the segment of up to 4,096 chunks in file order; None when all of them are zeros."""
     assert 0 < len(entries) <= SEGMENT_CHUNKS
     packs: dict[PackId, int] = {}
@@ -65,7 +69,7 @@ def seal_segment(entries: Sequence[FrameRef | None], chunk_size: int, writer_id:
         return None
     header = SEGMENT_HEADER.pack(SEGMENT_MAGIC, SEGMENT_VERSION, 0, chunk_size, len(slots), len(rows), len(packs))
     table = b"".join(bytes.fromhex(pack_id) for pack_id in packs)
-    data = b"".join((header, table, struct.pack(f"<{len(slots)}H", *slots), *rows))
+    data = sealing.seal(b"".join((header, table, struct.pack(f"<{len(slots)}H", *slots), *rows)), SEGMENTS)
     return SealedSegment(segment_id_of(blake3(data).hexdigest(), writer_id), data, frozenset(packs))
 
 
@@ -75,10 +79,11 @@ class SegmentTable:
     ``ids`` are the segments so far, in order; every SealedSegment handed out must be put.
     """
 
-    def __init__(self, chunk_size: int, writer_id: WriterId) -> None:
+    def __init__(self, chunk_size: int, writer_id: WriterId, sealing: Sealing = PLAIN) -> None:
         self.ids: list[SegmentId | None] = []
         self._chunk_size = chunk_size
         self._writer_id = writer_id
+        self._sealing = sealing
         self._open: list[FrameRef | None] = []
 
     def extend(self, entries: Iterable[FrameRef | None]) -> list[SealedSegment]:
@@ -101,7 +106,7 @@ class SegmentTable:
         return self._seal(rest) if rest else []
 
     def _seal(self, entries: list[FrameRef | None]) -> list[SealedSegment]:
-        segment = seal_segment(entries, self._chunk_size, self._writer_id)
+        segment = seal_segment(entries, self._chunk_size, self._writer_id, self._sealing)
         self.ids.append(None if segment is None else segment.segment_id)
         return [] if segment is None else [segment]
 
@@ -114,14 +119,15 @@ class Segment:
 
     __slots__ = ("_data", "_entries_at", "_entry_count", "_key", "_slots", "chunk_size", "packs", "slot_count")
 
-    def __init__(self, data: bytes, segment_id: SegmentId) -> None:
-        """Check name, header and sizes.
+    def __init__(self, data: bytes, segment_id: SegmentId, sealing: Sealing = PLAIN) -> None:
+        """Check name, seal, header and sizes of the stored bytes.
 
         Raises: CorruptSegment; UnknownFormat.
         """
         self._key = segment_key(segment_id)
         if len(data) > SEGMENT_SIZE_MAX or blake3(data).hexdigest() != segment_digest(segment_id):
             raise self._corrupt("does not match its name")
+        data = sealing.open(data, self._key)
         if len(data) < SEGMENT_HEADER.size:
             raise self._corrupt("is too short")
         magic, version, zero, chunk_size, slots, entries, packs = SEGMENT_HEADER.unpack_from(data)

@@ -43,6 +43,8 @@ from vmfs_stub.store.format import (
     decode_description,
     encode_description,
 )
+from vmfs_stub.store.key_sources import KeySource
+from vmfs_stub.store.keyring import look_at, new_store_key, put_key, withdraw_key
 from vmfs_stub.store.keys import (
     FORGOTTEN,
     MANIFESTS,
@@ -55,10 +57,12 @@ from vmfs_stub.store.keys import (
     manifests_of,
     pack_key,
     pins_of,
+    writer_of,
 )
 from vmfs_stub.store.manifest import Manifest, decode_manifest
 from vmfs_stub.store.objects import ObjectInfo, ObjectStore
 from vmfs_stub.store.pins import Pin, decode_pin, remove_pin, valid_pins
+from vmfs_stub.store.sealing import StoreKey, sealing_of
 
 SUMMARIES_KEPT: Final = 100_000
 """Summaries of immutable manifests kept in memory: 2,000 VMs with 30 points and room to spare."""
@@ -93,50 +97,67 @@ class StoredVm:
 
 
 class Store:
-    """Thread-safe facade over one secondary store."""
+    """Thread-safe facade over one secondary store.
 
-    def __init__(self, objects: ObjectStore, description: StoreDescription) -> None:
-        self.objects = objects
+    Attributes: ``objects`` are in the clear (but for packs and segments), ``key`` is that of an encrypted store.
+    """
+
+    def __init__(self, objects: ObjectStore, description: StoreDescription, key: StoreKey | None = None) -> None:
+        """Take a store for what was found out of it before.  Raises: KeyMissing."""
+        self.key = key
+        self.sealing = sealing_of(description, key)
+        self.objects = self.sealing.around(objects)
         self.description = description
         self.id: StoreId = description.store_id
         self.chunk_size = description.chunk_size
-        self.segments = SegmentCache(objects)
+        self.segments = SegmentCache(objects, self.sealing)
         self._summaries: OrderedDict[str, PointSummary] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
-    def create(cls, objects: ObjectStore, *, chunk_size: int = DEFAULT_CHUNK_SIZE) -> Store:
-        """Make a store where there is none.
+    def create(
+        cls, objects: ObjectStore, *, chunk_size: int = DEFAULT_CHUNK_SIZE, source: KeySource | None = None
+    ) -> Store:
+        """Make a store where there is none; an encrypted one when there is a ``source`` to open it with.
 
         Raises: AlreadyExists, ConfigError, StoreUnavailable, StoreDenied, StoreFull.
         """
         check_chunk_size(chunk_size)
-        description = StoreDescription(StoreId(secrets.token_hex(16)), chunk_size)
+        description = StoreDescription(StoreId(secrets.token_hex(16)), chunk_size, is_encrypted=source is not None)
+        key = None if source is None else new_store_key()
+        # The key before the description: there never is a store that nobody can open.
+        wrapped = None if source is None or key is None else put_key(objects, description, key, source)
         try:
             objects.put(STORE_KEY, encode_description(description))
         except ObjectExists as exc:
+            if wrapped is not None:
+                withdraw_key(objects, wrapped)
             msg = "there is a vmfs-stub store at this place already; use it, or choose another place"
             raise AlreadyExists(msg) from exc
-        return cls(objects, description)
+        return cls(objects, description, key)
 
     @classmethod
-    def open(cls, objects: ObjectStore) -> Store:
-        """Open an existing store.
+    def open(cls, objects: ObjectStore, source: KeySource | None = None) -> Store:
+        """Open an existing store, an encrypted one with ``source``.
 
-        Raises: ObjectMissing when there is none; UnknownFormat, CorruptStoreObject, StoreUnavailable, StoreDenied.
+        Raises: ObjectMissing when there is none; UnknownFormat, CorruptStoreObject, StoreUnavailable, StoreDenied,
+        KeyMissing, WrongKey.
         """
-        return cls(objects, decode_description(objects.get(STORE_KEY, size_max=DOCUMENT_SIZE_MAX)))
+        seen = look_at(objects)
+        return cls(objects, seen.description, seen.unlock(source))
 
     @classmethod
-    def open_or_create(cls, objects: ObjectStore, *, chunk_size: int = DEFAULT_CHUNK_SIZE) -> Store:
-        """Open the store, or make it; two hosts that do so at once get the same one."""
+    def open_or_create(
+        cls, objects: ObjectStore, *, chunk_size: int = DEFAULT_CHUNK_SIZE, source: KeySource | None = None
+    ) -> Store:
+        """Open the store, or make it; two hosts that do so at once get the same one.  Raises: as `open`, `create`."""
         try:
-            return cls.open(objects)
+            return cls.open(objects, source)
         except ObjectMissing:
             try:
-                return cls.create(objects, chunk_size=chunk_size)
+                return cls.create(objects, chunk_size=chunk_size, source=source)
             except AlreadyExists:
-                return cls.open(objects)
+                return cls.open(objects, source)
 
     def check(self) -> None:
         """See that this store is where it is expected, and is itself.
@@ -198,12 +219,13 @@ class Store:
             msg = f"frames of pack {pack_id} are not in ascending order"
             raise ValueError(msg)
         view = memoryview(self.objects.get_range(pack_key(pack_id), offset=start, length=length))
+        seal = self.sealing.frame_seal(writer_of(pack_id))
         found = []
         for ref in refs:
             if ref.pack_id != pack_id or ref.offset < start:
                 msg = "frames of several packs, or not ascending, in one fetch"
                 raise ValueError(msg)
-            found.append(frames.decode(view[ref.offset - start : ref.end - start], ref))
+            found.append(frames.decode(view[ref.offset - start : ref.end - start], ref, seal))
         return found
 
     def remove_pin(self, vm_id: VmId, point_id: PointId, placeholder_id: PlaceholderId) -> None:
@@ -285,7 +307,9 @@ class Store:
         """Start a backup job of one VM; brings ``index`` up to date first.  Raises: as `check`."""
         self.check()
         index.sync(self.objects)
-        return BackupWriter(self.objects, self.fetch, index, chunk_size=self.chunk_size, clock=time.time)
+        return BackupWriter(
+            self.objects, self.fetch, index, chunk_size=self.chunk_size, sealing=self.sealing, clock=time.time
+        )
 
     def _point_ids(self, vm_id: VmId | None = None) -> Iterator[tuple[VmId, PointId]]:
         """Committed points of a VM, or of all, that are not forgotten."""
