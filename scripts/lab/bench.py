@@ -20,13 +20,13 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
-from scripts.lab import rows_boot, rows_io, rows_move, rows_quiet
+from scripts.lab import rows_boot, rows_io, rows_move, rows_quiet, rows_store
 from scripts.lab.datastore import end_on_signals, working_directory
 from scripts.lab.failure import LabError
 from scripts.lab.ratios import Comparison, Verdict, alternate, compare
 from scripts.lab.row import Laboratory, Row
 
-ROWS: tuple[Row, ...] = (*rows_io.ROWS, *rows_move.ROWS, *rows_boot.ROWS, *rows_quiet.ROWS)
+ROWS: tuple[Row, ...] = (*rows_io.ROWS, *rows_move.ROWS, *rows_boot.ROWS, *rows_quiet.ROWS, *rows_store.ROWS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,8 @@ def gc(
 
     found, config = store_and_config_of(ctx, store, key=key, passphrase=passphrase)
     settings = StoreConfig(url=store or "-") if config is None else config.store
-    cache = None if config is None else config.reachability_path
+    # A host that never mounted the datastore, or whose backing filesystem is not there, has no place for the cache.
+    cache = config.reachability_path if config is not None and config.private_dir.is_dir() else None
     with closing(Reachability(cache, found.id, found.objects, sealing=found.sealing)) as reachability:
         collector = Collector(found.objects, reachability, lag_s=settings.listing_lag_s, sleep=time.sleep, say=warn)
         collected = collector.survey() if dry_run else collector.run()
