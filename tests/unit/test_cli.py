@@ -76,7 +76,7 @@ def start_daemon(config: Path, tmp_path: Path) -> Iterator[StartDaemon]:
 
 
 COMMANDS = (
-    *("init", "mount", "unmount", "ls", "backup", "archive", "recall", "restore", "points", "verify"),
+    *("init", "mount", "unmount", "ls", "backup", "archive", "recall", "restore", "points", "verify", "scrub"),
     *("forget", "hold", "unhold", "status", "doctor"),
 )
 HEAVY = ("pydantic", "starlette", "hypercorn", "trio", "prometheus_client", "obstore", "blake3", "rich.progress")

@@ -176,6 +176,10 @@ class Store:
         known = [summary for summary in found if summary is not None]
         return list(_oldest_first([point for point in known if with_damaged or point.damaged is None]))
 
+    def stored_points(self) -> list[tuple[VmId, PointId]]:
+        """All committed points, those that are forgotten and still there included.  Raises: StoreUnavailable."""
+        return sorted(_points_named(self.objects.list(MANIFESTS)))
+
     def open_point(self, vm_id: VmId, point_id: PointId) -> RestorePoint:
         """Open a committed restore point; also one that is forgotten, which placeholders may depend on.
 
