@@ -267,6 +267,19 @@ def test_scrub_names_who_needs_what_is_damaged(run: Run, url: str, tmp_path: Pat
     assert report["is_whole"] is False
 
 
+def test_scrub_repairs_what_the_next_backup_has_stored_again(run: Run, url: str, tmp_path: Path) -> None:
+    (pack,) = [path for path in (tmp_path / "store/packs").rglob("*") if path.is_file()]
+    pack.write_bytes(b"?" + pack.read_bytes()[1:])
+    assert run("scrub", "--store", url).code == ExitCode.INTEGRITY
+    add_point(Store.open(open_objects(StoreAt(url))), "a" * 32, "db", "4444" + "0" * 28)
+    repaired = run("scrub", "--store", url)
+    assert repaired.code == 0, repaired
+    assert "1 of 1 frames that restore points need are repaired" in repaired.err
+    assert run("verify", "--store", url).code == 0
+    assert run("restore", "web", "--to", tmp_path / "out", "--store", url).code == 0
+    assert (tmp_path / "out/disk.raw").read_bytes() == CONTENT
+
+
 def test_scrub_goes_on_where_it_was_with_a_configuration(run: Run, url: str, tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     (tmp_path / "backing/.vmfs-stub").mkdir(parents=True)

@@ -12,7 +12,7 @@ import typer
 from vmfs_stub.cli.context import store_and_config_of
 from vmfs_stub.cli.exit_codes import ExitCode
 from vmfs_stub.cli.job_progress import advance_shown
-from vmfs_stub.cli.output import bytes_text, say, say_json, warn
+from vmfs_stub.cli.output import bytes_text, say, say_json, time_text, warn
 
 if TYPE_CHECKING:
     from vmfs_stub.services.scrub import Damage, ScrubReport
@@ -24,7 +24,7 @@ def scrub(
     json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
     store: Annotated[str | None, typer.Option(help="URL of a store; no configuration is needed then.")] = None,
 ) -> None:
-    """Check every pack, segment and manifest; exit code 6 when what a restore point needs is damaged.
+    """Check every pack, segment and manifest; repair what can be; exit code 6 when restore points need the rest.
 
     A run that is stopped goes on where it was the next time, but with --store.
     """
@@ -66,10 +66,13 @@ def _tell(report: ScrubReport) -> None:
 
 
 def _told(damage: Damage) -> Iterator[str]:
-    yield f"{damage.key}: {damage.problem}"
+    since = "" if damage.since_s is None else f" (found {time_text(damage.since_s)})"
+    yield f"{damage.key}: {damage.problem}{since}"
     for need in damage.needs:
         pinned = f", on which {need.pin_count} placeholders depend" if need.pin_count else ""
         part = f" {need.path}: {need.chunk_count} chunks" if need.path else ""
         yield f"  needed by {need.vm_name or need.vm_id}@{need.point_id}{pinned}{part}"
-    if not damage.needs:
+    if damage.repaired_count:
+        yield f"  {damage.repaired_count} of {damage.frame_count} frames that restore points need are repaired"
+    elif not damage.needs:
         yield "  no restore point needs what is damaged of it"

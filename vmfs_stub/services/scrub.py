@@ -4,9 +4,11 @@ Purpose: `verify` follows restore points, and reads what they share again for ea
 the store's objects, each once, past any cache, at a limited rate, and takes up where it was stopped.
 
 1. Manifests, of forgotten points too (placeholders may need them), and segments: which packs are needed.
-2. Packs by name: the footer, and every frame by checksum and by identity.  Progress is kept pack by pack.
-3. Only when something is wrong: all points again, to name those that need it.  What was deleted meanwhile, point and
-   all, is nobody's then.
+2. Packs by name: the footer, and every frame by checksum and by identity.  What is damaged is marked at once, so that
+   no backup refers to it any more (`store/quarantine.py`).  Progress is kept pack by pack.
+3. Only when something is wrong: all points again, for what they need of it.  That is repaired where there is another
+   copy (`scrub_repair.py`); of the rest those are named that need it.  What was deleted meanwhile, point and all, is
+   nobody's then.
 
 Packs, not points: damage in what nothing needs today would be handed out by deduplication tomorrow.
 Blocking code with a few threads.  This module must not know primary storage.
@@ -14,6 +16,8 @@ Blocking code with a few threads.  This module must not know primary storage.
 
 from __future__ import annotations
 
+import logging
+import secrets
 import threading
 import time
 from collections import Counter, defaultdict
@@ -24,15 +28,17 @@ from itertools import islice
 from typing import Final, TypeVar
 
 from vmfs_stub.core.chunking import FrameRef, chunk_count
-from vmfs_stub.core.errors import IntegrityError, ObjectMissing, PointNotFound
+from vmfs_stub.core.errors import IntegrityError, ObjectMissing, PointNotFound, StoreDenied, StoreFull
 from vmfs_stub.core.ids import PackId, PointId, SegmentId, VmId
 from vmfs_stub.services.scrub_progress import PackDamage, ScrubProgress
+from vmfs_stub.services.scrub_repair import Frame, repair
 from vmfs_stub.store import frames
 from vmfs_stub.store.format import SEGMENT_CHUNKS, SEGMENT_SIZE_MAX
 from vmfs_stub.store.keys import PACKS, is_id, manifest_key, pack_key, segment_key
 from vmfs_stub.store.manifest import Manifest, StoredFile
 from vmfs_stub.store.objects import CacheDropping
 from vmfs_stub.store.packs import read_footer
+from vmfs_stub.store.quarantine import Quarantine, put_quarantine, read_quarantine
 from vmfs_stub.store.segments import Segment
 from vmfs_stub.store.store import Store
 
@@ -43,8 +49,7 @@ DAMAGED_MAX: Final = 1000
 SEGMENTS_AT_ONCE: Final = 64
 
 T = TypeVar("T")
-Frame = tuple[PackId, int]
-"""A frame by its pack and its offset there in bytes."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,7 @@ class Need:
 class Damage:
     """One damaged object; ``needs`` are those that cannot be restored for it, the ones with placeholders first.
 
+    ``since_s`` (Unix time) is when a pack was found damaged first; None for anything else.
     ``frame_count`` frames of a pack are damaged and needed, of which ``repaired_count`` can be read elsewhere.
     """
 
@@ -74,6 +80,7 @@ class Damage:
     needs: tuple[Need, ...]
     frame_count: int = 0
     repaired_count: int = 0
+    since_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,13 +240,23 @@ class _Scrub:
             names = sorted(sizes.keys() | needed)
             self._advance(sum(sizes.get(name, 0) for name in names if name <= after))
             for part in _parts([name for name in names if name > after], self._workers):
-                for pack_id, damage in zip(part, self._executor.map(self._check_pack, part), strict=True):
+                for pack_id, found in zip(part, self._executor.map(self._check_pack, part), strict=True):
+                    self._pack_count += not isinstance(found, ObjectMissing)
                     # A pack that is gone is damage to those alone who need it.
-                    is_gone = isinstance(damage, ObjectMissing)
-                    found = PackDamage(pack_id, str(damage), None) if isinstance(damage, ObjectMissing) else damage
-                    self._progress.passed(pack_id, None if is_gone and pack_id not in needed else found)
-                    self._pack_count += not is_gone
+                    is_lost = isinstance(found, ObjectMissing) and pack_id in needed
+                    damage = PackDamage(pack_id, str(found), None) if is_lost else found
+                    if isinstance(damage, PackDamage):
+                        self._quarantine(damage)
+                    self._progress.passed(pack_id, damage if isinstance(damage, PackDamage) else None)
                     self._advance(sizes.get(pack_id, 0))
+
+    def _quarantine(self, damage: PackDamage) -> None:
+        offsets = tuple(sorted(damage.offsets or ()))
+        mark = Quarantine(time.time(), offsets, damage.problem, secrets.token_hex(8))
+        try:
+            put_quarantine(self._store.objects, mark, damage.pack_id)
+        except (StoreDenied, StoreFull) as exc:  # what is found is told all the same
+            log.warning("pack %s could not be put in quarantine: %s", damage.pack_id, exc)
 
     def _check_pack(self, pack_id: PackId) -> PackDamage | ObjectMissing | None:
         self._drop_cache(pack_key(pack_id))
@@ -269,7 +286,7 @@ class _Scrub:
         return {offset: problem for ref in run for offset, problem in self._check_run([ref]).items()}
 
     def _read(self, run: Sequence[FrameRef]) -> None:
-        for ref, raw in zip(run, self._store.fetch(run), strict=True):
+        for ref, raw in zip(run, self._store.fetch_in_place(run), strict=True):
             frames.check_identity(raw, ref)
 
     def _drop_cache(self, key: str) -> None:
@@ -280,7 +297,7 @@ class _Scrub:
 
     def _judged(self, damaged: Mapping[PackId, PackDamage]) -> tuple[Damage, ...]:
         refs, names = self._needed_frames(damaged)
-        repaired: frozenset[Frame] = frozenset()
+        repaired = repair(self._store, refs)
         problems, needs = self._needs(refs.keys() - repaired, names)
         found = []
         for damage in damaged.values():
@@ -288,7 +305,9 @@ class _Scrub:
             frames_of = {frame for frame in refs if frame[0] == damage.pack_id}
             if frames_of or self._exists(key):  # or else it was deleted, together with what needed it
                 count = len(frames_of & repaired)
-                found.append(Damage(key, damage.problem, _first_pinned(needs[key]), len(frames_of), count))
+                mark = read_quarantine(self._store.objects, damage.pack_id)
+                since_s = None if mark is None else mark.found_s
+                found.append(Damage(key, damage.problem, _first_pinned(needs[key]), len(frames_of), count, since_s))
         found += [Damage(key, problem, _first_pinned(needs[key])) for key, problem in problems.items()]
         return tuple(sorted(found, key=_urgency))
 

@@ -57,8 +57,10 @@ from vmfs_stub.store.keys import (
     pins_of,
 )
 from vmfs_stub.store.manifest import Manifest, decode_manifest
+from vmfs_stub.store.moved import UNREADABLE, MovedFrames
 from vmfs_stub.store.objects import ObjectInfo, ObjectStore
 from vmfs_stub.store.pins import Pin, decode_pin, remove_pin, valid_pins
+from vmfs_stub.store.quarantine import quarantined_packs
 
 SUMMARIES_KEPT: Final = 100_000
 """Summaries of immutable manifests kept in memory: 2,000 VMs with 30 points and room to spare."""
@@ -101,6 +103,7 @@ class Store:
         self.id: StoreId = description.store_id
         self.chunk_size = description.chunk_size
         self.segments = SegmentCache(objects)
+        self.moved = MovedFrames(objects, self.fetch_in_place)
         self._summaries: OrderedDict[str, PointSummary] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -188,7 +191,28 @@ class Store:
         return RestorePoint(self._manifest(vm_id, point_id), self.segments)
 
     def fetch(self, refs: Sequence[FrameRef]) -> list[bytes]:
-        """The verified raw bytes of frames of one pack, by one range read.
+        """The verified raw bytes of frames of one pack, by one range read; one by one where some have moved.
+
+        Order of ``refs`` and errors: as `fetch_in_place`, when what is damaged or missing is nowhere else either.
+        """
+        try:
+            return self.fetch_in_place(refs)
+        except UNREADABLE:
+            if not self.moved.has_moves(refs[0].pack_id):
+                raise
+            return [self._fetch_moved(ref) for ref in refs]
+
+    def _fetch_moved(self, ref: FrameRef) -> bytes:
+        try:
+            return self.fetch_in_place([ref])[0]
+        except UNREADABLE:
+            raw = self.moved.fetch(ref)
+            if raw is None:
+                raise
+            return raw
+
+    def fetch_in_place(self, refs: Sequence[FrameRef]) -> list[bytes]:
+        """The same from this very pack.
 
         ``refs`` ascend in the pack and lie next to each other or nearly so: what lies between is read too.
         Raises: ObjectMissing, CorruptPack, CorruptFrame, StoreUnavailable.
@@ -288,8 +312,27 @@ class Store:
     def begin_backup(self, *, index: ChunkIndex) -> BackupWriter:
         """Start a backup job of one VM; brings ``index`` up to date first.  Raises: as `check`."""
         self.check()
-        index.sync(self.objects)
-        return BackupWriter(self.objects, self.fetch, index, chunk_size=self.chunk_size, clock=time.time)
+        quarantined = index.sync(self.objects).quarantined
+        return BackupWriter(
+            self.objects,
+            self.fetch,
+            index,
+            chunk_size=self.chunk_size,
+            clock=time.time,
+            quarantined=quarantined,
+        )
+
+    def begin_repair(self, *, index: ChunkIndex) -> BackupWriter:
+        """Start to write frames of damaged packs anew; an empty ``index`` knows none of them.  Raises: as `check`."""
+        self.check()
+        return BackupWriter(
+            self.objects,
+            self.fetch_in_place,
+            index,
+            chunk_size=self.chunk_size,
+            clock=time.time,
+            quarantined=quarantined_packs(self.objects),
+        )
 
     def _point_ids(self, vm_id: VmId | None = None) -> Iterator[tuple[VmId, PointId]]:
         """Committed points of a VM, or of all, that are not forgotten."""
