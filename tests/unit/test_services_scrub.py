@@ -12,11 +12,12 @@ import pytest
 from store_fakes import FakeObjects
 from store_points import back_up, new_id
 
-from vmfs_stub.core.errors import StoreUnavailable, UnknownFormat
+from vmfs_stub.core.errors import StoreDenied, StoreUnavailable, UnknownFormat
 from vmfs_stub.core.ids import PackId, PlaceholderId, PointId
 from vmfs_stub.services.scrub import Damage, Need, Rate, ScrubReport, scrub
 from vmfs_stub.services.scrub_progress import ScrubProgress
 from vmfs_stub.store.format import FRAME_HEADER
+from vmfs_stub.store.keys import pack_key, segment_key
 from vmfs_stub.store.manifest import Manifest
 from vmfs_stub.store.pins import Pin
 from vmfs_stub.store.store import Store
@@ -268,3 +269,68 @@ def test_a_point_that_is_void_is_none(store: Store, objects: FakeObjects) -> Non
     made = back_up(store, {"disk.raw": DISK})
     objects.contents[f"manifests/{made.vm_id}/{PointId(new_id())}"] = encode_void("nonce")
     assert scrubbed(store).point_count == 1
+
+
+def test_what_came_wrong_once_is_no_damage(store: Store, objects: FakeObjects) -> None:
+    back_up(store, {"disk.raw": DISK})
+    (key,) = keys(objects, "packs/")
+    whole = objects.contents[key]
+    reads = 0
+
+    def spoil_first(call: str, asked: str) -> None:
+        nonlocal reads
+        if (call, asked) == ("get_range", key):
+            reads += 1
+            objects.contents[key] = whole[:-50] + b"?" * 50 if reads == 1 else whole
+
+    objects.before = spoil_first
+    assert scrubbed(store).damages == ()
+    assert keys(objects, "quarantined/") == []
+    assert reads > 2
+
+
+def test_more_damage_than_is_looked_into_at_once(
+    store: Store, objects: FakeObjects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmfs_stub.services.scrub.DAMAGED_AT_ONCE", 2)
+    monkeypatch.setattr("vmfs_stub.services.scrub.DAMAGES_MAX", 4)
+    monkeypatch.setattr("vmfs_stub.services.scrub.NEEDS_MAX", 1)
+    for _ in range(5):
+        content = RANDOM.randbytes(CHUNK)
+        back_up(store, {"disk.raw": content, "same": content})
+    for key in keys(objects, "packs/"):
+        flip(objects, key, 100)
+    report = scrubbed(store)
+    assert [(len(damage.needs), damage.need_count) for damage in report.damages] == [(1, 2)] * 4
+    assert report.more_damages == 1
+    assert len(keys(objects, "quarantined/")) == 5
+
+
+def test_damage_of_every_kind_is_told_together(store: Store, objects: FakeObjects) -> None:
+    first, second, third = [back_up(store, {"disk.raw": RANDOM.randbytes(CHUNK)}) for _ in range(3)]
+    flip(objects, f"manifests/{first.vm_id}/{first.point_id}", 30)
+    (segment_id,) = second.files[0].segments
+    assert segment_id is not None
+    flip(objects, segment_key(segment_id), 30)
+    (other_id,) = third.files[0].segments
+    assert other_id is not None
+    (pack_id,) = store.segments.load(other_id).packs
+    flip(objects, pack_key(pack_id), 100)
+    found = {damage.key.split("/")[0]: [need.point_id for need in damage.needs] for damage in scrubbed(store).damages}
+    assert found == {
+        "manifests": [first.point_id],
+        "segments": [second.point_id],
+        "packs": [third.point_id],
+    }
+
+
+def test_a_host_that_may_not_write_is_told_all_the_same(store: Store, objects: FakeObjects) -> None:
+    back_up(store, {"disk.raw": DISK})
+    flip(objects, keys(objects, "packs/")[0], 100)
+
+    def refuse(call: str, key: str) -> None:
+        if call == "put":
+            raise StoreDenied(key)
+
+    objects.before = refuse
+    assert places(scrubbed(store).damages[0]) == [("web1", "disk.raw", 1)]

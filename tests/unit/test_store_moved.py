@@ -12,14 +12,16 @@ from store_fakes import FakeObjects
 from store_points import back_up, new_id, stored_file
 
 from vmfs_stub.core.chunking import FrameRef
-from vmfs_stub.core.errors import CorruptFrame, CorruptStoreObject, ObjectMissing, StoreUnavailable
-from vmfs_stub.core.ids import PackId
+from vmfs_stub.core.errors import CorruptFrame, CorruptStoreObject, ObjectMissing, StoreConflict, StoreUnavailable
+from vmfs_stub.core.ids import PackId, PointId
 from vmfs_stub.services.restore import restore_point
 from vmfs_stub.services.scrub import ScrubReport, scrub
 from vmfs_stub.services.scrub_progress import ScrubProgress
 from vmfs_stub.services.verify import verify
+from vmfs_stub.store.backup_writer import EncodedBatch
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.collector import Collected, Collector
+from vmfs_stub.store.condemned import Condemned, encode_condemned
 from vmfs_stub.store.format import FRAME_HEADER
 from vmfs_stub.store.keys import moved_key, pack_key
 from vmfs_stub.store.moved import HOPS_MAX, KNOWN_S, Move, MovedFrames, decode_moved, encode_moved
@@ -304,20 +306,48 @@ def test_a_document_that_cannot_be_read_stops_garbage_collection_while_it_is_nee
     assert keys(objects, "moved/") == []
 
 
-def test_a_backup_goes_on_while_its_packs_are_repaired(store: Store, objects: FakeObjects) -> None:
-    """What is absent on primary is taken over from a pack that is damaged, and repaired."""
-    damaged = damaged_with_copy(store, objects, lambda pack: b"?" + pack[1:])
+@pytest.mark.parametrize("is_missing", [False, True])
+def test_what_was_repaired_can_be_taken_over(store: Store, objects: FakeObjects, is_missing: bool) -> None:
+    """It is what a backup of a placeholder does with what is absent on primary."""
+    damaged = damaged_with_copy(store, objects, lambda pack: None if is_missing else b"?" + pack[1:])
+    old = next(vm for vm in store.vms() if vm.name == "old")
+
+    def take_over() -> None:
+        taking = Store.open(objects)
+        refs = taking.open_point(old.vm_id, old.points[0].point_id).chunks(0).locate(0, 5)
+        writer = taking.begin_backup(index=ChunkIndex(None, store.id))
+        entries = writer.append(EncodedBatch(tuple(refs))).entries
+        file = stored_file("disk.raw", len(DISK), writer.add_file(entries))
+        point_id = PointId(new_id())
+        writer.read_back([ref for ref in refs if ref is not None])
+        writer.commit(vm_id=old.vm_id, point_id=point_id, vm_name="old", host="h", files=[file], metadata={})
+
+    with pytest.raises((CorruptFrame, ObjectMissing)):
+        take_over()
+    assert scrubbed(store).is_whole
+    take_over()
+    assert (damaged in packs(objects)) != is_missing
+    assert verify(Store.open(objects)).findings == ()
+    for key in keys(objects, "moved/"):
+        del objects.contents[key]
+    with pytest.raises((CorruptFrame, ObjectMissing)):
+        take_over()
+
+
+def test_what_was_saved_of_a_missing_pack_and_is_condemned_is_not_taken_over(
+    store: Store, objects: FakeObjects
+) -> None:
+    damaged_with_copy(store, objects, lambda pack: None)
+    before = set(packs(objects))
     scrubbed(store)
+    (saved,) = set(packs(objects)) - before
     old = next(vm for vm in store.vms() if vm.name == "old")
     refs = store.open_point(old.vm_id, old.points[0].point_id).chunks(0).locate(0, 5)
     writer = store.begin_backup(index=ChunkIndex(None, store.id))
-    writer.read_back([ref for ref in refs if ref is not None])
-    file = stored_file("disk.raw", len(DISK), writer.add_file(refs))
-    writer.commit(
-        vm_id=old.vm_id, point_id=old.points[0].point_id[::-1], vm_name="old", host="h", files=[file], metadata={}
-    )  # type: ignore[arg-type]
-    assert damaged in packs(objects)
-    assert verify(Store.open(objects)).findings == ()
+    file = stored_file("disk.raw", len(DISK), writer.add_file(writer.append(EncodedBatch(tuple(refs))).entries))
+    objects.contents["condemned/list"] = encode_condemned(Condemned(frozenset([saved])), "")
+    with pytest.raises(StoreConflict):
+        writer.commit(vm_id=old.vm_id, point_id=PointId(new_id()), vm_name="old", host="h", files=[file], metadata={})
 
 
 def test_a_document_is_of_its_pack() -> None:

@@ -55,13 +55,13 @@ def _tell(report: ScrubReport) -> None:
     for damage in report.damages:
         for line in _told(damage):
             warn(line)
-    if report.more_packs:
-        warn(f"{report.more_packs} more packs are damaged; run scrub again when these are dealt with")
+    if report.more_damages:
+        warn(f"{report.more_damages} more objects are damaged")
     lost = sum(bool(damage.needs) for damage in report.damages)
     say(
         f"{report.point_count} restore points, {report.segment_count} segments, {report.pack_count} packs, "
-        f"{bytes_text(report.read_bytes)} read, {len(report.damages)} objects damaged, "
-        f"of which restore points need {lost + report.more_packs}"
+        f"{bytes_text(report.read_bytes)} read, "
+        f"{len(report.damages) + report.more_damages} objects damaged, {lost} of them missed by restore points"
     )
 
 
@@ -72,6 +72,8 @@ def _told(damage: Damage) -> Iterator[str]:
         pinned = f", on which {need.pin_count} placeholders depend" if need.pin_count else ""
         part = f" {need.path}: {need.chunk_count} chunks" if need.path else ""
         yield f"  needed by {need.vm_name or need.vm_id}@{need.point_id}{pinned}{part}"
+    if damage.need_count > len(damage.needs):
+        yield f"  and by {damage.need_count - len(damage.needs)} more files"
     if damage.repaired_count:
         yield f"  {damage.repaired_count} of {damage.frame_count} frames that restore points need are repaired"
     elif not damage.needs:

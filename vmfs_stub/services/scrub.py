@@ -23,7 +23,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Final, TypeVar
 
@@ -44,8 +44,11 @@ from vmfs_stub.store.store import Store
 
 WORKERS: Final = 2
 RUN_BYTES: Final = 4 * 1024 * 1024
-DAMAGED_MAX: Final = 1000
-"""Damaged packs that one round looks into; when there are more, it says so."""
+DAMAGED_AT_ONCE: Final = 200
+"""Damaged packs that are looked into together, which bounds the frames that are held in memory."""
+DAMAGES_MAX: Final = 1000
+NEEDS_MAX: Final = 1000
+"""Of each damage; more say nothing new."""
 SEGMENTS_AT_ONCE: Final = 64
 
 T = TypeVar("T")
@@ -71,6 +74,7 @@ class Need:
 class Damage:
     """One damaged object; ``needs`` are those that cannot be restored for it, the ones with placeholders first.
 
+    ``need_count`` is how many there are, of which no more than NEEDS_MAX are told.
     ``since_s`` (Unix time) is when a pack was found damaged first; None for anything else.
     ``frame_count`` frames of a pack are damaged and needed, of which ``repaired_count`` can be read elsewhere.
     """
@@ -78,6 +82,7 @@ class Damage:
     key: str
     problem: str
     needs: tuple[Need, ...]
+    need_count: int
     frame_count: int = 0
     repaired_count: int = 0
     since_s: float | None = None
@@ -85,19 +90,19 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class ScrubReport:
-    """One round; ``read_bytes`` are those of this run, ``more_packs`` are damaged beside those that are told of."""
+    """One round; ``read_bytes`` are those of this run, ``more_damages`` are beside those that are told."""
 
     point_count: int
     segment_count: int
     pack_count: int
     read_bytes: int
     damages: tuple[Damage, ...]
-    more_packs: int
+    more_damages: int
 
     @property
     def is_whole(self) -> bool:
         """Whether all that restore points need can be read."""
-        return not self.more_packs and not any(damage.needs for damage in self.damages)
+        return not any(damage.needs for damage in self.damages)
 
 
 class Rate:
@@ -166,18 +171,25 @@ class _Scrub:
         self._bad_segments: dict[SegmentId, str] = {}
         self._slots: dict[SegmentId, tuple[Frame, ...]] = {}
         """Of a segment, the damaged frame of each chunk that has one."""
+        self._others: dict[str, Damage] = {}
         self._pack_count = 0
 
     def run(self) -> ScrubReport:
         point_count, segment_count, is_sound = self._look_at_points()
         self._look_at_packs()
-        damaged = {damage.pack_id: damage for damage in self._progress.damaged(DAMAGED_MAX)}
-        damages: tuple[Damage, ...] = ()
-        if damaged or not is_sound:
-            damages = self._judged(damaged)
-        more = self._progress.damaged_count() - len(damaged)
+        found: list[Damage] = []
+        after = ""
+        while batch := self._progress.damaged(after, DAMAGED_AT_ONCE):
+            found += self._judged({damage.pack_id: damage for damage in batch})
+            after = batch[-1].pack_id
+        if not is_sound and not found:
+            self._judged({})
+        found = sorted([*found, *self._others.values()], key=_urgency)
         self._progress.finish()
-        return ScrubReport(point_count, segment_count, self._pack_count, self._rate.bytes, damages, more)
+        told = tuple(found[:DAMAGES_MAX])
+        return ScrubReport(
+            point_count, segment_count, self._pack_count, self._rate.bytes, told, more_damages=len(found) - len(told)
+        )
 
     # Manifests and segments
 
@@ -241,14 +253,19 @@ class _Scrub:
             self._advance(sum(sizes.get(name, 0) for name in names if name <= after))
             for part in _parts([name for name in names if name > after], self._workers):
                 for pack_id, found in zip(part, self._executor.map(self._check_pack, part), strict=True):
-                    self._pack_count += not isinstance(found, ObjectMissing)
-                    # A pack that is gone is damage to those alone who need it.
-                    is_lost = isinstance(found, ObjectMissing) and pack_id in needed
-                    damage = PackDamage(pack_id, str(found), None) if is_lost else found
-                    if isinstance(damage, PackDamage):
-                        self._quarantine(damage)
-                    self._progress.passed(pack_id, damage if isinstance(damage, PackDamage) else None)
+                    self._pass(pack_id, found, is_needed=pack_id in needed)
                     self._advance(sizes.get(pack_id, 0))
+
+    def _pass(self, pack_id: PackId, found: PackDamage | ObjectMissing | None, *, is_needed: bool) -> None:
+        if isinstance(found, ObjectMissing):
+            # One that is gone is damage to those alone who need it.
+            damage = PackDamage(pack_id, str(found), None) if is_needed else None
+        else:
+            damage = found
+            self._pack_count += 1
+        if damage is not None:
+            self._quarantine(damage)
+        self._progress.passed(pack_id, damage)
 
     def _quarantine(self, damage: PackDamage) -> None:
         offsets = tuple(sorted(damage.offsets or ()))
@@ -259,6 +276,10 @@ class _Scrub:
             log.warning("pack %s could not be put in quarantine: %s", damage.pack_id, exc)
 
     def _check_pack(self, pack_id: PackId) -> PackDamage | ObjectMissing | None:
+        """Only what is found twice is damage: the mark stays, and what came wrong over a network once is none."""
+        return self._look_at_pack(pack_id) and self._look_at_pack(pack_id)
+
+    def _look_at_pack(self, pack_id: PackId) -> PackDamage | ObjectMissing | None:
         self._drop_cache(pack_key(pack_id))
         problems: dict[int, str] = {}
         try:
@@ -295,24 +316,31 @@ class _Scrub:
 
     # Who needs what is damaged
 
-    def _judged(self, damaged: Mapping[PackId, PackDamage]) -> tuple[Damage, ...]:
+    def _judged(self, damaged: Mapping[PackId, PackDamage]) -> list[Damage]:
+        """Repair what can be, and name who needs the rest; ``_others`` is then what is wrong beside packs."""
         refs, names = self._needed_frames(damaged)
         repaired = repair(self._store, refs)
         problems, needs = self._needs(refs.keys() - repaired, names)
+        self._others = {key: _damage(key, problem, needs[key]) for key, problem in problems.items()}
+        needed_counts, repaired_counts = (Counter(pack_id for pack_id, _ in each) for each in (refs, repaired))
         found = []
-        for damage in damaged.values():
-            key = pack_key(damage.pack_id)
-            frames_of = {frame for frame in refs if frame[0] == damage.pack_id}
-            if frames_of or self._exists(key):  # or else it was deleted, together with what needed it
-                count = len(frames_of & repaired)
-                mark = read_quarantine(self._store.objects, damage.pack_id)
-                since_s = None if mark is None else mark.found_s
-                found.append(Damage(key, damage.problem, _first_pinned(needs[key]), len(frames_of), count, since_s))
-        found += [Damage(key, problem, _first_pinned(needs[key])) for key, problem in problems.items()]
-        return tuple(sorted(found, key=_urgency))
+        for pack_id, damage in damaged.items():
+            key, frame_count = pack_key(pack_id), needed_counts[pack_id]
+            if frame_count or self._exists(key):  # or else it was deleted, together with what needed it
+                mark = read_quarantine(self._store.objects, pack_id)
+                found.append(
+                    replace(
+                        _damage(key, damage.problem, needs[key]),
+                        frame_count=frame_count,
+                        repaired_count=repaired_counts[pack_id],
+                        since_s=None if mark is None else mark.found_s,
+                    )
+                )
+        return found
 
     def _needed_frames(self, damaged: Mapping[PackId, PackDamage]) -> tuple[dict[Frame, FrameRef], dict[VmId, str]]:
         """The damaged frames that points need, and the names of VMs."""
+        self._slots.clear()
         refs: dict[Frame, FrameRef] = {}
         names: dict[VmId, str] = {}
         for (vm_id, _), manifest in self._points():
@@ -383,8 +411,9 @@ def _is_damaged(ref: FrameRef | None, damaged: Mapping[PackId, PackDamage]) -> b
     return damage is not None and ref is not None and (damage.offsets is None or ref.offset in damage.offsets)
 
 
-def _first_pinned(needs: Iterable[Need]) -> tuple[Need, ...]:
-    return tuple(sorted(needs, key=lambda need: (not need.pin_count, need.vm_name, need.point_id, need.path)))
+def _damage(key: str, problem: str, needs: Sequence[Need]) -> Damage:
+    ordered = sorted(needs, key=lambda need: (not need.pin_count, need.vm_name, need.point_id, need.path))
+    return Damage(key, problem, tuple(ordered[:NEEDS_MAX]), len(needs))
 
 
 def _urgency(damage: Damage) -> tuple[bool, bool, str]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -37,14 +38,14 @@ class PackDamage:
 
 
 class ScrubProgress:
-    """One round over the packs, in the order of their names."""
+    """One round over the packs, in the order of their names; all calls may raise PrimaryIOError."""
 
     def __init__(self, path: Path | None, store_id: StoreId, *, restart: bool = False) -> None:
         """Open the file, or make it afresh when it is missing, damaged or another store's; None keeps it in memory.
 
         With ``restart`` what is in it does not count.  Raises: PrimaryIOError.
         """
-        self._store_id = store_id
+        self._path = path
         try:
             try:
                 self._database = _opened(path, store_id)
@@ -56,7 +57,7 @@ class ScrubProgress:
             if restart:
                 self.finish()
         except (sqlite3.Error, OSError) as exc:
-            raise PrimaryIOError(f"{path}: cannot be used ({exc}); it may be deleted, it is made afresh") from exc
+            raise _unusable(path, exc) from exc
 
     def close(self) -> None:
         """Close the file."""
@@ -65,55 +66,55 @@ class ScrubProgress:
     @property
     def after(self) -> str:
         """The last pack that was dealt with; empty when a round begins."""
-        return str(self._database.execute("SELECT after FROM round").fetchone()[0])
+        with self._transaction() as database:
+            return str(database.execute("SELECT after FROM round").fetchone()[0])
 
     def passed(self, pack_id: PackId, damage: PackDamage | None) -> None:
         """This pack, and all before it, were dealt with."""
-        with self._database:
+        with self._transaction() as database:
             if damage is not None:
-                self._note(damage)
-            self._database.execute("UPDATE round SET after = ?", (pack_id,))
+                offsets = None if damage.offsets is None else json.dumps(sorted(damage.offsets))
+                row = (damage.pack_id, damage.problem, offsets)
+                database.execute("INSERT OR REPLACE INTO damaged VALUES (?, ?, ?)", row)
+            database.execute("UPDATE round SET after = ?", (pack_id,))
 
-    def add(self, damage: PackDamage) -> None:
-        """Note damage beside the order of packs."""
-        with self._database:
-            self._note(damage)
-
-    def damaged(self, count_max: int) -> list[PackDamage]:
-        """Packs that this round found damaged, at most so many."""
-        rows = self._database.execute("SELECT pack, problem, offsets FROM damaged ORDER BY pack LIMIT ?", (count_max,))
-        return [
-            PackDamage(PackId(pack), problem, None if offsets is None else frozenset(json.loads(offsets)))
-            for pack, problem, offsets in rows
-        ]
-
-    def damaged_count(self) -> int:
-        """How many they are."""
-        return int(self._database.execute("SELECT count(*) FROM damaged").fetchone()[0])
+    def damaged(self, after: str, count_max: int) -> list[PackDamage]:
+        """Packs that this round found damaged, by name from behind ``after`` on, at most so many."""
+        query = "SELECT pack, problem, offsets FROM damaged WHERE pack > ? ORDER BY pack LIMIT ?"
+        with self._transaction() as database:
+            return [
+                PackDamage(PackId(pack), problem, None if offsets is None else frozenset(json.loads(offsets)))
+                for pack, problem, offsets in database.execute(query, (after, count_max))
+            ]
 
     def finish(self) -> None:
         """The next round begins."""
-        with self._database:
-            self._database.execute("DELETE FROM damaged")
-            self._database.execute("UPDATE round SET after = ''")
+        with self._transaction() as database:
+            database.execute("DELETE FROM damaged")
+            database.execute("UPDATE round SET after = ''")
 
     def need(self, packs: Iterable[PackId]) -> None:
         """Restore points need these packs; not kept from one run to the next."""
-        with self._database:
-            self._database.executemany("INSERT OR IGNORE INTO temp.needed VALUES (?)", ((pack,) for pack in packs))
+        with self._transaction() as database:
+            database.executemany("INSERT OR IGNORE INTO temp.needed VALUES (?)", ((pack,) for pack in packs))
 
     def needed(self, first_digits: str) -> set[PackId]:
         """The needed packs whose names begin so."""
-        rows = self._database.execute(
-            "SELECT pack FROM temp.needed WHERE pack >= ? AND pack < ?", (first_digits, f"{first_digits}g")
-        )
-        return {PackId(pack) for (pack,) in rows}
+        query = "SELECT pack FROM temp.needed WHERE pack >= ? AND pack < ?"
+        with self._transaction() as database:
+            return {PackId(pack) for (pack,) in database.execute(query, (first_digits, f"{first_digits}g"))}
 
-    def _note(self, damage: PackDamage) -> None:
-        offsets = None if damage.offsets is None else json.dumps(sorted(damage.offsets))
-        self._database.execute(
-            "INSERT OR REPLACE INTO damaged VALUES (?, ?, ?)", (damage.pack_id, damage.problem, offsets)
-        )
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with self._database:
+                yield self._database
+        except sqlite3.Error as exc:
+            raise _unusable(self._path, exc) from exc
+
+
+def _unusable(path: Path | None, exc: Exception) -> PrimaryIOError:
+    return PrimaryIOError(f"{path}: cannot be used ({exc}); it may be deleted, it is made afresh")
 
 
 def _opened(path: Path | None, store_id: StoreId) -> sqlite3.Connection:

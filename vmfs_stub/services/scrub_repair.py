@@ -108,9 +108,11 @@ class _Repair:
         """Copy those of ``left`` of which one of ``copies`` is whole, and take them out of it."""
         by_chunk: dict[ChunkId, list[FrameRef]] = {}
         for chunk_id, ref in copies:
-            by_chunk.setdefault(chunk_id, []).append(ref)
+            known = by_chunk.setdefault(chunk_id, [])
+            if len(known) < COPIES_MAX and ref not in known:
+                known.append(ref)
         for frame, ref in list(left.items()):
-            raw = self._whole(by_chunk.get(ref.chunk_id, ())[:COPIES_MAX])
+            raw = self._whole(by_chunk.get(ref.chunk_id, ()))
             if raw is not None and self._write(ref, raw):
                 del left[frame]
 

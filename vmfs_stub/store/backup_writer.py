@@ -30,7 +30,7 @@ from vmfs_stub.core.errors import IntegrityError, ObjectExists, ObjectMissing, S
 from vmfs_stub.core.ids import ChunkId, PackId, PointId, SegmentId, VmId, WriterId
 from vmfs_stub.store import frames
 from vmfs_stub.store.chunk_index import ChunkIndex
-from vmfs_stub.store.condemned import read_condemned
+from vmfs_stub.store.condemned import Condemned, read_condemned
 from vmfs_stub.store.format import FRAME_HEADER, INDEX_OBJECT_ENTRIES
 from vmfs_stub.store.frames import EncodedChunk
 from vmfs_stub.store.index_objects import PackEntries, encode_index
@@ -46,7 +46,7 @@ from vmfs_stub.store.keys import (
 )
 from vmfs_stub.store.leases import Lease
 from vmfs_stub.store.manifest import Manifest, StoredFile, encode_checked
-from vmfs_stub.store.moved import Move, encode_moved
+from vmfs_stub.store.moved import Move, encode_moved, read_moves
 from vmfs_stub.store.objects import Buffer, CacheDropping, ObjectStore
 from vmfs_stub.store.packs import OpenPack, SealedPack
 from vmfs_stub.store.pins import Pin, encode_pin, remove_pin
@@ -419,7 +419,9 @@ class BackupWriter:
         condemned = read_condemned(self._objects)
         unusable = condemned.packs | (quarantined_packs(self._objects) - self._quarantined)
         lost_packs = {
-            pack_id for pack_id in sorted(self._used) if pack_id in unusable or not self._exists(pack_key(pack_id))
+            pack_id
+            for pack_id in sorted(self._used)
+            if pack_id in unusable or not self._is_readable(pack_id, condemned)
         }
         lost_segments = {
             segment_id
@@ -435,6 +437,15 @@ class BackupWriter:
                 "damaged, or are being removed by garbage collection; run the backup again"
             )
             raise StoreConflict(msg)
+
+    def _is_readable(self, pack_id: PackId, condemned: Condemned) -> bool:
+        """Whether a pack is there, or what was saved of it, which stays as long as the pack is needed."""
+        if self._exists(pack_key(pack_id)):
+            return True
+        if pack_id not in self._quarantined:
+            return False
+        saved = {move.pack_id for move in read_moves(self._objects, pack_id)}
+        return condemned.packs.isdisjoint(saved) and any(self._exists(pack_key(each)) for each in saved)
 
     def _put_manifest(self, key: str, data: bytes) -> None:
         try:
