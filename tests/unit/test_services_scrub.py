@@ -9,16 +9,19 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 from store_fakes import FakeObjects
 from store_points import back_up, new_id
 
 from vmfs_stub.core.errors import StoreDenied, StoreUnavailable, UnknownFormat
-from vmfs_stub.core.ids import PackId, PlaceholderId, PointId
+from vmfs_stub.core.ids import ChunkId, PackId, PlaceholderId, PointId
 from vmfs_stub.services.scrub import Damage, Need, Rate, ScrubReport, scrub
 from vmfs_stub.services.scrub_progress import ScrubProgress
+from vmfs_stub.store import frames
 from vmfs_stub.store.format import FRAME_HEADER
 from vmfs_stub.store.keys import pack_key, segment_key
 from vmfs_stub.store.manifest import Manifest
+from vmfs_stub.store.packs import OpenPack
 from vmfs_stub.store.pins import Pin
 from vmfs_stub.store.store import Store
 
@@ -334,3 +337,29 @@ def test_a_host_that_may_not_write_is_told_all_the_same(store: Store, objects: F
 
     objects.before = refuse
     assert places(scrubbed(store).damages[0]) == [("web1", "disk.raw", 1)]
+
+
+def forged_pack(objects: FakeObjects, chunk_id: ChunkId, raw: bytes) -> str:
+    """A pack that says of a frame that it is another chunk; all its checksums fit."""
+    pack = OpenPack(PackId(new_id()))
+    pack.add(frames.encode(memoryview(raw), chunk_id, into=memoryview(bytearray(FRAME))))
+    key = pack_key(pack.pack_id)
+    objects.contents[key] = bytes(pack.seal().data)
+    return key
+
+
+def test_a_frame_that_is_whole_but_another_chunk_is_found(store: Store, objects: FakeObjects) -> None:
+    back_up(store, {"disk.raw": DISK})
+    key = forged_pack(objects, ChunkId(blake3(DISK[:CHUNK]).digest()), DISK[CHUNK : 2 * CHUNK])
+    (damage,) = scrubbed(store).damages
+    assert damage.key == key
+    assert "another chunk" in damage.problem
+
+
+def test_a_copy_that_is_another_chunk_is_no_repair(store: Store, objects: FakeObjects) -> None:
+    back_up(store, {"disk.raw": DISK[:CHUNK]})
+    (key,) = keys(objects, "packs/")
+    flip(objects, key, 100)
+    forged_pack(objects, ChunkId(blake3(DISK[:CHUNK]).digest()), DISK[CHUNK : 2 * CHUNK])
+    assert not scrubbed(store).is_whole
+    assert keys(objects, "moved/") == []

@@ -241,14 +241,17 @@ class _Scrub:
 
     def _look_at_packs(self) -> None:
         after = self._progress.after
-        for number in range(256):
+        folders = {info.key.removeprefix(PACKS)[:2] for info in self._store.objects.list(PACKS)}
+        for number in range(256):  # a folder at a time, or all names of a large store would be in memory
             digits = f"{number:02x}"
+            needed = self._progress.needed(digits)
+            if digits not in folders and not needed:
+                continue
             sizes = {
                 PackId(name): info.size
                 for info in self._store.objects.list(f"{PACKS}{digits}/")
                 if is_id(name := info.key.rpartition("/")[2])
             }
-            needed = self._progress.needed(digits)
             names = sorted(sizes.keys() | needed)
             self._advance(sum(sizes.get(name, 0) for name in names if name <= after))
             for part in _parts([name for name in names if name > after], self._workers):
