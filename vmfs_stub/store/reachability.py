@@ -74,8 +74,9 @@ class Reachability:
     def look(self, keys: Collection[str]) -> None:
         """Find out what the manifests of these keys need, pending ones included; one that is gone needs nothing.
 
-        Raises: IntegrityError kinds, UnknownFormat, ObjectMissing (of a segment), StoreUnavailable, StoreDenied: what
-        is needed is then not known.
+        Where frames of a needed pack were moved to is needed, too.
+        Raises: IntegrityError kinds (also of a document that says so), UnknownFormat, ObjectMissing (of a segment),
+        StoreUnavailable, StoreDenied: what is needed is then not known.
         """
         self._database.executescript(_LOOK)
         for _, named in self._named(iter(sorted(keys)), self._segments_of):
