@@ -84,6 +84,8 @@ KINDS = {
     keys.DEAD: "dead",
     keys.UNPINNED: "unpinned",
     keys.FORGOTTEN: "forgotten",
+    keys.QUARANTINED: "quarantine",
+    keys.MOVED: "moved",
     keys.PROBES: "probe",
     keys.KEYS: "key",
 }

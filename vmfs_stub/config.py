@@ -173,6 +173,12 @@ class RetentionConfig(_Section):
         return Retention(**self.model_dump(exclude={"keep_deleted_days"}))
 
 
+class ScrubConfig(_Section):
+    """Checking the store; ``bytes_per_s_max`` of 0 is no limit."""
+
+    bytes_per_s_max: ByteCount = 0
+
+
 class PrimaryConfig(_Section):
     """The backing filesystem."""
 
@@ -214,6 +220,7 @@ class Config(_Section):
     hydration: HydrationConfig = HydrationConfig()
     archive: ArchiveConfig = ArchiveConfig()
     retention: RetentionConfig = RetentionConfig()
+    scrub: ScrubConfig = ScrubConfig()
     primary: PrimaryConfig = PrimaryConfig()
     mount: MountConfig = MountConfig()
     control: ControlConfig = ControlConfig()
@@ -242,6 +249,11 @@ class Config(_Section):
     def reachability_path(self) -> Path:
         """What garbage collection knows of manifests and segments; it can be read from the store again."""
         return self.private_dir / "reachability.sqlite"
+
+    @property
+    def scrub_path(self) -> Path:
+        """How far the scrub of the store has come; without it, it begins anew."""
+        return self.private_dir / "scrub.sqlite"
 
     @property
     def hold_path(self) -> Path:

@@ -17,6 +17,7 @@ from typing import cast
 
 import trio
 
+from tests import store_points
 from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, RigFiles, Services, survives_kill
 from tests.store_fakes import FakeObjects, SitedObjects, packs_condemned, refused_deletes
 from tests.store_points import KEY_SOURCE
@@ -42,16 +43,32 @@ from vmfs_stub.mount.filesystem import Filesystem
 from vmfs_stub.mount.nodes import ROOT
 from vmfs_stub.mount.serving import Mount
 from vmfs_stub.mount.settings import MountSettings
-from vmfs_stub.services import verify
+from vmfs_stub.services import scrub, verify
 from vmfs_stub.services.restore import STAGING, restore_point
+from vmfs_stub.services.scrub_progress import ScrubProgress
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.collector import Collector
 from vmfs_stub.store.condemned import Condemned, encode_condemned
 from vmfs_stub.store.index_objects import decode_index, encode_index
 from vmfs_stub.store.keyring import add_key, look_at, remove_key
-from vmfs_stub.store.keys import CONDEMNED, FORGOTTEN, INDEX, LEASES, MANIFESTS, PACKS, SEGMENTS, STORE_KEY, pack_key
+from vmfs_stub.store.keys import (
+    CONDEMNED,
+    DEAD,
+    FORGOTTEN,
+    INDEX,
+    LEASES,
+    MANIFESTS,
+    MOVED,
+    PACKS,
+    SEGMENTS,
+    STORE_KEY,
+    moved_key,
+    pack_key,
+    quarantine_key,
+)
 from vmfs_stub.store.leases import LeaseState, encode_lease
+from vmfs_stub.store.moved import Move, encode_moved
 from vmfs_stub.store.packs import read_footer
 from vmfs_stub.store.probe import probe
 from vmfs_stub.store.reachability import Reachability
@@ -447,6 +464,39 @@ async def check_store(services: Services) -> None:
         raise NotWhole(f"verify: {report.findings}")
 
 
+async def scrub_store(services: Services) -> None:
+    """A store of its own, in which a frame is damaged, stored again by a backup, and repaired from there."""
+    inner = FakeObjects()
+    store = Store.create(SitedObjects(inner, services.files), chunk_size=CHUNK)
+    content = first_contents()[SECOND]
+    store_points.back_up(store, {"disk": content})
+    (key,) = [key for key in inner.contents if key.startswith(PACKS)]
+    inner.contents[key] = b"?" + inner.contents[key][1:]
+    store_points.back_up(store, {"disk": content[::-1]})
+    outcomes = [_scrub(store)]
+    store_points.back_up(store, {"disk": content})
+    inner.before = partial(_take_for_dead, inner.contents)
+    outcomes.append(_scrub(store))
+    inner.before = lambda call, key: None
+    outcomes.append(_scrub(store))
+    if outcomes != [False, False, True] and not services.files.spoiled:
+        raise NotWhole(f"scrub found that all is whole: {outcomes}")
+    findings = verify.verify(store, workers=1).findings
+    if findings and not services.files.spoiled:
+        raise NotWhole("scrub has repaired what verify finds damaged")
+
+
+def _take_for_dead(contents: dict[str, bytes], call: str, key: str) -> None:
+    """By garbage collection, when it tells readers of what it has repaired."""
+    if call == "put" and key.startswith(MOVED):
+        contents.update({f"{DEAD}{lease.removeprefix(LEASES)}": b"" for lease in contents if lease.startswith(LEASES)})
+
+
+def _scrub(store: Store) -> bool:
+    with closing(ScrubProgress(None, store.id)) as progress:
+        return scrub.scrub(store, progress, workers=1).is_whole
+
+
 async def with_garbage(rig: Rig) -> None:
     """Two restore points, of which one is forgotten; another backup, which died late; and a list of what is gone."""
     await backed_up(rig)
@@ -462,6 +512,10 @@ async def with_garbage(rig: Rig) -> None:
     packs = decode_index(contents[index], index)
     contents[f"{INDEX}{'c' * 32}"] = encode_index([*packs, (dead, packs[0][1])])
     contents[f"{CONDEMNED}list"] = encode_condemned(Condemned(frozenset([PackId("b" * 32)])), "nonce")
+    contents[quarantine_key(dead)] = b"of what is about to go"
+    needed, refs = packs[0]
+    moved = [Move(ref.offset, needed, ref.offset, ref.length) for ref in refs]
+    contents[moved_key(needed, "9" * 32)] = encode_moved(moved, needed, "")
 
 
 def _collect(store: Store) -> None:
@@ -494,7 +548,15 @@ async def collect(services: Services) -> None:
         contents.update(lost)
     for _ in range(2):
         _collect(store)
-    left = {key.split("/")[0] for key in contents} - {STORE_KEY, "index", "manifests", "packs", "pins", "segments"}
+    left = {key.split("/")[0] for key in contents} - {
+        STORE_KEY,
+        "index",
+        "manifests",
+        "moved",
+        "packs",
+        "pins",
+        "segments",
+    }
     if not services.files.spoiled and left != {"dead"}:
         raise NotWhole(f"garbage collection has left {sorted(left)}")
 
@@ -711,6 +773,7 @@ SCENARIOS = [
     Scenario("restore", archived, restore),
     Scenario("restore_undone", archived, restore_undone),
     Scenario("check_store", archived, check_store),
+    Scenario("scrub_store", nothing, scrub_store),
     Scenario("collect", with_garbage, collect),
     Scenario("change_keys", archived, change_keys),
     Scenario("keep_history", archived, keep_history),

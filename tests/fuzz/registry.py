@@ -24,6 +24,8 @@ TARGETS: dict[str, type[Target]] = {
         targets_store.PinTarget,
         targets_store.LeaseTarget,
         targets_store.CondemnedTarget,
+        targets_store.QuarantineTarget,
+        targets_store.MovedTarget,
         targets_store.ForgottenTarget,
         targets_store.ManifestTarget,
         targets_store.RestoreTarget,

@@ -51,14 +51,18 @@ from vmfs_stub.store.keys import (
     is_segment_id,
     lease_key,
     manifest_key,
+    moved_key,
     pack_key,
     pin_key,
+    quarantine_key,
     segment_key,
 )
 from vmfs_stub.store.leases import LeaseState, decode_lease, encode_lease
 from vmfs_stub.store.manifest import FileKind, Manifest, StoredFile, decode_manifest, encode_manifest
+from vmfs_stub.store.moved import Move, decode_moved, encode_moved
 from vmfs_stub.store.packs import OpenPack, read_footer
 from vmfs_stub.store.pins import Pin, decode_pin, encode_pin
+from vmfs_stub.store.quarantine import Quarantine, decode_quarantine, encode_quarantine
 from vmfs_stub.store.segments import Segment, seal_segment
 from vmfs_stub.store.store import Store
 
@@ -293,6 +297,45 @@ class CondemnedTarget(DocumentTarget):
         require(all(map(is_id, found.packs)) and all(map(is_segment_id, found.segments)), "a name that is none")
         require(decode_condemned(encode_condemned(found, ""), "condemned/list") == found, "a list does not read back")
         return found
+
+
+class QuarantineTarget(DocumentTarget):
+    """The mark of a damaged pack."""
+
+    name = "quarantine"
+
+    def seeds(self) -> list[bytes]:
+        marks = (
+            Quarantine(1_700_000_000.25, (0, 65_568, 1 << 26), "has damaged content", "n" * 16),
+            Quarantine(0.0, (), "\udcff\x1b[2J"),
+        )
+        return [encode_quarantine(mark, PACK) for mark in marks]
+
+    def call(self, data: bytes) -> object:
+        key = quarantine_key(PACK)
+        mark = decode_quarantine(data, key)
+        check_types(mark)
+        require(decode_quarantine(encode_quarantine(mark, PACK), key) == mark, "a mark does not read back")
+        return mark
+
+
+class MovedTarget(DocumentTarget):
+    """Where frames of a damaged pack are now."""
+
+    name = "moved"
+
+    def seeds(self) -> list[bytes]:
+        moves = [Move(at, PackId(digit * 32), at + 32, 33 + at) for at, digit in ((0, "1"), (65_568, "2"))]
+        return [encode_moved(each, PACK, "nonce") for each in (moves, [])]
+
+    def call(self, data: bytes) -> object:
+        key = moved_key(PACK, "5e" * 16)
+        moves = decode_moved(data, key)
+        for move in moves:
+            check_types(move)
+            require(is_id(move.pack_id) and 0 < move.length <= FRAME_LENGTH_MAX, "a place where no frame can be")
+        require(decode_moved(encode_moved(moves, PACK, ""), key) == moves, "a document does not read back")
+        return moves
 
 
 class ForgottenTarget(DocumentTarget):

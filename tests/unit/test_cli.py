@@ -76,7 +76,7 @@ def start_daemon(config: Path, tmp_path: Path) -> Iterator[StartDaemon]:
 
 
 COMMANDS = (
-    *("init", "mount", "unmount", "ls", "backup", "archive", "recall", "restore", "points", "verify"),
+    *("init", "mount", "unmount", "ls", "backup", "archive", "recall", "restore", "points", "verify", "scrub"),
     *("forget", "gc", "leave", "hold", "unhold", "status", "doctor", "store"),
 )
 HEAVY = (

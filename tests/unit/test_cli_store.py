@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from store_points import back_up
 from vmfs_stub.cli.exit_codes import ExitCode
 from vmfs_stub.cli.stored_vms import find_point, find_stored, find_stored_vm, named_points, split_name
 from vmfs_stub.core.errors import AmbiguousName, PointNotFound, VmNotFound
-from vmfs_stub.core.ids import PointId, VmId
+from vmfs_stub.core.ids import PackId, PointId, VmId
+from vmfs_stub.services.scrub_progress import ScrubProgress
 from vmfs_stub.store import objects_url
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.keys import pack_key
@@ -246,3 +248,59 @@ def test_gc_refuses_to_guess_what_a_damaged_point_needs(
     assert run("forget", f"db@{damaged.name}", "--store", url).code == 0
     assert run("gc", "--store", url).code == 0
     assert len([path for path in (tmp_path / "store/packs").rglob("*") if path.is_file()]) == 1
+
+
+def test_scrub_names_who_needs_what_is_damaged(run: Run, url: str, tmp_path: Path) -> None:
+    sound = run("scrub", "--store", url)
+    assert sound.code == 0, sound
+    assert "3 restore points, 3 segments, 1 packs" in sound.out
+    (pack,) = [path for path in (tmp_path / "store/packs").rglob("*") if path.is_file()]
+    pack.write_bytes(b"?" + pack.read_bytes()[1:])
+    damaged = run("scrub", "--store", url)
+    assert damaged.code == ExitCode.INTEGRITY, damaged
+    assert f"packs/{pack.parent.name}/{pack.name}: the frame at 0+" in damaged.err
+    assert f"needed by web@3333{'0' * 28} disk.raw: 4 chunks" in damaged.err
+    told = run("scrub", "--store", url, "--json")
+    assert told.code == ExitCode.INTEGRITY
+    report = json.loads(told.out)
+    assert [need["vm_name"] for need in report["damages"][0]["needs"]] == ["db", "db", "web"]
+    assert report["is_whole"] is False
+
+
+def test_scrub_repairs_what_the_next_backup_has_stored_again(run: Run, url: str, tmp_path: Path) -> None:
+    (pack,) = [path for path in (tmp_path / "store/packs").rglob("*") if path.is_file()]
+    pack.write_bytes(b"?" + pack.read_bytes()[1:])
+    assert run("scrub", "--store", url).code == ExitCode.INTEGRITY
+    add_point(Store.open(open_objects(StoreAt(url))), "a" * 32, "db", "4444" + "0" * 28)
+    repaired = run("scrub", "--store", url)
+    assert repaired.code == 0, repaired
+    assert "1 of 1 frames that restore points need are repaired" in repaired.err
+    assert run("verify", "--store", url).code == 0
+    assert run("restore", "web", "--to", tmp_path / "out", "--store", url).code == 0
+    assert (tmp_path / "out/disk.raw").read_bytes() == CONTENT
+
+
+def test_scrub_goes_on_where_it_was_with_a_configuration(run: Run, url: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    (tmp_path / "backing/.vmfs-stub").mkdir(parents=True)
+    path.write_text(f"""
+[datastore]
+name = "main"
+backing = "{tmp_path}/backing"
+mountpoint = "{tmp_path}/mount"
+[store]
+url = "{url}"
+[scrub]
+bytes_per_s_max = "1 GiB"
+""")
+    (pack,) = [path for path in (tmp_path / "store/packs").rglob("*") if path.is_file()]
+
+    def nearly_done() -> None:
+        store_id = Store.open(open_objects(StoreAt(url))).id
+        with closing(ScrubProgress(tmp_path / "backing/.vmfs-stub/scrub.sqlite", store_id)) as progress:
+            progress.passed(PackId(pack.name), None)
+
+    nearly_done()
+    assert ", 0 packs" in run("--config", path, "scrub").out
+    nearly_done()
+    assert ", 1 packs" in run("--config", path, "scrub", "--restart").out

@@ -28,6 +28,7 @@ from vmfs_stub.cli import (
     points,
     recall,
     restore,
+    scrub,
     status,
     store_keys,
     unmount,
@@ -58,6 +59,7 @@ app.command("recall")(recall.recall)
 app.command("restore")(restore.restore)
 app.command("points")(points.points)
 app.command("verify")(verify.verify)
+app.command("scrub")(scrub.scrub)
 app.command("gc")(gc.gc)
 app.command("forget")(forget.forget)
 app.command("hold")(hold.hold)

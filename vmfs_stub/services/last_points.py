@@ -10,13 +10,14 @@ from collections.abc import Sequence
 
 from vmfs_stub.core.changed import Changed
 from vmfs_stub.core.errors import StoreDenied, StoreUnavailable, VmfsStubError
-from vmfs_stub.core.ids import PointId
+from vmfs_stub.core.ids import PackId, PointId
 from vmfs_stub.core.origin import Origin
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.origin import open_table
 from vmfs_stub.services.sources import Source
 from vmfs_stub.services.threads import Threads
+from vmfs_stub.store.quarantine import quarantined_packs
 from vmfs_stub.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -34,14 +35,21 @@ class LastPoints:
 
         Raises StoreUnavailable, StoreDenied.
         """
+        quarantined = await self._threads.background(quarantined_packs, self._store.objects) if sources else frozenset()
         # An archive gives up the only other copy of what it takes over: it wants to be certain.
-        return [await self._changed(source.disk, exact=source.placeholder_id is not None) for source in sources]
+        return [
+            await self._changed(source.disk, quarantined, exact=source.placeholder_id is not None) for source in sources
+        ]
 
-    async def _changed(self, disk: Disk, *, exact: bool) -> Changed | None:
+    async def _changed(self, disk: Disk, quarantined: frozenset[PackId], *, exact: bool) -> Changed | None:
         try:
             changed = await self._threads.files(disk.changes.since_last_point, exact=exact)
             if changed is not None:
-                await self._threads.background(open_table, self._store, changed.origin)
+                table = await self._threads.background(open_table, self._store, changed.origin)
+                if await self._threads.background(table.refers_to, quarantined):
+                    # Read as a whole, what is resident is stored afresh: dedup does not hand those packs out either.
+                    log.info("%s: is read as a whole, since its last restore point is damaged in the store", disk.label)
+                    return None
         except (StoreUnavailable, StoreDenied):
             raise
         except (VmfsStubError, OSError) as exc:

@@ -30,7 +30,7 @@ from vmfs_stub.core.errors import IntegrityError, ObjectExists, ObjectMissing, S
 from vmfs_stub.core.ids import ChunkId, PackId, PointId, SegmentId, VmId, WriterId
 from vmfs_stub.store import frames
 from vmfs_stub.store.chunk_index import ChunkIndex
-from vmfs_stub.store.condemned import read_condemned
+from vmfs_stub.store.condemned import Condemned, read_condemned
 from vmfs_stub.store.format import FRAME_HEADER, INDEX_OBJECT_ENTRIES
 from vmfs_stub.store.frames import EncodedChunk
 from vmfs_stub.store.index_objects import PackEntries, encode_index
@@ -38,6 +38,7 @@ from vmfs_stub.store.keys import (
     INDEX,
     dead_key,
     manifest_key,
+    moved_key,
     pack_key,
     pending_key,
     pin_key,
@@ -45,9 +46,11 @@ from vmfs_stub.store.keys import (
 )
 from vmfs_stub.store.leases import Lease
 from vmfs_stub.store.manifest import Manifest, StoredFile, encode_checked
+from vmfs_stub.store.moved import Move, encode_moved, read_moves
 from vmfs_stub.store.objects import Buffer, CacheDropping, ObjectStore
 from vmfs_stub.store.packs import OpenPack, SealedPack
 from vmfs_stub.store.pins import Pin, encode_pin, remove_pin
+from vmfs_stub.store.quarantine import quarantined_packs
 from vmfs_stub.store.sealing import Sealing
 from vmfs_stub.store.segments import SealedSegment, Segment, SegmentTable
 
@@ -103,8 +106,13 @@ class BackupWriter:
         chunk_size: int,
         sealing: Sealing,
         clock: Callable[[], float],
+        quarantined: frozenset[PackId] = frozenset(),
     ) -> None:
-        """Take out a lease.  Raises: StoreUnavailable, StoreDenied, StoreFull."""
+        """Take out a lease.
+
+        ``quarantined`` are packs that ``index`` does not hand out.  Whoever takes over references to them does so
+        because there is no other copy: the commit refuses only those that were put in quarantine since.
+        Raises: StoreUnavailable, StoreDenied, StoreFull."""
         self.chunk_size = chunk_size
         self.writer_id = WriterId(secrets.token_hex(8))
         self._sealing = sealing
@@ -113,6 +121,7 @@ class BackupWriter:
         self._fetch = fetch
         self._index = index
         self._clock = clock
+        self._quarantined = quarantined
         self._lease = Lease(objects, self.writer_id)
         self._lock = threading.Lock()
         self._abandoned = False
@@ -319,6 +328,27 @@ class BackupWriter:
         self._lease.end()
         return manifest
 
+    def commit_moves(self, moves: Mapping[PackId, Sequence[Move]]) -> None:
+        """Tell readers where frames of damaged packs are now; what this job put must have been read back.
+
+        Raises: StoreConflict when this job was taken for dead, so that its packs may go; StoreUnavailable,
+        StoreDenied, StoreFull.  What it told is taken back then, or leads nowhere, which readers bear.
+        """
+        keys: list[str] = []
+        try:
+            for pack_id, moved in sorted(moves.items()):
+                nonce = secrets.token_hex(16)
+                keys.append(moved_key(pack_id, nonce))
+                self._objects.put(keys[-1], encode_moved(moved, pack_id, nonce))
+            self._check_used()
+        except StoreError:
+            with suppress(StoreError):
+                for key in keys:
+                    self._objects.delete(key)
+            raise
+        self._publish_index()
+        self._lease.end()
+
     def abandon(self) -> None:
         """End without a restore point; packs that were put stay until garbage collection.
 
@@ -391,12 +421,13 @@ class BackupWriter:
             raise
 
     def _check_used(self) -> None:
-        """See that nothing this job uses is condemned or gone."""
+        """See that nothing this job uses is condemned, gone, or found damaged meanwhile."""
         condemned = read_condemned(self._objects)
+        unusable = condemned.packs | (quarantined_packs(self._objects) - self._quarantined)
         lost_packs = {
             pack_id
             for pack_id in sorted(self._used)
-            if pack_id in condemned.packs or not self._exists(pack_key(pack_id))
+            if pack_id in unusable or not self._is_readable(pack_id, condemned)
         }
         lost_segments = {
             segment_id
@@ -408,10 +439,19 @@ class BackupWriter:
         self._index.forget_packs(lost_packs)
         if lost_packs or lost_segments:
             msg = (
-                f"{len(lost_packs)} packs and {len(lost_segments)} segments that this backup refers to are being "
-                "removed from the store by garbage collection; run the backup again"
+                f"{len(lost_packs)} packs and {len(lost_segments)} segments that this backup refers to were found "
+                "damaged, or are being removed by garbage collection; run the backup again"
             )
             raise StoreConflict(msg)
+
+    def _is_readable(self, pack_id: PackId, condemned: Condemned) -> bool:
+        """Whether a pack is there, or what was saved of it, which stays as long as the pack is needed."""
+        if self._exists(pack_key(pack_id)):
+            return True
+        if pack_id not in self._quarantined:
+            return False
+        saved = {move.pack_id for move in read_moves(self._objects, pack_id)}
+        return condemned.packs.isdisjoint(saved) and any(self._exists(pack_key(each)) for each in saved)
 
     def _put_manifest(self, key: str, data: bytes) -> None:
         try:

@@ -33,6 +33,7 @@ from vmfs_stub.store.format import INDEX_SIZE_MAX
 from vmfs_stub.store.index_objects import decode_index
 from vmfs_stub.store.keys import INDEX, is_id, pack_key
 from vmfs_stub.store.objects import ObjectStore
+from vmfs_stub.store.quarantine import quarantined_packs
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -64,11 +65,15 @@ _CACHE_KIB: Final = 16 * 1024
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """What a sync did; ``damaged`` index objects were skipped (their chunks are stored again when met)."""
+    """What a sync did; ``damaged`` index objects were skipped (their chunks are stored again when met).
+
+    ``quarantined`` are all packs that the store has a mark of: none of them is handed out.
+    """
 
     added: int
     removed: int
     damaged: tuple[str, ...]
+    quarantined: frozenset[PackId]
 
 
 class _Damaged(Exception):
@@ -162,11 +167,16 @@ class ChunkIndex:
     def sync(self, objects: ObjectStore) -> SyncReport:
         """Bring the file up to date with the store's ``index/``, by listing it and reading what is new.
 
+        Packs that are in quarantine are forgotten, and are not entered again.
+
         Raises: StoreUnavailable, StoreDenied, PrimaryIOError, NoSpace.
         """
+        quarantined = quarantined_packs(objects)
         with self._lock:
-            if self._stands_in and not self._took_up_file():
-                return SyncReport(0, 0, ())
+            is_usable = not self._stands_in or self._took_up_file()
+            self._guarded(partial(_forget, pack_ids=list(quarantined)), None)
+            if not is_usable:
+                return SyncReport(0, 0, (), quarantined)
         if not self._has_looked_for_unpublished:
             self._look_for_unpublished(objects)
         listed = {info.key for info in objects.list(INDEX)}
@@ -189,9 +199,10 @@ class ChunkIndex:
                 damaged.append(key)
                 continue
             with self._lock:
-                self._guarded(partial(_insert, packs=packs, key=key), None)
+                sound = [(pack_id, refs) for pack_id, refs in packs if pack_id not in quarantined]
+                self._guarded(partial(_insert, packs=sound, key=key), None)
             added += 1
-        return SyncReport(added, len(known - listed), tuple(damaged))
+        return SyncReport(added, len(known - listed), tuple(damaged), quarantined)
 
     def _look_for_unpublished(self, objects: ObjectStore) -> None:
         nothing: list[PackId] = []

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Final
 
 from vmfs_stub.core.chunking import FrameRef, chunk_count, chunk_length
 from vmfs_stub.core.errors import CorruptSegment
-from vmfs_stub.core.ids import SegmentId
+from vmfs_stub.core.ids import PackId, SegmentId
 from vmfs_stub.store.format import SEGMENT_CHUNKS, SEGMENT_SIZE_MAX
 from vmfs_stub.store.keys import segment_key
 from vmfs_stub.store.manifest import Manifest, StoredFile
@@ -96,6 +97,14 @@ class ChunkTable:
         """
         segment_id = self._ids[number]
         return segment_id, None if segment_id is None else self._load(segment_id, number)
+
+    def refers_to(self, packs: Set[PackId]) -> bool:
+        """Whether a chunk lies in one of ``packs``; reads all segments, unless there are none to look for.
+
+        Raises: as `locate`.
+        """
+        segments = (self.segment(number)[1] for number in range(len(self._ids) if packs else 0))
+        return any(segment is not None and not packs.isdisjoint(segment.packs) for segment in segments)
 
     def _load(self, segment_id: SegmentId, number: int) -> Segment:
         segment = self._segments.load(segment_id)

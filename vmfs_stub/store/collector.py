@@ -49,9 +49,11 @@ from vmfs_stub.store.keys import (
     INDEX,
     LEASES,
     MANIFESTS,
+    MOVED,
     PACKS,
     PENDING_SUFFIX,
     PINS,
+    QUARANTINED,
     SEGMENTS,
     UNPINNED,
     dead_key,
@@ -173,6 +175,7 @@ class Collector:
         self._count(doomed, None)
         self._each(self._objects.delete, lists)
         self._unlist(earlier)
+        self._delete_notes(deleted=set(doomed.packs))
         self._reachability.forget_all_but(keys)
         return self._collected
 
@@ -307,6 +310,18 @@ class Collector:
             if left:
                 self._objects.put(f"{INDEX}{secrets.token_hex(16)}", encode_index(left))
             self._objects.delete(info.key)
+
+    def _delete_notes(self, deleted: set[PackId]) -> None:
+        """Delete what was noted of damaged packs that are gone, and that nothing needs."""
+        gone: dict[PackId, list[str]] = {}
+        for info in (*self._objects.list(QUARANTINED), *self._objects.list(MOVED)):
+            pack_id = PackId(info.key.split("/")[1])
+            if is_id(pack_id) and not self._reachability.has_pack(pack_id) and not self._exists(pack_key(pack_id)):
+                gone.setdefault(pack_id, []).append(info.key)
+        if lost := gone.keys() - deleted:  # not by garbage collection: index objects may still name them
+            self._clear_index(set(lost))
+        for keys in gone.values():
+            self._each(self._objects.delete, keys)
 
     def _unlist(self, lists: set[str]) -> None:
         """Delete those of earlier lists of which every name is gone."""

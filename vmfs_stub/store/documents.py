@@ -128,6 +128,15 @@ class Fields:
             texts.append(value)
         return texts
 
+    def integers(self, name: str, *, low: int = 0, high: int = INT64_MAX) -> list[int]:
+        """A list of integers from ``low`` to ``high``, both included; absent is empty."""
+        integers: list[int] = []
+        for value in self._list(name):
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise self.error(name, f"holds something that is not an integer from {low} to {high}")
+            integers.append(value)
+        return integers
+
     def texts_or_none(self, name: str) -> list[str | None]:
         """A list of strings and nulls; absent is empty."""
         texts: list[str | None] = []

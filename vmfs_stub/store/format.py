@@ -32,6 +32,8 @@ SEGMENT_VERSION: Final = 1
 INDEX_VERSION: Final = 1
 CONDEMNED_VERSION: Final = 1
 LEASE_VERSION: Final = 1
+QUARANTINE_VERSION: Final = 1
+MOVED_VERSION: Final = 1
 """Each kind of object has a version of its own: raising one makes no other kind unreadable."""
 FEATURES_KNOWN: Final[frozenset[str]] = frozenset()
 """Required features that this reader understands; a document that needs another is refused."""

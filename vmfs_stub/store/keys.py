@@ -30,6 +30,8 @@ FORGOTTEN: Final = "forgotten/"
 CONDEMNED: Final = "condemned/"
 LEASES: Final = "leases/"
 DEAD: Final = "dead/"
+QUARANTINED: Final = "quarantined/"
+MOVED: Final = "moved/"
 PROBES: Final = "doctor-probe/"
 KEYS: Final = "keys/"
 PENDING_SUFFIX: Final = ".pending"
@@ -157,6 +159,21 @@ def forgotten_of(vm_id: VmId) -> str:
 def forgotten_key(vm_id: VmId, point_id: PointId) -> str:
     """Name of the mark of a forgotten restore point."""
     return f"{forgotten_of(vm_id)}{_checked(point_id)}"
+
+
+def quarantine_key(pack_id: PackId) -> str:
+    """Name of the mark of a damaged pack."""
+    return f"{QUARANTINED}{pack_id}"
+
+
+def moved_of(pack_id: PackId) -> str:
+    """Folder of the documents that say where frames of a damaged pack are now."""
+    return f"{MOVED}{_checked(pack_id)}/"
+
+
+def moved_key(pack_id: PackId, nonce: str) -> str:
+    """Name of one of them."""
+    return f"{moved_of(pack_id)}{_checked(nonce)}"
 
 
 def damage(key: str) -> type[IntegrityError]:

@@ -19,8 +19,9 @@ from xxhash import xxh3_128_digest
 from vmfs_stub.core.errors import ObjectMissing, PointNotFound, PrimaryIOError
 from vmfs_stub.core.ids import PackId, SegmentId, StoreId
 from vmfs_stub.store.format import MANIFEST_SIZE_MAX, SEGMENT_SIZE_MAX
-from vmfs_stub.store.keys import PENDING_SUFFIX, segment_key
+from vmfs_stub.store.keys import MOVED, PENDING_SUFFIX, is_id, segment_key
 from vmfs_stub.store.manifest import decode_manifest
+from vmfs_stub.store.moved import moved_packs
 from vmfs_stub.store.objects import ObjectStore
 from vmfs_stub.store.sealing import PLAIN, Sealing
 from vmfs_stub.store.segments import Segment
@@ -83,8 +84,9 @@ class Reachability:
     def look(self, keys: Collection[str]) -> None:
         """Find out what the manifests of these keys need, pending ones included; one that is gone needs nothing.
 
-        Raises: IntegrityError kinds, UnknownFormat, ObjectMissing (of a segment), StoreUnavailable, StoreDenied: what
-        is needed is then not known.
+        Where frames of a needed pack were moved to is needed, too.
+        Raises: IntegrityError kinds (also of a document that says so), UnknownFormat, ObjectMissing (of a segment),
+        StoreUnavailable, StoreDenied: what is needed is then not known.
         """
         self._database.executescript(_LOOK)
         for _, named in self._named(iter(sorted(keys)), self._segments_of):
@@ -94,8 +96,21 @@ class Reachability:
             if named is None:
                 missing.append(key)
             self._enter("packs", named, _PACK_BYTES)
+        self._enter_moved()
         if missing:
             self._check_gone(missing, keys)
+
+    def _enter_moved(self) -> None:
+        """What frames of a needed pack were moved to is needed, whatever there is of the pack itself."""
+        left: dict[PackId, list[str]] = {}
+        for info in self._objects.list(MOVED):
+            pack_id = PackId(info.key.split("/")[1])
+            if is_id(pack_id):
+                left.setdefault(pack_id, []).append(info.key)
+        while found := [pack_id for pack_id in left if self.has_pack(pack_id)]:
+            for pack_id in found:
+                packs = moved_packs(self._objects, left.pop(pack_id))
+                self._enter("packs", bytes.fromhex("".join(packs)), _PACK_BYTES)
 
     def _check_gone(self, segments: Sequence[str], keys: Iterable[str]) -> None:
         """Another collector may have deleted these, after the manifests that name them.

@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,7 +27,7 @@ from vmfs_stub.core.errors import (
     UnknownFormat,
     WrongStore,
 )
-from vmfs_stub.core.ids import PlaceholderId, PointId, StoreId, VmId
+from vmfs_stub.core.ids import PackId, PlaceholderId, PointId, StoreId, VmId
 from vmfs_stub.store import frames
 from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.chunk_index import ChunkIndex
@@ -60,8 +60,10 @@ from vmfs_stub.store.keys import (
     writer_of,
 )
 from vmfs_stub.store.manifest import Manifest, decode_manifest
+from vmfs_stub.store.moved import UNREADABLE, MovedFrames
 from vmfs_stub.store.objects import ObjectInfo, ObjectStore
 from vmfs_stub.store.pins import Pin, decode_pin, remove_pin, valid_pins
+from vmfs_stub.store.quarantine import quarantined_packs
 from vmfs_stub.store.sealing import StoreKey, sealing_of
 
 SUMMARIES_KEPT: Final = 100_000
@@ -111,6 +113,7 @@ class Store:
         self.id: StoreId = description.store_id
         self.chunk_size = description.chunk_size
         self.segments = SegmentCache(objects, self.sealing)
+        self.moved = MovedFrames(self.objects, self.fetch_in_place)
         self._summaries: OrderedDict[str, PointSummary] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -197,6 +200,10 @@ class Store:
         known = [summary for summary in found if summary is not None]
         return list(_oldest_first([point for point in known if with_damaged or point.damaged is None]))
 
+    def stored_points(self) -> list[tuple[VmId, PointId]]:
+        """All committed points, those that are forgotten and still there included.  Raises: StoreUnavailable."""
+        return sorted(_points_named(self.objects.list(MANIFESTS)))
+
     def open_point(self, vm_id: VmId, point_id: PointId) -> RestorePoint:
         """Open a committed restore point; also one that is forgotten, which placeholders may depend on.
 
@@ -205,7 +212,28 @@ class Store:
         return RestorePoint(self._manifest(vm_id, point_id), self.segments)
 
     def fetch(self, refs: Sequence[FrameRef]) -> list[bytes]:
-        """The verified raw bytes of frames of one pack, by one range read.
+        """The verified raw bytes of frames of one pack, by one range read; one by one where some have moved.
+
+        Order of ``refs`` and errors: as `fetch_in_place`, when what is damaged or missing is nowhere else either.
+        """
+        try:
+            return self.fetch_in_place(refs)
+        except UNREADABLE:
+            if not self.moved.has_moves(refs[0].pack_id):
+                raise
+            return [self._fetch_moved(ref) for ref in refs]
+
+    def _fetch_moved(self, ref: FrameRef) -> bytes:
+        try:
+            return self.fetch_in_place([ref])[0]
+        except UNREADABLE:
+            raw = self.moved.fetch(ref)
+            if raw is None:
+                raise
+            return raw
+
+    def fetch_in_place(self, refs: Sequence[FrameRef]) -> list[bytes]:
+        """The same from this very pack.
 
         ``refs`` ascend in the pack and lie next to each other or nearly so: what lies between is read too.
         Raises: ObjectMissing, CorruptPack, CorruptFrame, StoreUnavailable.
@@ -306,9 +334,25 @@ class Store:
     def begin_backup(self, *, index: ChunkIndex) -> BackupWriter:
         """Start a backup job of one VM; brings ``index`` up to date first.  Raises: as `check`."""
         self.check()
-        index.sync(self.objects)
+        quarantined = index.sync(self.objects).quarantined
+        return self._writer(self.fetch, index, quarantined)
+
+    def begin_repair(self, *, index: ChunkIndex) -> BackupWriter:
+        """Start to write frames of damaged packs anew; an empty ``index`` knows none of them.  Raises: as `check`."""
+        self.check()
+        return self._writer(self.fetch_in_place, index, quarantined_packs(self.objects))
+
+    def _writer(
+        self, fetch: Callable[[Sequence[FrameRef]], list[bytes]], index: ChunkIndex, quarantined: frozenset[PackId]
+    ) -> BackupWriter:
         return BackupWriter(
-            self.objects, self.fetch, index, chunk_size=self.chunk_size, sealing=self.sealing, clock=time.time
+            self.objects,
+            fetch,
+            index,
+            chunk_size=self.chunk_size,
+            sealing=self.sealing,
+            clock=time.time,
+            quarantined=quarantined,
         )
 
     def _point_ids(self, vm_id: VmId | None = None) -> Iterator[tuple[VmId, PointId]]:

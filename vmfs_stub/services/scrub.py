@@ -1,0 +1,441 @@
+"""Scrub: proves that what restore points need of a store is still what was written, and names who needs what is not.
+
+Purpose: `verify` follows restore points, and reads what they share again for each run over some of them; this goes over
+the store's objects, each once, past any cache, at a limited rate, and takes up where it was stopped.
+
+1. Manifests, of forgotten points too (placeholders may need them), and segments: which packs are needed.
+2. Packs by name: the footer, and every frame by checksum and by identity.  What is damaged is marked at once, so that
+   no backup refers to it any more (`store/quarantine.py`).  Progress is kept pack by pack.
+3. Only when something is wrong: all points again, for what they need of it.  That is repaired where there is another
+   copy (`scrub_repair.py`); of the rest those are named that need it.  What was deleted meanwhile, point and all, is
+   nobody's then.
+
+Packs, not points: damage in what nothing needs today would be handed out by deduplication tomorrow.
+Blocking code with a few threads.  This module must not know primary storage.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Final, TypeVar
+
+from vmfs_stub.core.chunking import FrameRef, chunk_count
+from vmfs_stub.core.errors import IntegrityError, ObjectMissing, PointNotFound, StoreDenied, StoreFull
+from vmfs_stub.core.ids import PackId, PointId, SegmentId, VmId
+from vmfs_stub.services.scrub_progress import PackDamage, ScrubProgress
+from vmfs_stub.services.scrub_repair import Frame, repair
+from vmfs_stub.store import frames
+from vmfs_stub.store.format import SEGMENT_CHUNKS, SEGMENT_SIZE_MAX
+from vmfs_stub.store.keys import PACKS, is_id, manifest_key, pack_key, segment_key
+from vmfs_stub.store.manifest import Manifest, StoredFile
+from vmfs_stub.store.objects import CacheDropping
+from vmfs_stub.store.packs import read_footer
+from vmfs_stub.store.quarantine import Quarantine, put_quarantine, read_quarantine
+from vmfs_stub.store.segments import Segment
+from vmfs_stub.store.store import Store
+
+WORKERS: Final = 2
+RUN_BYTES: Final = 4 * 1024 * 1024
+DAMAGED_AT_ONCE: Final = 200
+"""Damaged packs that are looked into together, which bounds the frames that are held in memory."""
+DAMAGES_MAX: Final = 1000
+NEEDS_MAX: Final = 1000
+"""Of each damage; more say nothing new."""
+SEGMENTS_AT_ONCE: Final = 64
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """A file that needs what is damaged: ``chunk_count`` chunks of it.
+
+    ``path`` is empty for a whole point; ``pin_count`` placeholders depend on the point.
+    """
+
+    vm_id: VmId
+    vm_name: str
+    point_id: PointId
+    pin_count: int
+    path: str
+    chunk_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One damaged object; ``needs`` are those that cannot be restored for it, the ones with placeholders first.
+
+    ``need_count`` is how many there are, of which no more than NEEDS_MAX are told.
+    ``since_s`` (Unix time) is when a pack was found damaged first; None for anything else.
+    ``frame_count`` frames of a pack are damaged and needed, of which ``repaired_count`` can be read elsewhere.
+    """
+
+    key: str
+    problem: str
+    needs: tuple[Need, ...]
+    need_count: int
+    frame_count: int = 0
+    repaired_count: int = 0
+    since_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScrubReport:
+    """One round; ``read_bytes`` are those of this run, ``more_damages`` are beside those that are told."""
+
+    point_count: int
+    segment_count: int
+    pack_count: int
+    read_bytes: int
+    damages: tuple[Damage, ...]
+    more_damages: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that restore points need can be read."""
+        return not any(damage.needs for damage in self.damages)
+
+
+class Rate:
+    """At most so many bytes per second, by all threads together; 0 is no limit.  ``sleep`` gets seconds."""
+
+    def __init__(
+        self,
+        bytes_per_s_max: int = 0,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._bytes_per_s_max = bytes_per_s_max
+        self._clock = clock
+        self._sleep = sleep
+        self._lock = threading.Lock()
+        self._free_s = 0.0
+        self.bytes = 0
+
+    def take(self, count: int) -> None:
+        """Wait until ``count`` more bytes may be read."""
+        with self._lock:
+            self.bytes += count
+            if not self._bytes_per_s_max:
+                return
+            now = self._clock()
+            wait_s = max(0.0, self._free_s - now)
+            self._free_s = now + wait_s + count / self._bytes_per_s_max
+        if wait_s:
+            self._sleep(wait_s)
+
+
+def scrub(
+    store: Store,
+    progress: ScrubProgress,
+    *,
+    rate: Rate | None = None,
+    workers: int = WORKERS,
+    advance: Callable[[int], None] = lambda count: None,
+) -> ScrubReport:
+    """Go over the store until a round is complete; ``advance`` is called with the bytes of packs just dealt with.
+
+    Raises: UnknownFormat for what a newer version wrote; StoreUnavailable, StoreDenied: what was dealt with so far is
+    kept in ``progress``.
+    """
+    with ThreadPoolExecutor(workers, thread_name_prefix="scrub") as executor:
+        return _Scrub(store, progress, rate or Rate(), executor, workers, advance).run()
+
+
+class _Scrub:
+    def __init__(
+        self,
+        store: Store,
+        progress: ScrubProgress,
+        rate: Rate,
+        executor: ThreadPoolExecutor,
+        workers: int,
+        advance: Callable[[int], None],
+    ) -> None:
+        self._store = store
+        self._progress = progress
+        self._rate = rate
+        self._executor = executor
+        self._workers = workers
+        self._advance = advance
+        self._bad_segments: dict[SegmentId, str] = {}
+        self._slots: dict[SegmentId, tuple[Frame, ...]] = {}
+        """Of a segment, the damaged frame of each chunk that has one."""
+        self._others: dict[str, Damage] = {}
+        self._pack_count = 0
+
+    def run(self) -> ScrubReport:
+        point_count, segment_count, is_sound = self._look_at_points()
+        self._look_at_packs()
+        found: list[Damage] = []
+        after = ""
+        while batch := self._progress.damaged(after, DAMAGED_AT_ONCE):
+            found += self._judged({damage.pack_id: damage for damage in batch})
+            after = batch[-1].pack_id
+        if not is_sound and not found:
+            self._judged({})
+        found = sorted([*found, *self._others.values()], key=_urgency)
+        self._progress.finish()
+        told = tuple(found[:DAMAGES_MAX])
+        return ScrubReport(
+            point_count, segment_count, self._pack_count, self._rate.bytes, told, more_damages=len(found) - len(told)
+        )
+
+    # Manifests and segments
+
+    def _look_at_points(self) -> tuple[int, int, bool]:
+        """Returns the number of points and segments, and whether all of them are sound."""
+        seen: set[SegmentId] = set()
+        point_count, is_sound = 0, True
+        for _, manifest in self._points():
+            point_count += 1
+            if not isinstance(manifest, Manifest):
+                is_sound = False
+                continue
+            new = {one for stored in manifest.files for one in stored.segments if one is not None} - seen
+            seen |= new
+            for part in _parts(sorted(new), SEGMENTS_AT_ONCE):
+                for packs in self._executor.map(self._check_segment, part):
+                    self._progress.need(packs)
+        return point_count, len(seen), is_sound and not self._bad_segments
+
+    def _points(self) -> Iterator[tuple[tuple[VmId, PointId], Manifest | str]]:
+        """Every point that is there, with what is wrong where its manifest cannot be read."""
+        for vm_id, point_id in self._store.stored_points():
+            self._drop_cache(manifest_key(vm_id, point_id))
+            try:
+                yield (vm_id, point_id), self._store.open_point(vm_id, point_id).manifest
+            except PointNotFound:
+                continue  # deleted since the listing, or void
+            except IntegrityError as exc:
+                yield (vm_id, point_id), str(exc)
+
+    def _check_segment(self, segment_id: SegmentId) -> Sequence[PackId]:
+        try:
+            segment = self._segment(segment_id)
+            for slot in range(segment.slot_count):
+                segment.ref(slot)
+        except (IntegrityError, ObjectMissing) as exc:
+            self._bad_segments[segment_id] = str(exc)
+            return ()
+        return segment.packs
+
+    def _segment(self, segment_id: SegmentId) -> Segment:
+        key = segment_key(segment_id)
+        self._drop_cache(key)
+        data = self._store.objects.get(key, size_max=SEGMENT_SIZE_MAX)
+        self._rate.take(len(data))
+        return Segment(data, segment_id, self._store.sealing)
+
+    # Packs
+
+    def _look_at_packs(self) -> None:
+        after = self._progress.after
+        folders = {info.key.removeprefix(PACKS)[:2] for info in self._store.objects.list(PACKS)}
+        for number in range(256):  # a folder at a time, or all names of a large store would be in memory
+            digits = f"{number:02x}"
+            needed = self._progress.needed(digits)
+            if digits not in folders and not needed:
+                continue
+            sizes = {
+                PackId(name): info.size
+                for info in self._store.objects.list(f"{PACKS}{digits}/")
+                if is_id(name := info.key.rpartition("/")[2])
+            }
+            names = sorted(sizes.keys() | needed)
+            self._advance(sum(sizes.get(name, 0) for name in names if name <= after))
+            for part in _parts([name for name in names if name > after], self._workers):
+                for pack_id, found in zip(part, self._executor.map(self._check_pack, part), strict=True):
+                    self._pass(pack_id, found, is_needed=pack_id in needed)
+                    self._advance(sizes.get(pack_id, 0))
+
+    def _pass(self, pack_id: PackId, found: PackDamage | ObjectMissing | None, *, is_needed: bool) -> None:
+        if isinstance(found, ObjectMissing):
+            # One that is gone is damage to those alone who need it.
+            damage = PackDamage(pack_id, str(found), None) if is_needed else None
+        else:
+            damage = found
+            self._pack_count += 1
+        if damage is not None:
+            self._quarantine(damage)
+        self._progress.passed(pack_id, damage)
+
+    def _quarantine(self, damage: PackDamage) -> None:
+        offsets = tuple(sorted(damage.offsets or ()))
+        mark = Quarantine(time.time(), offsets, damage.problem, secrets.token_hex(8))
+        try:
+            put_quarantine(self._store.objects, mark, damage.pack_id)
+        except (StoreDenied, StoreFull) as exc:  # what is found is told all the same
+            log.warning("pack %s could not be put in quarantine: %s", damage.pack_id, exc)
+
+    def _check_pack(self, pack_id: PackId) -> PackDamage | ObjectMissing | None:
+        """Only what is found twice is damage: the mark stays, and what came wrong over a network once is none."""
+        return self._look_at_pack(pack_id) and self._look_at_pack(pack_id)
+
+    def _look_at_pack(self, pack_id: PackId) -> PackDamage | ObjectMissing | None:
+        self._drop_cache(pack_key(pack_id))
+        problems: dict[int, str] = {}
+        try:
+            for run in _runs(read_footer(self._store.objects, pack_id, self._store.sealing)):
+                problems |= self._check_run(run)
+        except ObjectMissing as exc:
+            return exc
+        except IntegrityError as exc:
+            return PackDamage(pack_id, str(exc), None)
+        if not problems:
+            return None
+        return PackDamage(pack_id, next(iter(problems.values())), frozenset(problems))
+
+    def _check_run(self, run: Sequence[FrameRef]) -> dict[int, str]:
+        """What is wrong with neighbouring frames, by offset."""
+        self._rate.take(run[-1].end - run[0].offset)
+        try:
+            self._read(run)
+        except IntegrityError as exc:
+            if len(run) == 1:
+                return {run[0].offset: str(exc)}
+        else:
+            return {}
+        # Something in it is wrong: find out exactly which, one by one.
+        return {offset: problem for ref in run for offset, problem in self._check_run([ref]).items()}
+
+    def _read(self, run: Sequence[FrameRef]) -> None:
+        for ref, raw in zip(run, self._store.fetch_in_place(run), strict=True):
+            frames.check_identity(raw, ref, self._store.sealing)
+
+    def _drop_cache(self, key: str) -> None:
+        if isinstance(self._store.objects, CacheDropping):
+            self._store.objects.drop_cache(key)
+
+    # Who needs what is damaged
+
+    def _judged(self, damaged: Mapping[PackId, PackDamage]) -> list[Damage]:
+        """Repair what can be, and name who needs the rest; ``_others`` is then what is wrong beside packs."""
+        refs, names = self._needed_frames(damaged)
+        repaired = repair(self._store, refs)
+        problems, needs = self._needs(refs.keys() - repaired, names)
+        self._others = {key: _damage(key, problem, needs[key]) for key, problem in problems.items()}
+        needed_counts, repaired_counts = (Counter(pack_id for pack_id, _ in each) for each in (refs, repaired))
+        found = []
+        for pack_id, damage in damaged.items():
+            key, frame_count = pack_key(pack_id), needed_counts[pack_id]
+            if frame_count or self._exists(key):  # or else it was deleted, together with what needed it
+                mark = read_quarantine(self._store.objects, pack_id)
+                found.append(
+                    replace(
+                        _damage(key, damage.problem, needs[key]),
+                        frame_count=frame_count,
+                        repaired_count=repaired_counts[pack_id],
+                        since_s=None if mark is None else mark.found_s,
+                    )
+                )
+        return found
+
+    def _needed_frames(self, damaged: Mapping[PackId, PackDamage]) -> tuple[dict[Frame, FrameRef], dict[VmId, str]]:
+        """The damaged frames that points need, and the names of VMs."""
+        self._slots.clear()
+        refs: dict[Frame, FrameRef] = {}
+        names: dict[VmId, str] = {}
+        for (vm_id, _), manifest in self._points():
+            if isinstance(manifest, Manifest):
+                names[vm_id] = manifest.vm_name
+                for segment_id in {one for stored in manifest.files for one in stored.segments if one is not None}:
+                    if segment_id not in self._slots and segment_id not in self._bad_segments:
+                        self._slots[segment_id] = self._damaged_slots(segment_id, damaged, refs)
+        return refs, names
+
+    def _damaged_slots(
+        self, segment_id: SegmentId, damaged: Mapping[PackId, PackDamage], refs: dict[Frame, FrameRef]
+    ) -> tuple[Frame, ...]:
+        try:
+            segment = self._segment(segment_id)
+            if damaged.keys().isdisjoint(segment.packs):
+                return ()
+            found = [ref for ref in map(segment.ref, range(segment.slot_count)) if _is_damaged(ref, damaged)]
+        except (IntegrityError, ObjectMissing) as exc:
+            self._bad_segments[segment_id] = str(exc)
+            return ()
+        slots = tuple((ref.pack_id, ref.offset) for ref in found if ref is not None)
+        refs.update((frame, ref) for frame, ref in zip(slots, found, strict=True) if ref is not None)
+        return slots
+
+    def _needs(
+        self, lost: Set[Frame], names: Mapping[VmId, str]
+    ) -> tuple[dict[str, str], defaultdict[str, list[Need]]]:
+        """What is wrong with manifests and segments, and who needs what, both by key."""
+        pins = self._store.pin_counts()
+        problems: dict[str, str] = {}
+        needs: defaultdict[str, list[Need]] = defaultdict(list)
+        for (vm_id, point_id), manifest in self._points():
+            pin_count, name = pins.get((vm_id, point_id), 0), names.get(vm_id, "")
+            if not isinstance(manifest, Manifest):
+                key = manifest_key(vm_id, point_id)
+                problems[key] = manifest
+                needs[key].append(Need(vm_id, name, point_id, pin_count, "", 0))
+                continue
+            for stored in manifest.files:
+                for key, count in self._lost_chunks(stored, lost, problems).items():
+                    needs[key].append(Need(vm_id, name, point_id, pin_count, stored.path, count))
+        return problems, needs
+
+    def _lost_chunks(self, stored: StoredFile, lost: Set[Frame], problems: dict[str, str]) -> Counter[str]:
+        """Chunks of a file that cannot be read, by the object that is damaged."""
+        counts: Counter[str] = Counter()
+        for number, segment_id in enumerate(stored.segments):
+            if segment_id in self._bad_segments:
+                key = segment_key(segment_id)
+                problems[key] = self._bad_segments[segment_id]
+                chunks = chunk_count(stored.size, self._store.chunk_size) - number * SEGMENT_CHUNKS
+                counts[key] += min(SEGMENT_CHUNKS, chunks)
+            elif segment_id is not None:
+                counts.update(pack_key(frame[0]) for frame in self._slots.get(segment_id, ()) if frame in lost)
+        return counts
+
+    def _exists(self, key: str) -> bool:
+        try:
+            self._store.objects.size(key)
+        except ObjectMissing:
+            return False
+        return True
+
+
+def _is_damaged(ref: FrameRef | None, damaged: Mapping[PackId, PackDamage]) -> bool:
+    damage = None if ref is None else damaged.get(ref.pack_id)
+    return damage is not None and ref is not None and (damage.offsets is None or ref.offset in damage.offsets)
+
+
+def _damage(key: str, problem: str, needs: Sequence[Need]) -> Damage:
+    ordered = sorted(needs, key=lambda need: (not need.pin_count, need.vm_name, need.point_id, need.path))
+    return Damage(key, problem, tuple(ordered[:NEEDS_MAX]), len(needs))
+
+
+def _urgency(damage: Damage) -> tuple[bool, bool, str]:
+    return not (damage.needs and damage.needs[0].pin_count), not damage.needs, damage.key
+
+
+def _runs(refs: Iterable[FrameRef]) -> Iterator[list[FrameRef]]:
+    """Neighbouring frames of a pack, as many as are read at once."""
+    run: list[FrameRef] = []
+    for ref in refs:
+        if run and ref.end - run[0].offset > RUN_BYTES:
+            yield run
+            run = []
+        run.append(ref)
+    if run:
+        yield run
+
+
+def _parts(items: Iterable[T], count: int) -> Iterator[list[T]]:
+    left = iter(items)
+    while part := list(islice(left, count)):
+        yield part

@@ -1,0 +1,138 @@
+"""How far a scrub has come, so that one that was stopped goes on where it was.
+
+A SQLite file, private to one host: losing it costs another reading of the store, never data.  What is damaged is kept
+until the round is over, since it is only then that those are named who need it.  Blocking; one user at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from vmfs_stub.core.errors import PrimaryIOError
+from vmfs_stub.core.ids import PackId, StoreId
+
+SCHEMA_VERSION: Final = 1
+_SCHEMA: Final = """
+CREATE TABLE round (store TEXT NOT NULL, after TEXT NOT NULL);  -- one row: all packs up to this one are dealt with
+CREATE TABLE damaged (
+    pack TEXT PRIMARY KEY,
+    problem TEXT NOT NULL,
+    offsets TEXT) WITHOUT ROWID;                                -- JSON list of bytes; NULL: all of the pack
+"""
+_NEEDED: Final = "CREATE TEMP TABLE needed (pack TEXT PRIMARY KEY) WITHOUT ROWID"
+
+
+@dataclass(frozen=True, slots=True)
+class PackDamage:
+    """What is wrong with a pack; ``offsets`` are those of its damaged frames in bytes, None when it is not known."""
+
+    pack_id: PackId
+    problem: str
+    offsets: frozenset[int] | None
+
+
+class ScrubProgress:
+    """One round over the packs, in the order of their names; all calls may raise PrimaryIOError."""
+
+    def __init__(self, path: Path | None, store_id: StoreId, *, restart: bool = False) -> None:
+        """Open the file, or make it afresh when it is missing, damaged or another store's; None keeps it in memory.
+
+        With ``restart`` what is in it does not count.  Raises: PrimaryIOError.
+        """
+        self._path = path
+        try:
+            try:
+                self._database = _opened(path, store_id)
+            except sqlite3.DatabaseError:
+                if path is None:
+                    raise
+                path.unlink(missing_ok=True)
+                self._database = _opened(path, store_id)
+            if restart:
+                self.finish()
+        except (sqlite3.Error, OSError) as exc:
+            raise _unusable(path, exc) from exc
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+    @property
+    def after(self) -> str:
+        """The last pack that was dealt with; empty when a round begins."""
+        with self._transaction() as database:
+            return str(database.execute("SELECT after FROM round").fetchone()[0])
+
+    def passed(self, pack_id: PackId, damage: PackDamage | None) -> None:
+        """This pack, and all before it, were dealt with."""
+        with self._transaction() as database:
+            if damage is not None:
+                offsets = None if damage.offsets is None else json.dumps(sorted(damage.offsets))
+                row = (damage.pack_id, damage.problem, offsets)
+                database.execute("INSERT OR REPLACE INTO damaged VALUES (?, ?, ?)", row)
+            database.execute("UPDATE round SET after = ?", (pack_id,))
+
+    def damaged(self, after: str, count_max: int) -> list[PackDamage]:
+        """Packs that this round found damaged, by name from behind ``after`` on, at most so many."""
+        query = "SELECT pack, problem, offsets FROM damaged WHERE pack > ? ORDER BY pack LIMIT ?"
+        with self._transaction() as database:
+            return [
+                PackDamage(PackId(pack), problem, None if offsets is None else frozenset(json.loads(offsets)))
+                for pack, problem, offsets in database.execute(query, (after, count_max))
+            ]
+
+    def finish(self) -> None:
+        """The next round begins."""
+        with self._transaction() as database:
+            database.execute("DELETE FROM damaged")
+            database.execute("UPDATE round SET after = ''")
+
+    def need(self, packs: Iterable[PackId]) -> None:
+        """Restore points need these packs; not kept from one run to the next."""
+        with self._transaction() as database:
+            database.executemany("INSERT OR IGNORE INTO temp.needed VALUES (?)", ((pack,) for pack in packs))
+
+    def needed(self, first_digits: str) -> set[PackId]:
+        """The needed packs whose names begin so."""
+        query = "SELECT pack FROM temp.needed WHERE pack >= ? AND pack < ?"
+        with self._transaction() as database:
+            return {PackId(pack) for (pack,) in database.execute(query, (first_digits, f"{first_digits}g"))}
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with self._database:
+                yield self._database
+        except sqlite3.Error as exc:
+            raise _unusable(self._path, exc) from exc
+
+
+def _unusable(path: Path | None, exc: Exception) -> PrimaryIOError:
+    return PrimaryIOError(f"{path}: cannot be used ({exc}); it may be deleted, it is made afresh")
+
+
+def _opened(path: Path | None, store_id: StoreId) -> sqlite3.Connection:
+    database = sqlite3.connect(":memory:" if path is None else path)
+    try:
+        database.execute("PRAGMA temp_store = FILE")
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = NORMAL")
+        version = database.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            database.executescript(_SCHEMA)
+            with database:
+                database.execute("INSERT INTO round VALUES (?, '')", (store_id,))
+                database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        elif version != SCHEMA_VERSION or database.execute("SELECT store FROM round").fetchall() != [(store_id,)]:
+            raise sqlite3.DatabaseError("it belongs to another store or version")
+        database.execute(_NEEDED)
+    except BaseException:
+        database.close()
+        raise
+    return database

@@ -1,0 +1,185 @@
+"""Repair of damaged frames from other copies in the store.
+
+Copies there are since hosts that back up at the same time do not see each other's chunks, and since what is in
+quarantine is stored afresh by the next backup that has it on primary: so a scrub after that backup repairs the older
+points.  Frames that are whole in a pack that is not (its footer is damaged) are copied, too: nothing else would list
+them.  Every copy is checked by identity before it is used, and read back before readers are told of it.
+Blocking.  This module must not know how damage was found.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
+from typing import Final
+
+from vmfs_stub.core.chunking import FrameRef
+from vmfs_stub.core.errors import (
+    CorruptStoreObject,
+    IntegrityError,
+    ObjectMissing,
+    StoreConflict,
+    StoreDenied,
+    StoreFull,
+)
+from vmfs_stub.core.ids import ChunkId, PackId
+from vmfs_stub.store import frames
+from vmfs_stub.store.backup_writer import BackupWriter
+from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.format import INDEX_SIZE_MAX
+from vmfs_stub.store.index_objects import decode_index
+from vmfs_stub.store.keys import INDEX, PACKS, is_id, pack_key
+from vmfs_stub.store.leases import LEASE_INTERVAL_S
+from vmfs_stub.store.moved import Move
+from vmfs_stub.store.objects import CacheDropping
+from vmfs_stub.store.packs import read_footer
+from vmfs_stub.store.store import Store
+
+log = logging.getLogger(__name__)
+
+COPIES_MAX: Final = 8
+"""Copies of a chunk that are tried."""
+Frame = tuple[PackId, int]
+"""A frame by its pack and its offset there in bytes."""
+
+
+def repair(store: Store, damaged: Mapping[Frame, FrameRef]) -> frozenset[Frame]:
+    """Make frames readable that are not, or that are in a damaged pack; returns those that are readable elsewhere.
+
+    Where this host may not write, or the store is full, nothing is repaired, and the log says so.
+    Raises: UnknownFormat, StoreUnavailable.
+    """
+    store.moved.look_again()
+    left = {frame: ref for frame, ref in damaged.items() if not _was_moved(store, ref)}
+    earlier = frozenset(damaged) - frozenset(left)
+    if not left:
+        return earlier
+    try:
+        with closing(ChunkIndex(None, store.id)) as index:
+            return earlier | _repaired(store, store.begin_repair(index=index), left)
+    except (StoreConflict, StoreDenied, StoreFull) as exc:
+        log.warning("nothing could be repaired: %s", exc)
+        return earlier
+
+
+def _was_moved(store: Store, ref: FrameRef) -> bool:
+    try:
+        raw = store.moved.fetch(ref)
+        if raw is not None:
+            frames.check_identity(raw, ref, store.sealing)
+    except IntegrityError:
+        return False
+    return raw is not None
+
+
+def _repaired(store: Store, writer: BackupWriter, left: dict[Frame, FrameRef]) -> frozenset[Frame]:
+    try:
+        run = _Repair(store, writer)
+        run.copy(left, ((ref.chunk_id, ref) for ref in list(left.values())))
+        for listed in (run.listed_in_index, run.listed_in_footers):
+            if left:
+                run.copy(left, run.copies_of(left, listed()))
+        run.finish()
+    except BaseException:
+        writer.abandon()
+        raise
+    finally:
+        writer.end_lease()
+    return run.done
+
+
+class _Repair:
+    """``done`` are the frames that were copied."""
+
+    def __init__(self, store: Store, writer: BackupWriter) -> None:
+        self._store = store
+        self._writer = writer
+        self._renewed_s = time.monotonic()
+        self._moves: dict[PackId, list[Move]] = {}
+        self._new: list[FrameRef] = []
+
+    @property
+    def done(self) -> frozenset[Frame]:
+        return frozenset((pack_id, move.old_offset) for pack_id, moves in self._moves.items() for move in moves)
+
+    def copy(self, left: dict[Frame, FrameRef], copies: Iterable[tuple[ChunkId, FrameRef]]) -> None:
+        """Copy those of ``left`` of which one of ``copies`` is whole, and take them out of it."""
+        by_chunk: dict[ChunkId, list[FrameRef]] = {}
+        for chunk_id, ref in copies:
+            known = by_chunk.setdefault(chunk_id, [])
+            if len(known) < COPIES_MAX and ref not in known:
+                known.append(ref)
+        for frame, ref in list(left.items()):
+            raw = self._whole(by_chunk.get(ref.chunk_id, ()))
+            if raw is not None and self._write(ref, raw):
+                del left[frame]
+
+    def copies_of(
+        self, left: Mapping[Frame, FrameRef], listed: Iterable[FrameRef]
+    ) -> Iterator[tuple[ChunkId, FrameRef]]:
+        """Those frames that are said to hold a wanted chunk."""
+        wanted = {ref.chunk_id for ref in left.values()}
+        return ((ref.chunk_id, ref) for ref in listed if ref.chunk_id in wanted)
+
+    def listed_in_index(self) -> Iterator[FrameRef]:
+        for info in list(self._store.objects.list(INDEX)):
+            self._stay_alive()
+            try:
+                packs = decode_index(self._store.objects.get(info.key, size_max=INDEX_SIZE_MAX), info.key)
+            except (ObjectMissing, CorruptStoreObject):
+                continue
+            for _, refs in packs:
+                yield from refs
+
+    def listed_in_footers(self) -> Iterator[FrameRef]:
+        """Slow, but it also finds what was never published."""
+        for info in self._store.objects.list(PACKS):
+            self._stay_alive()
+            pack_id = PackId(info.key.rpartition("/")[2])
+            try:
+                yield from read_footer(self._store.objects, pack_id, self._store.sealing) if is_id(pack_id) else ()
+            except (ObjectMissing, IntegrityError):
+                continue
+
+    def finish(self) -> None:
+        """Put what was copied, read it back, and tell readers."""
+        if not self._moves:
+            return
+        last = self._writer.finish()
+        if last is not None:
+            self._writer.put_pack(last)
+        self._writer.read_back(self._new)
+        self._writer.commit_moves(self._moves)
+        self._store.moved.look_again()
+
+    def _whole(self, copies: Iterable[FrameRef]) -> bytes | None:
+        for ref in copies:
+            if isinstance(self._store.objects, CacheDropping):
+                self._store.objects.drop_cache(pack_key(ref.pack_id))
+            try:
+                (raw,) = self._store.fetch_in_place([ref])
+                frames.check_identity(raw, ref, self._store.sealing)
+            except (ObjectMissing, IntegrityError):
+                continue
+            return raw
+        return None
+
+    def _write(self, old: FrameRef, raw: bytes) -> bool:
+        self._stay_alive()
+        appended = self._writer.append(self._writer.encode(raw))
+        for pack in appended.sealed:
+            self._writer.put_pack(pack)
+        (new,) = appended.entries
+        if new is None or new.raw_length != old.raw_length or new.checksum != old.checksum:
+            return False  # the segment expects what no chunk of this identity is
+        self._new.append(new)
+        self._moves.setdefault(old.pack_id, []).append(Move(old.offset, new.pack_id, new.offset, new.length))
+        return True
+
+    def _stay_alive(self) -> None:
+        now = time.monotonic()
+        if now - self._renewed_s > LEASE_INTERVAL_S:
+            self._writer.renew_lease()
+            self._renewed_s = now

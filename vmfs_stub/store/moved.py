@@ -1,0 +1,174 @@
+"""Moved frames: where frames of a damaged pack can be read instead.
+
+A pack never changes, and neither do the segments that refer to it.  So a frame that is repaired is written into another
+pack, and a checked document under ``moved/<pack id>/<id>`` says so.  A pack may have several: each repair adds one.
+Readers look for them only when a frame cannot be read where it should be, and believe nothing they say: what is found
+there must be what the segment's reference expects.  Garbage collection keeps what they name as long as the pack they
+are about is needed, there or not.  This module must not know why a frame was moved.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Final
+
+from vmfs_stub.core.chunking import FrameRef
+from vmfs_stub.core.errors import CorruptFrame, CorruptPack, CorruptStoreObject, ObjectMissing, UnknownFormat
+from vmfs_stub.core.ids import PackId
+from vmfs_stub.store import documents
+from vmfs_stub.store.format import (
+    DOCUMENT_SIZE_MAX,
+    FEATURES_KNOWN,
+    FRAME_LENGTH_MAX,
+    MOVED_VERSION,
+    PACK_FRAMES_MAX,
+    PACK_SIZE_MAX,
+)
+from vmfs_stub.store.keys import moved_of
+from vmfs_stub.store.objects import ObjectStore
+
+log = logging.getLogger(__name__)
+
+MOVED_FORMAT: Final = "vmfs-stub moved"
+HOPS_MAX: Final = 3
+"""How often a frame may have moved: a bound for a reader, whatever documents say of each other."""
+PLACES_MAX: Final = 4
+"""Places of one frame that a reader tries, for the same reason."""
+DOCUMENTS_MAX: Final = 64
+"""Documents about one pack that a reader looks at."""
+KNOWN_S: Final = 10.0
+"""How long a look for documents counts, found or not: the frames of a pack are asked for one after another."""
+KNOWN_MAX: Final = 64
+UNREADABLE: Final = (ObjectMissing, CorruptPack, CorruptFrame)
+"""What is wrong with a frame that may be found elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """The frame at ``old_offset`` of the pack that a document is about is at ``offset`` of ``pack_id`` now (bytes)."""
+
+    old_offset: int
+    pack_id: PackId
+    offset: int
+    length: int
+
+
+def encode_moved(moves: Sequence[Move], pack_id: PackId, nonce: str) -> bytes:
+    """The bytes of a document; ``nonce`` tells a retried put from somebody else's."""
+    frames = [{"at": m.old_offset, "pack": m.pack_id, "offset": m.offset, "length": m.length} for m in moves]
+    return documents.encode(MOVED_FORMAT, MOVED_VERSION, {"pack_id": pack_id, "frames": frames, "nonce": nonce})
+
+
+def decode_moved(data: bytes, key: str) -> list[Move]:
+    """Parse the document that was read from ``key``.
+
+    Raises: CorruptStoreObject; UnknownFormat.
+    """
+    fields = documents.decode(data, key, MOVED_FORMAT, version=MOVED_VERSION, features=FEATURES_KNOWN)
+    if not key.startswith(moved_of(PackId(fields.hex_id("pack_id")))):
+        raise fields.error("pack_id", "is that of another pack")
+    moves = [
+        Move(
+            frame.integer("at", high=PACK_SIZE_MAX),
+            PackId(frame.hex_id("pack")),
+            frame.integer("offset", high=PACK_SIZE_MAX),
+            frame.integer("length", low=1, high=FRAME_LENGTH_MAX),
+        )
+        for frame in fields.objects("frames")
+    ]
+    if len(moves) > PACK_FRAMES_MAX:
+        raise fields.error("frames", "holds more than a pack may")
+    return moves
+
+
+class MovedFrames:
+    """Finds frames that cannot be read where their references say; thread-safe.
+
+    ``read`` fetches frames from the place that their references name, and from there only.
+    """
+
+    def __init__(
+        self,
+        objects: ObjectStore,
+        read: Callable[[Sequence[FrameRef]], list[bytes]],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._objects = objects
+        self._read = read
+        self._clock = clock
+        self._known: OrderedDict[PackId, tuple[float, Mapping[int, list[Move]]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def has_moves(self, pack_id: PackId) -> bool:
+        """Whether frames of this pack have moved.  Raises: StoreUnavailable, StoreDenied."""
+        return bool(self._moves(pack_id))
+
+    def look_again(self) -> None:
+        """What was found so far does not count any more."""
+        with self._lock:
+            self._known.clear()
+
+    def fetch(self, ref: FrameRef, *, hops: int = HOPS_MAX) -> bytes | None:
+        """The verified raw bytes of a frame from where it is now; None when it can be read nowhere.
+
+        Raises: StoreUnavailable, StoreDenied.
+        """
+        for move in self._moves(ref.pack_id).get(ref.offset, ())[:PLACES_MAX] if hops else ():
+            moved = replace(ref, pack_id=move.pack_id, offset=move.offset, length=move.length)
+            try:
+                return self._read([moved])[0]
+            except UNREADABLE:
+                raw = self.fetch(moved, hops=hops - 1)
+                if raw is not None:
+                    return raw
+        return None
+
+    def _moves(self, pack_id: PackId) -> Mapping[int, list[Move]]:
+        now = self._clock()
+        with self._lock:
+            looked_s, known = self._known.get(pack_id, (now - KNOWN_S, {}))
+        if now < looked_s + KNOWN_S:
+            return known
+        found: dict[int, list[Move]] = {}
+        for move in read_moves(self._objects, pack_id):
+            found.setdefault(move.old_offset, []).append(move)
+        with self._lock:
+            self._known[pack_id] = (now, found)
+            self._known.move_to_end(pack_id)
+            while len(self._known) > KNOWN_MAX:
+                self._known.popitem(last=False)
+        return found
+
+
+def read_moves(objects: ObjectStore, pack_id: PackId) -> list[Move]:
+    """What all readable documents about a pack say.  Raises: StoreUnavailable, StoreDenied."""
+    moves: list[Move] = []
+    for info in islice(objects.list(moved_of(pack_id)), DOCUMENTS_MAX):
+        try:
+            moves += decode_moved(objects.get(info.key, size_max=DOCUMENT_SIZE_MAX), info.key)
+        except ObjectMissing:
+            continue  # deleted since the listing
+        except (CorruptStoreObject, UnknownFormat) as exc:
+            log.warning("where frames of pack %s were moved cannot be told: %s", pack_id, exc)
+    return moves
+
+
+def moved_packs(objects: ObjectStore, keys: Sequence[str]) -> set[PackId]:
+    """The packs that these documents name.
+
+    Raises: CorruptStoreObject, UnknownFormat: what is needed is then not known; StoreUnavailable, StoreDenied.
+    """
+    found: set[PackId] = set()
+    for key in keys:
+        try:
+            found |= {move.pack_id for move in decode_moved(objects.get(key, size_max=DOCUMENT_SIZE_MAX), key)}
+        except ObjectMissing:
+            continue  # deleted since the listing
+    return found
