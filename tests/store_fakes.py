@@ -127,11 +127,11 @@ class SitedObjects:
 def packs_condemned(contents: dict[str, bytes]) -> Iterator[None]:
     """Within the block garbage collection is about to remove every pack that is there; then it is not."""
     packs = frozenset(PackId(key.rpartition("/")[2]) for key in contents if key.startswith(PACKS))
-    contents[f"{CONDEMNED}list"] = encode_condemned(Condemned(packs=packs), "nonce")
+    contents[f"{CONDEMNED}{'c' * 32}"] = encode_condemned(Condemned(packs=packs), "nonce")
     try:
         yield
     finally:
-        del contents[f"{CONDEMNED}list"]
+        del contents[f"{CONDEMNED}{'c' * 32}"]
 
 
 @contextmanager

@@ -511,7 +511,7 @@ async def with_garbage(rig: Rig) -> None:
     index = next(key for key in contents if key.startswith(INDEX))
     packs = decode_index(contents[index], index)
     contents[f"{INDEX}{'c' * 32}"] = encode_index([*packs, (dead, packs[0][1])])
-    contents[f"{CONDEMNED}list"] = encode_condemned(Condemned(frozenset([PackId("b" * 32)])), "nonce")
+    contents[f"{CONDEMNED}{'c' * 32}"] = encode_condemned(Condemned(frozenset([PackId("b" * 32)])), "nonce")
     contents[quarantine_key(dead)] = b"of what is about to go"
     needed, refs = packs[0]
     moved = [Move(ref.offset, needed, ref.offset, ref.length) for ref in refs]

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import random
 import sqlite3
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from store_fakes import FakeObjects, refused_deletes
 from store_points import KEY_SOURCE, back_up
 
 from vmfs_stub.core.errors import CorruptSegment, StoreConflict, StoreDenied
-from vmfs_stub.core.ids import PackId, PlaceholderId, SegmentId
+from vmfs_stub.core.ids import PackId, PlaceholderId, SegmentId, VmId
+from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.collector import Collected, Collector
 from vmfs_stub.store.condemned import Condemned, encode_condemned
 from vmfs_stub.store.keys import pin_key
+from vmfs_stub.store.objects import ObjectInfo
 from vmfs_stub.store.pins import Pin, encode_pin
 from vmfs_stub.store.reachability import Reachability
 from vmfs_stub.store.store import Store
@@ -49,7 +53,7 @@ def collect(
     store: Store, path: Path | None = None, *, sleep: Callable[[float], None] = lambda seconds: None
 ) -> Collected:
     with closing(Reachability(path, store.id, store.objects, sealing=store.sealing, workers=2)) as reachability:
-        return Collector(store.objects, reachability, lag_s=0, sleep=sleep, workers=2).run()
+        return Collector(store.objects, reachability, lag_s=1, sleep=sleep, workers=2).run()
 
 
 def needed(store: Store, objects: FakeObjects, path: Path | None = None) -> tuple[int, int]:
@@ -137,10 +141,12 @@ def test_a_list_of_another_collector_stays_while_a_name_on_it_is_there(store: St
     """That one may be about to delete it, and a backup that began to need it would lose it."""
     back_up(store, {"disk": RANDOM.randbytes(CHUNK)})
     (pack,) = names(objects, "packs/")
-    objects.contents["condemned/other"] = encode_condemned(Condemned(frozenset([PackId(pack)])), "")
-    objects.contents["condemned/gone"] = encode_condemned(Condemned(frozenset([PackId("d" * 32)])), "")
+    other, gone, damaged, foreign = (f"condemned/{name}" for name in ("1" * 32, "2" * 32, "3" * 32, "README"))
+    objects.contents[other] = encode_condemned(Condemned(frozenset([PackId(pack)])), "")
+    objects.contents[gone] = encode_condemned(Condemned(frozenset([PackId("d" * 32)])), "")
+    objects.contents |= {damaged: b"?", foreign: b"?"}
     collect(store)
-    assert keys(objects, "condemned/") == ["condemned/other"]
+    assert keys(objects, "condemned/") == [other, damaged, foreign]
 
 
 def test_what_a_forgotten_point_has_pending_still_is_not_voided(store: Store, objects: FakeObjects) -> None:
@@ -198,7 +204,7 @@ def test_what_a_backup_needs_that_comes_while_it_waits_stays(store: Store, objec
             conflicts += 1
 
     # While it waits for the lists to be seen, they are; when it waits before, what it needs is not condemned.
-    collect(store, sleep=in_wait(2, again))
+    collect(store, sleep=in_wait(3, again))
     assert (conflicts, needed(store, objects)) == (1, (0, 0))
     back_up(store, {"disk": content}, index=index)
     collect(store, sleep=in_wait(1, again))
@@ -217,3 +223,72 @@ def test_of_an_encrypted_store() -> None:
     table = store.open_point(kept.vm_id, kept.point_id).chunks(0)
     assert [ref is not None and len(store.fetch([ref])[0]) for ref in table.locate(0, 1)] == [CHUNK]
     assert keys(objects, "dead/") == [f"dead/{dead.writer_id}"]
+
+
+class LaggingObjects(FakeObjects):
+    """``unlisted`` were put so short a time ago that a listing misses them, though it shows what was deleted since."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unlisted: set[str] = set()
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        return (info for info in super().list(prefix) if info.key not in self.unlisted)
+
+
+def test_what_is_committed_while_it_looks_for_the_last_time_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pending manifest was deleted already, its committed one not listed yet, and its packs were deleted."""
+    store = Store.create(objects := LaggingObjects(), chunk_size=CHUNK)
+    index = ChunkIndex(None, store.id)
+    content = RANDOM.randbytes(CHUNK)
+    made = back_up(store, {"disk": content}, index=index)
+    store.forget(made.vm_id, made.point_id, host="host", why="by hand")
+    go_on, stands_still, condemn, put = (
+        threading.Event(),
+        threading.Event(),
+        Collector._condemn,
+        BackupWriter._put_manifest,
+    )
+
+    def slowly(writer: BackupWriter, key: str, data: bytes) -> None:
+        stands_still.set()
+        assert go_on.wait(10)
+        put(writer, key, data)
+        objects.unlisted.add(key)
+
+    def condemned_since(self: Collector, doomed: Any, lists: list[str]) -> None:
+        backup.start()
+        assert stands_still.wait(10)
+        condemn(self, doomed, lists)
+
+    def sleep(seconds: float) -> None:
+        if go_on.is_set():
+            objects.unlisted.clear()  # so long after the last look
+        elif stands_still.is_set():
+            go_on.set()
+            backup.join()
+
+    monkeypatch.setattr(BackupWriter, "_put_manifest", slowly)
+    monkeypatch.setattr(Collector, "_condemn", condemned_since)
+    backup = threading.Thread(target=lambda: back_up(store, {"disk": content}, vm_id="5" * 32, index=index))
+    collect(store, sleep=sleep)
+    (point,) = store.points(VmId("5" * 32))
+    table = store.open_point(point.vm_id, point.point_id).chunks(0)
+    assert [ref is not None and store.fetch([ref])[0] for ref in table.locate(0, 1)] == [content]
+
+
+def test_what_is_not_ours_is_left_alone(store: Store, objects: FakeObjects) -> None:
+    made = back_up(store, {"disk": RANDOM.randbytes(CHUNK)})
+    foreign = [f"manifests/{made.vm_id}/{made.point_id}.bak", f"manifests/{made.vm_id}/notes", "manifests/README"]
+    objects.contents |= dict.fromkeys(foreign, b"?")
+    collect(store)
+    assert [key for key in foreign if key in objects.contents] == foreign
+
+
+def test_a_host_that_may_not_delete_leaves_no_mark_for_each_backup(store: Store, objects: FakeObjects) -> None:
+    with refused_deletes(objects):
+        back_up(store, {"disk": RANDOM.randbytes(CHUNK)})
+    assert [len(keys(objects, kind)) for kind in ("leases/", "manifests/")] == [1, 2]
+    found = collect(store)
+    assert (found.leases, found.pending) == (1, 1)
+    assert [len(keys(objects, kind)) for kind in ("leases/", "manifests/", "dead/")] == [0, 1, 0]

@@ -345,7 +345,7 @@ def test_what_was_saved_of_a_missing_pack_and_is_condemned_is_not_taken_over(
     refs = store.open_point(old.vm_id, old.points[0].point_id).chunks(0).locate(0, 5)
     writer = store.begin_backup(index=ChunkIndex(None, store.id))
     file = stored_file("disk.raw", len(DISK), writer.add_file(writer.append(EncodedBatch(tuple(refs))).entries))
-    objects.contents["condemned/list"] = encode_condemned(Condemned(frozenset([saved])), "")
+    objects.contents["condemned/" + "c" * 32] = encode_condemned(Condemned(frozenset([saved])), "")
     with pytest.raises(StoreConflict):
         writer.commit(vm_id=old.vm_id, point_id=PointId(new_id()), vm_name="old", host="h", files=[file], metadata={})
 

@@ -241,7 +241,7 @@ def test_reused_objects_that_are_being_collected_fail_the_commit(
         del objects.contents[key]
     else:
         names = {f"{what}s": frozenset([key.split("/")[-1]])}
-        objects.put("condemned/list", encode_condemned(Condemned(**names), "nonce"))  # type: ignore[arg-type]
+        objects.put("condemned/" + "c" * 32, encode_condemned(Condemned(**names), "nonce"))  # type: ignore[arg-type]
     with pytest.raises(StoreConflict, match="run the backup again"):
         writer.commit(
             vm_id=first.vm_id,

@@ -11,9 +11,9 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
@@ -103,22 +103,28 @@ def _remove_traces(config: Config) -> None:
     try:
         for path in (backing, *_all(backing)):
             for name in os.listxattr(path, follow_symlinks=False):
-                if name.startswith(XATTR_PREFIX):
+                if name.startswith(XATTR_PREFIX) and name != TOP_MODE_XATTR:
                     os.removexattr(path, name, follow_symlinks=False)
         shutil.rmtree(config.private_dir, ignore_errors=True)
         for volatile in ("maps", "changes"):
             shutil.rmtree(config.datastore.runtime_dir / volatile, ignore_errors=True)
         backing.chmod(mode)
+        with suppress(OSError):  # last, or another try would not know the mode
+            os.removexattr(backing, TOP_MODE_XATTR)
     except OSError as exc:
         raise PrimaryIOError(f"cannot remove all traces from {backing}: {exc}; run `vmfs-stub leave` again") from exc
 
 
 def _all(backing: Path) -> Iterator[Path]:
     """Everything below the backing directory but our own; symbolic links are not followed."""
-    for directory, folders, files in os.walk(backing):
+    for directory, folders, files in os.walk(backing, onerror=_fail):
         if Path(directory) == backing and PRIVATE_DIR in folders:
             folders.remove(PRIVATE_DIR)
         yield from (Path(directory, name) for name in (*folders, *files))
+
+
+def _fail(exc: OSError) -> NoReturn:
+    raise PrimaryIOError(f"{exc.filename} cannot be looked into: {exc.strerror}") from exc
 
 
 def _move_to_mountpoint(backing: Path, mountpoint: Path) -> None:

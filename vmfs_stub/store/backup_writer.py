@@ -415,10 +415,18 @@ class BackupWriter:
             for ref, raw in zip(run, self._fetch(run), strict=True):
                 if ref.pack_id not in self._own:
                     frames.check_identity(raw, ref, self._sealing)
-        except (IntegrityError, ObjectMissing):
+        except (IntegrityError, ObjectMissing) as exc:
             # What is there is of no use: the next job stores these chunks again, rather than fail like this one.
             self._index.forget_packs([pack_id])
+            if isinstance(exc, ObjectMissing):
+                self._forget_missing()
             raise
+
+    def _forget_missing(self) -> None:
+        """One pack that the index has is gone: garbage collection, which the index does not know of, takes many."""
+        with self._lock:
+            used = sorted(self._used - self._own)
+        self._index.forget_packs(pack_id for pack_id in used if not self._exists(pack_key(pack_id)))
 
     def _check_used(self) -> None:
         """See that nothing this job uses is condemned, gone, or found damaged meanwhile."""

@@ -47,8 +47,7 @@ CREATE TABLE objects (                                       -- index objects of
 CREATE TABLE packs (                                         -- packs that may be handed out
     number INTEGER PRIMARY KEY AUTOINCREMENT,                -- never used again, so old rows of chunks stay void
     id TEXT NOT NULL UNIQUE,
-    object INTEGER);                                         -- index object that lists it; NULL: not published yet;
-                                                             -- 0: nor ever, but it was seen in the store
+    object INTEGER);                                         -- index object that lists it; NULL: not published
 CREATE INDEX packs_by_object ON packs (object);
 CREATE TABLE chunks (                                        -- one place per chunk; void when its pack is gone
     id BLOB PRIMARY KEY,                                     -- 32 bytes
@@ -216,7 +215,6 @@ class ChunkIndex:
                 gone.append(pack_id)
         with self._lock:
             self._guarded(partial(_forget, pack_ids=gone), None)
-            self._guarded(partial(_seen, pack_ids=[each for each in unpublished if each not in gone]), None)
         self._has_looked_for_unpublished = True
 
     def _guarded(self, action: Callable[[sqlite3.Connection], T], rebuilt: T) -> T:
@@ -328,12 +326,6 @@ def _unpublished(database: sqlite3.Connection) -> list[PackId]:
         msg = "a pack's name is none"
         raise _Damaged(msg)
     return [PackId(pack_id) for (pack_id,) in rows]
-
-
-def _seen(database: sqlite3.Connection, pack_ids: Iterable[PackId]) -> None:
-    database.executemany(
-        "UPDATE packs SET object = 0 WHERE id = ? AND object IS NULL", ((pack_id,) for pack_id in pack_ids)
-    )
 
 
 def _known_objects(database: sqlite3.Connection) -> set[str]:

@@ -11,7 +11,8 @@ listing may miss what was put.  The order, and why it is safe:
    This comes after 2, so that no void manifest takes the place of one that others know.
 4. Whatever no manifest needs, committed or pending, and no living writer has put, is condemned: its name is on a list.
 5. Wait.  A backup reads the lists after its pending manifest is there, so that it sees the list, or is seen:
-6. look at all manifests again, delete what they still do not need, then the lists.
+6. look at all manifests again, twice with the lag between, since one that is committed moves from one name to another;
+   delete what they still do not need, then the lists.
 
 A collector that stops anywhere leaves things that the next one takes up; one that wakes up late deletes only names that
 are never used again.  The list of another one stays until every name on it is gone, needed or not: as long as that one
@@ -36,7 +37,6 @@ from vmfs_stub.core.errors import (
     StoreDenied,
     StoreError,
     UnknownFormat,
-    VmfsStubError,
 )
 from vmfs_stub.core.ids import PackId, PointId, SegmentId, VmId, WriterId
 from vmfs_stub.store.condemned import LIST_MAX, Condemned, decode_condemned, encode_condemned
@@ -141,7 +141,7 @@ class Collector:
         look = self._look()
         going = (look.forgotten & look.points) - look.pinned
         keys = [key for key in self._manifests() if _point_of(key) not in going]
-        doomed = self._unneeded(keys, set(look.leases))
+        doomed = self._unneeded(keys, set(look.leases), lag_s=0)
         self._collected.points = len(going)
         self._count(doomed, look)
         return self._collected
@@ -158,15 +158,14 @@ class Collector:
             raise StoreDenied(msg)
         alive = self._clear_dead()
         earlier = {info.key for info in self._objects.list(CONDEMNED)}
-        doomed = self._unneeded(set(self._manifests()), alive)
+        keys = set(self._manifests())
+        doomed = self._unneeded(keys, alive, lag_s=self._lag_s)
         lists: list[str] = []
         try:
             self._condemn(doomed, lists)
             if lists:
-                self._wait(2 * self._lag_s, "for backups that are about to finish")
-            keys = set(self._manifests())
-            self._reachability.look(keys)
-        except VmfsStubError:
+                keys = self._look_again()
+        except BaseException:
             with suppress(StoreError):  # nothing will be deleted, so backups may need all of it
                 self._each(self._objects.delete, lists)
             raise
@@ -178,6 +177,16 @@ class Collector:
         self._delete_notes(deleted=set(doomed.packs))
         self._reachability.forget_all_but(keys)
         return self._collected
+
+    def _look_again(self) -> set[str]:
+        """Steps 5 and 6; returns the manifests that are there."""
+        self._wait(2 * self._lag_s, "for backups that are about to finish")
+        keys = set(self._manifests())
+        # What is committed between two pages of a listing, or within the lag, is in neither of its places.
+        self._wait(self._lag_s, "for what they commit now")
+        keys |= set(self._manifests())
+        self._reachability.look(keys)
+        return keys
 
     # Who is alive, and which points stay
 
@@ -195,7 +204,9 @@ class Collector:
             self._objects.delete(pin)
             self._objects.delete(UNPINNED + pin.removeprefix(PINS))
             self._collected.pins += 1
-        for writer in sorted(dead & set(second.leases)):
+        # One that has committed does nothing more; a host that may not delete leaves its lease all the same.
+        over = {_pending_writer(key) for key in second.pending if self._exists(committed_name(key))}
+        for writer in sorted((dead & set(second.leases)) - over):
             with suppress(ObjectExists):
                 self._objects.put(dead_key(writer), b"")
         for key in sorted(first.pending & second.pending):
@@ -245,14 +256,15 @@ class Collector:
     # What nothing needs
 
     def _manifests(self) -> Iterator[str]:
-        return (info.key for info in self._objects.list(MANIFESTS) if _is_point(info.key))
+        return (info.key for info in self._objects.list(MANIFESTS) if _is_manifest(info.key))
 
-    def _unneeded(self, keys: Collection[str], alive: set[WriterId]) -> _Doomed:
+    def _unneeded(self, keys: Collection[str], alive: set[WriterId], *, lag_s: float) -> _Doomed:
         self._reachability.look(keys)
         packs = ((PackId(name), size) for name, size in self._stored(PACKS) if is_id(name))
         segments = ((SegmentId(name), size) for name, size in self._stored(SEGMENTS) if is_segment_id(name))
         doomed = self._still(packs, segments)
-        # After the listing: whoever has put one of these had a lease before.
+        # So long after the listing: whoever has put one of these had a lease before.
+        self._wait(lag_s, "for leases of backups that have just begun")
         alive = alive | {WriterId(info.key.removeprefix(LEASES)) for info in self._objects.list(LEASES)}
         return _Doomed(
             {name: size for name, size in doomed.packs.items() if writer_of(name) not in alive},
@@ -330,6 +342,11 @@ class Collector:
                 listed = decode_condemned(self._objects.get(key, size_max=DOCUMENT_SIZE_MAX), key)
             except ObjectMissing:
                 continue
+            except (CorruptStoreObject, UnknownFormat) as exc:
+                log.warning(
+                    "a list of garbage collection cannot be read, and fails backups until it is deleted: %s", exc
+                )
+                continue
             names = [*map(pack_key, sorted(listed.packs)), *map(segment_key, sorted(listed.segments))]
             if not any(map(self._exists, names)):
                 self._objects.delete(key)
@@ -353,7 +370,8 @@ class Collector:
     def _wait(self, seconds: float, why: str) -> None:
         if seconds >= 1:
             self._say(f"waiting {seconds:.0f} s {why}")
-        self._sleep(seconds)
+        if seconds:
+            self._sleep(seconds)
 
 
 def _point_of(key: str) -> Point:
@@ -362,9 +380,12 @@ def _point_of(key: str) -> Point:
     return VmId(vm_id), PointId(point_id.partition(".")[0])
 
 
-def _is_point(key: str) -> bool:
-    vm_id, point_id = _point_of(key)
-    return is_id(vm_id) and is_id(point_id)
+def _is_manifest(key: str) -> bool:
+    """Whether it is one of ours, committed or pending: anything else is left alone."""
+    _, vm_id, name = (*key.split("/"), "", "")[:3]
+    point_id, _, rest = name.partition(".")
+    is_ours = not rest or (rest.endswith(PENDING_SUFFIX) and is_writer_id(rest.removesuffix(PENDING_SUFFIX)))
+    return key.count("/") == 2 and is_id(vm_id) and is_id(point_id) and is_ours and name.count(".") in (0, 2)
 
 
 def _pending_writer(key: str) -> WriterId:

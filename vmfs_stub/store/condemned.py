@@ -59,6 +59,8 @@ def read_condemned(objects: ObjectStore) -> Condemned:
     """
     found = Condemned()
     for info in objects.list(CONDEMNED):
+        if not is_id(info.key.removeprefix(CONDEMNED)):
+            continue  # not ours
         try:
             found |= decode_condemned(objects.get(info.key, size_max=DOCUMENT_SIZE_MAX), info.key)
         except ObjectMissing:

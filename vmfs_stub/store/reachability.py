@@ -72,7 +72,8 @@ class Reachability:
             except sqlite3.DatabaseError:
                 if path is None:
                     raise
-                path.unlink(missing_ok=True)
+                for suffix in ("", "-wal", "-shm"):
+                    path.with_name(path.name + suffix).unlink(missing_ok=True)
                 self._database = _opened(path, store_id)
         except (sqlite3.Error, OSError) as exc:
             raise PrimaryIOError(f"{path}: cannot be used ({exc}); it may be deleted, it is made afresh") from exc
