@@ -225,7 +225,7 @@ def test_a_file_of_another_store_is_not_used(store: Store, objects: FakeObjects,
         progress.passed(PackId("f" * 32), None)
     assert scrubbed(store, tmp_path / "scrub").pack_count == 3
     with closing(sqlite3.connect(tmp_path / "scrub")) as database:
-        assert database.execute("SELECT store FROM round").fetchone() == (store.id,)
+        assert database.execute("SELECT id FROM store").fetchone() == (store.id,)
 
 
 def test_the_rate_is_kept(store: Store) -> None:

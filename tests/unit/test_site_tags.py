@@ -23,8 +23,7 @@ EXEMPT = {
     "paced_io.py:resume_read_ahead": "sets a flag in memory",
     "primary/identity.py:_as_seen_by_init": "/proc; what cannot be seen there is looked at from here",
     "primary/read_ring.py": "memory that is shared with the kernel; the reads themselves are tagged",
-    "services/scrub_progress.py": "a cache of `scrub`, a command of its own; unit/test_services_scrub.py damages it",
-    "store/reachability.py": "a cache of `gc`, a command of its own; unit/test_store_collector.py damages it",
+    "store/cache_file.py": "of commands of their own, whose tests damage it; the chunk index opens it under a site",
     "store/key_sources.py": "read or made before anything is opened; unit/test_store_keys.py",
     "store/local.py": "behind the store's own sites; fault/test_store_files.py fails each of its calls",
 }

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vmfs_stub.core.errors import PrimaryIOError
 from vmfs_stub.core.ids import PackId, StoreId
+from vmfs_stub.store.cache_file import open_or_remake, unusable
 
 SCHEMA_VERSION: Final = 1
 _SCHEMA: Final = """
-CREATE TABLE round (store TEXT NOT NULL, after TEXT NOT NULL);  -- one row: all packs up to this one are dealt with
+CREATE TABLE round (after TEXT NOT NULL);                       -- one row: all packs up to this one are dealt with
+INSERT INTO round VALUES ('');
 CREATE TABLE damaged (
     pack TEXT PRIMARY KEY,
     problem TEXT NOT NULL,
@@ -46,18 +47,11 @@ class ScrubProgress:
         With ``restart`` what is in it does not count.  Raises: PrimaryIOError.
         """
         self._path = path
-        try:
-            try:
-                self._database = _opened(path, store_id)
-            except sqlite3.DatabaseError:
-                if path is None:
-                    raise
-                path.unlink(missing_ok=True)
-                self._database = _opened(path, store_id)
-            if restart:
-                self.finish()
-        except (sqlite3.Error, OSError) as exc:
-            raise _unusable(path, exc) from exc
+        self._database = open_or_remake(path, store_id, schema=_SCHEMA, version=SCHEMA_VERSION)
+        with self._transaction() as database:
+            database.execute(_NEEDED)
+        if restart:
+            self.finish()
 
     def close(self) -> None:
         """Close the file."""
@@ -110,29 +104,4 @@ class ScrubProgress:
             with self._database:
                 yield self._database
         except sqlite3.Error as exc:
-            raise _unusable(self._path, exc) from exc
-
-
-def _unusable(path: Path | None, exc: Exception) -> PrimaryIOError:
-    return PrimaryIOError(f"{path}: cannot be used ({exc}); it may be deleted, it is made afresh")
-
-
-def _opened(path: Path | None, store_id: StoreId) -> sqlite3.Connection:
-    database = sqlite3.connect(":memory:" if path is None else path)
-    try:
-        database.execute("PRAGMA temp_store = FILE")
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = NORMAL")
-        version = database.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            database.executescript(_SCHEMA)
-            with database:
-                database.execute("INSERT INTO round VALUES (?, '')", (store_id,))
-                database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        elif version != SCHEMA_VERSION or database.execute("SELECT store FROM round").fetchall() != [(store_id,)]:
-            raise sqlite3.DatabaseError("it belongs to another store or version")
-        database.execute(_NEEDED)
-    except BaseException:
-        database.close()
-        raise
-    return database
+            raise unusable(self._path, exc) from exc

@@ -29,6 +29,7 @@ from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import CorruptStoreObject, NoSpace, ObjectMissing, PrimaryIOError, UnknownFormat
 from vmfs_stub.core.ids import ChunkId, PackId, StoreId
 from vmfs_stub.core.sites import PLAIN, FileCalls
+from vmfs_stub.store.cache_file import FILE_SUFFIXES, OtherCache, open_cache
 from vmfs_stub.store.format import INDEX_SIZE_MAX
 from vmfs_stub.store.index_objects import decode_index
 from vmfs_stub.store.keys import INDEX, is_id, pack_key
@@ -40,7 +41,6 @@ log = logging.getLogger(__name__)
 
 SCHEMA_VERSION: Final = 1
 _SCHEMA: Final = """
-CREATE TABLE store (id TEXT NOT NULL);                       -- one row: the store that this is a cache of
 CREATE TABLE objects (                                       -- index objects of the store that are in here
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     key TEXT NOT NULL UNIQUE);
@@ -59,7 +59,6 @@ _PLACE = struct.Struct("<III16sQ")
 _CHECKED = struct.Struct("<32s16sIII16s")
 _LOOKUP_MAX: Final = 500
 """Chunks per query: below SQLite's smallest limit of parameters."""
-_CACHE_KIB: Final = 16 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,37 +262,17 @@ class ChunkIndex:
     def _remove(self) -> None:
         self._let_go()
         if self._path is not None and not self._stands_in:
-            for suffix in ("", "-wal", "-shm", "-journal"):
+            for suffix in FILE_SUFFIXES:
                 self._files.call("index.remove", self._path.with_name(self._path.name + suffix).unlink, missing_ok=True)
 
     def _open(self, *, in_memory: bool) -> sqlite3.Connection:
-        return self._files.call("index.open", _open, None if in_memory else self._path, self._store_id)
+        path = None if in_memory else self._path
+        return self._files.call("index.open", open_cache, path, self._store_id, schema=_SCHEMA, version=SCHEMA_VERSION)
 
 
 def _transact(database: sqlite3.Connection, action: Callable[[sqlite3.Connection], T]) -> T:
     with database:
         return action(database)
-
-
-def _open(path: Path | None, store_id: StoreId) -> sqlite3.Connection:
-    database = sqlite3.connect(":memory:" if path is None else path, check_same_thread=False, timeout=30)
-    try:
-        database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = NORMAL")
-        version = database.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            database.executescript(_SCHEMA)
-            with database:
-                database.execute("INSERT INTO store VALUES (?)", (store_id,))
-                database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        elif version != SCHEMA_VERSION or database.execute("SELECT id FROM store").fetchall() != [(store_id,)]:
-            msg = "it belongs to another store or version"
-            raise _Damaged(msg)
-    except BaseException:
-        database.close()
-        raise
-    return database
 
 
 def _insert(database: sqlite3.Connection, packs: Iterable[tuple[PackId, Sequence[FrameRef]]], key: str | None) -> None:
@@ -360,7 +339,7 @@ def _ref(chunk_id: bytes, pack_id: str, place: bytes) -> FrameRef:
 
 
 def _is_damage(exc: Exception) -> bool:
-    if isinstance(exc, (_Damaged, UnicodeDecodeError)):  # the latter, where a message quotes what is damaged
+    if isinstance(exc, (_Damaged, OtherCache, UnicodeDecodeError)):  # the last, where a message quotes what is damaged
         return True
     code = getattr(exc, "sqlite_errorcode", None)
     if code is None:  # of the module, not of SQLite: a text that is none

@@ -7,7 +7,6 @@ and not known to be would be deleted.  Memory is bounded at any size of store.  
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -16,8 +15,9 @@ from typing import Final
 
 from xxhash import xxh3_128_digest
 
-from vmfs_stub.core.errors import ObjectMissing, PointNotFound, PrimaryIOError
+from vmfs_stub.core.errors import ObjectMissing, PointNotFound
 from vmfs_stub.core.ids import PackId, SegmentId, StoreId
+from vmfs_stub.store.cache_file import open_or_remake
 from vmfs_stub.store.format import MANIFEST_SIZE_MAX, SEGMENT_SIZE_MAX
 from vmfs_stub.store.keys import MOVED, PENDING_SUFFIX, is_id, segment_key
 from vmfs_stub.store.manifest import decode_manifest
@@ -28,7 +28,6 @@ from vmfs_stub.store.segments import Segment
 
 SCHEMA_VERSION: Final = 1
 _SCHEMA: Final = """
-CREATE TABLE store (id TEXT NOT NULL);      -- one row: the store that this is a cache of
 CREATE TABLE objects (                      -- manifests and segments
     key TEXT PRIMARY KEY,
     named BLOB NOT NULL,                    -- segments, or packs, one behind the other
@@ -44,7 +43,6 @@ DELETE FROM temp.packs;
 _SEGMENT_BYTES: Final = 40
 _PACK_BYTES: Final = 16
 _BATCH: Final = 256
-_CACHE_KIB: Final = 16 * 1024
 
 
 class Reachability:
@@ -66,17 +64,7 @@ class Reachability:
         self._objects = objects
         self._sealing = sealing
         self._workers = workers
-        try:
-            try:
-                self._database = _opened(path, store_id)
-            except sqlite3.DatabaseError:
-                if path is None:
-                    raise
-                for suffix in ("", "-wal", "-shm"):
-                    path.with_name(path.name + suffix).unlink(missing_ok=True)
-                self._database = _opened(path, store_id)
-        except (sqlite3.Error, OSError) as exc:
-            raise PrimaryIOError(f"{path}: cannot be used ({exc}); it may be deleted, it is made afresh") from exc
+        self._database = open_or_remake(path, store_id, schema=_SCHEMA, version=SCHEMA_VERSION)
 
     def close(self) -> None:
         """Close the file."""
@@ -222,24 +210,3 @@ def _split(named: bytes, size: int) -> list[bytes]:
 
 def _digest(key: str, named: bytes) -> bytes:
     return xxh3_128_digest(key.encode() + b"\0" + named)
-
-
-def _opened(path: Path | None, store_id: StoreId) -> sqlite3.Connection:
-    database = sqlite3.connect(":memory:" if path is None else path)
-    try:
-        database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-        database.execute("PRAGMA temp_store = FILE")
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = NORMAL")
-        version = database.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            database.executescript(_SCHEMA)
-            with database:
-                database.execute("INSERT INTO store VALUES (?)", (store_id,))
-                database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        elif version != SCHEMA_VERSION or database.execute("SELECT id FROM store").fetchall() != [(store_id,)]:
-            raise sqlite3.DatabaseError("it belongs to another store or version")
-    except BaseException:
-        database.close()
-        raise
-    return database
