@@ -26,6 +26,7 @@ TARGETS: dict[str, type[Target]] = {
         targets_store.CondemnedTarget,
         targets_store.QuarantineTarget,
         targets_store.MovedTarget,
+        targets_store.ClaimTarget,
         targets_store.ForgottenTarget,
         targets_store.ManifestTarget,
         targets_store.RestoreTarget,

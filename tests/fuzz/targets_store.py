@@ -30,10 +30,11 @@ from vmfs_stub.core.errors import (
     StoreUnavailable,
     UnknownFormat,
 )
-from vmfs_stub.core.ids import ChunkId, PackId, PlaceholderId, PointId, SegmentId, StoreId, VmId, WriterId
+from vmfs_stub.core.ids import ChunkId, DatastoreId, PackId, PlaceholderId, PointId, SegmentId, StoreId, VmId, WriterId
 from vmfs_stub.services.restore import restore_point
 from vmfs_stub.store import frames
 from vmfs_stub.store.chunk_table import RestorePoint
+from vmfs_stub.store.claims import Claim, ClaimState, decode_claim, encode_claim
 from vmfs_stub.store.condemned import Condemned, decode_condemned, encode_condemned
 from vmfs_stub.store.forgotten import Forgotten, decode_forgotten, encode_forgotten
 from vmfs_stub.store.format import (
@@ -46,6 +47,7 @@ from vmfs_stub.store.format import (
 )
 from vmfs_stub.store.index_objects import decode_index, encode_index
 from vmfs_stub.store.keys import (
+    claim_key,
     forgotten_key,
     is_id,
     is_segment_id,
@@ -336,6 +338,24 @@ class MovedTarget(DocumentTarget):
             require(is_id(move.pack_id) and 0 < move.length <= FRAME_LENGTH_MAX, "a place where no frame can be")
         require(decode_moved(encode_moved(moves, PACK, ""), key) == moves, "a document does not read back")
         return moves
+
+
+class ClaimTarget(DocumentTarget):
+    """A claim."""
+
+    name = "claim"
+
+    def seeds(self) -> list[bytes]:
+        held = Claim(VM, 1, ClaimState.HELD, DatastoreId("9" * 32), "host1", "vms", 1_700_000_000.25, nonce="n" * 16)
+        free = Claim(VM, 1, ClaimState.FREE, DatastoreId("9" * 32), "\udcff\x1b[2J", "", 0.0, POINT)
+        return [encode_claim(held), encode_claim(free)]
+
+    def call(self, data: bytes) -> object:
+        key = claim_key(VM, 1)
+        claim = decode_claim(data, key)
+        check_types(claim)
+        require(decode_claim(encode_claim(claim), key) == claim, "a claim does not read back")
+        return claim
 
 
 class ForgottenTarget(DocumentTarget):

@@ -14,6 +14,7 @@ are translated at the edge of the adapter that met them, with ``raise ... from e
     │   ├── Abandoned            somebody opened or changed something of the VM during the job
     │   ├── RecallsHeld          `hold` is in force for this datastore
     │   ├── PointPinned          placeholders depend on the restore point
+    │   ├── ClaimedElsewhere     the newest state of the VM is in another datastore
     │   ├── DatastoreLocked      another daemon serves this backing directory
     │   ├── AlreadyExists        would overwrite something
     │   └── Unsupported          this kernel, filesystem or store cannot do what is needed
@@ -96,6 +97,10 @@ class RecallsHeld(Refused):
 
 class PointPinned(Refused):
     """Placeholders depend on the restore point."""
+
+
+class ClaimedElsewhere(Refused):
+    """The newest state of the VM is in another datastore, or was taken over by one."""
 
 
 class DatastoreLocked(Refused):

@@ -14,6 +14,9 @@ StoreId = NewType("StoreId", str)
 PackId = NewType("PackId", str)
 JobId = NewType("JobId", str)
 
+DatastoreId = NewType("DatastoreId", str)
+"""Of a backing directory: made with its private directory, and moves with it from host to host."""
+
 WriterId = NewType("WriterId", str)
 """Whoever writes packs and segments, once: 16 hex digits, with which the names of both end."""
 

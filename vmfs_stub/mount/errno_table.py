@@ -22,6 +22,7 @@ ERRNO_BY_TYPE: Final[Mapping[type[errors.VmfsStubError], int]] = MappingProxyTyp
         errors.Abandoned: errno.EBUSY,
         errors.RecallsHeld: errno.EBUSY,
         errors.PointPinned: errno.EBUSY,
+        errors.ClaimedElsewhere: errno.EIO,
         errors.DatastoreLocked: errno.EBUSY,
         errors.OtherDatastore: errno.EBUSY,
         errors.AlreadyExists: errno.EEXIST,

@@ -27,6 +27,7 @@ INDEX: Final = "index/"
 PINS: Final = "pins/"
 UNPINNED: Final = "unpinned/"
 FORGOTTEN: Final = "forgotten/"
+CLAIMS: Final = "claims/"
 CONDEMNED: Final = "condemned/"
 LEASES: Final = "leases/"
 DEAD: Final = "dead/"
@@ -40,6 +41,7 @@ _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}(?:/[A-Za-z0-9][A-Za-z0-9._-
 _PREFIX = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]{0,199}/){0,7}\Z")
 _ID = re.compile(r"[0-9a-f]{32}\Z")
 _SEGMENT_ID = re.compile(r"[0-9a-f]{80}\Z")
+_EPOCH = re.compile(r"[0-9]{12}\Z")
 _WRITER_ID = re.compile(r"[0-9a-f]{16}\Z")
 _HASH_DIGITS: Final = 64
 
@@ -159,6 +161,22 @@ def forgotten_of(vm_id: VmId) -> str:
 def forgotten_key(vm_id: VmId, point_id: PointId) -> str:
     """Name of the mark of a forgotten restore point."""
     return f"{forgotten_of(vm_id)}{_checked(point_id)}"
+
+
+def claims_of(vm_id: VmId) -> str:
+    """Folder of a VM's claims."""
+    return f"{CLAIMS}{_checked(vm_id)}/"
+
+
+def claim_key(vm_id: VmId, epoch: int) -> str:
+    """Name of one of them; names sort as epochs do."""
+    return f"{claims_of(vm_id)}{epoch:012d}"
+
+
+def epoch_of(key: str) -> int | None:
+    """The epoch that a key in a folder of claims names; None for what is not ours."""
+    name = key.rpartition("/")[2]
+    return int(name) if _EPOCH.match(name) else None
 
 
 def quarantine_key(pack_id: PackId) -> str:

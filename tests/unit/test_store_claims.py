@@ -1,0 +1,111 @@
+"""Claims: of two that take the same epoch one loses, whatever was removed meanwhile; a damaged claim is not none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from store_fakes import FakeObjects
+
+from vmfs_stub.core.errors import ClaimedElsewhere, CorruptStoreObject, ObjectMissing, StoreUnavailable
+from vmfs_stub.core.ids import DatastoreId, PointId, VmId
+from vmfs_stub.store.claims import (
+    Claim,
+    ClaimState,
+    claimed_vms,
+    decode_claim,
+    encode_claim,
+    newest_claim,
+    put_claim,
+)
+from vmfs_stub.store.keys import claim_key
+
+VM, OTHER_VM, POINT = VmId("a" * 32), VmId("d" * 32), PointId("b" * 32)
+HERE, THERE = DatastoreId("1" * 32), DatastoreId("2" * 32)
+
+
+def held(epoch: int, datastore: DatastoreId = HERE, vm_id: VmId = VM) -> Claim:
+    return Claim(vm_id, epoch, ClaimState.HELD, datastore, f"host{datastore[0]}", "vms", 10.0)
+
+
+def free(epoch: int, datastore: DatastoreId = HERE) -> Claim:
+    return replace(held(epoch, datastore), state=ClaimState.FREE, point_id=POINT)
+
+
+def test_the_highest_epoch_counts_and_of_two_that_take_one_the_second_loses() -> None:
+    objects = FakeObjects()
+    assert newest_claim(objects, VM) is None
+    for claim in (held(1), free(2), held(3, THERE)):
+        put_claim(objects, claim)
+    with pytest.raises(ClaimedElsewhere, match="in use in datastore vms of host host2"):
+        put_claim(objects, held(3))
+    found = newest_claim(objects, VM)
+    assert found is not None
+    assert replace(found, nonce="") == held(3, THERE)
+    put_claim(objects, held(1, vm_id=OTHER_VM))
+    assert claimed_vms(objects) == {VM: 3, OTHER_VM: 1}
+
+
+def test_epochs_are_ordered_by_number_and_not_by_age_or_by_foreign_names() -> None:
+    objects = FakeObjects()
+    for epoch in (10, 9, 2):
+        objects.put(claim_key(VM, epoch), encode_claim(held(epoch)))
+    objects.put(f"claims/{VM}/notes.txt", b"")
+    objects.put(f"claims/{VM}/{11:09d}", b"")
+    found = newest_claim(objects, VM)
+    assert found is not None
+    assert found.epoch == 10
+
+
+def test_an_epoch_that_was_removed_is_not_free() -> None:
+    objects = FakeObjects()
+    for epoch in (4, 5):
+        objects.put(claim_key(VM, epoch), encode_claim(held(epoch, THERE)))
+    with pytest.raises(ClaimedElsewhere, match="host2"):
+        put_claim(objects, held(3))
+
+
+def test_a_claim_that_is_removed_while_it_is_read_is_looked_for_again() -> None:
+    objects = FakeObjects()
+    put_claim(objects, held(1))
+    reads = 0
+
+    def moves_on(call: str, key: str) -> None:
+        nonlocal reads
+        if call == "get":
+            reads += 1
+            if reads == 1:
+                objects.contents[claim_key(VM, 3)] = encode_claim(held(3, THERE))
+                raise ObjectMissing(key)
+
+    objects.before = moves_on
+    found = newest_claim(objects, VM)
+    assert found is not None
+    assert (found.epoch, reads) == (3, 2)
+
+    def never_there(call: str, key: str) -> None:
+        if call == "get":
+            raise ObjectMissing(key)
+
+    objects.before = never_there
+    with pytest.raises(StoreUnavailable):
+        newest_claim(objects, VM)
+
+
+def test_a_damaged_claim_is_an_error_and_not_none() -> None:
+    objects = FakeObjects()
+    put_claim(objects, held(1))
+    data = objects.contents[claim_key(VM, 1)]
+    objects.contents[claim_key(VM, 1)] = data.replace(b"host1", b"host9")
+    with pytest.raises(CorruptStoreObject):
+        newest_claim(objects, VM)
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [held(2), held(1, vm_id=OTHER_VM), replace(held(1), point_id=POINT), replace(free(1), point_id=None)],
+    ids=["another epoch", "another VM", "held with a point", "free without"],
+)
+def test_a_claim_that_is_not_what_its_name_says_is_refused(claim: Claim) -> None:
+    with pytest.raises(CorruptStoreObject):
+        decode_claim(encode_claim(claim), claim_key(VM, 1))

@@ -1,0 +1,166 @@
+"""Claims: which datastore has the newest state of a VM, so that no two run it, and none runs an older one unknowingly.
+
+Purpose: the claims of a VM are documents under ``claims/<vm id>/<epoch>``, numbered from 1.  The highest counts, and to
+take the next number (a put if absent) is to take the VM: of two that try at once, one loses.  A claim is *held* from
+the first use of a VM on, and *free* once all that is new is in a restore point: then anybody may go on from there.
+
+Garbage collection removes all but the newest two, and those only when a listing has shown the newer ones for long.  So
+whoever has taken a number lists once more: where that shows a higher one, the number had been removed and was not free.
+This module must not know who may take a VM from whom: that is decided where it is asked for.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Final
+
+from vmfs_stub.core.errors import ClaimedElsewhere, ObjectExists, ObjectMissing, StoreUnavailable
+from vmfs_stub.core.ids import DatastoreId, PointId, VmId
+from vmfs_stub.store import documents
+from vmfs_stub.store.format import CLAIM_VERSION, DOCUMENT_SIZE_MAX, FEATURES_KNOWN
+from vmfs_stub.store.keys import CLAIMS, claim_key, claims_of, epoch_of, is_id
+from vmfs_stub.store.objects import ObjectStore
+
+CLAIM_FORMAT = "vmfs-stub claim"
+EPOCH_MAX: Final = 10**12 - 1
+_LOOKS_MAX: Final = 3
+"""A claim that is listed and then missing was removed for a newer one, which the next listing shows."""
+
+
+class ClaimState(StrEnum):
+    """What a claim says of the newest state of a VM."""
+
+    HELD = "held"
+    """It is in that datastore, and perhaps nowhere else."""
+    FREE = "free"
+    """It is restore point ``point_id``; whoever needs it next takes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Who has the newest state of a VM since when (``since_s`` is Unix time).
+
+    ``host`` and ``datastore`` are names for people, ``datastore_id`` is what counts.
+    """
+
+    vm_id: VmId
+    epoch: int
+    state: ClaimState
+    datastore_id: DatastoreId
+    host: str
+    datastore: str
+    since_s: float
+    point_id: PointId | None = None
+    nonce: str = ""
+
+
+def newest_claim(objects: ObjectStore, vm_id: VmId) -> Claim | None:
+    """The claim of a VM that counts; None when nobody ever claimed it.
+
+    One that was just made may not be listed yet: it is met when the next epoch is taken.
+    Raises: StoreUnavailable, StoreDenied; CorruptStoreObject, UnknownFormat: a claim that cannot be read is not none.
+    """
+    for _ in range(_LOOKS_MAX):
+        epoch = max(_epochs(objects, vm_id), default=0)
+        if epoch == 0:
+            return None
+        try:
+            return _read(objects, vm_id, epoch)
+        except ObjectMissing:
+            continue
+    msg = f"the claims of VM {vm_id} change faster than they can be read"
+    raise StoreUnavailable(msg)
+
+
+def claimed_vms(objects: ObjectStore) -> dict[VmId, int]:
+    """The highest listed epoch of every VM that was ever claimed, from the names alone.  Raises: StoreUnavailable."""
+    found: dict[VmId, int] = {}
+    for info in objects.list(CLAIMS):
+        parts = info.key.split("/")
+        epoch = epoch_of(info.key)
+        if len(parts) == 3 and is_id(parts[1]) and epoch:
+            vm_id = VmId(parts[1])
+            found[vm_id] = max(epoch, found.get(vm_id, 0))
+    return found
+
+
+def put_claim(objects: ObjectStore, claim: Claim) -> None:
+    """Take an epoch, which is to be one more than the newest that is known.
+
+    Raises: ClaimedElsewhere when that epoch or a later one is there; StoreUnavailable (it may be taken then),
+    StoreDenied, StoreFull; as `newest_claim`.
+    """
+    try:
+        # The nonce tells a retried put from another one's.
+        claim = replace(claim, nonce=secrets.token_hex(8))
+        objects.put(claim_key(claim.vm_id, claim.epoch), encode_claim(claim))
+    except ObjectExists as exc:
+        raise claimed_elsewhere(newest_claim(objects, claim.vm_id) or claim) from exc
+    newest = newest_claim(objects, claim.vm_id)
+    if newest is not None and newest.epoch > claim.epoch:
+        raise claimed_elsewhere(newest)
+
+
+def claimed_elsewhere(claim: Claim) -> ClaimedElsewhere:
+    """The error that says who has a VM."""
+    verb = "is in use" if claim.state is ClaimState.HELD else "was last archived"
+    return ClaimedElsewhere(
+        f"VM {claim.vm_id} {verb} in datastore {claim.datastore} of host {claim.host}: its newest state is there"
+    )
+
+
+def encode_claim(claim: Claim) -> bytes:
+    """The bytes of a claim."""
+    return documents.encode(
+        CLAIM_FORMAT,
+        CLAIM_VERSION,
+        {
+            "vm_id": claim.vm_id,
+            "epoch": claim.epoch,
+            "state": claim.state.value,
+            "datastore_id": claim.datastore_id,
+            "host": claim.host,
+            "datastore": claim.datastore,
+            "since_s": claim.since_s,
+            "point_id": claim.point_id,
+            "nonce": claim.nonce,
+        },
+    )
+
+
+def decode_claim(data: bytes, key: str) -> Claim:
+    """Parse the claim that was read from ``key``.
+
+    Raises: CorruptStoreObject; UnknownFormat.
+    """
+    fields = documents.decode(data, key, CLAIM_FORMAT, version=CLAIM_VERSION, features=FEATURES_KNOWN)
+    state = fields.text("state")
+    if state not in set(ClaimState):
+        raise fields.error("state", "is not known")
+    claim = Claim(
+        vm_id=VmId(fields.hex_id("vm_id")),
+        epoch=fields.integer("epoch", low=1, high=EPOCH_MAX),
+        state=ClaimState(state),
+        datastore_id=DatastoreId(fields.hex_id("datastore_id")),
+        host=fields.text("host"),
+        datastore=fields.text("datastore"),
+        since_s=fields.number("since_s"),
+        point_id=None if fields.text_or_none("point_id") is None else PointId(fields.hex_id("point_id")),
+        nonce=fields.text("nonce"),
+    )
+    if claim_key(claim.vm_id, claim.epoch) != key:
+        raise fields.error("epoch", "or VM is another one's, not that of its name")
+    if (claim.state is ClaimState.FREE) != (claim.point_id is not None):
+        raise fields.error("point_id", "goes with a free claim, and with no other")
+    return claim
+
+
+def _epochs(objects: ObjectStore, vm_id: VmId) -> list[int]:
+    return [epoch for info in objects.list(claims_of(vm_id)) if (epoch := epoch_of(info.key))]
+
+
+def _read(objects: ObjectStore, vm_id: VmId, epoch: int) -> Claim:
+    key = claim_key(vm_id, epoch)
+    return decode_claim(objects.get(key, size_max=DOCUMENT_SIZE_MAX), key)
