@@ -380,6 +380,30 @@ async def test_what_follows_a_request_is_no_failure_of_the_daemon(
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        pytest.param(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", id="at once"),
+        pytest.param(b"GET /v1/status HTTP/1.1\r\nhost: x\r\nupgrade: h2c\r\n\r\n", id="by an upgrade"),
+    ],
+)
+async def test_nobody_speaks_http_2_and_the_connection_ends_in_time(socket_path: Path, asked: bytes) -> None:
+    async with open_jobs(FakeHistory(), running_max=1, kept=1) as jobs:
+        target = FakeTarget(jobs)
+        async with open_control(
+            target, Metrics(), backing=BACKING, socket_path=socket_path, connections_max=4, idle_s=0.1
+        ):
+            stream = await trio.open_unix_socket(str(socket_path))
+            await stream.send_all(asked)
+            answer = b""
+            with trio.fail_after(10):
+                while part := await stream.receive_some():
+                    answer += part
+            await stream.aclose()
+    assert answer.startswith(b"HTTP/1.1 ")
+    assert not answer.startswith(b"HTTP/1.1 101")
+
+
 @asynccontextmanager
 async def answering(path: Path, pieces: Sequence[bytes], *, interval_s: float = 0.0) -> AsyncIterator[None]:
     """Something at ``path`` that answers each request with ``pieces``, one by one, whatever it is."""

@@ -74,6 +74,17 @@ class _OrderedStream(trio.abc.HalfCloseableStream):
         await self._stream.aclose()
 
 
+class _Http1Server(TCPServer):
+    """Speaks HTTP/1.1 alone: hypercorn would go over to HTTP/2 when asked to, and then keep whoever says nothing."""
+
+    async def _read_data(self) -> None:
+        async def go_on(request: object) -> None:
+            """In place of looking whether the client asks for another protocol."""
+
+        self.protocol.protocol._check_protocol = go_on  # type: ignore[union-attr, method-assign]
+        await super()._read_data()
+
+
 class ControlServer:
     """Accepts connections up to a limit and serves the application on each."""
 
@@ -122,7 +133,7 @@ class ControlServer:
 
         state = ConnectionState({})
         ordered = _OrderedStream(stream)
-        await TCPServer(ASGIWrapper(app), self._config, self._context, state, ordered)  # type: ignore[arg-type]
+        await _Http1Server(ASGIWrapper(app), self._config, self._context, state, ordered)  # type: ignore[arg-type]
 
 
 @asynccontextmanager
