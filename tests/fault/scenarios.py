@@ -43,6 +43,7 @@ from vmfs_stub.mount.filesystem import Filesystem
 from vmfs_stub.mount.nodes import ROOT
 from vmfs_stub.mount.serving import Mount
 from vmfs_stub.mount.settings import MountSettings
+from vmfs_stub.primary.serving_mark import Machine, Mark, Pace, ServingMark, encode_mark
 from vmfs_stub.services import scrub, verify
 from vmfs_stub.services.restore import STAGING, restore_point
 from vmfs_stub.services.scrub_progress import ScrubProgress
@@ -593,6 +594,23 @@ async def keep_history(services: Services) -> None:
         index.close()
 
 
+async def serve_beside_others(services: Services) -> None:
+    """The mark of another host that stands still is replaced, renewed and removed."""
+    place, files, pace = services.rig.base / "served", services.files, Pace(interval_s=0.01, held_s=60, still_s=0)
+    place.mkdir(exist_ok=True)
+    (place / "reserve").write_bytes(bytes(BLOCK))
+    (place / "serving").write_bytes(encode_mark(Mark(Machine("other", "ab" * 16, "other"), "cd" * 16, 0)))
+    (place / "serving.cut-short").touch()
+    mark = ServingMark.take(place, place, machine=Machine("ours", "ef" * 16, "host1"), pace=pace, files=files)
+    try:
+        if not mark.renew():
+            raise NotWhole("a mark is not its own")
+    finally:
+        mark.end()
+    if not files.spoiled and (left := [path.name for path in place.iterdir()]) != ["reserve"]:
+        raise NotWhole(f"left over: {left}")
+
+
 async def use_datastore(services: Services) -> None:
     """An operator lists the disks and has the VM brought back."""
     await _with_datastore(services, "", _list_and_recall)
@@ -777,6 +795,7 @@ SCENARIOS = [
     Scenario("collect", with_garbage, collect),
     Scenario("change_keys", archived, change_keys),
     Scenario("keep_history", archived, keep_history),
+    Scenario("serve_beside_others", archived, serve_beside_others),
     Scenario("use_mount", archived, use_mount),
     Scenario("use_datastore", archived, use_datastore),
     Scenario("start_with_unfinished_map", unfinished, start_only),
