@@ -53,6 +53,7 @@ from vmfs_stub.store.pins import Pin, encode_pin, remove_pin
 from vmfs_stub.store.quarantine import quarantined_packs
 from vmfs_stub.store.sealing import Sealing
 from vmfs_stub.store.segments import SealedSegment, Segment, SegmentTable
+from vmfs_stub.store.versions import NEWER, is_known
 
 BUFFERS_KEPT: Final = 4
 """Buffers of packs, and of batches, kept for the next one: fresh memory costs more than the copy into it."""
@@ -444,6 +445,8 @@ class BackupWriter:
         }
         if self._exists(dead_key(self.writer_id)):
             raise _taken_for_dead()
+        if not is_known(self._objects):
+            raise StoreConflict(f"the store was raised to a version that this program does not know; {NEWER}")
         self._index.forget_packs(lost_packs)
         if lost_packs or lost_segments:
             msg = (

@@ -34,6 +34,7 @@ from vmfs_stub.store.key_sources import KeySource
 from vmfs_stub.store.keys import KEYS, STORE_KEY, is_id, key_key
 from vmfs_stub.store.objects import ObjectStore
 from vmfs_stub.store.sealing import STORE_KEY_SIZE, StoreKey
+from vmfs_stub.store.versions import version_of
 
 KEYS_MAX: Final = 16
 """Copies of a key in one store: each may cost a try that takes a second."""
@@ -110,6 +111,7 @@ def look_at(objects: ObjectStore) -> SeenStore:
     Raises: ObjectMissing when there is none; UnknownFormat, CorruptStoreObject, StoreUnavailable, StoreDenied.
     """
     description = decode_description(objects.get(STORE_KEY, size_max=DOCUMENT_SIZE_MAX))
+    version_of(objects, description)
     if not description.is_encrypted:
         return SeenStore(description)
     names = sorted(info.key for info in objects.list(KEYS) if is_id(info.key.removeprefix(KEYS)))

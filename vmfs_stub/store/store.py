@@ -65,6 +65,7 @@ from vmfs_stub.store.objects import ObjectInfo, ObjectStore
 from vmfs_stub.store.pins import Pin, decode_pin, remove_pin, valid_pins
 from vmfs_stub.store.quarantine import quarantined_packs
 from vmfs_stub.store.sealing import StoreKey, sealing_of
+from vmfs_stub.store.versions import version_of
 
 SUMMARIES_KEPT: Final = 100_000
 """Summaries of immutable manifests kept in memory: 2,000 VMs with 30 points and room to spare."""
@@ -163,10 +164,10 @@ class Store:
                 return cls.open(objects, source)
 
     def check(self) -> None:
-        """See that this store is where it is expected, and is itself.
+        """See that this store is where it is expected, is itself, and is at a version that this program knows.
 
-        Raises: ObjectMissing, CorruptStoreObject, StoreUnavailable, StoreDenied; WrongStore when another store is
-        in its place.
+        Raises: ObjectMissing, CorruptStoreObject, UnknownFormat, StoreUnavailable, StoreDenied; WrongStore when another
+        store is in its place.
         """
         found = decode_description(self.objects.get(STORE_KEY, size_max=DOCUMENT_SIZE_MAX))
         if found != self.description:
@@ -175,6 +176,7 @@ class Store:
                 "[store] url and start the daemon again"
             )
             raise WrongStore(msg)
+        version_of(self.objects, self.description)
 
     def vms(self) -> list[StoredVm]:
         """All VMs with committed restore points that are not forgotten, by name."""
