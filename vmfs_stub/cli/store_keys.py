@@ -89,7 +89,11 @@ def remove_key(
     from vmfs_stub.store import keyring
 
     place = place_of(ctx, store, key=key, passphrase=passphrase)
-    keyring.remove_key(place.objects, _seen(place), _given(place), key_id)
+    again = keyring.remove_key(place.objects, _seen(place), _given(place), key_id)
+    if again is not None:
+        warn(
+            f"warning: somebody has removed the key that you use meanwhile; it opens the store again, as {again.key_id}"
+        )
     say(f"removed {key_id}; who has a copy of it and of its key file or passphrase can still read the store")
 
 
