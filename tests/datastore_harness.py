@@ -21,8 +21,8 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType, SimpleNamespace
-from typing import Any, ParamSpec, Protocol, TypeVar, cast
+from types import FrameType
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import trio
 
@@ -30,8 +30,6 @@ from tests.medium import ALL_SYNCS, SYNCS, Key, Medium
 from tests.medium import BLOCK as BLOCK
 from tests.site_tags import ROOT
 from tests.store_fakes import FakeObjects, SitedObjects
-from vmfs_stub import daemon
-from vmfs_stub.config import Config
 from vmfs_stub.core.names import PLACEHOLDER_XATTR, PRIVATE_DIR
 from vmfs_stub.core.sites import PLAIN
 from vmfs_stub.inventory.directory import DirectoryInventory
@@ -42,6 +40,7 @@ from vmfs_stub.primary.identity import BootIdentity
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.primary.tree import open_beneath, reopen
 from vmfs_stub.services.archive import ArchiveSettings, BackupReport
+from vmfs_stub.services.datastore_lock import take_lock
 from vmfs_stub.services.disk import Caller, Disk
 from vmfs_stub.services.disk_services import DiskServices, ServiceSettings, connect_services
 from vmfs_stub.services.disks import Disks
@@ -382,9 +381,7 @@ class Rig:
 
     def _lock(self) -> int:
         """The lock as the daemon takes it.  Raises DatastoreLocked while a thread of another one is there."""
-        lock_path = self.backing / PRIVATE_DIR / "lock"
-        config = SimpleNamespace(lock_path=lock_path, datastore=SimpleNamespace(backing=self.backing))
-        return daemon.take_lock(cast(Config, config))
+        return take_lock(self.backing / PRIVATE_DIR / "lock", backing=self.backing)
 
     def reboot(self) -> None:
         self.boot = _new_boot()

@@ -88,6 +88,7 @@ KINDS = {
     keys.MOVED: "moved",
     keys.PROBES: "probe",
     keys.KEYS: "key",
+    keys.VERSIONS: "version",
 }
 
 

@@ -1,19 +1,19 @@
 """The daemon of one datastore: wires everything together, and holds the only `trio.run`.
 
-Order at start: lock the datastore (one daemon, and no late thread of a dead one) → store → look at every placeholder →
-catalog and chunk index → mount → go on with what was unfinished, in the background → control socket.  The end goes
-backwards, and leaves every disk at a point where nothing is unsynced; the lock is held until the process is gone.
+Order at start: lock the datastore (one daemon, no late thread of a dead one, no other host) → store → look at every
+placeholder → catalog and chunk index → mount → go on with what was unfinished, in the background → control socket.  The
+end goes backwards, and leaves every disk at a point where nothing is unsynced; the lock is held until the process is
+gone.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Protocol, TypeVar
@@ -27,7 +27,6 @@ from vmfs_stub.control.metrics import Metrics
 from vmfs_stub.control.server import open_control
 from vmfs_stub.core.errors import (
     CorruptStoreObject,
-    DatastoreLocked,
     PrimaryError,
     PrimaryIOError,
     StoreError,
@@ -43,8 +42,10 @@ from vmfs_stub.mover.lock import MoverLock
 from vmfs_stub.mover.messages import MoverSettings
 from vmfs_stub.primary.files import FileCalls, sync_directory, write_fully
 from vmfs_stub.primary.placeholder import PrivateState
+from vmfs_stub.primary.serving_mark import PACE, Machine, OwnCalls, Pace, ServingMark
 from vmfs_stub.services import memory
 from vmfs_stub.services.archive import ArchiveSettings
+from vmfs_stub.services.datastore_lock import end_at_once, take_lock
 from vmfs_stub.services.disk_services import DiskServices, ServiceSettings, connect_services
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.file_reads import FileReads, open_ring
@@ -77,52 +78,29 @@ TRANSFER_TIMEOUT_FACTOR = 6
 """A pack is some hundred times a chunk; its transfer may take this many times a short call's limit."""
 
 
-def run(config: Config) -> None:
+def run(config: Config, *, machine: Machine | None = None, pace: Pace = PACE) -> None:
     """Serve the datastore until it is unmounted or told to end by a signal.
 
-    Raises DatastoreLocked, StoreError, PrimaryError, Refused and ConfigError when it cannot start.
+    ``machine`` and ``pace`` are what others see of this host, for tests.  Raises DatastoreLocked, StoreError,
+    PrimaryError, Refused and ConfigError when it cannot start.
     """
     with single_error():
-        trio.run(_main, config, strict_exception_groups=True)
+        trio.run(_main, config, machine or Machine.this(), pace, strict_exception_groups=True)
 
 
-async def _main(config: Config) -> None:
+async def _main(config: Config, machine: Machine, pace: Pace) -> None:
     memory.limit_arenas()
     # The kernel tells of a lease that somebody wants broken by this signal, which would end the process; the lease
     # is asked for instead.
     signal.signal(signal.SIGIO, signal.SIG_IGN)
-    take_lock(config)
-    async with _open_datastore(config) as stop:
-        await stop.wait()
-
-
-def take_lock(config: Config) -> int:
-    """Lock the datastore until this process ends.  Raises DatastoreLocked, PrimaryIOError.
-
-    The daemon never closes the descriptor: a thread that was abandoned because the store hangs may outlive all else
-    here, and no other daemon may begin before it is gone.
-    """
-    path = config.lock_path
-    try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as exc:
-        raise PrimaryIOError(
-            f"cannot open the datastore's lock {path}: {exc.strerror}; is the backing filesystem mounted, and are you "
-            "root?"
-        ) from exc
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as exc:
-        holder = os.pread(fd, 16, 0).decode("ascii", "replace").strip()
-        os.close(fd)
-        raise DatastoreLocked(
-            f"another daemon (pid {holder or 'unknown'}) serves {config.datastore.backing}; `vmfs-stub unmount` ends it"
-        ) from exc
-    # The pid is for messages; a full filesystem may have no room for it.
-    with suppress(OSError):
-        os.pwrite(fd, f"{os.getpid()}\n".encode().ljust(16), 0)
-    return fd
+    # Never closed: a thread that was abandoned because the store hangs may outlive all else here, and no other daemon
+    # may begin before it is gone.
+    backing = config.datastore.backing
+    take_lock(config.lock_path, backing=backing)
+    mark = ServingMark.take(backing, config.private_dir, machine=machine, pace=pace)
+    with mark.kept(end_at_once):
+        async with _open_datastore(config, OwnCalls(mark)) as stop:
+            await stop.wait()
 
 
 def look_at_placeholders(
@@ -143,9 +121,9 @@ def look_at_placeholders(
 
 
 @asynccontextmanager
-async def _open_datastore(config: Config) -> AsyncIterator[trio.Event]:
+async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[trio.Event]:
     """Everything of one datastore; yields the event that is set when it is to end."""
-    backing, files = config.datastore.backing, FileCalls()
+    backing = config.datastore.backing
     store = open_store(config)
     placeholders, findings, guests, stop = PlaceholderIndex(), Findings(), GuestActivity(), trio.Event()
     private, recovered = look_at_placeholders(config, files, placeholders)

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
+from unittest.mock import patch
 
 import trio
 
@@ -33,6 +34,7 @@ from vmfs_stub.core.errors import (
     PointNotFound,
     PrimaryIOError,
     StoreConflict,
+    UnknownFormat,
     VmfsStubError,
 )
 from vmfs_stub.core.ids import JobId, PackId, PlaceholderId, PointId, VmId, WriterId
@@ -43,10 +45,12 @@ from vmfs_stub.mount.filesystem import Filesystem
 from vmfs_stub.mount.nodes import ROOT
 from vmfs_stub.mount.serving import Mount
 from vmfs_stub.mount.settings import MountSettings
+from vmfs_stub.primary.serving_mark import Machine, Mark, Pace, ServingMark, encode_mark
 from vmfs_stub.services import scrub, verify
 from vmfs_stub.services.restore import STAGING, restore_point
 from vmfs_stub.services.scrub_progress import ScrubProgress
 from vmfs_stub.services.single_error import single_error
+from vmfs_stub.store import format as store_format
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.collector import Collector
 from vmfs_stub.store.condemned import Condemned, encode_condemned
@@ -73,6 +77,7 @@ from vmfs_stub.store.packs import read_footer
 from vmfs_stub.store.probe import probe
 from vmfs_stub.store.reachability import Reachability
 from vmfs_stub.store.store import Store
+from vmfs_stub.store.versions import raise_version
 
 PATHS = ("vm/disk.img", "vm/below/second.img")
 DISK, SECOND = PATHS
@@ -562,7 +567,7 @@ async def collect(services: Services) -> None:
 
 
 async def change_keys(services: Services) -> None:
-    """An encrypted store is made, twice, and opened; another key is added to it, and taken away."""
+    """An encrypted store is made, twice, and opened; a key is added, and taken away; its version is raised."""
     objects = SitedObjects(FakeObjects(), services.files)
     store = Store.open_or_create(objects, chunk_size=CHUNK, source=KEY_SOURCE)
     other = replace(KEY_SOURCE, secret=bytes(32))
@@ -576,6 +581,13 @@ async def change_keys(services: Services) -> None:
         if Store.open(objects, source).key != store.key:
             raise NotWhole("another key than the store's")
     remove_key(objects, look_at(objects), KEY_SOURCE, added.key_id)
+    with patch.object(store_format, "STORE_VERSION", store_format.STORE_VERSION + 1):
+        raise_version(objects, store.description, store_format.STORE_VERSION)
+    try:
+        Store.open(objects, other)
+        raise NotWhole("a store of an unknown version was opened")
+    except UnknownFormat:
+        pass
 
 
 async def keep_history(services: Services) -> None:
@@ -591,6 +603,23 @@ async def keep_history(services: Services) -> None:
         index.sync(SitedObjects(services.rig.objects, files))
     finally:
         index.close()
+
+
+async def serve_beside_others(services: Services) -> None:
+    """The mark of another host that stands still is replaced, renewed and removed."""
+    place, files, pace = services.rig.base / "served", services.files, Pace(interval_s=0.01, held_s=60, still_s=0)
+    place.mkdir(exist_ok=True)
+    (place / "reserve").write_bytes(bytes(BLOCK))
+    (place / "serving").write_bytes(encode_mark(Mark(Machine("other", "ab" * 16, "other"), "cd" * 16, 0)))
+    (place / "serving.cut-short").touch()
+    mark = ServingMark.take(place, place, machine=Machine("ours", "ef" * 16, "host1"), pace=pace, files=files)
+    try:
+        if not mark.renew():
+            raise NotWhole("a mark is not its own")
+    finally:
+        mark.end()
+    if not files.spoiled and (left := [path.name for path in place.iterdir()]) != ["reserve"]:
+        raise NotWhole(f"left over: {left}")
 
 
 async def use_datastore(services: Services) -> None:
@@ -777,6 +806,7 @@ SCENARIOS = [
     Scenario("collect", with_garbage, collect),
     Scenario("change_keys", archived, change_keys),
     Scenario("keep_history", archived, keep_history),
+    Scenario("serve_beside_others", archived, serve_beside_others),
     Scenario("use_mount", archived, use_mount),
     Scenario("use_datastore", archived, use_datastore),
     Scenario("start_with_unfinished_map", unfinished, start_only),

@@ -23,6 +23,7 @@ ALLOCATING = (
     "restore.size",
     "restore.symlink",
     "restore.write",
+    "serving.create",
     "volatile.allocate",
     "volatile.create",
     "volatile.map",

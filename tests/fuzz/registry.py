@@ -9,6 +9,7 @@ TARGETS: dict[str, type[Target]] = {
     kind.name: kind
     for kind in (
         targets_primary.RecordTarget,
+        targets_primary.ServingMarkTarget,
         targets_primary.VmIdentityTarget,
         targets_primary.TopModeTarget,
         targets_primary.DurableMapTarget,

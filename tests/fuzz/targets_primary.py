@@ -40,6 +40,7 @@ from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.identity import InodeIdentity, inode_identity
 from vmfs_stub.primary.placeholder import PrivateState, take_up
 from vmfs_stub.primary.record import PlaceholderRecord, decode_record, encode_record
+from vmfs_stub.primary.serving_mark import Machine, Mark, decode_mark, encode_mark
 from vmfs_stub.primary.volatile_map import VolatileMap
 from vmfs_stub.store.keys import is_id
 
@@ -83,6 +84,38 @@ class RecordTarget(Target):
         check_record(record)
         require(decode_record(encode_record(record), label="disk") == record, "a record does not read back")
         return record
+
+    def reseal(self, data: bytes) -> bytes:
+        return seal_envelope(data)
+
+    def edit_json(self, data: bytes, edit: Edit) -> bytes:
+        return edit_envelope(data, edit)
+
+
+class ServingMarkTarget(Target):
+    """The mark of the host that serves a backing directory, which another host reads."""
+
+    name = "serving-mark"
+    permitted = (Damaged, NewerVersion)
+    tokens = JSON_TOKENS
+    bound = Bound(per_byte=200)
+    is_checked = True
+
+    def seeds(self) -> list[bytes]:
+        machine = Machine("0a" * 16, "1b" * 16, "host1")
+        marks = (
+            Mark(machine, "2c" * 16, 17 * 10**8, 5),
+            Mark(replace(machine, machine_id="", host="\u00fc"), "3d" * 16, 0),
+        )
+        return [encode_mark(mark) for mark in marks]
+
+    def call(self, data: bytes) -> object:
+        mark = decode_mark(data)
+        check_types(mark)
+        require(is_id(mark.session) and is_id(mark.machine.boot_id), "an id that is none")
+        require(len(str(mark)) < 2000, "a text for people that is too long")
+        require(decode_mark(encode_mark(mark)) == mark, "a mark does not read back")
+        return mark
 
     def reseal(self, data: bytes) -> bytes:
         return seal_envelope(data)

@@ -13,10 +13,10 @@ from typing import Any, ParamSpec, TypeVar
 import pytest
 import trio
 
+from tests import datastore_harness
 from tests.datastore_harness import BLOCK
 from tests.model.life import Life
 from tests.store_fakes import FakeObjects
-from vmfs_stub import daemon
 from vmfs_stub.core.changed import Changed
 from vmfs_stub.core.errors import CorruptMap, MapFrozen
 from vmfs_stub.core.extents import Extent
@@ -265,10 +265,10 @@ def accept_copies(patch: Patch) -> None:
 
 
 def start_while_threads_of_a_dead_daemon_write(patch: Patch) -> None:
-    def unlocked(config: object) -> int:
+    def unlocked(path: object, *, backing: object) -> int:
         return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
-    patch.setattr(daemon, "take_lock", unlocked)
+    patch.setattr(datastore_harness, "take_lock", unlocked)
 
 
 def leave_replaced_maps(patch: Patch) -> None:

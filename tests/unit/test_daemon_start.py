@@ -11,16 +11,16 @@ import pytest
 
 from vmfs_stub.config import Config, parse_config
 from vmfs_stub.core.errors import DatastoreLocked, PrimaryIOError
-from vmfs_stub.daemon import look_at_placeholders, take_lock
+from vmfs_stub.daemon import look_at_placeholders
 from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.services.datastore_lock import take_lock
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 
 HOLDER = """
 import sys
 from pathlib import Path
-from vmfs_stub.config import parse_config
-from vmfs_stub.daemon import take_lock
-take_lock(parse_config(Path(sys.argv[1]).read_text(), origin="c.toml"))
+from vmfs_stub.services.datastore_lock import take_lock
+take_lock(Path(sys.argv[1]), backing=Path(sys.argv[1]).parent.parent)
 print("locked", flush=True)
 sys.stdin.read()
 """
@@ -50,7 +50,7 @@ def config(config_path: Path) -> Config:
 def test_a_backing_directory_that_is_gone(config: Config) -> None:
     config.datastore.backing.rmdir()
     with pytest.raises(PrimaryIOError, match=r"is the backing filesystem mounted, and are you root\?"):
-        take_lock(config)
+        take_lock(config.lock_path, backing=config.datastore.backing)
 
 
 @pytest.mark.parametrize("name", ["backing/.vmfs-stub/maps", "run"])
@@ -71,14 +71,14 @@ def test_a_backing_directory_that_cannot_be_read(config: Config, monkeypatch: py
         look_at_placeholders(config, FileCalls(), PlaceholderIndex())
 
 
-def test_the_lock_is_held_until_the_process_is_gone(config: Config, config_path: Path) -> None:
-    command = [sys.executable, "-c", HOLDER, str(config_path)]
+def test_the_lock_is_held_until_the_process_is_gone(config: Config) -> None:
+    command = [sys.executable, "-c", HOLDER, str(config.lock_path)]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"locked\n"
         with pytest.raises(DatastoreLocked, match=f"pid {holder.pid}"):
-            take_lock(config)
+            take_lock(config.lock_path, backing=config.datastore.backing)
     finally:
         holder.kill()
         holder.communicate()

@@ -98,6 +98,12 @@ def test_a_deleted_vm_is_forgotten_as_a_whole_when_its_newest_point_is_old() -> 
     assert all(verdict.is_kept for verdict in by_age([*points, damaged(points[1])], 30, now_s=NOW_S))
 
 
+def test_by_age_nothing_is_forgotten_while_a_clock_seems_to_be_wrong() -> None:
+    verdicts = by_age(points_of(60, 50, -2), 30, now_s=NOW_S)
+    assert all(verdict.is_kept and "from the future" in verdict.why for verdict in verdicts)
+    assert "clock" in str(problem_of(verdicts))
+
+
 def test_a_verdict_is_carried_out_unless_placeholders_depend_on_the_point(objects: FakeObjects, store: Store) -> None:
     for age in (5, 4, 3, 2, 1):
         put_point(store, vm_id=VM, created_s=NOW_S - age * DAY_S)

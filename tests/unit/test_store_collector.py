@@ -13,15 +13,18 @@ from typing import Any
 
 import pytest
 from store_fakes import FakeObjects, refused_deletes
-from store_points import KEY_SOURCE, back_up
+from store_points import KEY_SOURCE, back_up, finish, write_chunks
 
-from vmfs_stub.core.errors import CorruptSegment, StoreConflict, StoreDenied
+from vmfs_stub.core.errors import CorruptSegment, PrimaryIOError, StoreConflict, StoreDenied
 from vmfs_stub.core.ids import PackId, PlaceholderId, SegmentId, VmId
+from vmfs_stub.store import backup_writer
 from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.collector import Collected, Collector
 from vmfs_stub.store.condemned import Condemned, encode_condemned
+from vmfs_stub.store.format import SEAL_GROWTH
 from vmfs_stub.store.keys import pin_key
+from vmfs_stub.store.manifest import VOID_SIZE_MAX, Manifest, encode_void
 from vmfs_stub.store.objects import ObjectInfo
 from vmfs_stub.store.pins import Pin, encode_pin
 from vmfs_stub.store.reachability import Reachability
@@ -292,3 +295,114 @@ def test_a_host_that_may_not_delete_leaves_no_mark_for_each_backup(store: Store,
     found = collect(store)
     assert (found.leases, found.pending) == (1, 1)
     assert [len(keys(objects, kind)) for kind in ("leases/", "manifests/", "dead/")] == [0, 1, 0]
+
+
+def test_index_objects_that_a_collector_which_died_has_left_are_cleared(store: Store, objects: FakeObjects) -> None:
+    index = ChunkIndex(None, store.id)
+    content = RANDOM.randbytes(CHUNK)
+    gone, kept = back_up(store, {"disk": content}, index=index), back_up(store, {"disk": RANDOM.randbytes(CHUNK)})
+    left = {key: objects.contents[key] for key in keys(objects, "index/")}
+    (pack,) = set(names(objects, "packs/")) - _packs_needed(store, kept)
+    store.forget(gone.vm_id, gone.point_id, host="host", why="by hand")
+    collect(store)
+    objects.contents |= left  # as if it had died after the packs
+    assert len(keys(objects, "index/")) == 2
+    collect(store)
+    (key,) = keys(objects, "index/")
+    assert bytes.fromhex(pack) not in objects.contents[key]
+    back_up(store, {"disk": content}, index=ChunkIndex(None, store.id))
+    index.close()
+
+
+def _packs_needed(store: Store, made: Manifest) -> set[str]:
+    table = store.open_point(made.vm_id, made.point_id).chunks(0)
+    return {ref.pack_id for ref in table.locate(0, table.chunk_count) if ref is not None}
+
+
+def test_what_living_writers_have_listed_stays_listed(store: Store, objects: FakeObjects) -> None:
+    writer = store.begin_backup(index=ChunkIndex(None, store.id))
+    write_chunks(writer, RANDOM.randbytes(CHUNK))
+    finish(writer)
+    writer._publish_index()
+    before = {key: objects.contents[key] for key in keys(objects, "index/")}
+    collect(store, sleep=lambda seconds: writer.renew_lease())
+    assert {key: objects.contents[key] for key in keys(objects, "index/")} == before != {}
+
+
+def test_index_objects_are_read_once(store: Store, objects: FakeObjects, tmp_path: Path) -> None:
+    back_up(store, {"disk": RANDOM.randbytes(CHUNK)})
+    collect(store, tmp_path / "cache")
+    objects.calls.clear()
+    collect(store, tmp_path / "cache")
+    assert [key for call, key in objects.calls if call == "get" and not key.startswith("doctor-probe/")] == []
+
+
+def test_a_writer_that_was_taken_for_dead_lists_nothing(
+    store: Store, objects: FakeObjects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backup_writer, "INDEX_OBJECT_ENTRIES", 1)
+    writer = store.begin_backup(index=ChunkIndex(None, store.id))
+    objects.put(f"dead/{writer.writer_id}", b"")
+    write_chunks(writer, RANDOM.randbytes(CHUNK))
+    with pytest.raises(StoreConflict, match="taken for dead"):
+        finish(writer)
+    assert keys(objects, "index/") == []
+
+
+def test_a_file_that_fails_in_use_is_done_without_and_made_afresh(
+    store: Store, objects: FakeObjects, tmp_path: Path
+) -> None:
+    back_up(store, {"disk": RANDOM.randbytes(CHUNK)})
+    (pack,), path = names(objects, "packs/"), tmp_path / "cache"
+    with closing(Reachability(path, store.id, objects, workers=1)) as reachability:
+        reachability._database.execute("DROP TABLE objects")
+        reachability.look(keys(objects, "manifests/"))
+        assert reachability.has_pack(PackId(pack))
+        assert not path.exists()
+        collector = Collector(objects, reachability, lag_s=1, sleep=lambda seconds: None, workers=1)
+        assert collector.run().packs == 0
+    assert needed(store, objects, path) == (1, 1)
+    assert path.exists()
+
+
+def test_what_cannot_be_asked_any_more_is_an_error_of_the_file(
+    store: Store, objects: FakeObjects, tmp_path: Path
+) -> None:
+    with closing(Reachability(tmp_path / "cache", store.id, objects, workers=1)) as reachability:
+        reachability.look([])
+        reachability._database.execute("DROP TABLE temp.packs")
+        reachability._database.execute("DROP TABLE objects")
+        with pytest.raises(PrimaryIOError, match="made afresh"):
+            reachability.has_pack(PackId("a" * 32))
+        with pytest.raises(PrimaryIOError, match="made afresh"):
+            reachability.forget_all_but([])
+        with pytest.raises(PrimaryIOError, match="made afresh"):
+            list(reachability.packs_of_index(["index/a"]))
+
+
+def test_two_collectors_of_a_host_do_not_share_the_file(store: Store, objects: FakeObjects, tmp_path: Path) -> None:
+    back_up(store, {"disk": RANDOM.randbytes(CHUNK)})
+    path = tmp_path / "cache"
+    with closing(Reachability(path, store.id, objects, workers=1)) as first:
+        first.look(keys(objects, "manifests/"))
+        inode = path.stat().st_ino
+        assert needed(store, objects, path) == (1, 1)
+        assert path.stat().st_ino == inode, "what another one uses is not made afresh"
+        first.look(keys(objects, "manifests/"))
+        assert first.has_pack(PackId(names(objects, "packs/")[0]))
+    objects.calls.clear()
+    assert needed(store, objects, path) == (1, 1)
+    assert [key for call, key in objects.calls if call == "get"] == []
+
+
+def test_void_manifests_are_no_points_and_are_read_once(store: Store, objects: FakeObjects) -> None:
+    made = back_up(store, {"disk": b"x"})
+    void = f"manifests/{made.vm_id}/{'7' * 32}"
+    objects.put(void, encode_void("8" * 32))
+    assert len(objects.contents[void]) <= VOID_SIZE_MAX - SEAL_GROWTH
+    for _ in range(2):
+        assert store.point_counts() == {made.vm_id: 1}
+        assert [len(vm.points) for vm in store.vms()] == [1]
+        assert len(store.points(made.vm_id, with_damaged=True)) == 1
+    assert [key for call, key in objects.calls if call == "get"].count(void) == 1
+    assert min(len(objects.contents[key]) for key in keys(objects, "manifests/") if key != void) > VOID_SIZE_MAX

@@ -38,7 +38,7 @@ from vmfs_stub.store.key_documents import (
 from vmfs_stub.store.key_sources import KeyKind, KeySource, new_key_file, read_source
 from vmfs_stub.store.key_wrapping import unwrap
 from vmfs_stub.store.keyring import add_key, decode_seen, look_at, remove_key
-from vmfs_stub.store.keys import STORE_KEY, key_key
+from vmfs_stub.store.keys import KEYS, STORE_KEY, key_key
 from vmfs_stub.store.store import Store
 
 PASSPHRASE = KeySource(KeyKind.PASSPHRASE, "passphrase file test", b"correct horse battery staple")
@@ -186,9 +186,56 @@ def test_there_is_an_end_to_the_keys_of_a_store(objects: FakeObjects, monkeypatc
     add_key(objects, look_at(objects), KEY_SOURCE, OTHER_KEY)
     with pytest.raises(Refused, match="2 keys already"):
         add_key(objects, look_at(objects), KEY_SOURCE, PASSPHRASE)
-    objects.contents[key_key("f" * 32)] = b"planted"
-    with pytest.raises(CorruptStoreObject, match="at most 2"):
-        look_at(objects)
+    for digit in "cdef":
+        objects.contents[key_key(digit * 32)] = b"planted"
+    assert Store.open(objects, KEY_SOURCE).key is not None, "whatever others have put there"
+    with pytest.raises(Refused, match="6 keys already, and may have 2"):
+        add_key(objects, look_at(objects), KEY_SOURCE, PASSPHRASE)
+
+
+def test_of_too_many_keys_some_are_tried(objects: FakeObjects, monkeypatch: pytest.MonkeyPatch) -> None:
+    phrases = [replace(PASSPHRASE, secret=f"phrase {number}".encode()) for number in range(4)]
+    store = Store.create(objects, source=KEY_SOURCE)
+    for phrase in phrases:
+        add_key(objects, look_at(objects), KEY_SOURCE, phrase)
+    monkeypatch.setattr(keyring, "KEYS_MAX", 2)
+    seen = look_at(objects)
+    assert seen.unlock(KEY_SOURCE) == decode_seen(seen.encode()).unlock(KEY_SOURCE) == store.key
+    opened = 0
+    for phrase in phrases:
+        try:
+            assert seen.unlock(phrase) == store.key
+            opened += 1
+        except WrongKey as exc:
+            assert "2 more were not tried" in str(exc)
+    assert opened == 2
+    monkeypatch.setattr(keyring, "KEYS_READ_MAX", 2)
+    seen = look_at(objects)
+    assert (len(seen.key_documents), seen.unread_count) == (2, 3)
+
+
+@pytest.mark.parametrize("theirs_first", [True, False])
+def test_two_who_remove_each_others_keys_both_keep_access(objects: FakeObjects, theirs_first: bool) -> None:
+    store = Store.create(objects, source=KEY_SOURCE)
+    add_key(objects, look_at(objects), KEY_SOURCE, OTHER_KEY)
+    own, other = (key_key(str(look_at(objects).opened_by(source))) for source in (KEY_SOURCE, OTHER_KEY))
+    seen = look_at(objects)
+
+    class Meanwhile(FakeObjects):
+        """The other one removes this one's key right before or after this one removes the other's."""
+
+        def delete(self, key: str) -> None:
+            if theirs_first:
+                self.contents.pop(own)
+            super().delete(key)
+            self.contents.pop(own, None)
+
+    racing = Meanwhile()
+    racing.contents = objects.contents
+    again = remove_key(racing, seen, KEY_SOURCE, other.removeprefix(KEYS))
+    assert again is not None
+    assert key_key(again.key_id) not in (own, other)
+    assert Store.open(objects, KEY_SOURCE).key == store.key
 
 
 def test_damaged_keys_hide_no_good_one_and_are_named_when_there_is_none(objects: FakeObjects) -> None:

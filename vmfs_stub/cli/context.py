@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from vmfs_stub.cli.output import warn
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import typer
 
     from vmfs_stub.config import Config
@@ -99,6 +101,15 @@ def store_and_config_of(
     """The store that is named, see `place_of`, with the configuration if that names it; raises as `open_store`."""
     place = place_of(ctx, url, key=key, passphrase=passphrase)
     return _opened(place.objects, place.at.url, place.source), place.config
+
+
+def cache_path_of(config: Config | None, path_of: Callable[[Config], Path]) -> Path | None:
+    """Where a command keeps what it learns of a store for the next time; None where there is no place for that.
+
+    So it is without a configuration, and on a host that never mounted the datastore, or whose backing filesystem is not
+    there.
+    """
+    return path_of(config) if config is not None and config.private_dir.is_dir() else None
 
 
 def open_store_of(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmfs_stub.cli.context import store_and_config_of
+from vmfs_stub.cli.context import cache_path_of, store_and_config_of
 from vmfs_stub.cli.key_options import KeyOption, PassphraseOption, StoreOption
 from vmfs_stub.cli.output import bytes_text, say, say_json, warn
 
@@ -35,8 +35,7 @@ def gc(
 
     found, config = store_and_config_of(ctx, store, key=key, passphrase=passphrase)
     settings = StoreConfig(url=store or "-") if config is None else config.store
-    # A host that never mounted the datastore, or whose backing filesystem is not there, has no place for the cache.
-    cache = config.reachability_path if config is not None and config.private_dir.is_dir() else None
+    cache = cache_path_of(config, lambda config: config.reachability_path)
     with closing(Reachability(cache, found.id, found.objects, sealing=found.sealing)) as reachability:
         collector = Collector(found.objects, reachability, lag_s=settings.listing_lag_s, sleep=time.sleep, say=warn)
         collected = collector.survey() if dry_run else collector.run()

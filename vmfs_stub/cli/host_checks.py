@@ -21,6 +21,7 @@ from vmfs_stub.cli.init import probe_xattrs
 from vmfs_stub.cli.output import bytes_text
 from vmfs_stub.core.errors import DaemonUnreachable, OtherDatastore, StoreKeyError, VmfsStubError
 from vmfs_stub.mount.mountpoint import is_dead, is_immutable, is_mounted, mount_of
+from vmfs_stub.services.datastore_lock import WATCHED_S, served_elsewhere
 
 if TYPE_CHECKING:
     from vmfs_stub.config import Config
@@ -134,6 +135,14 @@ def backing(config: Config) -> Iterator[HostFinding]:
     else:
         yield HostFinding("ok", "backing", f"{path} ({here.kind}) has trusted.* attributes")
     yield from _room(path, config.primary.free_floor_percent)
+
+
+def other_hosts(config: Config) -> Iterator[HostFinding]:
+    """Shared storage may let two hosts at one backing directory; the one that serves it says so there."""
+    mark = served_elsewhere(config.private_dir)
+    if mark is not None:
+        remedy = f"`vmfs-stub unmount` there; if it has crashed, none: a start here finds out within {WATCHED_S:g} s"
+        yield HostFinding("warning", "other hosts", f"{config.datastore.backing} is, or was, served by {mark}", remedy)
 
 
 def _room(path: Path, floor_percent: float) -> Iterator[HostFinding]:
@@ -287,6 +296,7 @@ CHECKS: tuple[Check, ...] = (
     kernel,
     privileges,
     backing,
+    other_hosts,
     mountpoint,
     runtime_dir,
     control_socket,

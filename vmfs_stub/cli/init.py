@@ -21,7 +21,16 @@ import typer
 from vmfs_stub.cli.context import config_path_of
 from vmfs_stub.cli.output import say, warn
 from vmfs_stub.cli.store_keys import key_to_be
-from vmfs_stub.core.errors import AlreadyExists, ConfigError, ObjectMissing, PrimaryIOError, Unsupported
+from vmfs_stub.core.errors import (
+    AlreadyExists,
+    ConfigError,
+    CorruptStoreObject,
+    ObjectMissing,
+    PrimaryIOError,
+    UnknownFormat,
+    Unsupported,
+    WrongStore,
+)
 from vmfs_stub.core.names import XATTR_PREFIX
 from vmfs_stub.mount.mountpoint import make_immutable, mounts_at
 
@@ -68,6 +77,7 @@ def init(
     _check_mountpoint(config.datastore.mountpoint)
     _check_store_parent(config.store.url, config.datastore.backing)
     _make_backing(config.datastore.backing)
+    _tell_of_other_host(config)
     _join_store(objects, config, encrypt=encrypt)
     _make_mountpoint(config.datastore.mountpoint)
     _write_new(target, text)
@@ -163,6 +173,18 @@ def _make_backing(backing: Path) -> None:
     probe_xattrs(backing)
 
 
+def _tell_of_other_host(config: Config) -> None:
+    """Its daemon may well end before the first one here begins, which looks for itself."""
+    from vmfs_stub.services.datastore_lock import served_elsewhere
+
+    try:
+        mark = served_elsewhere(config.private_dir)
+    except OSError:
+        return
+    if mark is not None:
+        warn(f"warning: {config.datastore.backing} is, or was, served by {mark}: a mount here waits until it is not")
+
+
 def probe_xattrs(backing: Path) -> None:
     """Prove that trusted.* attributes can be set on files of ``backing``; raises Unsupported, PrimaryIOError."""
     try:
@@ -223,10 +245,12 @@ def _join_store(objects: ObjectStore, config: Config, *, encrypt: bool) -> None:
     from vmfs_stub.store.probe import probe
     from vmfs_stub.store.store import Store
 
-    settings, url = config.store, config.store.url
+    settings, url, needed = config.store, config.store.url, _store_needed(config)
     try:
         seen = look_at(objects)
     except ObjectMissing as exc:
+        if needed is not None:
+            raise _needs_another(config, needed, "where no store is") from exc
         if not encrypt and source_of(settings) is not None:
             raise ConfigError(
                 f"there is no store at {url} that the key could open; --encrypt makes an encrypted one"
@@ -236,9 +260,35 @@ def _join_store(objects: ObjectStore, config: Config, *, encrypt: bool) -> None:
         store = Store.open_or_create(objects, source=source)
         say(f"made the {'encrypted ' if store.key else ''}store {store.id} at {url}")
     else:
+        if needed not in (None, seen.description.store_id):
+            raise _needs_another(config, needed, f"where store {seen.description.store_id} is")
         store = Store(objects, seen.description, seen.unlock(source_of(settings)))
         probe(objects)
         say(f"joined the store {store.id} at {url}")
+
+
+def _store_needed(config: Config) -> str | None:
+    """The store that placeholders need which are here already, of a datastore that was moved, say; None if none do."""
+    from vmfs_stub.store.keyring import decode_seen
+
+    maps = config.private_dir / "maps"
+    try:
+        if not maps.exists() or not any(maps.iterdir()):
+            return None
+        return decode_seen(config.store_copy_path.read_bytes()).description.store_id
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        raise PrimaryIOError(f"cannot look into {config.private_dir}: {exc.strerror}") from exc
+    except (CorruptStoreObject, UnknownFormat):
+        return None  # the daemon compares each placeholder
+
+
+def _needs_another(config: Config, store_id: str | None, what: str) -> WrongStore:
+    return WrongStore(
+        f"there are placeholders in {config.datastore.backing} whose bytes are in store {store_id}, and --store "
+        f"{config.store.url} is {what}: name the store that has them"
+    )
 
 
 def _write_new(target: Path, text: str) -> None:

@@ -7,7 +7,6 @@ Each step can be repeated: a `leave` that fails is run again.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from vmfs_stub.cli.context import client_of, load_config_of
 from vmfs_stub.cli.job_progress import follow_job
 from vmfs_stub.cli.output import bytes_text, say, warn
 from vmfs_stub.cli.unmount import end_daemon
-from vmfs_stub.core.errors import DaemonUnreachable, DatastoreLocked, PrimaryIOError, Refused
+from vmfs_stub.core.errors import DaemonUnreachable, PrimaryIOError, Refused
 from vmfs_stub.core.names import PLACEHOLDER_XATTR, PRIVATE_DIR, TOP_MODE_XATTR, XATTR_PREFIX
 
 if TYPE_CHECKING:
@@ -46,9 +45,11 @@ def leave(ctx: typer.Context) -> None:
     else:
         _recall_all(client, config)
         end_daemon(client, config, force=False)
-    with _locked(config):
+    with _alone(config):
         _refuse_placeholders(config)
-        _remove_traces(config)
+        _remove_attributes(config)
+        _empty_private_dir(config.private_dir)
+    _remove_the_rest(config)
     _move_to_mountpoint(config.datastore.backing, config.datastore.mountpoint)
 
 
@@ -66,20 +67,16 @@ def _recall_all(client: ControlClient, config: Config) -> None:
 
 
 @contextmanager
-def _locked(config: Config) -> Iterator[None]:
-    """No daemon may begin meanwhile."""
-    try:
-        fd = os.open(config.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except FileNotFoundError:
-        yield  # the private directory is gone already
+def _alone(config: Config) -> Iterator[None]:
+    """No daemon may begin meanwhile, nor serve on another host."""
+    from vmfs_stub.services.datastore_lock import locked, marked
+
+    if not config.private_dir.exists():
+        yield  # an earlier try has removed it
         return
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    backing = config.datastore.backing
+    with locked(config.lock_path, backing=backing), marked(config.private_dir, backing=backing):
         yield
-    except BlockingIOError as exc:
-        raise DatastoreLocked(f"a daemon serves {config.datastore.backing}; `vmfs-stub unmount` ends it") from exc
-    finally:
-        os.close(fd)
 
 
 def _refuse_placeholders(config: Config) -> None:
@@ -94,25 +91,48 @@ def _refuse_placeholders(config: Config) -> None:
             raise Refused(f"{path} is a copy of a placeholder, whose absent blocks would read as zeros; remove it")
 
 
-def _remove_traces(config: Config) -> None:
+def _remove_attributes(config: Config) -> None:
     backing = config.datastore.backing
-    try:
-        mode = int(os.getxattr(backing, TOP_MODE_XATTR), 8)
-    except (OSError, ValueError):
-        mode = _TOP_MODE
     try:
         for path in (backing, *_all(backing)):
             for name in os.listxattr(path, follow_symlinks=False):
                 if name.startswith(XATTR_PREFIX) and name != TOP_MODE_XATTR:
                     os.removexattr(path, name, follow_symlinks=False)
-        shutil.rmtree(config.private_dir, ignore_errors=True)
-        for volatile in ("maps", "changes"):
-            shutil.rmtree(config.datastore.runtime_dir / volatile, ignore_errors=True)
-        backing.chmod(mode)
-        with suppress(OSError):  # last, or another try would not know the mode
-            os.removexattr(backing, TOP_MODE_XATTR)
     except OSError as exc:
-        raise PrimaryIOError(f"cannot remove all traces from {backing}: {exc}; run `vmfs-stub leave` again") from exc
+        raise _not_removed(backing, exc) from exc
+
+
+def _empty_private_dir(private_dir: Path) -> None:
+    """All but the files by which others know that we are here."""
+    from vmfs_stub.services.datastore_lock import LOCK_FILES
+
+    for path in private_dir.iterdir() if private_dir.exists() else ():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name not in LOCK_FILES:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _remove_the_rest(config: Config) -> None:
+    backing = config.datastore.backing
+    try:
+        mode = int(os.getxattr(backing, TOP_MODE_XATTR), 8)
+    except (OSError, ValueError):
+        mode = _TOP_MODE
+    shutil.rmtree(config.private_dir, ignore_errors=True)
+    for volatile in ("maps", "changes"):
+        shutil.rmtree(config.datastore.runtime_dir / volatile, ignore_errors=True)
+    try:
+        backing.chmod(mode)
+    except OSError as exc:
+        raise _not_removed(backing, exc) from exc
+    with suppress(OSError):  # last, or another try would not know the mode
+        os.removexattr(backing, TOP_MODE_XATTR)
+
+
+def _not_removed(backing: Path, exc: OSError) -> PrimaryIOError:
+    return PrimaryIOError(f"cannot remove all traces from {backing}: {exc}; run `vmfs-stub leave` again")
 
 
 def _all(backing: Path) -> Iterator[Path]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmfs_stub.cli.context import store_and_config_of
+from vmfs_stub.cli.context import cache_path_of, store_and_config_of
 from vmfs_stub.cli.exit_codes import ExitCode
 from vmfs_stub.cli.job_progress import advance_shown
 from vmfs_stub.cli.key_options import KeyOption, PassphraseOption, StoreOption
@@ -38,7 +38,7 @@ def scrub(
 
     found, config = store_and_config_of(ctx, store, key=key, passphrase=passphrase)
     settings = ScrubConfig() if config is None else config.scrub
-    path = config.scrub_path if config is not None and config.private_dir.is_dir() else None
+    path = cache_path_of(config, lambda config: config.scrub_path)
     total_bytes = sum(info.size for info in found.objects.list(PACKS))
     with (
         closing(ScrubProgress(path, found.id, restart=restart)) as progress,

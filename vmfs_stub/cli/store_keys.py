@@ -14,13 +14,15 @@ import typer
 from vmfs_stub.cli.context import Place, place_of
 from vmfs_stub.cli.key_options import KeyOption, PassphraseOption, StoreOption
 from vmfs_stub.cli.output import say, say_json, say_table, time_text, warn
+from vmfs_stub.cli.store_upgrade import upgrade
 from vmfs_stub.core.errors import ConfigError, KeyMissing, Refused
 
 if TYPE_CHECKING:
     from vmfs_stub.store.key_sources import KeySource
     from vmfs_stub.store.keyring import SeenStore
 
-app = typer.Typer(no_args_is_help=True, help="The keys of an encrypted store.")
+app = typer.Typer(no_args_is_help=True, help="The keys of an encrypted store, and the version of a store's format.")
+app.command("upgrade")(upgrade)
 _HEADERS = ("KEY", "OPENED BY", "MADE", "USED HERE")
 
 
@@ -87,7 +89,11 @@ def remove_key(
     from vmfs_stub.store import keyring
 
     place = place_of(ctx, store, key=key, passphrase=passphrase)
-    keyring.remove_key(place.objects, _seen(place), _given(place), key_id)
+    again = keyring.remove_key(place.objects, _seen(place), _given(place), key_id)
+    if again is not None:
+        warn(
+            f"warning: somebody has removed the key that you use meanwhile; it opens the store again, as {again.key_id}"
+        )
     say(f"removed {key_id}; who has a copy of it and of its key file or passphrase can still read the store")
 
 

@@ -8,11 +8,11 @@ might still undo does.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from pathlib import Path
 
 from vmfs_stub.core.errors import PrimaryIOError
+from vmfs_stub.primary.file_lock import open_lock, try_lock
 
 
 class MoverLock:
@@ -24,20 +24,15 @@ class MoverLock:
     def __init__(self, path: Path) -> None:
         """Open the file; `take` locks it.  Raises PrimaryIOError."""
         try:
-            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            self.fd = open_lock(path)
         except OSError as exc:
             raise PrimaryIOError(f"cannot open the data movers' lock {path}: {exc.strerror}") from exc
         self._is_taken = False
 
     def take(self) -> bool:
         """Whether all movers of other daemons have gone; from then on this one has the lock."""
-        if not self._is_taken:
-            try:
-                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            self._is_taken = True
-        return True
+        self._is_taken = self._is_taken or try_lock(self.fd)
+        return self._is_taken
 
     def close(self) -> None:
         """Give up this process's part in it."""

@@ -75,9 +75,13 @@ def filesystem_id(fd: int) -> str:
 
 def boot_identity(directory_fd: int) -> BootIdentity:
     """The current boot and the mount through which ``directory_fd`` was opened."""
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip().replace("-", "")
     with _as_seen_by_init(directory_fd) as fd:
-        return BootIdentity(boot_id, _mount_id(fd))
+        return BootIdentity(boot_id(), _mount_id(fd))
+
+
+def boot_id() -> str:
+    """The current boot: 32 hex digits, which no other boot of any machine has."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip().replace("-", "")
 
 
 @contextmanager

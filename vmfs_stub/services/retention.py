@@ -39,8 +39,8 @@ class Verdict:
 
 def by_rules(points: Sequence[PointSummary], rules: Retention, *, now_s: float) -> list[Verdict]:
     """What the rules say of the points of a VM that exists, in their order; ``now_s`` is Unix time."""
-    if any(point.created_s > now_s + CLOCK_SLACK_S for point in points):
-        return keep_all(points, _FROM_THE_FUTURE, Refused(f"VM {points[0].vm_id}: {_FROM_THE_FUTURE}"))
+    if (kept_all := _kept_for_the_clock(points, now_s)) is not None:
+        return kept_all
     dated = [DatedPoint(point.point_id, point.created_s) for point in points if point.damaged is None]
     reasons = kept(dated, rules, zone=None)
     return [_by_rules(point, reasons.get(point.point_id), rules) for point in points]
@@ -51,11 +51,19 @@ def by_age(points: Sequence[PointSummary], days: int, *, now_s: float) -> list[V
 
     When it was deleted is not known; the age of its newest point stands in for that.
     """
+    if (kept_all := _kept_for_the_clock(points, now_s)) is not None:
+        return kept_all
     if any(point.damaged is not None for point in points):
         return keep_all(points, "deleted, but a restore point cannot be read, so that the newest is not known")
     is_old = all(now_s - point.created_s > days * DAY_S for point in points)
     why = f"deleted, and the newest is {'older' if is_old else 'no older'} than keep_deleted_days {days}"
     return [Verdict(point, not is_old, why) for point in points]
+
+
+def _kept_for_the_clock(points: Sequence[PointSummary], now_s: float) -> list[Verdict] | None:
+    if not any(point.created_s > now_s + CLOCK_SLACK_S for point in points):
+        return None
+    return keep_all(points, _FROM_THE_FUTURE, Refused(f"VM {points[0].vm_id}: {_FROM_THE_FUTURE}"))
 
 
 def keep_all(points: Sequence[PointSummary], why: str, error: VmfsStubError | None = None) -> list[Verdict]:

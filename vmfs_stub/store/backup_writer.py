@@ -53,6 +53,7 @@ from vmfs_stub.store.pins import Pin, encode_pin, remove_pin
 from vmfs_stub.store.quarantine import quarantined_packs
 from vmfs_stub.store.sealing import Sealing
 from vmfs_stub.store.segments import SealedSegment, Segment, SegmentTable
+from vmfs_stub.store.versions import NEWER, is_known
 
 BUFFERS_KEPT: Final = 4
 """Buffers of packs, and of batches, kept for the next one: fresh memory costs more than the copy into it."""
@@ -202,7 +203,8 @@ class BackupWriter:
     def put_pack(self, pack: SealedPack) -> None:
         """Store a pack durably; from any thread.  Its ``data`` must not be used afterwards.
 
-        Raises: StoreUnavailable, StoreDenied, StoreFull, PrimaryIOError (chunk index).
+        Raises: StoreUnavailable, StoreDenied, StoreFull, PrimaryIOError (chunk index); StoreConflict when this job was
+        taken for dead, so that it will not commit.
         """
         self._objects.put(pack_key(pack.pack_id), pack.data)
         self._index.add(pack.pack_id, pack.refs)
@@ -216,6 +218,8 @@ class BackupWriter:
             self._unpublished_entries += len(pack.refs)
             full = self._unpublished_entries >= INDEX_OBJECT_ENTRIES
         if full:
+            # Of a writer that was taken for dead these packs may be gone soon, and others would refer to them.
+            self._check_not_dead()
             self._publish_index()
 
     def read_back(self, refs: Sequence[FrameRef]) -> None:
@@ -442,8 +446,9 @@ class BackupWriter:
             for segment_id in sorted(self._segments)
             if segment_id in condemned.segments or not self._exists(segment_key(segment_id))
         }
-        if self._exists(dead_key(self.writer_id)):
-            raise _taken_for_dead()
+        self._check_not_dead()
+        if not is_known(self._objects):
+            raise StoreConflict(f"the store was raised to a version that this program does not know; {NEWER}")
         self._index.forget_packs(lost_packs)
         if lost_packs or lost_segments:
             msg = (
@@ -451,6 +456,10 @@ class BackupWriter:
                 "damaged, or are being removed by garbage collection; run the backup again"
             )
             raise StoreConflict(msg)
+
+    def _check_not_dead(self) -> None:
+        if self._exists(dead_key(self.writer_id)):
+            raise _taken_for_dead()
 
     def _is_readable(self, pack_id: PackId, condemned: Condemned) -> bool:
         """Whether a pack is there, or what was saved of it, which stays as long as the pack is needed."""

@@ -23,13 +23,19 @@ class OtherCache(sqlite3.DatabaseError):
     """The file is whole, and belongs to another store or version."""
 
 
-def open_cache(path: Path | None, store_id: StoreId, *, schema: str, version: int) -> sqlite3.Connection:
+def open_cache(
+    path: Path | None, store_id: StoreId, *, schema: str, version: int, alone: bool = False
+) -> sqlite3.Connection:
     """Open the file, or make it where there is none; None keeps it in memory.  For use under a lock of the caller's.
 
+    ``alone``: no other process may use it until it is closed; when one does, that is an error at once.
     Raises: OtherCache, sqlite3.Error.
     """
-    database = sqlite3.connect(":memory:" if path is None else path, check_same_thread=False, timeout=30)
+    timeout_s = 0.0 if alone else 30.0
+    database = sqlite3.connect(":memory:" if path is None else path, check_same_thread=False, timeout=timeout_s)
     try:
+        if alone:
+            database.execute("PRAGMA locking_mode = EXCLUSIVE")
         database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         database.execute("PRAGMA temp_store = FILE")
         database.execute("PRAGMA journal_mode = WAL")
@@ -42,25 +48,46 @@ def open_cache(path: Path | None, store_id: StoreId, *, schema: str, version: in
                 database.execute(f"PRAGMA user_version = {version}")
         elif found != version or database.execute("SELECT id FROM store").fetchall() != [(store_id,)]:
             raise OtherCache("it belongs to another store or version")
+        if alone:
+            database.execute("BEGIN EXCLUSIVE")
+            database.commit()
     except BaseException:
         database.close()
         raise
     return database
 
 
-def open_or_remake(path: Path | None, store_id: StoreId, *, schema: str, version: int) -> sqlite3.Connection:
+def open_or_remake(
+    path: Path | None, store_id: StoreId, *, schema: str, version: int, alone: bool = False
+) -> sqlite3.Connection:
     """The same, for a command; a file that is damaged or another store's is made afresh.  Raises: PrimaryIOError."""
     try:
         try:
-            return open_cache(path, store_id, schema=schema, version=version)
-        except sqlite3.DatabaseError:
-            if path is None:
+            return open_cache(path, store_id, schema=schema, version=version, alone=alone)
+        except (sqlite3.Error, UnicodeDecodeError) as exc:
+            if path is None or not is_damage(exc):
                 raise
-            for suffix in FILE_SUFFIXES:
-                path.with_name(path.name + suffix).unlink(missing_ok=True)
-            return open_cache(path, store_id, schema=schema, version=version)
+            remove(path)
+            return open_cache(path, store_id, schema=schema, version=version, alone=alone)
     except (sqlite3.Error, OSError) as exc:
         raise unusable(path, exc) from exc
+
+
+def remove(path: Path) -> None:
+    """Remove all files of a database that nobody uses.  Raises: OSError."""
+    for suffix in FILE_SUFFIXES:
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def is_damage(exc: Exception) -> bool:
+    """Whether the file is to be made afresh; else it is whole, and cannot be used now."""
+    if isinstance(exc, (OtherCache, UnicodeDecodeError)):  # the last, where a message quotes what is damaged
+        return True
+    code = getattr(exc, "sqlite_errorcode", None)
+    if code is None:  # of the module, not of SQLite: a text that is none
+        return isinstance(exc, (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.OperationalError))
+    primary = code & 0xFF
+    return primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_ERROR)
 
 
 def unusable(path: Path | None, exc: Exception) -> PrimaryIOError:

@@ -29,7 +29,7 @@ from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import CorruptStoreObject, NoSpace, ObjectMissing, PrimaryIOError, UnknownFormat
 from vmfs_stub.core.ids import ChunkId, PackId, StoreId
 from vmfs_stub.core.sites import PLAIN, FileCalls
-from vmfs_stub.store.cache_file import FILE_SUFFIXES, OtherCache, open_cache
+from vmfs_stub.store.cache_file import FILE_SUFFIXES, is_damage, open_cache
 from vmfs_stub.store.format import INDEX_SIZE_MAX
 from vmfs_stub.store.index_objects import decode_index
 from vmfs_stub.store.keys import INDEX, is_id, pack_key
@@ -339,13 +339,7 @@ def _ref(chunk_id: bytes, pack_id: str, place: bytes) -> FrameRef:
 
 
 def _is_damage(exc: Exception) -> bool:
-    if isinstance(exc, (_Damaged, OtherCache, UnicodeDecodeError)):  # the last, where a message quotes what is damaged
-        return True
-    code = getattr(exc, "sqlite_errorcode", None)
-    if code is None:  # of the module, not of SQLite: a text that is none
-        return isinstance(exc, (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.OperationalError))
-    primary = code & 0xFF
-    return primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_ERROR)
+    return isinstance(exc, _Damaged) or is_damage(exc)
 
 
 def _foreign(exc: Exception, path: Path | None) -> NoSpace | PrimaryIOError:

@@ -171,11 +171,12 @@ class Collector:
             raise
         doomed = self._still(doomed.packs.items(), doomed.segments.items())
         self._delete(doomed)
+        indexes = self._clear_index(doomed.packs.keys())
         self._count(doomed, None)
         self._each(self._objects.delete, lists)
         self._unlist(earlier)
-        self._delete_notes(deleted=set(doomed.packs))
-        self._reachability.forget_all_but(keys)
+        self._delete_notes()
+        self._reachability.forget_all_but(keys | indexes)
         return self._collected
 
     def _look_again(self) -> set[str]:
@@ -306,34 +307,43 @@ class Collector:
     def _delete(self, doomed: _Doomed) -> None:
         self._each(self._objects.delete, [segment_key(name) for name in doomed.segments])
         self._each(self._objects.delete, [pack_key(name) for name in doomed.packs])
-        if doomed.packs:
-            self._clear_index(set(doomed.packs))
 
-    def _clear_index(self, gone: set[PackId]) -> None:
-        """Index objects that name what is gone are written again without, or hosts would go on referring to it."""
-        for info in list(self._objects.list(INDEX)):
-            try:
-                packs = decode_index(self._objects.get(info.key, size_max=INDEX_SIZE_MAX), info.key)
-            except (ObjectMissing, CorruptStoreObject, UnknownFormat):
-                continue  # it is of no use, and no harm
-            left = [(pack_id, refs) for pack_id, refs in packs if pack_id not in gone]
-            if len(left) == len(packs):
-                continue
-            if left:
-                self._objects.put(f"{INDEX}{secrets.token_hex(16)}", encode_index(left))
-            self._objects.delete(info.key)
+    def _clear_index(self, deleted: Collection[PackId]) -> set[str]:
+        """Index objects that name what is gone are written again without, or hosts would go on referring to it.
 
-    def _delete_notes(self, deleted: set[PackId]) -> None:
+        What an earlier collector has deleted counts, too, which may have died before it came to this.  Returns the keys
+        of the others.
+        """
+        keys = {info.key for info in self._objects.list(INDEX)}
+        for key, packs in self._reachability.packs_of_index(keys):
+            gone = {pack_id for pack_id in packs if pack_id in deleted or self._is_gone(pack_id)}
+            if gone:
+                self._write_index_without(key, gone)
+                keys.remove(key)
+        return keys
+
+    def _is_gone(self, pack_id: PackId) -> bool:
+        """Whether a pack is not there, and nothing needs it."""
+        return not self._reachability.has_pack(pack_id) and not self._exists(pack_key(pack_id))
+
+    def _write_index_without(self, key: str, gone: set[PackId]) -> None:
+        try:
+            packs = decode_index(self._objects.get(key, size_max=INDEX_SIZE_MAX), key)
+        except (ObjectMissing, CorruptStoreObject, UnknownFormat):
+            return  # another collector was quicker, or it is of no use, and no harm
+        left = [(pack_id, refs) for pack_id, refs in packs if pack_id not in gone]
+        if left:
+            self._objects.put(f"{INDEX}{secrets.token_hex(16)}", encode_index(left))
+        self._objects.delete(key)
+
+    def _delete_notes(self) -> None:
         """Delete what was noted of damaged packs that are gone, and that nothing needs."""
-        gone: dict[PackId, list[str]] = {}
-        for info in (*self._objects.list(QUARANTINED), *self._objects.list(MOVED)):
-            pack_id = PackId(info.key.split("/")[1])
-            if is_id(pack_id) and not self._reachability.has_pack(pack_id) and not self._exists(pack_key(pack_id)):
-                gone.setdefault(pack_id, []).append(info.key)
-        if lost := gone.keys() - deleted:  # not by garbage collection: index objects may still name them
-            self._clear_index(set(lost))
-        for keys in gone.values():
-            self._each(self._objects.delete, keys)
+        gone = [
+            info.key
+            for info in (*self._objects.list(QUARANTINED), *self._objects.list(MOVED))
+            if is_id(pack_id := info.key.split("/")[1]) and self._is_gone(PackId(pack_id))
+        ]
+        self._each(self._objects.delete, gone)
 
     def _unlist(self, lists: set[str]) -> None:
         """Delete those of earlier lists of which every name is gone."""

@@ -40,8 +40,9 @@ def decode(
 ) -> Fields:
     """Parse a document that was read from ``key``.
 
-    Raises: the integrity error of that key when it is damaged; UnknownFormat when it is whole but of another kind,
-    of a newer version, or needs a feature that is not in ``features``.
+    ``version`` is the newest that is known; older ones are for the caller to tell apart.  Raises: the integrity error
+    of that key when it is damaged; UnknownFormat when it is whole but of another kind, of a newer version, or needs a
+    feature that is not in ``features``.
     """
     fields = Fields(_body(data, key), key)
     if fields.text("format") != document_format:
@@ -49,7 +50,7 @@ def decode(
         raise UnknownFormat(msg)
     found = fields.integer("version")
     unknown = sorted(set(fields.texts("required")) - features)
-    if found != version or unknown:
+    if not 1 <= found <= version or unknown:
         needs = f"version {found}" + (f" with {', '.join(unknown)}" if unknown else "")
         msg = f"{key}: {document_format} {needs} is not known to this version; use a newer vmfs-stub"
         raise UnknownFormat(msg)

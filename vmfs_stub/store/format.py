@@ -24,6 +24,7 @@ from vmfs_stub.store import documents
 from vmfs_stub.store.keys import STORE_KEY
 
 STORE_VERSION: Final = 1
+"""The newest version of a store that this program knows (versions.py); new stores are made with it."""
 MANIFEST_VERSION: Final = 1
 PIN_VERSION: Final = 1
 FORGOTTEN_VERSION: Final = 1
@@ -108,11 +109,15 @@ STORE_FORMAT: Final = "vmfs-stub store"
 
 @dataclass(frozen=True, slots=True)
 class StoreDescription:
-    """What ``vmfs-store.json`` says: fixed for the life of a store."""
+    """What ``vmfs-store.json`` says: fixed for the life of a store.
+
+    ``version`` is the one that it was made with; see versions.py for the one that it is at.
+    """
 
     store_id: StoreId
     chunk_size: int
     is_encrypted: bool = False
+    version: int = STORE_VERSION
 
 
 def check_chunk_size(chunk_size: int) -> None:
@@ -129,7 +134,7 @@ def encode_description(description: StoreDescription) -> bytes:
     """The bytes of ``vmfs-store.json``."""
     return documents.encode(
         STORE_FORMAT,
-        STORE_VERSION,
+        description.version,
         {
             "store_id": description.store_id,
             "chunk_size": description.chunk_size,
@@ -159,4 +164,5 @@ def decode_description(data: bytes) -> StoreDescription:
     except ConfigError as exc:
         msg = f"{STORE_KEY}: {exc}"
         raise CorruptStoreObject(msg) from exc
-    return StoreDescription(StoreId(fields.hex_id("store_id")), chunk_size, is_encrypted)
+    store_id = StoreId(fields.hex_id("store_id"))
+    return StoreDescription(store_id, chunk_size, is_encrypted, fields.integer("version"))

@@ -30,13 +30,16 @@ from vmfs_stub.store.key_documents import (
     encode_key_document,
     parse_key_document,
 )
-from vmfs_stub.store.key_sources import KeySource
+from vmfs_stub.store.key_sources import KeyKind, KeySource
 from vmfs_stub.store.keys import KEYS, STORE_KEY, is_id, key_key
 from vmfs_stub.store.objects import ObjectStore
 from vmfs_stub.store.sealing import STORE_KEY_SIZE, StoreKey
+from vmfs_stub.store.versions import version_of
 
 KEYS_MAX: Final = 16
-"""Copies of a key in one store: each may cost a try that takes a second."""
+"""Copies of a key in one store, and passphrases that are tried: each try may take a second."""
+KEYS_READ_MAX: Final = 256
+"""Of more copies than there may be, how many are looked at."""
 HOW_TO_GIVE_A_KEY: Final = (
     "name its key in [store] key_file or passphrase_file of the configuration, or with --key FILE or --passphrase FILE"
 )
@@ -46,12 +49,13 @@ HOW_TO_GIVE_A_KEY: Final = (
 class SeenStore:
     """What has to be known of a store before it can be used: its description, and who can open it.
 
-    ``damaged`` are the key documents that cannot be read.
+    ``damaged`` are the key documents that cannot be read; ``unread_count`` more were not looked at.
     """
 
     description: StoreDescription
     key_documents: tuple[KeyDocument, ...] = ()
     damaged: tuple[IntegrityError | UnknownFormat, ...] = ()
+    unread_count: int = 0
 
     def unlock(self, source: KeySource | None) -> StoreKey | None:
         """The store's key; None of one that is not encrypted.  May take a second.
@@ -77,15 +81,19 @@ class SeenStore:
             raise KeyMissing(f"store {store_id} is encrypted: {HOW_TO_GIVE_A_KEY}")
         from vmfs_stub.store.key_wrapping import unwrap  # memory that plain stores do not need; likewise below
 
-        for document in self.key_documents:
+        suited = [document for document in self.key_documents if document.kind is source.kind]
+        tried = suited[:KEYS_MAX] if source.kind is KeyKind.PASSPHRASE else suited
+        for document in tried:
             key = unwrap(document, self.description, source)
             if key is not None:
                 return document.key_id, key
         if self.damaged:
             raise self.damaged[0]
+        untried = len(suited) - len(tried) + self.unread_count
+        more = f" ({untried} more were not tried: the store has more keys than {KEYS_MAX})" if untried else ""
         raise WrongKey(
-            f"{source.origin} opens none of the {len(self.key_documents)} keys of store {store_id}; is it another "
-            "store's, was it removed, or is the passphrase mistyped?"
+            f"{source.origin} opens none of the {len(self.key_documents)} keys of store {store_id}{more}; is it "
+            "another store's, was it removed, or is the passphrase mistyped?"
         )
 
     def encode(self) -> bytes:
@@ -101,7 +109,7 @@ def decode_seen(data: bytes) -> SeenStore:
     lines = data.splitlines(keepends=True)
     pairs = [b"".join(lines[at : at + 2]) for at in range(0, len(lines), 2)] or [b""]
     description = decode_description(pairs[0])
-    return SeenStore(description, tuple(parse_key_document(pair, KEYS) for pair in pairs[1 : KEYS_MAX + 1]))
+    return SeenStore(description, tuple(parse_key_document(pair, KEYS) for pair in pairs[1 : KEYS_READ_MAX + 1]))
 
 
 def look_at(objects: ObjectStore) -> SeenStore:
@@ -110,13 +118,12 @@ def look_at(objects: ObjectStore) -> SeenStore:
     Raises: ObjectMissing when there is none; UnknownFormat, CorruptStoreObject, StoreUnavailable, StoreDenied.
     """
     description = decode_description(objects.get(STORE_KEY, size_max=DOCUMENT_SIZE_MAX))
+    version_of(objects, description)
     if not description.is_encrypted:
         return SeenStore(description)
     names = sorted(info.key for info in objects.list(KEYS) if is_id(info.key.removeprefix(KEYS)))
-    if len(names) > KEYS_MAX:
-        raise CorruptStoreObject(f"{KEYS}: has {len(names)} keys where at most {KEYS_MAX} are valid")
     found, damaged = list[KeyDocument](), list[IntegrityError | UnknownFormat]()
-    for name in names:
+    for name in names[:KEYS_READ_MAX]:
         try:
             found.append(decode_key_document(objects.get(name, size_max=DOCUMENT_SIZE_MAX), name))
         except ObjectMissing:
@@ -125,7 +132,7 @@ def look_at(objects: ObjectStore) -> SeenStore:
             damaged.append(exc)
     if not found and not damaged:
         raise CorruptStoreObject(f"{KEYS}: is empty: nobody can open store {description.store_id}; bring it back")
-    return SeenStore(description, tuple(found), tuple(damaged))
+    return SeenStore(description, tuple(found), tuple(damaged), max(0, len(names) - KEYS_READ_MAX))
 
 
 def new_store_key() -> StoreKey:
@@ -166,19 +173,27 @@ def add_key(objects: ObjectStore, seen: SeenStore, source: KeySource, new: KeySo
     key = seen.unlock(source)
     if key is None:
         raise Refused("the store is not encrypted: that is decided when it is made")
-    if len(seen.key_documents) + len(seen.damaged) >= KEYS_MAX:
-        raise Refused(f"the store has {KEYS_MAX} keys already; remove one first")
+    count = len(seen.key_documents) + len(seen.damaged) + seen.unread_count
+    if count >= KEYS_MAX:
+        raise Refused(f"the store has {count} keys already, and may have {KEYS_MAX}; remove one first")
     return put_key(objects, seen.description, key, new)
 
 
-def remove_key(objects: ObjectStore, seen: SeenStore, source: KeySource, key_id: str) -> None:
+def remove_key(objects: ObjectStore, seen: SeenStore, source: KeySource, key_id: str) -> KeyDocument | None:
     """Take a key of the store away; never the one that opens it here, so that one that works is always left.
 
-    Raises: as `SeenStore.unlock`; NotFound, Refused.
+    Of two who take away each other's at once, the later one finds its own gone, and makes a copy anew, which is
+    returned: under another name, since the other's request to delete may come twice.
+    Raises: as `SeenStore.unlock` and `put_key`; NotFound, Refused.
     """
-    in_use = seen.opened_by(source)
-    if key_id == in_use:
+    in_use, key = seen._opened(source)
+    if in_use is None or key is None or key_id == in_use:
         raise Refused(f"{key_id} is the key that you use now; add another one, and use that to remove this")
     if not is_id(key_id) or key_key(key_id) not in {info.key for info in objects.list(KEYS)}:
         raise NotFound(f"the store has no key {key_id}; `vmfs-stub store keys` lists them")
     objects.delete(key_key(key_id))
+    try:
+        objects.size(key_key(in_use))
+    except ObjectMissing:
+        return put_key(objects, seen.description, key, source)
+    return None

@@ -35,6 +35,7 @@ QUARANTINED: Final = "quarantined/"
 MOVED: Final = "moved/"
 PROBES: Final = "doctor-probe/"
 KEYS: Final = "keys/"
+VERSIONS: Final = "versions/"
 PENDING_SUFFIX: Final = ".pending"
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}(?:/[A-Za-z0-9][A-Za-z0-9._-]{0,199}){0,7}\Z")
@@ -106,6 +107,11 @@ def pack_key(pack_id: PackId) -> str:
 def key_key(key_id: str) -> str:
     """Name of a wrapped copy of the store's key."""
     return f"{KEYS}{_checked(key_id)}"
+
+
+def version_key(version: int) -> str:
+    """Name of the mark that the store was raised to a version."""
+    return f"{VERSIONS}{version}"
 
 
 def segment_key(segment_id: SegmentId) -> str:

@@ -14,6 +14,7 @@ import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Final
 
 from vmfs_stub.core.chunking import chunk_count
 from vmfs_stub.core.errors import ConfigError, CorruptManifest, PointNotFound
@@ -132,6 +133,10 @@ def decode_manifest(data: bytes, key: str) -> Manifest:
         files=files,
         metadata=fields.mapping("metadata"),
     )
+
+
+VOID_SIZE_MAX: Final = 256
+"""Bytes of a void manifest, sealed or not: what is larger is none."""
 
 
 def encode_void(nonce: str) -> bytes:

@@ -7,18 +7,22 @@ and not known to be would be deleted.  Memory is bounded at any size of store.  
 
 from __future__ import annotations
 
+import logging
+import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Final
 
 from xxhash import xxh3_128_digest
 
-from vmfs_stub.core.errors import ObjectMissing, PointNotFound
+from vmfs_stub.core.errors import CorruptStoreObject, ObjectMissing, PointNotFound, PrimaryIOError, UnknownFormat
 from vmfs_stub.core.ids import PackId, SegmentId, StoreId
-from vmfs_stub.store.cache_file import open_or_remake
-from vmfs_stub.store.format import MANIFEST_SIZE_MAX, SEGMENT_SIZE_MAX
+from vmfs_stub.store.cache_file import is_damage, open_or_remake, remove, unusable
+from vmfs_stub.store.format import INDEX_SIZE_MAX, MANIFEST_SIZE_MAX, SEGMENT_SIZE_MAX
+from vmfs_stub.store.index_objects import decode_index
 from vmfs_stub.store.keys import MOVED, PENDING_SUFFIX, is_id, segment_key
 from vmfs_stub.store.manifest import decode_manifest
 from vmfs_stub.store.moved import moved_packs
@@ -26,9 +30,11 @@ from vmfs_stub.store.objects import ObjectStore
 from vmfs_stub.store.sealing import PLAIN, Sealing
 from vmfs_stub.store.segments import Segment
 
+log = logging.getLogger(__name__)
+
 SCHEMA_VERSION: Final = 1
 _SCHEMA: Final = """
-CREATE TABLE objects (                      -- manifests and segments
+CREATE TABLE objects (                      -- manifests, segments and index objects
     key TEXT PRIMARY KEY,
     named BLOB NOT NULL,                    -- segments, or packs, one behind the other
     digest BLOB NOT NULL                    -- of the key and these
@@ -59,12 +65,18 @@ class Reachability:
     ) -> None:
         """Open the file, or make it afresh when it is missing, damaged or another store's; None keeps it in memory.
 
-        Raises: PrimaryIOError.
+        So does one that cannot be used, or that another process uses.
         """
         self._objects = objects
+        self._store_id = store_id
         self._sealing = sealing
         self._workers = workers
-        self._database = open_or_remake(path, store_id, schema=_SCHEMA, version=SCHEMA_VERSION)
+        self._path = path
+        try:
+            self._database = open_or_remake(path, store_id, schema=_SCHEMA, version=SCHEMA_VERSION, alone=True)
+        except PrimaryIOError as exc:
+            log.warning("%s; does another garbage collection run here?  This one keeps what it finds in memory", exc)
+            self._stand_in()
 
     def close(self) -> None:
         """Close the file."""
@@ -73,10 +85,36 @@ class Reachability:
     def look(self, keys: Collection[str]) -> None:
         """Find out what the manifests of these keys need, pending ones included; one that is gone needs nothing.
 
-        Where frames of a needed pack were moved to is needed, too.
+        Where frames of a needed pack were moved to is needed, too.  A file that fails is done without.
         Raises: IntegrityError kinds (also of a document that says so), UnknownFormat, ObjectMissing (of a segment),
         StoreUnavailable, StoreDenied: what is needed is then not known.
         """
+        try:
+            self._look(keys)
+        except sqlite3.Error as exc:
+            if self._path is None:
+                raise unusable(None, exc) from exc
+            log.warning("%s; it is not used in this run", unusable(self._path, exc))
+            self._database.close()
+            if is_damage(exc):
+                with suppress(OSError):
+                    remove(self._path)
+            self._stand_in()
+            with self._translated():
+                self._look(keys)
+
+    def _stand_in(self) -> None:
+        self._path = None
+        self._database = open_or_remake(None, self._store_id, schema=_SCHEMA, version=SCHEMA_VERSION)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as exc:
+            raise unusable(self._path, exc) from exc
+
+    def _look(self, keys: Collection[str]) -> None:
         self._database.executescript(_LOOK)
         for _, named in self._named(iter(sorted(keys)), self._segments_of):
             self._enter("segments", named, _SEGMENT_BYTES)
@@ -116,6 +154,15 @@ class Reachability:
                 msg = f"{key} needs {segments[0]}, which is not in the store; run verify, and forget what is lost"
                 raise ObjectMissing(msg)
 
+    def packs_of_index(self, keys: Collection[str]) -> Iterator[tuple[str, list[PackId]]]:
+        """Which packs these index objects name; one that is gone or cannot be read names none.
+
+        Raises: StoreUnavailable, StoreDenied, PrimaryIOError.
+        """
+        with self._translated():
+            for key, named in self._named(iter(sorted(keys)), self._indexed_packs):
+                yield key, [PackId(an_id.hex()) for an_id in _split(named or b"", _PACK_BYTES)]
+
     def has_pack(self, pack_id: PackId) -> bool:
         """Whether what was looked at needs it."""
         return self._has("packs", pack_id)
@@ -125,8 +172,11 @@ class Reachability:
         return self._has("segments", segment_id)
 
     def forget_all_but(self, keys: Collection[str]) -> None:
-        """Keep what is known of manifests of these keys, and of the segments that were last found to be needed."""
-        with self._database:
+        """Keep what is known of these objects, and of the segments that were last found to be needed.
+
+        Raises: PrimaryIOError.
+        """
+        with self._translated(), self._database:
             for (key,) in self._database.execute("SELECT key FROM objects").fetchall():
                 if key not in keys and not self._is_needed_segment(key):
                     self._database.execute("DELETE FROM objects WHERE key = ?", (key,))
@@ -136,7 +186,8 @@ class Reachability:
 
     def _has(self, table: str, an_id: str) -> bool:
         query = f"SELECT 1 FROM temp.{table} WHERE id = ?"
-        return self._database.execute(query, (bytes.fromhex(an_id),)).fetchone() is not None
+        with self._translated():
+            return self._database.execute(query, (bytes.fromhex(an_id),)).fetchone() is not None
 
     def _enter(self, table: str, named: bytes | None, size: int) -> None:
         ids = ((an_id,) for an_id in _split(named or b"", size))
@@ -192,6 +243,13 @@ class Reachability:
             return b""  # a void one
         named = {one for stored in manifest.files for one in stored.segments if one is not None}
         return bytes.fromhex("".join(sorted(named)))
+
+    def _indexed_packs(self, key: str) -> bytes:
+        try:
+            packs = decode_index(self._objects.get(key, size_max=INDEX_SIZE_MAX), key)
+        except (CorruptStoreObject, UnknownFormat):
+            return b""  # it is of no use, and no harm
+        return bytes.fromhex("".join(pack_id for pack_id, _ in packs))
 
     def _packs_of(self, key: str) -> bytes:
         segment_id = SegmentId(key.rpartition("/")[2])

@@ -59,12 +59,13 @@ from vmfs_stub.store.keys import (
     pins_of,
     writer_of,
 )
-from vmfs_stub.store.manifest import Manifest, decode_manifest
+from vmfs_stub.store.manifest import VOID_SIZE_MAX, Manifest, decode_manifest
 from vmfs_stub.store.moved import UNREADABLE, MovedFrames
 from vmfs_stub.store.objects import ObjectInfo, ObjectStore
 from vmfs_stub.store.pins import Pin, decode_pin, remove_pin, valid_pins
 from vmfs_stub.store.quarantine import quarantined_packs
 from vmfs_stub.store.sealing import StoreKey, sealing_of
+from vmfs_stub.store.versions import version_of
 
 SUMMARIES_KEPT: Final = 100_000
 """Summaries of immutable manifests kept in memory: 2,000 VMs with 30 points and room to spare."""
@@ -114,7 +115,8 @@ class Store:
         self.chunk_size = description.chunk_size
         self.segments = SegmentCache(objects, self.sealing)
         self.moved = MovedFrames(self.objects, self.fetch_in_place)
-        self._summaries: OrderedDict[str, PointSummary] = OrderedDict()
+        self._summaries: OrderedDict[str, PointSummary | None] = OrderedDict()
+        """None: there is no such point."""
         self._lock = threading.Lock()
 
     @classmethod
@@ -163,10 +165,10 @@ class Store:
                 return cls.open(objects, source)
 
     def check(self) -> None:
-        """See that this store is where it is expected, and is itself.
+        """See that this store is where it is expected, is itself, and is at a version that this program knows.
 
-        Raises: ObjectMissing, CorruptStoreObject, StoreUnavailable, StoreDenied; WrongStore when another store is
-        in its place.
+        Raises: ObjectMissing, CorruptStoreObject, UnknownFormat, StoreUnavailable, StoreDenied; WrongStore when another
+        store is in its place.
         """
         found = decode_description(self.objects.get(STORE_KEY, size_max=DOCUMENT_SIZE_MAX))
         if found != self.description:
@@ -175,11 +177,12 @@ class Store:
                 "[store] url and start the daemon again"
             )
             raise WrongStore(msg)
+        version_of(self.objects, self.description)
 
     def vms(self) -> list[StoredVm]:
         """All VMs with committed restore points that are not forgotten, by name."""
         by_vm: dict[VmId, list[PointSummary]] = {}
-        for vm_id, point_id in self._point_ids():
+        for vm_id, point_id, _ in self._committed():
             summary = self._summary(vm_id, point_id)
             if summary is not None:
                 by_vm.setdefault(vm_id, []).append(summary)
@@ -191,12 +194,18 @@ class Store:
         return sorted(vms, key=lambda vm: (vm.name, vm.vm_id))
 
     def point_counts(self) -> dict[VmId, int]:
-        """Number of restore points of each VM as `vms` has them, from the names alone.  Raises: StoreUnavailable."""
-        return dict(Counter(vm_id for vm_id, _ in self._point_ids()))
+        """Number of restore points of each VM as `vms` has them, from names and sizes.  Raises: StoreUnavailable."""
+        return dict(
+            Counter(
+                vm_id
+                for vm_id, point_id, size in self._committed()
+                if size > VOID_SIZE_MAX or self._summary(vm_id, point_id) is not None
+            )
+        )
 
     def points(self, vm_id: VmId, *, with_damaged: bool = False) -> list[PointSummary]:
         """Restore points of a VM as `vms` has them, oldest first; those with a damaged manifest only when asked for."""
-        found = [self._summary(vm_id, point_id) for _, point_id in self._point_ids(vm_id)]
+        found = [self._summary(vm_id, point_id) for _, point_id, _ in self._committed(vm_id)]
         known = [summary for summary in found if summary is not None]
         return list(_oldest_first([point for point in known if with_damaged or point.damaged is None]))
 
@@ -355,12 +364,15 @@ class Store:
             quarantined=quarantined,
         )
 
-    def _point_ids(self, vm_id: VmId | None = None) -> Iterator[tuple[VmId, PointId]]:
-        """Committed points of a VM, or of all, that are not forgotten."""
+    def _committed(self, vm_id: VmId | None = None) -> Iterator[tuple[VmId, PointId, int]]:
+        """Points of a VM, or of all, that are not forgotten, with the sizes of their manifests; void ones included."""
         of_manifests, of_marks = (MANIFESTS, FORGOTTEN) if vm_id is None else (manifests_of(vm_id), forgotten_of(vm_id))
         # The marks first: a mark goes after its manifest, which must not be taken for one that never had any.
         forgotten = set(_points_named(self.objects.list(of_marks)))
-        return (ids for ids in _points_named(self.objects.list(of_manifests)) if ids not in forgotten)
+        for info in self.objects.list(of_manifests):
+            for ids in _points_named([info]):
+                if ids not in forgotten:
+                    yield (*ids, info.size)
 
     def _check_present(self) -> None:
         """Tell a store that is away (a mount that is missing) from an object that is.  Raises StoreUnavailable."""
@@ -386,25 +398,29 @@ class Store:
     def _summary(self, vm_id: VmId, point_id: PointId) -> PointSummary | None:
         key = manifest_key(vm_id, point_id)
         with self._lock:
-            kept = self._summaries.get(key)
-        if kept is not None:
-            return kept
+            if key in self._summaries:
+                return self._summaries[key]
         try:
             manifest = self._manifest(vm_id, point_id)
-        except PointNotFound:
-            return None  # pruned since the listing
+        except PointNotFound:  # a void one, or deleted since the listing: there never will be another of this name
+            return self._keep(key, None)
         except (CorruptManifest, UnknownFormat) as exc:
             return PointSummary(vm_id, point_id, "", 0.0, "", 0, 0, damaged=str(exc))
-        summary = PointSummary(
-            vm_id,
-            point_id,
-            manifest.vm_name,
-            manifest.created_s,
-            manifest.host,
-            len(manifest.files),
-            manifest.size,
-            datastore=manifest.metadata.get("datastore", ""),
+        return self._keep(
+            key,
+            PointSummary(
+                vm_id,
+                point_id,
+                manifest.vm_name,
+                manifest.created_s,
+                manifest.host,
+                len(manifest.files),
+                manifest.size,
+                datastore=manifest.metadata.get("datastore", ""),
+            ),
         )
+
+    def _keep(self, key: str, summary: PointSummary | None) -> PointSummary | None:
         with self._lock:
             self._summaries[key] = summary
             if len(self._summaries) > SUMMARIES_KEPT:
