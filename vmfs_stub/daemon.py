@@ -80,7 +80,8 @@ TRANSFER_TIMEOUT_FACTOR = 6
 def run(config: Config) -> None:
     """Serve the datastore until it is unmounted or told to end by a signal.
 
-    Raises DatastoreLocked, StoreError, PrimaryError, Refused and ConfigError when it cannot start.
+    Raises DatastoreLocked, StoreError, PrimaryError, CorruptRecord, UnknownFormat, Refused and ConfigError when it
+    cannot start.
     """
     with single_error():
         trio.run(_main, config, strict_exception_groups=True)
@@ -128,7 +129,10 @@ def take_lock(config: Config) -> int:
 def look_at_placeholders(
     config: Config, files: FileCalls, placeholders: PlaceholderIndex
 ) -> tuple[PrivateState, Recovered]:
-    """The private state, and what start-up found in it; fills ``placeholders``.  Raises PrimaryIOError."""
+    """The private state, and what start-up found in it; fills ``placeholders``.
+
+    Raises PrimaryIOError; CorruptRecord, UnknownFormat: which datastore this is cannot be told.
+    """
     datastore = config.datastore
     try:
         private = PrivateState.at(datastore.backing, datastore.runtime_dir, files=files)

@@ -10,6 +10,7 @@ TARGETS: dict[str, type[Target]] = {
     for kind in (
         targets_primary.RecordTarget,
         targets_primary.VmIdentityTarget,
+        targets_primary.DatastoreIdTarget,
         targets_primary.TopModeTarget,
         targets_primary.DurableMapTarget,
         targets_primary.VolatileMapTarget,

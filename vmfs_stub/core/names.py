@@ -11,6 +11,9 @@ ORPHANS_DIR = "orphans"
 CHANGES_DIR = "changes"
 """Directory in it, and in the runtime directory, with what changed since the last backups."""
 
+DATASTORE_FILE = "datastore"
+"""File in it that says which datastore this is."""
+
 RESERVE_FILE = "reserve"
 """File in it that keeps space back."""
 
