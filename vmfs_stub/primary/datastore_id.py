@@ -86,7 +86,7 @@ def _load(files: FileCalls, path: Path) -> tuple[DatastoreId, int, int] | None:
 
 def _save(files: FileCalls, path: Path, data: bytes) -> None:
     new = path.with_name(path.name + NEW_SUFFIX)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = files.call("datastore.create", os.open, new, flags, 0o600)
     try:
         files.call("datastore.write", write_fully, fd, data, 0)
