@@ -206,6 +206,7 @@ async def _open_datastore(config: Config) -> AsyncIterator[trio.Event]:
                 background.start_soon(datastore.watch_store)
                 background.start_soon(datastore.record_accesses)
                 background.start_soon(services.retirement.run)
+                background.start_soon(services.claims.run)
                 background.start_soon(_sync_regularly, services.disks, config.primary.sync_interval_s)
                 background.start_soon(_end_on_signal, stop)
                 background.start_soon(_end_with_mount, mount.ended, stop)

@@ -14,6 +14,9 @@ CHANGES_DIR = "changes"
 DATASTORE_FILE = "datastore"
 """File in it that says which datastore this is."""
 
+CLAIMS_DIR = "claims"
+"""Directory in it with a note of each claim that the datastore holds."""
+
 RESERVE_FILE = "reserve"
 """File in it that keeps space back."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vmfs_stub.core.errors import CorruptMap, IdentityMismatch, MapFrozen, MapMissing, UnknownFormat
 from vmfs_stub.core.ids import DatastoreId, PlaceholderId
-from vmfs_stub.core.names import CHANGES_DIR, ORPHANS_DIR, PRIVATE_DIR, RESERVE_FILE
+from vmfs_stub.core.names import CHANGES_DIR, CLAIMS_DIR, ORPHANS_DIR, PRIVATE_DIR, RESERVE_FILE
 from vmfs_stub.core.sites import PLAIN
 from vmfs_stub.primary.datastore_id import load_or_make_datastore_id
 from vmfs_stub.primary.durable_map import MAP_SUFFIX, PAGE_BITS_SIZE, DurableMap, MapHeader, MapState
@@ -40,6 +40,7 @@ class PrivateState:
     changes: Path
     volatile_changes: Path
     boot: BootIdentity
+    claims: Path
     reserve: Reserve
     orphans: Orphans
 
@@ -50,9 +51,10 @@ class PrivateState:
         Raises CorruptRecord, UnknownFormat (of the id), OSError.
         """
         maps, volatile = backing / PRIVATE_DIR / "maps", runtime_dir / "maps"
-        orphans = backing / PRIVATE_DIR / ORPHANS_DIR
+        orphans, claims = backing / PRIVATE_DIR / ORPHANS_DIR, backing / PRIVATE_DIR / CLAIMS_DIR
         changes, volatile_changes = backing / PRIVATE_DIR / CHANGES_DIR, runtime_dir / CHANGES_DIR
-        for directory in (backing / PRIVATE_DIR, maps, orphans, changes, runtime_dir, volatile, volatile_changes):
+        private = (backing / PRIVATE_DIR, maps, orphans, claims, changes)
+        for directory in (*private, runtime_dir, volatile, volatile_changes):
             files.call("start.private", directory.mkdir, mode=0o700, parents=True, exist_ok=True)
         files.call("start.private_sync", sync_directory, backing / PRIVATE_DIR)
         fd = files.call("start.backing", os.open, backing, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -67,6 +69,7 @@ class PrivateState:
                 changes=changes,
                 volatile_changes=volatile_changes,
                 boot=boot_identity(fd),
+                claims=claims,
                 reserve=reserve,
                 orphans=Orphans(orphans),
             )
