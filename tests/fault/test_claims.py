@@ -481,7 +481,7 @@ async def test_a_note_that_cannot_be_removed_keeps_the_vm_held() -> None:
         async with rig.running(files=files) as services:
             files.fail("claims.clear", 1, OSError(5, "planted"))
             report = await services.archive("vm")
-            assert "stays here" in report.warning
+            assert "stays claimed here" in report.warning
             assert (newest(rig).state, epochs(rig)) == (ClaimState.HELD, [1])
             with store_away(rig):
                 disk = await services.open(DISK)

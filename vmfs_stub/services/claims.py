@@ -197,12 +197,12 @@ class Claims:
                 await self._threads.files(self._notes.remove, vm_id)
             except OSError as exc:
                 self._held[vm_id] = held
-                return f"its claim stays here: {exc.strerror}"
+                return f"it stays claimed here: {exc.strerror}"
             try:
                 claim = self._claim(vm_id, ClaimState.FREE, held.epoch + 1, point_id)
                 await self._threads.background(put_claim, self._store.objects, claim)
             except VmfsStubError as exc:
-                return f"its claim stays here until it is archived again: {exc}"
+                return f"it may stay claimed here until it is archived again: {exc}"
         return ""
 
     async def take(self, vm_id: VmId, point_id: PointId, *, force: bool = False) -> bool:
