@@ -203,7 +203,7 @@ def fill_before_the_claim(patch: Patch) -> None:
 
 def keep_the_note(patch: Patch) -> None:
     """A restart believes that the VM is held which was set free."""
-    patch.setattr(ClaimNotes, "remove", lambda self, vm_id: None)
+    patch.setattr(ClaimNotes, "remove", lambda self, store_id, vm_id: None)
 
 
 # Syncs

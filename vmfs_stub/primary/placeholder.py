@@ -18,6 +18,7 @@ from vmfs_stub.core.errors import CorruptMap, IdentityMismatch, MapFrozen, MapMi
 from vmfs_stub.core.ids import DatastoreId, PlaceholderId
 from vmfs_stub.core.names import CHANGES_DIR, CLAIMS_DIR, ORPHANS_DIR, PRIVATE_DIR, RESERVE_FILE
 from vmfs_stub.core.sites import PLAIN
+from vmfs_stub.primary.claim_notes import ClaimNotes
 from vmfs_stub.primary.datastore_id import load_or_make_datastore_id
 from vmfs_stub.primary.durable_map import MAP_SUFFIX, PAGE_BITS_SIZE, DurableMap, MapHeader, MapState
 from vmfs_stub.primary.files import FileCalls, sync_directory
@@ -40,7 +41,7 @@ class PrivateState:
     changes: Path
     volatile_changes: Path
     boot: BootIdentity
-    claims: Path
+    claims: ClaimNotes
     reserve: Reserve
     orphans: Orphans
 
@@ -61,15 +62,15 @@ class PrivateState:
         try:
             files.call("start.private_sync", os.fsync, fd)
             reserve = Reserve(backing / PRIVATE_DIR / RESERVE_FILE)
-            made = partial(load_or_make_datastore_id, files, backing / PRIVATE_DIR)
+            datastore_id = reserve.lend(files, partial(load_or_make_datastore_id, files, backing / PRIVATE_DIR))
             return cls(
-                datastore_id=reserve.lend(files, made),
+                datastore_id=datastore_id,
                 maps=maps,
                 volatile_maps=volatile,
                 changes=changes,
                 volatile_changes=volatile_changes,
                 boot=boot_identity(fd),
-                claims=claims,
+                claims=ClaimNotes(files, claims, datastore_id),
                 reserve=reserve,
                 orphans=Orphans(orphans),
             )

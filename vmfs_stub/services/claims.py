@@ -19,10 +19,8 @@ from dataclasses import dataclass, field
 
 import trio
 
-from vmfs_stub.core.errors import PrimaryIOError, StoreUnavailable, VmfsStubError, WrongStore
+from vmfs_stub.core.errors import StoreUnavailable, VmfsStubError, WrongStore
 from vmfs_stub.core.ids import PointId, VmId
-from vmfs_stub.primary.claim_notes import ClaimNotes
-from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.primary.record import PlaceholderRecord
 from vmfs_stub.services.threads import Threads
@@ -70,25 +68,20 @@ class Claims:
         self,
         *,
         nursery: trio.Nursery,
-        files: FileCalls,
         threads: Threads,
         store: Store,
         private: PrivateState,
         host: str,
         datastore: str,
     ) -> None:
-        """Raises PrimaryIOError when what is noted cannot be read."""
         self._nursery = nursery
         self._threads = threads
         self._store = store
         self._datastore_id = private.datastore_id
         self._host = host
         self._datastore = datastore
-        self._notes = ClaimNotes(files, private.claims, datastore_id=private.datastore_id, store_id=store.id)
-        try:
-            self._held = {vm_id: _Held(epoch) for vm_id, epoch in self._notes.load().items()}
-        except OSError as exc:
-            raise PrimaryIOError(f"{private.claims}: cannot be read: {exc.strerror}; check the filesystem") from exc
+        self._notes = private.claims
+        self._held = {vm_id: _Held(epoch) for vm_id, epoch in private.claims.held(store.id).items()}
         self._attempts: dict[VmId, _Attempt] = {}
         self._locks: dict[VmId, trio.Lock] = {}
         """Of VMs that are being taken or given up."""
@@ -194,7 +187,7 @@ class Claims:
             # Whoever uses it from here on has to take it again, after this.
             del self._held[vm_id]
             try:
-                await self._threads.files(self._notes.remove, vm_id)
+                await self._threads.files(self._notes.remove, self._store.id, vm_id)
             except OSError as exc:
                 self._held[vm_id] = held
                 return f"it stays claimed here: {exc.strerror}"
@@ -240,7 +233,7 @@ class Claims:
         log.warning("VM %s was taken over: what is absent of it here is not recalled any more", vm_id)
         del self._held[vm_id]
         try:
-            await self._threads.files(self._notes.remove, vm_id)
+            await self._threads.files(self._notes.remove, self._store.id, vm_id)
         except OSError as exc:
             log.warning("the note that VM %s is claimed stays until the next start: %s", vm_id, exc.strerror)
 
@@ -268,7 +261,7 @@ class Claims:
 
     async def _note(self, vm_id: VmId, epoch: int) -> None:
         try:
-            await self._threads.files(self._notes.add, vm_id, epoch)
+            await self._threads.files(self._notes.add, self._store.id, vm_id, epoch)
         except OSError as exc:
             log.warning("VM %s is claimed here, but that could not be noted (%s): a restart asks the store", vm_id, exc)
 

@@ -70,13 +70,9 @@ def connect_services(
     changes_left: ChangesLeft,
     findings: Findings,
 ) -> DiskServices:
-    """Make the services; their background work runs in ``nursery``, and ends when that is cancelled.
-
-    Raises PrimaryIOError.
-    """
+    """Make the services; their background work runs in ``nursery``, and ends when that is cancelled."""
     claims = Claims(
         nursery=nursery,
-        files=files,
         threads=threads,
         store=store,
         private=private,
