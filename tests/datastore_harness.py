@@ -257,6 +257,7 @@ class Services:
     store: Store
 
     def __post_init__(self) -> None:
+        self.claims = self.connected.claims
         self.recall = self.connected.recall
         self.retirement = self.connected.retirement
         self.disks = self.connected.disks

@@ -82,7 +82,7 @@ def run(config: Config, *, machine: Machine | None = None, pace: Pace = PACE) ->
     """Serve the datastore until it is unmounted or told to end by a signal.
 
     ``machine`` and ``pace`` are what others see of this host, for tests.  Raises DatastoreLocked, StoreError,
-    PrimaryError, Refused and ConfigError when it cannot start.
+    PrimaryError, CorruptRecord, UnknownFormat, Refused and ConfigError when it cannot start.
     """
     with single_error():
         trio.run(_main, config, machine or Machine.this(), pace, strict_exception_groups=True)
@@ -106,7 +106,10 @@ async def _main(config: Config, machine: Machine, pace: Pace) -> None:
 def look_at_placeholders(
     config: Config, files: FileCalls, placeholders: PlaceholderIndex
 ) -> tuple[PrivateState, Recovered]:
-    """The private state, and what start-up found in it; fills ``placeholders``.  Raises PrimaryIOError."""
+    """The private state, and what start-up found in it; fills ``placeholders``.
+
+    Raises PrimaryIOError; CorruptRecord, UnknownFormat: which datastore this is cannot be told.
+    """
     datastore = config.datastore
     try:
         private = PrivateState.at(datastore.backing, datastore.runtime_dir, files=files)
@@ -180,6 +183,7 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
                 background.start_soon(datastore.watch_store)
                 background.start_soon(datastore.record_accesses)
                 background.start_soon(services.retirement.run)
+                background.start_soon(services.claims.run)
                 background.start_soon(_sync_regularly, services.disks, config.primary.sync_interval_s)
                 background.start_soon(_end_on_signal, stop)
                 background.start_soon(_end_with_mount, mount.ended, stop)

@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -54,6 +54,9 @@ from vmfs_stub.store.store import Store
 
 log = logging.getLogger(__name__)
 
+Step = Callable[[Vm, Callable[[int], None]], Awaitable[VmOutcome]]
+"""What a job does with one VM; the function gets the number of bytes dealt with since it was last called."""
+
 PROBE_INTERVAL_S = 15.0
 """How often the store is asked whether it is there."""
 ACCESS_INTERVAL_S = 10.0
@@ -85,6 +88,7 @@ class Datastore:
         self._inventory = inventory
         self._catalog = catalog
         self._store = store
+        self._claims = services.claims
         self._disks = services.disks
         self._recall = services.recall
         self._hydration = services.hydration
@@ -318,10 +322,11 @@ class Datastore:
     async def start_backup(self, vms: Sequence[str], *, archive: bool, peer: Peer) -> JobId:
         """Back up the named VMs (none named: all)."""
         # Whether a VM is idle is decided from usage samples, and none are kept yet: none count as idle.
-        step = partial(self._back_up, archive=False)
         if vms:
-            return self._start("backup", await self._named(vms), step, peer=peer)
+            named = await self._named(vms)
+            return self._start("backup", named, self._backing_up(named, archive=False), peer=peer)
         scan = await self._scan()
+        step = self._backing_up(scan.vms, archive=False)
         return self._start("backup", scan.vms, step, peer=peer, tolerant=True, unread=scan.unread)
 
     async def start_archive(self, vms: Sequence[str], *, peer: Peer) -> JobId:
@@ -332,7 +337,7 @@ class Datastore:
                 disk = self._disks.get(file.ino)
                 if disk is not None and disk.open_count:
                     raise InUse(f"VM {vm.name} is in use: {disk.label} is open; shut it down first")
-        return self._start("archive", found, partial(self._back_up, archive=True), peer=peer)
+        return self._start("archive", found, self._backing_up(found, archive=True), peer=peer)
 
     async def start_recall(self, vms: Sequence[str], *, peer: Peer) -> JobId:
         """Bring the named VMs back in full; raises RecallsHeld."""
@@ -357,7 +362,7 @@ class Datastore:
         self,
         kind: JobKind,
         vms: Sequence[Vm],
-        step: Callable[[Vm, Callable[[int], None]], Awaitable[VmOutcome]],
+        step: Step,
         *,
         peer: Peer,
         tolerant: bool = False,
@@ -386,10 +391,24 @@ class Datastore:
 
         return self._jobs.start(kind, [vm.name for vm in vms], work, peer=peer)
 
-    async def _back_up(self, vm: Vm, progress: Callable[[int], None], *, archive: bool) -> VmOutcome:
+    def _backing_up(self, vms: Sequence[Vm], *, archive: bool) -> Step:
+        """The step of a job that backs up these VMs; the claims of many are listed once, not for each."""
+        claimed: Mapping[VmId, int] | None = None
+
+        async def step(vm: Vm, progress: Callable[[int], None]) -> VmOutcome:
+            nonlocal claimed
+            if claimed is None and len(vms) > 1:
+                claimed = await self._claims.survey()
+            return await self._back_up(vm, progress, archive=archive, claimed=claimed)
+
+        return step
+
+    async def _back_up(
+        self, vm: Vm, progress: Callable[[int], None], *, archive: bool, claimed: Mapping[VmId, int] | None
+    ) -> VmOutcome:
         for file in vm.files:
             await self._hydration.stop(file.ino)
-        report = await self._archiver.run(vm, archive=archive, progress=progress)
+        report = await self._archiver.run(vm, archive=archive, progress=progress, claimed=claimed)
         outcome = "archived" if report.placeholders else "backed up"
         abandoned, placeholders = printable(report.abandoned), [printable(path) for path in report.placeholders]
         left_out = [printable(path) for path in report.left_out]
@@ -402,7 +421,7 @@ class Datastore:
             "abandoned": abandoned,
             "left_out": left_out,
             "forgotten": forgotten,
-            "message": "; ".join(filter(None, (message, retention))),
+            "message": "; ".join(filter(None, (message, report.warning, retention))),
             "outcome": outcome,
         }
         return VmOutcome.model_validate({**asdict(report), **shown})

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import secrets
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from unittest import mock
 
 from tests.collection.world import Host, HostObjects, World
 from tests.store_points import finish, stored_file, write_chunks
 from vmfs_stub.core.errors import ObjectMissing, PointNotFound, PointPinned, StoreConflict, StoreUnavailable
-from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
+from vmfs_stub.core.ids import DatastoreId, PlaceholderId, PointId, VmId
 from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.claims import Claim, ClaimState, newest_claim, try_claim
 from vmfs_stub.store.collector import Collector
 from vmfs_stub.store.condemned import decode_condemned
-from vmfs_stub.store.keys import CONDEMNED, LEASES, MANIFESTS, PACKS, PENDING_SUFFIX, SEGMENTS, forgotten_key
+from vmfs_stub.store.keys import CLAIMS, CONDEMNED, LEASES, MANIFESTS, PACKS, PENDING_SUFFIX, SEGMENTS, forgotten_key
 from vmfs_stub.store.leases import LEASE_INTERVAL_S
 from vmfs_stub.store.objects import ObjectStore
 from vmfs_stub.store.pins import Pin, encode_pin
@@ -40,6 +41,9 @@ class Record:
     pinned: dict[Point, set[PlaceholderId]] = field(default_factory=dict)
     conflicts: int = 0
     runs: int = 0
+    running: dict[VmId, str] = field(default_factory=dict)
+    """Which host uses the VM."""
+    starts: int = 0
 
 
 class Play:
@@ -155,6 +159,32 @@ class Play:
             return True
         return False
 
+    # Who runs which VM
+
+    def run_vms(self, host: Host) -> None:
+        """Take VMs that are free, use each for a while, and set it free."""
+        objects, datastore_id = self.objects(host), DatastoreId(secrets.token_hex(16))
+        while True:
+            self.world.pause(host, self._random.random() * 60)
+            vm_id = self._random.choice(VMS[:2])
+            with suppress(StoreUnavailable):
+                newest = newest_claim(objects, vm_id)
+                if newest is not None and newest.state is ClaimState.HELD and newest.datastore_id != datastore_id:
+                    continue
+                epoch = 1 if newest is None else newest.epoch + 1
+                held = Claim(vm_id, epoch, ClaimState.HELD, datastore_id, host.name, "vms", 0.0)
+                if try_claim(objects, held) is None:
+                    self._run_vm(host, vm_id)
+                    free = replace(held, epoch=epoch + 1, state=ClaimState.FREE, point_id=PointId("0" * 32))
+                    try_claim(objects, free)  # and others may have gone on before it returns
+
+    def _run_vm(self, host: Host, vm_id: VmId) -> None:
+        other = self.record.running.setdefault(vm_id, host.name)
+        assert other == host.name, f"{other} and {host.name} use the same VM"
+        self.record.starts += 1
+        self.world.pause(host, self._random.random() * 100)
+        del self.record.running[vm_id]
+
     # Collectors
 
     def collect(self, host: Host) -> None:
@@ -194,6 +224,8 @@ class Play:
         names = [*self._keys(PACKS), *self._keys(SEGMENTS)]
         has = {80: reachability.has_segment, 32: reachability.has_pack}
         left = [name for name in names if not has[len(name.rpartition("/")[2])](name.rpartition("/")[2])]  # type: ignore[operator]
+        claims = sorted(self._keys(CLAIMS))
+        left += [key for at, key in enumerate(claims[:-2]) if claims[at + 2].startswith(key[:-12])]
         left += [*self._keys(LEASES), *(key for key in keys if key.endswith(PENDING_SUFFIX))]
         for key in self._keys(CONDEMNED):
             listed = decode_condemned(self.world.data(key), key)
@@ -232,7 +264,7 @@ class Play:
 
 
 def play(seed: int, *, hours: float = 1.5) -> Record:
-    """Some hours with three hosts that back up, one that forgets and pins, and two that collect."""
+    """Some hours with three hosts that back up, two that run VMs, one that forgets and pins, and two that collect."""
     random = Random(seed)
     with mock.patch("secrets.token_hex", lambda size: f"{random.getrandbits(8 * size):0{2 * size}x}"):
         return _play(Play(seed), hours)
@@ -243,6 +275,7 @@ def _play(game: Play, hours: float) -> Record:
         game.world.start(f"host{number}", game.back_up)
     game.world.start("operator", game.forget)
     for number in range(2):
+        game.world.start(f"runner{number}", game.run_vms)
         game.world.start(f"collector{number}", game.collect)
     game.world.run(until=lambda: game.world.now_s > hours * 3600)
     game.world.stop()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from tests.collection import hosts
 from tests.collection.hosts import play
+from vmfs_stub.core.errors import ObjectExists
 from vmfs_stub.store import backup_writer, collector
 from vmfs_stub.store.backup_writer import BackupWriter
+from vmfs_stub.store.claims import Claim, encode_claim
 from vmfs_stub.store.collector import Collector
 from vmfs_stub.store.condemned import Condemned
-from vmfs_stub.store.keys import DEAD, PENDING_SUFFIX
+from vmfs_stub.store.keys import DEAD, PENDING_SUFFIX, claim_key
+from vmfs_stub.store.objects import ObjectStore
 
 Patch = pytest.MonkeyPatch
 
@@ -22,12 +27,13 @@ SEEDS_FOR_A_FAULT = 120
 
 
 def test_hosts_that_share_a_store_lose_nothing_and_leave_nothing() -> None:
-    conflicts = runs = points = 0
+    conflicts = runs = points = starts = 0
     for seed in range(SEEDS):
         record = play(seed)
         conflicts, runs, points = conflicts + record.conflicts, runs + record.runs, points + len(record.contents)
+        starts += record.starts
     # It has met what it is about.
-    assert min(conflicts, runs, points) > SEEDS
+    assert min(conflicts, runs, points, starts) > SEEDS
 
 
 def test_a_seed_plays_the_same_again() -> None:
@@ -74,6 +80,17 @@ def pins_do_not_count(patch: Patch) -> None:
     patch.setattr(Collector, "_look", lambda self: replace(look(self), pinned=frozenset()))
 
 
+def no_look_after_a_claim(patch: Patch) -> None:
+    def put_only(objects: ObjectStore, claim: Claim) -> Claim | None:
+        try:
+            objects.put(claim_key(claim.vm_id, claim.epoch), encode_claim(replace(claim, nonce=secrets.token_hex(8))))
+        except ObjectExists:
+            return claim
+        return None
+
+    patch.setattr(hosts, "try_claim", put_only)
+
+
 @pytest.mark.parametrize(
     "plant",
     [
@@ -84,6 +101,7 @@ def pins_do_not_count(patch: Patch) -> None:
         no_wait,
         no_void_manifest,
         pins_do_not_count,
+        no_look_after_a_claim,
     ],
 )
 def test_a_planted_mistake_is_found(plant: Callable[[Patch], None], monkeypatch: pytest.MonkeyPatch) -> None:

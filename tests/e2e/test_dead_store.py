@@ -274,10 +274,11 @@ def test_jobs_on_a_hanging_store_end_and_others_do_not_notice(
     datastore.assert_nothing_left(datastore.backing_of(disk), datastore.backing_of(other))
 
 
-def test_writes_of_whole_blocks_need_no_store(
+def test_writes_of_whole_blocks_to_a_vm_in_use_need_no_store(
     archived: tuple[LiveDatastore, Path, subprocess.Popen[bytes]],
 ) -> None:
     datastore, disk, process = archived
+    assert block_of(disk, 60) == CONTENT[60 * CHUNK : 60 * CHUNK + BLOCK]
     process.send_signal(signal.SIGSTOP)
     try:
         fd = os.open(disk, os.O_RDWR | os.O_DIRECT)
@@ -298,6 +299,30 @@ def test_writes_of_whole_blocks_need_no_store(
     for chunk in range(50):
         wanted[chunk * CHUNK : chunk * CHUNK + BLOCK] = b"w" * BLOCK
     assert disk.read_bytes() == wanted
+
+
+def test_the_first_write_to_an_archived_vm_needs_the_store(
+    archived: tuple[LiveDatastore, Path, subprocess.Popen[bytes]],
+) -> None:
+    """Nobody could tell whether another host has it: an error within the deadline, and nothing is changed."""
+    datastore, disk, process = archived
+    process.send_signal(signal.SIGSTOP)
+    fd = os.open(disk, os.O_RDWR)
+    try:
+        started = time.monotonic()
+        with pytest.raises(OSError, match="Input/output error"):
+            os.pwrite(fd, b"w" * BLOCK, 3 * CHUNK)
+        assert DEADLINE_S - 2 <= time.monotonic() - started <= DEADLINE_S + 2
+        assert "VM vm" in datastore.cli("status", check=8).out
+    finally:
+        process.send_signal(signal.SIGCONT)
+    assert os.pwrite(fd, b"w" * BLOCK, 5 * CHUNK) == BLOCK
+    os.close(fd)
+    wanted = bytearray(CONTENT)
+    wanted[5 * CHUNK : 5 * CHUNK + BLOCK] = b"w" * BLOCK
+    assert disk.read_bytes() == wanted
+    wait_until("the store is seen again", lambda: datastore.client.status().store.reachable)
+    datastore.cli("status", check=0)
 
 
 def test_part_of_the_store_is_gone_and_comes_back(make_datastore: MakeDatastore) -> None:

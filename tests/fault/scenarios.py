@@ -57,6 +57,7 @@ from vmfs_stub.store.condemned import Condemned, encode_condemned
 from vmfs_stub.store.index_objects import decode_index, encode_index
 from vmfs_stub.store.keyring import add_key, look_at, remove_key
 from vmfs_stub.store.keys import (
+    CLAIMS,
     CONDEMNED,
     DEAD,
     FORGOTTEN,
@@ -521,6 +522,8 @@ async def with_garbage(rig: Rig) -> None:
     needed, refs = packs[0]
     moved = [Move(ref.offset, needed, ref.offset, ref.length) for ref in refs]
     contents[moved_key(needed, "9" * 32)] = encode_moved(moved, needed, "")
+    async with rig.running() as services:
+        await back_up(services)  # the third and fourth claim
 
 
 def _collect(store: Store) -> None:
@@ -555,6 +558,7 @@ async def collect(services: Services) -> None:
         _collect(store)
     left = {key.split("/")[0] for key in contents} - {
         STORE_KEY,
+        "claims",
         "index",
         "manifests",
         "moved",
@@ -564,6 +568,8 @@ async def collect(services: Services) -> None:
     }
     if not services.files.spoiled and left != {"dead"}:
         raise NotWhole(f"garbage collection has left {sorted(left)}")
+    if len([key for key in contents if key.startswith(CLAIMS)]) != 2 and not services.files.spoiled:
+        raise NotWhole("garbage collection has left claims that do not count, or none")
 
 
 async def change_keys(services: Services) -> None:

@@ -14,6 +14,8 @@ from vmfs_stub.core.errors import StoreFull, StoreUnavailable
 ALLOCATING = (
     "archive.record",
     "changes.",
+    "datastore.create",
+    "datastore.write",
     "map.create",
     "map.write",
     "recall.fill",
@@ -30,7 +32,7 @@ ALLOCATING = (
     "write.",
 )
 """Sites where a filesystem can be full."""
-READING = ("read.cached", "read.data", "archive.read", "changes.read", "map.read", "volatile.read")
+READING = ("read.cached", "read.data", "archive.read", "changes.read", "datastore.read", "map.read", "volatile.read")
 """Sites where a read can be short."""
 DATA = ("get", "get_range")
 """Calls on the store that return bytes."""

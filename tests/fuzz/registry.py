@@ -11,6 +11,7 @@ TARGETS: dict[str, type[Target]] = {
         targets_primary.RecordTarget,
         targets_primary.ServingMarkTarget,
         targets_primary.VmIdentityTarget,
+        targets_primary.DatastoreIdTarget,
         targets_primary.TopModeTarget,
         targets_primary.DurableMapTarget,
         targets_primary.VolatileMapTarget,

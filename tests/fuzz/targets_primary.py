@@ -26,7 +26,7 @@ from vmfs_stub.core.errors import (
     UnknownFormat,
     Unsupported,
 )
-from vmfs_stub.core.ids import PlaceholderId
+from vmfs_stub.core.ids import DatastoreId, PlaceholderId
 from vmfs_stub.core.names import PLACEHOLDER_XATTR, TOP_MODE_XATTR, VM_XATTR
 from vmfs_stub.core.origin import Origin
 from vmfs_stub.core.residency import block_count
@@ -34,6 +34,7 @@ from vmfs_stub.inventory.identity import new_vm_id, read_vm_id, write_vm_id
 from vmfs_stub.mount.inodes import read_top_mode
 from vmfs_stub.primary.changed_map import ChangedMap, ChangedState
 from vmfs_stub.primary.changed_record import ChangedRecord, Seen, decode_changed, encode_changed
+from vmfs_stub.primary.datastore_id import decode_datastore_id, encode_datastore_id
 from vmfs_stub.primary.durable_map import PAGE_BITS_SIZE, UNIT, DurableMap, MapHeader
 from vmfs_stub.primary.envelope import FILE_TIME_NS_END, Damaged, NewerVersion
 from vmfs_stub.primary.files import FileCalls
@@ -116,6 +117,35 @@ class ServingMarkTarget(Target):
         require(len(str(mark)) < 2000, "a text for people that is too long")
         require(decode_mark(encode_mark(mark)) == mark, "a mark does not read back")
         return mark
+
+    def reseal(self, data: bytes) -> bytes:
+        return seal_envelope(data)
+
+    def edit_json(self, data: bytes, edit: Edit) -> bytes:
+        return edit_envelope(data, edit)
+
+
+class DatastoreIdTarget(Target):
+    """The file that says which datastore this is."""
+
+    name = "datastore-id"
+    permitted = (Damaged, NewerVersion)
+    tokens = JSON_TOKENS
+    bound = Bound(per_byte=200)
+    is_checked = True
+
+    def seeds(self) -> list[bytes]:
+        return [
+            encode_datastore_id(DatastoreId("a7" * 16), ino=ino, generation=generation)
+            for ino, generation in ((42, 3), (2**64 - 1, 0))
+        ]
+
+    def call(self, data: bytes) -> object:
+        datastore_id, ino, generation = found = decode_datastore_id(data)
+        require(is_id(datastore_id) and 0 <= ino < 2**64 and 0 <= generation < 2**64, "an id or number that is none")
+        again = decode_datastore_id(encode_datastore_id(datastore_id, ino=ino, generation=generation))
+        require(again == found, "an id does not read back")
+        return found
 
     def reseal(self, data: bytes) -> bytes:
         return seal_envelope(data)

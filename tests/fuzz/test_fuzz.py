@@ -16,9 +16,8 @@ from tests.fuzz.registry import TARGETS
 ROOT = Path(__file__).parents[2]
 COUNTS: Mapping[str, int] = {
     "record": 1_500, "vm-identity": 2_000, "top-mode": 2_000, "durable-map": 1_500, "volatile-map": 1_000,
-    "serving-mark": 1_500,
-    "placeholder": 1_000, "changed-record": 1_500, "changed-map": 1_000, "frame": 2_000, "pack": 1_500,
-    "segment": 1_000, "index-object": 2_000, "description": 2_000,
+    "serving-mark": 1_500, "datastore-id": 1_500, "placeholder": 1_000, "changed-record": 1_500,
+    "changed-map": 1_000, "frame": 2_000, "pack": 1_500, "segment": 1_000, "index-object": 2_000, "description": 2_000,
     "pin": 1_500, "forgotten": 1_500, "lease": 2_000, "condemned": 1_500, "manifest": 2_000, "restore": 1_500,
     "quarantine": 1_500, "moved": 1_500, "claim": 1_500,
     "config": 600, "fuse-init": 2_000, "control-request": 200, "control-reply": 1_000,

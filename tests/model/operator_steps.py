@@ -6,6 +6,7 @@ import contextlib
 import errno
 import shutil
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,10 @@ import trio
 
 from tests.datastore_harness import BLOCK, CHUNK, DEADLINE_S, Killed
 from tests.model import guest_steps
-from vmfs_stub.core.errors import IdentityMismatch, RecallError, StoreError, StoreFull
-from vmfs_stub.core.ids import PointId, VmId
+from vmfs_stub.core.errors import ClaimedElsewhere, IdentityMismatch, RecallError, StoreError, StoreFull
+from vmfs_stub.core.ids import DatastoreId, PointId, VmId
 from vmfs_stub.services.restore import restore_point
+from vmfs_stub.store.claims import ClaimState, put_claim
 
 if TYPE_CHECKING:
     from tests.model.play import Play
@@ -161,6 +163,8 @@ async def outage(play: Play) -> None:
             play.expect(found == content[offset : offset + 3 * BLOCK], "read without a store differs")
         for flight in list(recall._flights.values()):  # else who joins one later is told that the store is away
             await flight.landed.wait()
+        for attempt in list(recall.claims._attempts.values()):
+            await attempt.over.wait()
     finally:
         play.life.is_store_away, recall.deadline_s = False, DEADLINE_S
         recall._timed_out_s.clear()
@@ -169,6 +173,36 @@ async def outage(play: Play) -> None:
 async def prune(play: Play) -> None:
     """Another host removes restore points that no placeholder needs, as it may at any time."""
     play.prune()
+
+
+async def other_host(play: Play) -> None:
+    """Another host takes a VM that is free, and gives it back unchanged: nothing absent is used here meanwhile."""
+    path = play.disk()
+    record = None if path is None else play.record(path)
+    claim = None if record is None else play.newest_claim(record.vm_id)
+    if path is None or record is None or claim is None or claim.point_id != record.point_id or play.is_shaken:
+        return
+    handle = await play.open(path)
+    objects, theirs = play.quiet_store.objects, replace(claim, datastore_id=DatastoreId("0" * 32), host="host2")
+    put_claim(objects, replace(theirs, epoch=claim.epoch + 1, state=ClaimState.HELD, point_id=None))
+    try:
+        absent = None if handle.disk.placeholder is None else handle.disk.placeholder.next_absent(0)
+        if absent is not None:
+            await _refused(play, partial(play.guest.read, handle, absent * CHUNK, CHUNK))
+        written = guest_steps.data(play, BLOCK)
+        handle.contents.begin_writes([(0, written)])
+        await _refused(play, partial(play.guest.write, handle, 0, written))
+        handle.contents.not_done()
+    finally:
+        put_claim(objects, replace(theirs, epoch=claim.epoch + 2))
+
+
+async def _refused(play: Play, use: Callable[[], Awaitable[object]]) -> None:
+    try:
+        await use()
+    except ClaimedElsewhere:
+        return
+    play.expect(False, "a VM that another host has was used")
 
 
 async def write_back(play: Play) -> None:
@@ -224,6 +258,7 @@ STEPS: tuple[tuple[int, Callable[[Play], Awaitable[None]]], ...] = (
     (3, sync_all),
     (2, outage),
     (2, prune),
+    (2, other_host),
     (3, write_back),
     (2, commit_journal),
     (4, kill_soon),

@@ -26,6 +26,7 @@ from vmfs_stub.mount.filesystem import Filesystem
 from vmfs_stub.primary import placeholder as primary_placeholder
 from vmfs_stub.primary.changed_map import ChangedMap
 from vmfs_stub.primary.changed_record import Seen
+from vmfs_stub.primary.claim_notes import ClaimNotes
 from vmfs_stub.primary.durable_map import DurableMap, MapHeader, MapState
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.identity import InodeIdentity
@@ -35,6 +36,7 @@ from vmfs_stub.primary.volatile_map import VolatileMap
 from vmfs_stub.services import recovery, removals
 from vmfs_stub.services.changes import Changes, DiskChanges
 from vmfs_stub.services.changes_left import ChangesLeft
+from vmfs_stub.services.claims import Claims
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.disk_parts import DiskParts
 from vmfs_stub.services.last_points import LastPoints
@@ -180,6 +182,28 @@ def take_whole_chunks_as_replaced(patch: Patch) -> None:
 
     patch.setattr(Placeholder, "write", careless)
     patch.setattr("vmfs_stub.services.disk.blocks_merged", lambda *args, **kwargs: [])
+
+
+# Claims
+
+
+def write_without_a_claim(patch: Patch) -> None:
+    async def claimed(self: Disk) -> None:
+        await trio.lowlevel.checkpoint()
+
+    patch.setattr(Disk, "_claimed", claimed)
+
+
+def fill_before_the_claim(patch: Patch) -> None:
+    async def require(self: Claims, record: PlaceholderRecord) -> None:
+        await trio.lowlevel.checkpoint()
+
+    patch.setattr(Claims, "require", require)
+
+
+def keep_the_note(patch: Patch) -> None:
+    """A restart believes that the VM is held which was set free."""
+    patch.setattr(ClaimNotes, "remove", lambda self, store_id, vm_id: None)
 
 
 # Syncs
@@ -425,6 +449,9 @@ PLANTED: tuple[tuple[Plant, str], ...] = (
     (forget_bits_at_close, ""),
     (start_from_the_durable_map, "kill_soon"),
     (take_whole_chunks_as_replaced, ""),
+    (write_without_a_claim, ""),
+    (fill_before_the_claim, "other_host"),
+    (keep_the_note, ""),
     (copy_what_is_not_synced, "archive_again"),
     (forget_a_failed_sync, "failing_sync"),
     (graduate_before_data_is_durable, "crash_in_job"),

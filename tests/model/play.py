@@ -11,6 +11,7 @@ later), or with the power.  What must hold:
   be torn there), the size is, too, and each name is one of those that it was since its directory was last synced;
 * every restore point has of each file what it was when it was made, however little of it was read: in half of the plays
   what stat says of a file is always believed, so that what is noted of its changes must do;
+* while the store says that a VM is free, nobody has changed a placeholder of it since its restore point was made;
 * every placeholder is pinned, and its restore point can be restored, although what is not pinned may be pruned;
 * start-up has no finding but copies of placeholders, and these give errors;
 * once a start has done what a crash left to do, no map, pin or volatile map is left of what is no placeholder;
@@ -49,6 +50,7 @@ from vmfs_stub.primary.changed_record import Seen
 from vmfs_stub.primary.record import PlaceholderRecord, decode_record
 from vmfs_stub.services import recall
 from vmfs_stub.services.single_error import single_error
+from vmfs_stub.store.claims import Claim, ClaimState, newest_claim
 from vmfs_stub.store.keys import MANIFESTS, PENDING_SUFFIX, manifest_key, pin_key
 from vmfs_stub.store.manifest import FileKind
 from vmfs_stub.store.store import Store
@@ -364,6 +366,10 @@ class Play:
     def key_of(handle: Handle) -> Key:
         return key_of_fd(handle.disk.fd)
 
+    def record(self, path: str) -> PlaceholderRecord | None:
+        """What the placeholder of that name stands for."""
+        return self._record(self.rig.backing / path)
+
     def is_placeholder(self, contents: Contents) -> bool:
         return any(self._record(self.rig.backing / path) is not None for path in self.names.paths_of(contents))
 
@@ -382,6 +388,7 @@ class Play:
             record = self._record(self.rig.backing / path)
             if record is not None and not contents.is_copy:
                 self._check_pinned(path, record)
+                self._check_claimed(path, contents, record)
             if record is None and contents.is_settled and contents.mtime_ns is not None and not contents.is_copy:
                 mtime_ns = self.mtime_ns((self.rig.backing / path).stat())
                 self.expect(mtime_ns == contents.mtime_ns, f"{path}: mtime {mtime_ns}, not {contents.mtime_ns}")
@@ -397,6 +404,17 @@ class Play:
         pin = pin_key(record.vm_id, record.point_id, record.placeholder_id)
         self.expect(pin in there, f"{path}: the placeholder is not pinned")
         self.expect(manifest_key(record.vm_id, record.point_id) in there, f"{path}: its restore point was pruned")
+
+    def _check_claimed(self, path: str, contents: Contents, record: PlaceholderRecord) -> None:
+        """Another host may go on from the point at which a VM is free: that must be all there is."""
+        claim = self.newest_claim(record.vm_id)
+        if claim is None or claim.state is ClaimState.HELD or not contents.is_settled:
+            return
+        self.expect(contents.content == self.stored(record), f"{path}: changed, and its VM is free for others")
+
+    def newest_claim(self, vm_id: VmId) -> Claim | None:
+        """The claim of a VM that counts."""
+        return newest_claim(self.quiet_store.objects, vm_id)
 
     def _check_nothing_left(self) -> None:
         """Maps and pins are of placeholders, or of what waits to be retired."""

@@ -12,11 +12,14 @@ from vmfs_stub.core.ids import DatastoreId, PointId, VmId
 from vmfs_stub.store.claims import (
     Claim,
     ClaimState,
+    claimed_elsewhere,
     claimed_vms,
     decode_claim,
     encode_claim,
     newest_claim,
+    outdated_claims,
     put_claim,
+    try_claim,
 )
 from vmfs_stub.store.keys import claim_key
 
@@ -109,3 +112,27 @@ def test_a_damaged_claim_is_an_error_and_not_none() -> None:
 def test_a_claim_that_is_not_what_its_name_says_is_refused(claim: Claim) -> None:
     with pytest.raises(CorruptStoreObject):
         decode_claim(encode_claim(claim), claim_key(VM, 1))
+
+
+def test_whoever_comes_second_is_told_of_a_claim_that_is_not_listed_yet() -> None:
+    objects = FakeObjects()
+    put_claim(objects, free(1))
+    objects.put(claim_key(VM, 2), encode_claim(held(2, THERE)))
+    listed = objects.list
+    objects.list = lambda prefix: iter([info for info in listed(prefix) if not info.key.endswith("2")])  # type: ignore[method-assign]
+    later = try_claim(objects, held(2))
+    assert later is not None
+    assert (later.epoch, later.datastore_id) == (2, THERE)
+
+
+def test_what_is_outdated_is_known_from_names() -> None:
+    objects = FakeObjects()
+    for epoch in (1, 2, 3):
+        put_claim(objects, held(epoch))
+    put_claim(objects, held(1, vm_id=OTHER_VM))
+    assert outdated_claims(objects) == {claim_key(VM, 1)}
+
+
+def test_a_time_that_no_calendar_has_is_no_reason_to_say_nothing() -> None:
+    assert "since 1970-01-01 00:00 UTC" in str(claimed_elsewhere(replace(held(1), since_s=10.0)))
+    assert "cannot be told" in str(claimed_elsewhere(replace(free(1), since_s=1e18)))

@@ -15,11 +15,12 @@ import pytest
 from store_fakes import FakeObjects, refused_deletes
 from store_points import KEY_SOURCE, back_up, finish, write_chunks
 
-from vmfs_stub.core.errors import CorruptSegment, PrimaryIOError, StoreConflict, StoreDenied
-from vmfs_stub.core.ids import PackId, PlaceholderId, SegmentId, VmId
+from vmfs_stub.core.errors import ClaimedElsewhere, CorruptSegment, PrimaryIOError, StoreConflict, StoreDenied
+from vmfs_stub.core.ids import DatastoreId, PackId, PlaceholderId, SegmentId, VmId
 from vmfs_stub.store import backup_writer
 from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.claims import Claim, ClaimState, put_claim
 from vmfs_stub.store.collector import Collected, Collector
 from vmfs_stub.store.condemned import Condemned, encode_condemned
 from vmfs_stub.store.format import SEAL_GROWTH
@@ -406,3 +407,44 @@ def test_void_manifests_are_no_points_and_are_read_once(store: Store, objects: F
         assert len(store.points(made.vm_id, with_damaged=True)) == 1
     assert [key for call, key in objects.calls if call == "get"].count(void) == 1
     assert min(len(objects.contents[key]) for key in keys(objects, "manifests/") if key != void) > VOID_SIZE_MAX
+
+
+def claim_epochs(objects: FakeObjects) -> list[int]:
+    return sorted(int(name) for name in names(objects, "claims/"))
+
+
+def put_held(store: Store, epoch: int) -> None:
+    put_claim(store.objects, Claim(VmId("a" * 32), epoch, ClaimState.HELD, DatastoreId("1" * 32), "host1", "vms", 10.0))
+
+
+def test_all_but_the_newest_two_claims_go_and_a_put_of_one_that_went_is_noticed(
+    store: Store, objects: FakeObjects
+) -> None:
+    for epoch in range(1, 6):
+        put_held(store, epoch)
+    objects.contents[f"claims/{'a' * 32}/notes"] = b"not ours"
+    assert collect(store).claims == 3
+    assert keys(objects, "claims/")[-1].endswith("notes")
+    del objects.contents[f"claims/{'a' * 32}/notes"]
+    assert claim_epochs(objects) == [4, 5]
+    with pytest.raises(ClaimedElsewhere):
+        put_held(store, 3)  # by one who has looked long ago
+    assert claim_epochs(objects) == [3, 4, 5]
+    assert collect(store).claims == 1
+    assert collect(store).claims == 0
+
+
+def test_a_claim_stays_until_two_newer_ones_were_seen_twice(store: Store, objects: FakeObjects) -> None:
+    for epoch in (1, 2):
+        put_held(store, epoch)
+    waits = 0
+
+    def sleep(seconds: float) -> None:
+        nonlocal waits
+        waits += 1
+        if waits == 1:
+            put_held(store, 3)
+
+    assert collect(store, sleep=sleep).claims == 0
+    assert (claim_epochs(objects), waits > 0) == ([1, 2, 3], True)
+    assert collect(store).claims == 1

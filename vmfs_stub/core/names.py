@@ -11,6 +11,12 @@ ORPHANS_DIR = "orphans"
 CHANGES_DIR = "changes"
 """Directory in it, and in the runtime directory, with what changed since the last backups."""
 
+DATASTORE_FILE = "datastore"
+"""File in it that says which datastore this is."""
+
+CLAIMS_DIR = "claims"
+"""Directory in it with a note of each claim that the datastore holds."""
+
 RESERVE_FILE = "reserve"
 """File in it that keeps space back."""
 

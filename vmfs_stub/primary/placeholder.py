@@ -15,9 +15,11 @@ from functools import partial
 from pathlib import Path
 
 from vmfs_stub.core.errors import CorruptMap, IdentityMismatch, MapFrozen, MapMissing, UnknownFormat
-from vmfs_stub.core.ids import PlaceholderId
-from vmfs_stub.core.names import CHANGES_DIR, ORPHANS_DIR, PRIVATE_DIR, RESERVE_FILE
+from vmfs_stub.core.ids import DatastoreId, PlaceholderId
+from vmfs_stub.core.names import CHANGES_DIR, CLAIMS_DIR, ORPHANS_DIR, PRIVATE_DIR, RESERVE_FILE
 from vmfs_stub.core.sites import PLAIN
+from vmfs_stub.primary.claim_notes import ClaimNotes
+from vmfs_stub.primary.datastore_id import load_or_make_datastore_id
 from vmfs_stub.primary.durable_map import MAP_SUFFIX, PAGE_BITS_SIZE, DurableMap, MapHeader, MapState
 from vmfs_stub.primary.files import FileCalls, sync_directory
 from vmfs_stub.primary.identity import BootIdentity, boot_identity, inode_identity
@@ -29,30 +31,49 @@ from vmfs_stub.primary.volatile_map import VolatileMap
 
 @dataclass(frozen=True, slots=True)
 class PrivateState:
-    """Where the private state of one datastore lies, the boot and mount it is used in, and what it keeps back."""
+    """Where the private state of one datastore lies, which one it is, the boot and mount it is used in, and what it
+    keeps back.
+    """
 
+    datastore_id: DatastoreId
     maps: Path
     volatile_maps: Path
     changes: Path
     volatile_changes: Path
     boot: BootIdentity
+    claims: ClaimNotes
     reserve: Reserve
     orphans: Orphans
 
     @classmethod
     def at(cls, backing: Path, runtime_dir: Path, *, files: FileCalls = PLAIN) -> PrivateState:
-        """Make the directories where they are missing.  Raises OSError."""
+        """Make the directories, and the datastore's id, where they are missing.
+
+        Raises CorruptRecord, UnknownFormat (of the id), OSError.
+        """
         maps, volatile = backing / PRIVATE_DIR / "maps", runtime_dir / "maps"
-        orphans = backing / PRIVATE_DIR / ORPHANS_DIR
+        orphans, claims = backing / PRIVATE_DIR / ORPHANS_DIR, backing / PRIVATE_DIR / CLAIMS_DIR
         changes, volatile_changes = backing / PRIVATE_DIR / CHANGES_DIR, runtime_dir / CHANGES_DIR
-        for directory in (backing / PRIVATE_DIR, maps, orphans, changes, runtime_dir, volatile, volatile_changes):
+        private = (backing / PRIVATE_DIR, maps, orphans, claims, changes)
+        for directory in (*private, runtime_dir, volatile, volatile_changes):
             files.call("start.private", directory.mkdir, mode=0o700, parents=True, exist_ok=True)
         files.call("start.private_sync", sync_directory, backing / PRIVATE_DIR)
         fd = files.call("start.backing", os.open, backing, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             files.call("start.private_sync", os.fsync, fd)
             reserve = Reserve(backing / PRIVATE_DIR / RESERVE_FILE)
-            return cls(maps, volatile, changes, volatile_changes, boot_identity(fd), reserve, Orphans(orphans))
+            datastore_id = reserve.lend(files, partial(load_or_make_datastore_id, files, backing / PRIVATE_DIR))
+            return cls(
+                datastore_id=datastore_id,
+                maps=maps,
+                volatile_maps=volatile,
+                changes=changes,
+                volatile_changes=volatile_changes,
+                boot=boot_identity(fd),
+                claims=ClaimNotes(files, claims, datastore_id),
+                reserve=reserve,
+                orphans=Orphans(orphans),
+            )
         finally:
             os.close(fd)
 

@@ -1,14 +1,16 @@
 """Backing a VM up, and turning it into placeholders in the same job: copy → verify → commit → placeholder → release.
 
 Order, and what a crash between any two steps leaves:
-1. every file of the VM is reserved (nobody has it open), its data synced;
+1. every file of the VM is reserved (nobody has it open), its data synced; the VM is claimed here, if it is not;
 2. copied, every frame read back from the store;                 — crash: the full files, some garbage in the store
 3. for each disk: the durable map, *prepared*: from now on the next start knows which pins to remove;
    pins, then the manifest;                                      — crash: map and pin are removed at start-up
 4. the blocks that stay are entered into the map;                — crash: the same
 5. size, times and lease looked at again, then the record set and synced: the commit point of that disk;
                                                                  — crash: a placeholder; start-up finishes it
-6. the map *committed*, absent blocks punched, the map *punched*.
+6. the map *committed*, absent blocks punched, the map *punched*;
+7. the claim is set free, so that any host may go on from here, if all that can be placeholders are, and nobody has used
+   them since.                                                   — crash: it is held still, or is not known to be
 An open before 5 wins: the job gives up, and whatever is not yet a placeholder stays as it was.
 Step 1 is in `sources`; what goes to the store is the work of a `mover`, which `disk_parts` tells what to copy; maps and
 records are made in `placeholder_maker`.
@@ -19,7 +21,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,11 +31,12 @@ import trio
 
 from vmfs_stub.core.changed import Changed
 from vmfs_stub.core.errors import Abandoned, IntegrityError, NotFound, ObjectMissing, StoreConflict, VmfsStubError
-from vmfs_stub.core.ids import PlaceholderId, PointId
+from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
 from vmfs_stub.core.names import printable
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PrivateState
+from vmfs_stub.services.claims import Claims
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.disk_parts import DiskParts
 from vmfs_stub.services.disks import Disks
@@ -83,6 +86,7 @@ class BackupReport:
     abandoned: str = ""
     left_out: list[str] = field(default_factory=list)
     """Paths of what no backup holds: FIFOs, sockets, devices."""
+    warning: str = ""
 
 
 class Archiver:
@@ -93,6 +97,7 @@ class Archiver:
         *,
         files: FileCalls,
         threads: Threads,
+        claims: Claims,
         recall: RecallService,
         retirement: Retirement,
         disks: Disks,
@@ -104,6 +109,7 @@ class Archiver:
     ) -> None:
         self._files = files
         self._threads = threads
+        self._claims = claims
         self._retirement = retirement
         self._disks = disks
         self._mover = mover
@@ -131,20 +137,30 @@ class Archiver:
             resident_tail_bytes=settings.resident_tail_bytes,
         )
 
-    async def run(self, vm: Vm, *, archive: bool, progress: Callable[[int], None]) -> BackupReport:
+    async def run(
+        self,
+        vm: Vm,
+        *,
+        archive: bool,
+        progress: Callable[[int], None],
+        claimed: Mapping[VmId, int] | None = None,
+    ) -> BackupReport:
         """Make a restore point of ``vm``; with ``archive`` its disks become placeholders.
 
-        ``progress`` gets the number of bytes that were dealt with since it was last called.
-        Raises InUse, Abandoned (an open won before any disk was a placeholder), StoreError, IntegrityError,
-        PrimaryError; the VM is then as it was.
+        ``progress`` gets the number of bytes that were dealt with since it was last called.  ``claimed`` is what
+        `Claims.survey` returned, for a job of many VMs.
+        Raises InUse, Abandoned (an open won before any disk was a placeholder), ClaimedElsewhere, StoreError,
+        IntegrityError, PrimaryError; the VM is then as it was.
         """
         report = BackupReport(vm.name, PointId(secrets.token_hex(16)), sum(file.size for file in vm.files))
         committed: list[Disk] = []
         sources: list[Source] = []
+        free_at: PointId | None = None
         try:
             with trio.CancelScope() as scope:
                 async with AsyncExitStack() as stack:
                     sources = await self._sources.reserve(vm, scope, stack, archive=archive)
+                    free_at = await self._claims.begin(vm.id, claimed)
                     first_file = await self._back_up(vm, sources, report, progress)
                     if archive:
                         await self._make_placeholders(vm, sources, report, committed, first_file=first_file)
@@ -152,13 +168,25 @@ class Archiver:
                 report.abandoned = f"VM {vm.name} was opened while it was being backed up; it goes first"
                 if not committed:
                     raise Abandoned(report.abandoned)
+            elif archive or free_at is not None:
+                free_at = report.point_id
         finally:
             with trio.CancelScope(shield=True):
                 for disk in committed:
                     await self._release_space(disk, report)
                 # Whoever opened the VM does not wait for this: the reservations have ended.
                 await self._retire_unmade(vm, sources, report.point_id)
+                if free_at is not None and self._is_archived(vm, sources):
+                    report.warning = await self._claims.set_free(vm.id, free_at)
+        if report.warning:
+            log.warning("VM %s: %s", vm.name, report.warning)
         return report
+
+    def _is_archived(self, vm: Vm, sources: Sequence[Source]) -> bool:
+        """Whether all that can be placeholders are, of this VM: nothing else is kept from use by its claim."""
+        known = [self._disks.placeholders.get(source.disk.ino) for source in sources if source.is_apt]
+        records = [None if each is None else each.record for each in known]
+        return bool(records) and all(record is not None and record.vm_id == vm.id for record in records)
 
     async def _retire_unmade(self, vm: Vm, sources: Sequence[Source], point_id: PointId) -> None:
         """Remove pin and map of every placeholder that was prepared and did not come to be."""

@@ -1,7 +1,8 @@
 """One open disk: reads and writes of guests on a backing file that may be a placeholder.
 
-A read makes its range resident first; a write of whole blocks needs nothing, a write that covers a block partly makes
-that block resident first.  Every handle of an inode shares this object and its one descriptor.
+A read makes its range resident first; a write of whole blocks needs nothing but that the VM is claimed here, a write
+that covers a block partly makes that block resident first.  Every handle of an inode shares this object and its one
+descriptor.
 """
 
 from __future__ import annotations
@@ -105,8 +106,12 @@ class Disk:
             raise PrimaryIOError(f"{self.label}: reading the backing file failed: {exc.strerror}") from exc
 
     async def write(self, offset: int, data: bytes) -> int:
-        """Write ``data`` at ``offset``; the number of bytes written.  Raises RecallError, IntegrityError, OSError."""
+        """Write ``data`` at ``offset``; the number of bytes written.
+
+        Raises ClaimedElsewhere, RecallError, StoreError, IntegrityError, OSError.
+        """
         self._recall.guests.note()
+        await self._claimed()
         while not self.changes.changing(offset, len(data)):
             await self.changes.begin()
         while (placeholder := self.placeholder) is not None:
@@ -119,6 +124,12 @@ class Disk:
                 return written
         return await self._threads.files(self._files.call, "write.data", os.pwrite, self.fd, data, offset)
 
+    async def _claimed(self) -> None:
+        """Return when nobody else can run the VM, if this is a placeholder: it is about to be changed."""
+        placeholder = self.placeholder
+        if placeholder is not None and not self._recall.claims.use(placeholder.maps.record.vm_id):
+            await self._recall.claim(placeholder)
+
     async def _recall_merged(self, placeholder: Placeholder, offset: int, length: int) -> None:
         """Make the blocks resident that a write covers only partly; whole blocks do not need the store."""
         size = self.fstat().st_size
@@ -127,7 +138,8 @@ class Disk:
                 await self._recall.make_resident(placeholder, block * BLOCK_SIZE, 1)
 
     async def truncate(self, size: int) -> None:
-        """Cut or extend the file to ``size`` bytes.  Raises OSError, MapFrozen."""
+        """Cut or extend the file to ``size`` bytes.  Raises as `write`, and MapFrozen."""
+        await self._claimed()
         while not self.changes.changing_from(size):
             await self.changes.begin()
         if self.placeholder is None or not await self.placeholder.truncate(size):

@@ -12,6 +12,7 @@ from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.services.archive import Archiver, ArchiveSettings
 from vmfs_stub.services.changes import Changes
 from vmfs_stub.services.changes_left import ChangesLeft
+from vmfs_stub.services.claims import Claims
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.file_reads import FileReads
 from vmfs_stub.services.findings import Findings
@@ -45,6 +46,7 @@ class DiskServices:
     """The services of one datastore."""
 
     files: FileCalls
+    claims: Claims
     recall: RecallService
     retirement: Retirement
     disks: Disks
@@ -69,6 +71,14 @@ def connect_services(
     findings: Findings,
 ) -> DiskServices:
     """Make the services; their background work runs in ``nursery``, and ends when that is cancelled."""
+    claims = Claims(
+        nursery=nursery,
+        threads=threads,
+        store=store,
+        private=private,
+        host=settings.archive.host,
+        datastore=settings.archive.datastore,
+    )
     recall = RecallService(
         nursery=nursery,
         store=store,
@@ -80,6 +90,7 @@ def connect_services(
         fetch_bytes_max=settings.fetch_bytes_max,
         failures=RecallFailures(findings),
         guests=guests,
+        claims=claims,
     )
     retirement = Retirement(files=files, threads=threads, store=store, mover=mover, private=private)
     changes = Changes(
@@ -115,6 +126,7 @@ def connect_services(
     archiver = Archiver(
         files=files,
         threads=threads,
+        claims=claims,
         recall=recall,
         retirement=retirement,
         disks=disks,
@@ -124,4 +136,4 @@ def connect_services(
         backing=backing,
         settings=settings.archive,
     )
-    return DiskServices(files, recall, retirement, disks, hydration, archiver)
+    return DiskServices(files, claims, recall, retirement, disks, hydration, archiver)

@@ -165,6 +165,7 @@ class HydrationService:
         placeholder = course.disk.placeholder
         if placeholder is None:
             return
+        self._recall.claims.use(placeholder.maps.record.vm_id)
         started, done, chunk = trio.current_time(), 0, 0
         step = max(1, STEP_BYTES // placeholder.chunk_size)
         slots = trio.CapacityLimiter(STEPS_AT_ONCE)

@@ -3,6 +3,7 @@
 Invariants:
 * a chunk has one flight at a time; everyone who waits for it gets the same outcome, also when whoever asked first has
   given up; it is fetched once, unless the mover does not bring it soon: then a guest has it fetched here as well;
+* what has arrived fills a placeholder only once its VM is claimed here;
 * a recall runs in this service's nursery, never in the task of a reader: giving up abandons the wait, not the fetch;
 * every wait has a limit: the caller's deadline, the store's time-out, the number of recalls that may wait.
 """
@@ -19,6 +20,7 @@ import trio
 
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import (
+    ClaimedElsewhere,
     IntegrityError,
     MoverLost,
     NoSpace,
@@ -34,6 +36,7 @@ from vmfs_stub.core.errors import (
     VmfsStubError,
 )
 from vmfs_stub.core.recall_plan import Fetch, plan_fetches
+from vmfs_stub.services.claims import Claims
 from vmfs_stub.services.guest_activity import GuestActivity
 from vmfs_stub.services.mover import FETCHES_AT_ONCE, Mover
 from vmfs_stub.services.origin import open_table
@@ -116,6 +119,7 @@ class RecallService:
         fetch_bytes_max: int,
         failures: RecallFailures,
         guests: GuestActivity,
+        claims: Claims,
     ) -> None:
         self._nursery = nursery
         self._store = store
@@ -136,6 +140,7 @@ class RecallService:
         """A guest has waited for it in vain since it last brought something."""
         self._quiet = trio.lowlevel.ParkingLot()
         self.guests = guests
+        self.claims = claims
         self.held = False
         self.counters = RecallCounters()
 
@@ -144,20 +149,16 @@ class RecallService:
     async def make_resident(self, placeholder: Placeholder, offset: int, length: int) -> None:
         """Return when ``length`` bytes at ``offset`` are on primary; a guest waits for it.
 
-        Raises RecallTimeout at the deadline, RecallsHeld, RecallOverload, or what went wrong (StoreError,
-        IntegrityError, PrimaryIOError).
+        Raises RecallTimeout at the deadline, RecallsHeld, RecallOverload, or what went wrong (ClaimedElsewhere,
+        StoreError, IntegrityError, PrimaryIOError).
         """
         if self.held:
             raise RecallsHeld(
                 f"{placeholder.label}: recalls are held for this datastore; `vmfs-stub unhold` allows them"
             )
-        if self.counters.waiting >= self._waiting_max:
-            raise RecallOverload(
-                f"{placeholder.label}: {self._waiting_max} recalls wait already ([recall] recall_queue_max); try again"
-            )
         self._refuse_again(placeholder, offset, length)
-        self.counters.waiting += 1
-        try:
+        self.claims.use(placeholder.maps.record.vm_id)
+        with self._waiting(placeholder):
             away: VmfsStubError | None = None
             with trio.move_on_after(self.deadline_s):
                 while chunks := placeholder.absent_chunks(offset, length):
@@ -173,6 +174,38 @@ class RecallService:
                 self._timed_out_s[placeholder.maps.record.placeholder_id, chunk] = trio.current_time()
             if absent:
                 raise self._timeout(placeholder) from away
+
+    async def claim(self, placeholder: Placeholder) -> None:
+        """Return when the placeholder's VM is claimed here, so that a guest, which waits, may change it.
+
+        Raises as `make_resident`.
+        """
+        with self._waiting(placeholder):
+            away: VmfsStubError | None = None
+            with trio.move_on_after(self.deadline_s):
+                while not self.claims.use(placeholder.maps.record.vm_id):
+                    try:
+                        await self.claims.require(placeholder.maps.record)
+                    except VmfsStubError as exc:
+                        away = _as_ours(placeholder.label, exc)
+                        self._failures.add(placeholder, (), away)
+                        if not isinstance(exc, StoreUnavailable):
+                            raise away from exc
+                        await trio.sleep(RETRY_PAUSE_S)
+                self._failures.arrived(placeholder, ())
+                return
+            raise self._timeout(placeholder) from away
+
+    @contextmanager
+    def _waiting(self, placeholder: Placeholder) -> Iterator[None]:
+        """Within the block a guest waits.  Raises RecallOverload."""
+        if self.counters.waiting >= self._waiting_max:
+            raise RecallOverload(
+                f"{placeholder.label}: {self._waiting_max} recalls wait already ([recall] recall_queue_max); try again"
+            )
+        self.counters.waiting += 1
+        try:
+            yield
         finally:
             self.counters.waiting -= 1
             if self.counters.waiting == 0:
@@ -251,6 +284,7 @@ class RecallService:
     async def _fly(self, placeholder: Placeholder, flights: dict[int, Flight], demand: bool) -> None:
         try:
             with self._failing(placeholder, flights, flights):
+                self.claims.ask(placeholder.maps.record)  # beside the first fetch
                 table = await self.table(placeholder)
                 found = await self._locate(table, sorted(flights))
                 zeros = [chunk for chunk, frame in found if frame is None]
@@ -294,6 +328,7 @@ class RecallService:
                     return
                 try:
                     async with self._fetched(fetch, demand=demand) as raws:
+                        await self.claims.require(placeholder.maps.record)
                         for first, run in _consecutive(fetch.chunks, raws):
                             await placeholder.fill(first, run, paced=not demand and self.guests.is_recent)
                 except (IntegrityError, ObjectMissing):
@@ -324,6 +359,7 @@ class RecallService:
 
     async def _fill_zeros(self, placeholder: Placeholder, chunks: Sequence[int], flights: dict[int, Flight]) -> None:
         with self._failing(placeholder, flights, chunks):
+            await self.claims.require(placeholder.maps.record)
             nothing: list[Buffer | None] = [None] * len(chunks)
             for first, run in _consecutive(chunks, nothing):
                 await placeholder.fill(first, run, paced=False)
@@ -369,7 +405,7 @@ def _as_ours(label: str, exc: Exception) -> VmfsStubError:
         return type(exc)(
             f"{label}: {exc}; `vmfs-stub verify` lists what is damaged: bring it back from a copy of the store"
         )
-    if isinstance(exc, (StoreError, UnknownFormat)):
+    if isinstance(exc, (StoreError, UnknownFormat, ClaimedElsewhere)):
         return type(exc)(f"{label}: {exc}")
     if isinstance(exc, VmfsStubError):
         return exc

@@ -1,7 +1,8 @@
 """Which recalls failed and have not succeeded since: a finding while that is so, and one line in the log.
 
-Damage is over when the damaged chunk itself has arrived; anything else (a store that was away, a full filesystem) when
-any chunk of the disk has.  In memory, a bounded number of chunks for each disk and kind.
+Damage is over when the damaged chunk itself has arrived; anything else (a store that was away, a full filesystem, a VM
+that is claimed elsewhere) when any chunk of the disk has.  In memory, a bounded number of chunks for each disk and
+kind.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class RecallFailures:
         self._failing: dict[PlaceholderId, dict[type[VmfsStubError], _Failure]] = {}
 
     def add(self, placeholder: Placeholder, chunks: Iterable[int], error: VmfsStubError) -> None:
-        """A recall of these chunks failed.
+        """A recall of these chunks failed; none: the claim of the VM, before a guest may write.
 
         That of a mover that was lost is over at once: the next try has another one.
         """
@@ -56,7 +57,7 @@ class RecallFailures:
         self._findings.add(failure.subject, error, stays=False)
 
     def arrived(self, placeholder: Placeholder, chunks: Iterable[int]) -> None:
-        """These chunks are back."""
+        """These chunks are back; none: the VM is claimed."""
         failing = self._failing.get(placeholder.maps.record.placeholder_id)
         if failing is None:
             return

@@ -34,7 +34,8 @@ MAP_BYTES_CHEAP = 1 << 20
 class Source:
     """One reserved file, and what it looked like when it was reserved; ``names`` are relative to the VM.
 
-    ``placeholder_id`` is that of the placeholder that it is to become; None when it stays as it is.
+    ``placeholder_id`` is that of the placeholder that it is to become; None when it stays as it is.  ``is_apt`` when an
+    archive makes one of it.
     """
 
     file: VmFile
@@ -43,6 +44,7 @@ class Source:
     st: os.stat_result
     mtime_ns: int
     xattrs: dict[str, bytes]
+    is_apt: bool
     placeholder_id: PlaceholderId | None
 
     @property
@@ -107,11 +109,11 @@ class Sources:
         disk = reservation.disk
         st = disk.fstat()
         mtime_ns = st.st_mtime_ns if disk.placeholder is None else disk.placeholder.mtime_ns
-        becomes_placeholder = archive and (disk.placeholder is not None or self._is_worth_it(st))
-        placeholder_id = PlaceholderId(secrets.token_hex(16)) if becomes_placeholder else None
+        is_apt = disk.placeholder is not None or self._is_worth_it(st)
+        placeholder_id = PlaceholderId(secrets.token_hex(16)) if archive and is_apt else None
         names = tuple(file.relative for file in files)
         xattrs = public_xattrs(disk.fd, files=self._files)
-        return Source(files[0], names, reservation, st, mtime_ns, xattrs, placeholder_id)
+        return Source(files[0], names, reservation, st, mtime_ns, xattrs, is_apt, placeholder_id)
 
     def _is_worth_it(self, st: os.stat_result) -> bool:
         """Whether a placeholder frees more than it costs: a huge file of holes needs a map and has nothing to give."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Final
 
@@ -25,6 +26,7 @@ from vmfs_stub.store.objects import ObjectStore
 
 CLAIM_FORMAT = "vmfs-stub claim"
 EPOCH_MAX: Final = 10**12 - 1
+_CLAIMS_KEPT: Final = 2
 _LOOKS_MAX: Final = 3
 """A claim that is listed and then missing was removed for a newer one, which the next listing shows."""
 
@@ -63,51 +65,76 @@ def newest_claim(objects: ObjectStore, vm_id: VmId) -> Claim | None:
     Raises: StoreUnavailable, StoreDenied; CorruptStoreObject, UnknownFormat: a claim that cannot be read is not none.
     """
     for _ in range(_LOOKS_MAX):
-        epoch = max(_epochs(objects, vm_id), default=0)
+        epoch = newest_epoch(objects, vm_id)
         if epoch == 0:
             return None
         try:
             return _read(objects, vm_id, epoch)
         except ObjectMissing:
             continue
-    msg = f"the claims of VM {vm_id} change faster than they can be read"
-    raise StoreUnavailable(msg)
+    raise _restless(vm_id)
+
+
+def newest_epoch(objects: ObjectStore, vm_id: VmId) -> int:
+    """The highest listed epoch of a VM, 0 when it has none.  Raises: StoreUnavailable."""
+    return max((epoch for info in objects.list(claims_of(vm_id)) if (epoch := epoch_of(info.key))), default=0)
 
 
 def claimed_vms(objects: ObjectStore) -> dict[VmId, int]:
     """The highest listed epoch of every VM that was ever claimed, from the names alone.  Raises: StoreUnavailable."""
-    found: dict[VmId, int] = {}
-    for info in objects.list(CLAIMS):
-        parts = info.key.split("/")
-        epoch = epoch_of(info.key)
-        if len(parts) == 3 and is_id(parts[1]) and epoch:
-            vm_id = VmId(parts[1])
-            found[vm_id] = max(epoch, found.get(vm_id, 0))
-    return found
+    return {vm_id: max(epochs) for vm_id, epochs in _all_epochs(objects).items()}
+
+
+def outdated_claims(objects: ObjectStore) -> frozenset[str]:
+    """Names of all claims but the newest two of each VM.  Raises: StoreUnavailable."""
+    return frozenset(
+        claim_key(vm_id, epoch)
+        for vm_id, epochs in _all_epochs(objects).items()
+        for epoch in sorted(epochs)[:-_CLAIMS_KEPT]
+    )
 
 
 def put_claim(objects: ObjectStore, claim: Claim) -> None:
     """Take an epoch, which is to be one more than the newest that is known.
 
-    Raises: ClaimedElsewhere when that epoch or a later one is there; StoreUnavailable (it may be taken then),
-    StoreDenied, StoreFull; as `newest_claim`.
+    Raises: ClaimedElsewhere when that epoch or a later one is there, be it one's own; as `try_claim`.
+    """
+    later = try_claim(objects, claim)
+    if later is not None:
+        raise claimed_elsewhere(later)
+
+
+def try_claim(objects: ObjectStore, claim: Claim) -> Claim | None:
+    """Take an epoch as `put_claim` does; None when it is the newest now, else the claim that counts instead.
+
+    Raises: StoreUnavailable (it may be taken then), StoreDenied, StoreFull; as `newest_claim`.
     """
     try:
         # The nonce tells a retried put from another one's.
-        claim = replace(claim, nonce=secrets.token_hex(8))
-        objects.put(claim_key(claim.vm_id, claim.epoch), encode_claim(claim))
-    except ObjectExists as exc:
-        raise claimed_elsewhere(newest_claim(objects, claim.vm_id) or claim) from exc
-    newest = newest_claim(objects, claim.vm_id)
-    if newest is not None and newest.epoch > claim.epoch:
-        raise claimed_elsewhere(newest)
+        objects.put(claim_key(claim.vm_id, claim.epoch), encode_claim(replace(claim, nonce=secrets.token_hex(8))))
+    except ObjectExists:
+        newest = newest_claim(objects, claim.vm_id)
+        if newest is not None and newest.epoch >= claim.epoch:
+            return newest
+        try:
+            return _read(objects, claim.vm_id, claim.epoch)  # which is not listed yet
+        except ObjectMissing as exc:
+            raise _restless(claim.vm_id) from exc
+    return newest_claim(objects, claim.vm_id) if newest_epoch(objects, claim.vm_id) > claim.epoch else None
 
 
 def claimed_elsewhere(claim: Claim) -> ClaimedElsewhere:
-    """The error that says who has a VM."""
-    verb = "is in use" if claim.state is ClaimState.HELD else "was last archived"
+    """The error that says who has a VM since when, and what can be done."""
+    if claim.state is ClaimState.HELD:
+        return ClaimedElsewhere(
+            f"VM {claim.vm_id} is in use in datastore {claim.datastore} of host {claim.host} since "
+            f"{_time_text(claim.since_s)}: its newest state is there. Archive it there and adopt it here then, or, if "
+            "that state is to be given up, `vmfs-stub adopt --force`"
+        )
     return ClaimedElsewhere(
-        f"VM {claim.vm_id} {verb} in datastore {claim.datastore} of host {claim.host}: its newest state is there"
+        f"VM {claim.vm_id} was last archived in datastore {claim.datastore} of host {claim.host}, at "
+        f"{_time_text(claim.since_s)}: its newest state is restore point {claim.point_id}. `vmfs-stub adopt` brings it "
+        "here"
     )
 
 
@@ -157,10 +184,27 @@ def decode_claim(data: bytes, key: str) -> Claim:
     return claim
 
 
-def _epochs(objects: ObjectStore, vm_id: VmId) -> list[int]:
-    return [epoch for info in objects.list(claims_of(vm_id)) if (epoch := epoch_of(info.key))]
+def _all_epochs(objects: ObjectStore) -> dict[VmId, list[int]]:
+    found: dict[VmId, list[int]] = {}
+    for info in objects.list(CLAIMS):
+        parts = info.key.split("/")
+        epoch = epoch_of(info.key)
+        if len(parts) == 3 and is_id(parts[1]) and epoch:
+            found.setdefault(VmId(parts[1]), []).append(epoch)
+    return found
 
 
 def _read(objects: ObjectStore, vm_id: VmId, epoch: int) -> Claim:
     key = claim_key(vm_id, epoch)
     return decode_claim(objects.get(key, size_max=DOCUMENT_SIZE_MAX), key)
+
+
+def _restless(vm_id: VmId) -> StoreUnavailable:
+    return StoreUnavailable(f"the claims of VM {vm_id} change faster than they can be read")
+
+
+def _time_text(unix_s: float) -> str:
+    try:
+        return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (ValueError, OverflowError, OSError):
+        return "a time that cannot be told"

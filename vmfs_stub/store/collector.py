@@ -3,8 +3,9 @@
 It runs beside backups of any host, and beside other collectors.  Nothing here compares clocks; ``lag`` is how long a
 listing may miss what was put.  The order, and why it is safe:
 
-1. Look at leases, pins and forgotten marks; wait; look again.  A lease whose counter stood still is dead, and a mark
-   says so from then on: whatever its writer puts again, it will not commit.
+1. Look at leases, pins, forgotten marks and claims; wait; look again.  A lease whose counter stood still is dead, and a
+   mark says so from then on: whatever its writer puts again, it will not commit.  Claims that two newer ones of their
+   VM followed in both looks are deleted: whoever takes such a number again finds the newer ones.
 2. What a dead writer has pending is deleted, after a void manifest is put where the committed one would be: either that
    or the writer's comes first, and the other one fails.
 3. A forgotten point without a pin in either look is deleted.  Whoever pins an old point looks for the mark after that.
@@ -39,6 +40,7 @@ from vmfs_stub.core.errors import (
     UnknownFormat,
 )
 from vmfs_stub.core.ids import PackId, PointId, SegmentId, VmId, WriterId
+from vmfs_stub.store.claims import outdated_claims
 from vmfs_stub.store.condemned import LIST_MAX, Condemned, decode_condemned, encode_condemned
 from vmfs_stub.store.format import DOCUMENT_SIZE_MAX, INDEX_SIZE_MAX
 from vmfs_stub.store.index_objects import decode_index, encode_index
@@ -93,6 +95,7 @@ class Collected:
     pending: int = 0
     leases: int = 0
     pins: int = 0
+    claims: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,8 @@ class _Look:
     forgotten: frozenset[Point]
     points: frozenset[Point]
     pending: frozenset[str]
+    outdated: frozenset[str]
+    """Keys of claims."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +226,9 @@ class Collector:
             self._objects.delete(forgotten_key(vm_id, point_id))
             self._collected.points += (vm_id, point_id) in second.points
         self._collected.waiting_points = len(second.forgotten & second.pinned)
+        for claim in sorted(first.outdated & second.outdated):
+            self._objects.delete(claim)
+            self._collected.claims += 1
         for writer in sorted(dead & set(second.leases)):
             self._objects.delete(lease_key(writer))
             self._collected.leases += 1
@@ -243,6 +251,7 @@ class Collector:
             frozenset(_point_of(info.key) for info in self._objects.list(FORGOTTEN)),
             frozenset(_point_of(key) for key in manifests if not key.endswith(PENDING_SUFFIX)),
             frozenset(key for key in manifests if key.endswith(PENDING_SUFFIX)),
+            outdated_claims(self._objects),
         )
 
     def _counter(self, key: str) -> int | None:
