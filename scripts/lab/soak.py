@@ -46,7 +46,7 @@ SOAKS: Mapping[str, Soak] = {
     "fsx": StepSoak("fsx", Fsx),
     "fuzz": FuzzSoak(),
     "kills": KillSoak(),
-    "model": SeedSoak("model", play.play, about=_MODEL),
+    "model": SeedSoak("model", play.play, about=_MODEL, has_place=True),
     "sites": SiteSoak(),
 }
 
