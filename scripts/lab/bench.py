@@ -20,7 +20,7 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
-from scripts.lab import rows_backup, rows_boot, rows_io, rows_move, rows_quiet, rows_store
+from scripts.lab import rows_backup, rows_boot, rows_far, rows_io, rows_large, rows_move, rows_quiet, rows_store
 from scripts.lab.datastore import end_on_signals, working_directory
 from scripts.lab.failure import LabError
 from scripts.lab.ratios import Comparison, Verdict, alternate, compare
@@ -33,6 +33,8 @@ ROWS: tuple[Row, ...] = (
     *rows_quiet.ROWS,
     *rows_store.ROWS,
     *rows_backup.ROWS,
+    *rows_far.ROWS,
+    *rows_large.ROWS,
 )
 
 
