@@ -14,7 +14,7 @@ from scripts.lab.s3_proxy import NOTHING, Trouble
 SHARE: Final = 0.15
 """Of the requests; enough for each operation to meet some, and rarely more tries in a row than a client makes."""
 _FORGETS: Final = Trouble(forgets=True)
-_SLOW_SHARE: Final = 0.01
+SLOW_SHARE: Final = 0.01
 """Of the requests: those that are kept until the client gives up take their time."""
 
 MET: Final = (
@@ -33,10 +33,10 @@ listings may lag."""
 class SeededTroubles:
     """A plan for a proxy.  ``patience_s`` is the client's: requests are kept longer than that."""
 
-    def __init__(self, seed: int, *, patience_s: float, share: float = SHARE) -> None:
+    def __init__(self, seed: int, *, patience_s: float, slow_share: float = SLOW_SHARE) -> None:
         self._chance = random.Random(f"troubles {seed}")
         self._lock = threading.Lock()
-        self._share = share
+        self._slow_share = slow_share
         held_s = 1.5 * patience_s
         self._quick = [
             Trouble(status=503),
@@ -53,12 +53,12 @@ class SeededTroubles:
             if "list-type=2" in path and self._chance.random() < 0.3:
                 return Trouble(lists_late=True)
             number = self._chance.random()
-            if number < _SLOW_SHARE:
+            if number < self._slow_share:
                 return self._chance.choice(self._slow)
-            if number < self._share:
+            if number < SHARE:
                 return self._chance.choice(self._quick)
             # Once more of what is told from a put of somebody else by its content alone.
-            return _FORGETS if method == "PUT" and number < 2 * self._share else NOTHING
+            return _FORGETS if method == "PUT" and number < 2 * SHARE else NOTHING
 
 
 def expect_met(happened: Counter[str], wanted: Collection[str] = MET) -> None:

@@ -41,6 +41,7 @@ def test_the_vm_is_whole_with_s3(scenario: Scenario, bucket: Bucket) -> None:
     run_one(scenario, InBucket(bucket), random.Random(scenario.name))
 
 
+@pytest.mark.timeout(900)
 def test_the_vm_is_whole_with_s3_behind_troubles(bucket: Bucket) -> None:
     """As many scenarios as it takes to meet every kind of trouble, and some more."""
     place, chosen, wanted = InBucket(bucket, troubled=True), random.Random(2), (*MET, "listed late")
