@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from s3_bucket import Bucket
 
-from scripts.lab.s3_server import S3Account, create_bucket, shared_s3
+from scripts.lab.s3_server import Bucket, S3Account, new_bucket, shared_s3
 
 # tmp_path on a filesystem that a backing directory can be on: /tmp may be tmpfs.
 os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/var/tmp")
@@ -27,6 +25,4 @@ def s3_account(testrun_uid: str) -> Iterator[S3Account]:
 @pytest.fixture
 def bucket(s3_account: S3Account) -> Bucket:
     """A new, empty bucket."""
-    name = f"bucket-{secrets.token_hex(8)}"
-    create_bucket(s3_account, name)
-    return Bucket(s3_account, name)
+    return new_bucket(s3_account)

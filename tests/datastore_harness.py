@@ -30,6 +30,7 @@ from tests.medium import ALL_SYNCS, SYNCS, Key, Medium
 from tests.medium import BLOCK as BLOCK
 from tests.site_tags import ROOT
 from tests.store_fakes import FakeObjects, SitedObjects
+from tests.store_places import Place, in_fake
 from vmfs_stub.core.names import PLACEHOLDER_XATTR, PRIVATE_DIR
 from vmfs_stub.core.sites import PLAIN
 from vmfs_stub.inventory.directory import DirectoryInventory
@@ -295,15 +296,17 @@ class Services:
 class Rig:
     """What outlives a daemon.  ``head`` and ``tail`` are the bytes that stay resident at the ends of a disk.
 
-    With a ``source`` the store is encrypted.
+    The store is made in ``objects``; with a ``source`` it is encrypted.
     """
 
-    def __init__(self, base: Path, *, head: int = 0, tail: int = 0, source: KeySource | None = None) -> None:
+    def __init__(
+        self, base: Path, objects: FakeObjects, *, head: int = 0, tail: int = 0, source: KeySource | None = None
+    ) -> None:
         self.base = base
         self.backing = base / "backing"
         self.runtime = base / "run"
         self.backing.mkdir(mode=0o700)
-        self.objects = FakeObjects()
+        self.objects = objects
         self.store = Store.create(self.objects, chunk_size=CHUNK, source=source)
         self.medium = Medium(self.backing)
         self.inline = False
@@ -514,20 +517,30 @@ def _new_boot() -> BootIdentity:
 
 @contextlib.contextmanager
 def temporary_rig(
-    *, head: int = 0, tail: int = 0, parent: Path | None = None, source: KeySource | None = None
+    *,
+    head: int = 0,
+    tail: int = 0,
+    parent: Path | None = None,
+    source: KeySource | None = None,
+    place: Place = in_fake,
+    seed: int = 0,
 ) -> Iterator[Rig]:
     """A rig in a directory of its own (in ``parent``, by default where temporary files are), removed at the end.
 
-    The kernel tells of a lease that somebody wants broken by SIGIO, which would end the process.
+    Its store is at a ``place``, whose troubles ``seed`` decides.  The kernel tells of a lease that somebody wants
+    broken by SIGIO, which would end the process.
     """
     before = signal.signal(signal.SIGIO, signal.SIG_IGN)
     base = Path(tempfile.mkdtemp(prefix="vmfs-stub-rig-", dir=parent)).resolve()
-    rig = Rig(base, head=head, tail=tail, source=source)
     try:
-        yield rig
+        with place(base, seed) as objects:
+            rig = Rig(base, objects, head=head, tail=tail, source=source)
+            try:
+                yield rig
+            finally:
+                rig.close()
     finally:
         signal.signal(signal.SIGIO, before)
-        rig.close()
         shutil.rmtree(base)
 
 

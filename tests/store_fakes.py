@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 
 from vmfs_stub.core.errors import ObjectExists, ObjectMissing, StoreDenied
@@ -19,7 +19,7 @@ class FakeObjects:
     """``before`` is called with (call, key) ahead of every call and may raise; ``contents`` may be tampered with."""
 
     def __init__(self, before: Callable[[str, str], None] = lambda call, key: None) -> None:
-        self.contents: dict[str, bytes] = {}
+        self.contents: MutableMapping[str, bytes] = {}
         self.before = before
         self.calls: list[tuple[str, str]] = []
         self._lock = threading.Lock()
@@ -125,7 +125,7 @@ class SitedObjects:
 
 
 @contextmanager
-def packs_condemned(contents: dict[str, bytes]) -> Iterator[None]:
+def packs_condemned(contents: MutableMapping[str, bytes]) -> Iterator[None]:
     """Within the block garbage collection is about to remove every pack that is there; then it is not."""
     packs = frozenset(PackId(key.rpartition("/")[2]) for key in contents if key.startswith(PACKS))
     contents[f"{CONDEMNED}{'c' * 32}"] = encode_condemned(Condemned(packs=packs), "nonce")

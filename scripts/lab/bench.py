@@ -20,13 +20,22 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
-from scripts.lab import rows_boot, rows_io, rows_move, rows_quiet, rows_store
+from scripts.lab import rows_backup, rows_boot, rows_far, rows_io, rows_large, rows_move, rows_quiet, rows_store
 from scripts.lab.datastore import end_on_signals, working_directory
 from scripts.lab.failure import LabError
 from scripts.lab.ratios import Comparison, Verdict, alternate, compare
 from scripts.lab.row import Laboratory, Row
 
-ROWS: tuple[Row, ...] = (*rows_io.ROWS, *rows_move.ROWS, *rows_boot.ROWS, *rows_quiet.ROWS, *rows_store.ROWS)
+ROWS: tuple[Row, ...] = (
+    *rows_io.ROWS,
+    *rows_move.ROWS,
+    *rows_boot.ROWS,
+    *rows_quiet.ROWS,
+    *rows_store.ROWS,
+    *rows_backup.ROWS,
+    *rows_far.ROWS,
+    *rows_large.ROWS,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +131,7 @@ def main() -> None:
     if options.list:
         for row in ROWS:
             console.print(
-                f"{row.name:12} {row.title} / {row.baseline}; {row.target}; {row.pairs} pairs", soft_wrap=True
+                f"{row.name:18} {row.title} / {row.baseline}; {row.target}; {row.pairs} pairs", soft_wrap=True
             )
         return
     end_on_signals()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
+from pathlib import Path
 from typing import Final
 
 BLOCK: Final = 4096
+CHUNK: Final = 64 << 10
 
 
 def random_content(chance: random.Random, length: int) -> bytes:
@@ -16,6 +19,34 @@ def random_content(chance: random.Random, length: int) -> bytes:
     if kind < 0.8:
         return chance.randbytes(length)
     return (chance.randbytes(48) * (length // 48 + 1))[:length]
+
+
+def salted_copies(source: Path, target: Path, *, copies: int, salt: int) -> None:
+    """Several copies of an image in one, of which no chunk is in another: nothing of it is deduplicated.
+
+    What is made with another ``salt`` has no chunk of it, either.
+    """
+    number = salt << 32
+    with target.open("wb") as out:
+        for _ in range(copies):
+            with source.open("rb") as image:
+                while part := image.read(CHUNK):
+                    number += 1
+                    out.write(number.to_bytes(8, "little") + part[8:])
+
+
+def change_extents(disk: Path, chance: random.Random, *, share: float, extent_bytes: int) -> int:
+    """Write noise over a share of a disk, in separate extents at the starts of blocks; durable, returns the bytes."""
+    size = disk.stat().st_size
+    slot_bytes = 2 * extent_bytes
+    count = round(size * share / extent_bytes)
+    with disk.open("r+b") as file:
+        for slot in sorted(chance.sample(range(size // slot_bytes), count)):
+            file.seek(slot * slot_bytes + chance.randrange(extent_bytes // BLOCK) * BLOCK)
+            file.write(chance.randbytes(extent_bytes))
+        file.flush()
+        os.fsync(file.fileno())
+    return count * extent_bytes
 
 
 def difference(found: bytes, wanted: bytes | bytearray, offset: int) -> str:

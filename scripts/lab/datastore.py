@@ -21,13 +21,18 @@ from pathlib import Path
 from typing import Literal, ParamSpec
 
 from scripts.lab.failure import LabError, run
+from scripts.lab.s3_server import Bucket
 from vmfs_stub.config import load_config
 from vmfs_stub.control.client import ControlClient
 from vmfs_stub.mount.mountpoint import is_mounted
+from vmfs_stub.store.remote import RemoteObjects
 
 PROGRAM = Path(sys.executable).with_name("vmfs-stub")
 COMMAND_DEADLINE_S = 900.0
 _END_DEADLINE_S = 30.0
+_PREFIX = "vms"
+_ENVIRONMENT = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+_CONFIGURED = ("access_key_id", "secret_access_key")
 
 P = ParamSpec("P")
 Setting = bool | int | float | str
@@ -60,10 +65,14 @@ class Recalled:
 
 @dataclass(slots=True)
 class Datastore:
-    """Backing directory, mountpoint, store and configuration under ``home``; ``daemon_pid`` is 0 when not mounted."""
+    """Backing directory, mountpoint, store and configuration under ``home``; ``daemon_pid`` is 0 when not mounted.
+
+    With a ``bucket`` that is the store, and several datastores may share it.
+    """
 
     home: Path
     daemon_pid: int = 0
+    bucket: Bucket | None = None
 
     @property
     def backing(self) -> Path:
@@ -77,8 +86,13 @@ class Datastore:
 
     @property
     def store(self) -> Path:
-        """Secondary storage: a directory."""
+        """Secondary storage, where it is a directory."""
         return self.home / "store"
+
+    @property
+    def store_url(self) -> str:
+        """Secondary storage, wherever it is."""
+        return self.store.as_uri() if self.bucket is None else self.bucket.url(_PREFIX)
 
     @property
     def config(self) -> Path:
@@ -91,9 +105,25 @@ class Datastore:
 
     def init(self, settings: Settings) -> None:
         """Create it by ``vmfs-stub init``, then change the configuration's ``settings``."""
-        where = ["--backing", str(self.backing), "--mountpoint", str(self.mountpoint), "--store", self.store.as_uri()]
-        self.vmfs("init", *where, "--runtime-dir", str(self.home / "run"))
-        self.config.write_text(with_settings(self.config.read_text(), settings))
+        where: list[str | Path] = [
+            "--backing",
+            self.backing,
+            "--mountpoint",
+            self.mountpoint,
+            "--store",
+            self.store_url,
+        ]
+        command = [PROGRAM, "--config", self.config, "init", *where, "--runtime-dir", self.home / "run"]
+        run(command, deadline_s=COMMAND_DEADLINE_S, env=os.environ | self._credentials(_ENVIRONMENT))
+        text = with_settings(self.config.read_text(), {"store": self._credentials(_CONFIGURED)})
+        self.config.write_text(with_settings(text, settings))
+
+    def _credentials(self, names: tuple[str, str]) -> dict[str, str]:
+        """Those of the bucket under the names that they have there; nothing for a directory."""
+        if self.bucket is None:
+            return {}
+        account = self.bucket.account
+        return dict(zip(names, (account.access_key_id, account.secret_access_key), strict=True))
 
     def mount(self) -> None:
         """Start the daemon in the background; returns when the mount answers."""
@@ -133,7 +163,14 @@ class Datastore:
 
     def store_bytes(self) -> int:
         """Bytes that the store occupies."""
+        if self.bucket is not None:
+            return sum(info.size for info in self.objects().list(""))
         return allocated_bytes(self.store)
+
+    def objects(self) -> RemoteObjects:
+        """What is in its bucket, without retries."""
+        assert self.bucket is not None
+        return self.bucket.objects(_PREFIX)
 
     def end(self) -> None:
         """Unmount in whatever state it is; the daemon has ended when this returns.  Raises LabError if it cannot."""
@@ -167,9 +204,12 @@ def temporary_datastore(settings: Settings | None = None) -> Iterator[Datastore]
 
 
 @contextmanager
-def datastore_in(home: Path, settings: Settings | None = None) -> Iterator[Datastore]:
-    """A datastore in the existing directory ``home``; unmounted at the end, the directory stays."""
-    datastore = Datastore(home)
+def datastore_in(home: Path, settings: Settings | None = None, *, bucket: Bucket | None = None) -> Iterator[Datastore]:
+    """A datastore in the existing directory ``home``; unmounted at the end, the directory stays.
+
+    Its store is a directory in there, or a ``bucket``.
+    """
+    datastore = Datastore(home, bucket=bucket)
     try:
         datastore.init(settings or {})
         yield datastore

@@ -6,10 +6,12 @@ the first that does not hold ends the demo with exit code 1.
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from scripts.lab.disktrace import Extent, differing, read_trace
 from scripts.lab.failure import LabError, run
 from scripts.lab.guest import Guest, built_guest
 from scripts.lab.qemu import Machine, boot, usable_accelerator
+from scripts.lab.s3_server import Bucket, ceph_s3, new_bucket
 
 RAW_VM, QCOW2_VM = "debian-raw", "debian-qcow2"
 # Left on, hydration brings a disk this small back within a second or two: nobody would see what a boot alone needs.
@@ -164,7 +167,8 @@ def archive(demo: Demo) -> None:
         check(machine.disk.stat().st_size == figures.size, f"{name} still has its size, {mebibytes(figures.size)}")
     mountpoint = demo.datastore.mountpoint
     show(["ls", "-ls", mountpoint / RAW_VM, mountpoint / QCOW2_VM])
-    show(["du", "-sh", mountpoint, demo.datastore.store])
+    show(["du", "-sh", mountpoint])
+    tell(f"the store, {demo.datastore.store_url}, has {mebibytes(demo.datastore.store_bytes())}")
     console.print("[cyan]$ vmfs-stub ls[/]")
     console.print(demo.datastore.vmfs("ls").rstrip(), markup=False)
 
@@ -235,13 +239,39 @@ def closing_table(demo: Demo, store_bytes: int) -> Table:
     return table
 
 
+@contextmanager
+def bucket_of(home: Path, store: str) -> Iterator[Bucket | None]:
+    """Where ``store`` is s3, a bucket of an S3 server of its own that runs in ``home``."""
+    if store != "s3":
+        yield None
+        return
+    tell("starting an S3 server: Ceph's gateway, with one monitor and one object store daemon")
+    (home / "s3").mkdir()
+    with ceph_s3(home / "s3") as server:
+        yield new_bucket(server.account)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
+    parser.add_argument(
+        "--store", choices=["file", "s3"], default="file", help="a directory (default), or a bucket of a real S3 server"
+    )
+    return parser.parse_args(arguments)
+
+
 def main() -> None:
     """Run the demo; exit code 0 when every claim held, 1 when one did not, 130 when interrupted."""
+    options = parse()
     end_on_signals()
     started_s = time.monotonic()
     try:
         guest = built_guest(tell)
-        with working_directory() as home, datastore_in(home, NO_HYDRATION) as datastore:
+        with (
+            working_directory() as home,
+            bucket_of(home, options.store) as bucket,
+            datastore_in(home, NO_HYDRATION, bucket=bucket) as datastore,
+        ):
             demo = prepare(home, datastore, guest)
             reference = boot_resident(demo)
             archive(demo)

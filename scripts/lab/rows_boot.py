@@ -96,7 +96,7 @@ def _recalled(laboratory: Laboratory) -> Iterator[Measures]:
 
 
 @contextmanager
-def _peak_pss(pid: int) -> Iterator[list[int]]:
+def peak_pss(pid: int) -> Iterator[list[int]]:
     """Samples of a process's PSS in bytes, taken while inside; complete afterwards, and never empty."""
     samples, ended = [pss_bytes(pid)], threading.Event()
 
@@ -118,7 +118,7 @@ def _memory(laboratory: Laboratory) -> Iterator[Measures]:
     with _two_disks(laboratory) as datastore:
 
         def ours() -> float:
-            with _peak_pss(datastore.daemon_pid) as samples:
+            with peak_pss(datastore.daemon_pid) as samples:
                 _archive_afresh(datastore)
                 replay(_disk(datastore, ARCHIVED), laboratory.boot_reads)
                 datastore.vmfs("recall", ARCHIVED)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from scripts.lab.content import salted_copies
 from scripts.lab.datastore import Datastore, Settings, copy_sparse, drop_caches, pss_bytes, seconds
 from scripts.lab.failure import LabError, run
 from scripts.lab.ratios import Target
@@ -24,7 +25,6 @@ from scripts.lab.row import Laboratory, Measures, Row
 _READER, _ARCHIVED, _RECALLED = "reader", "archived", "recalled"
 _SECONDS_A_SAMPLE = 3
 _SALTED_COPIES = 3
-_CHUNK = 64 << 10
 _DEADLINE_S = 120.0
 
 PLACEHOLDERS = 10_000
@@ -37,17 +37,6 @@ _SMALL: Settings = {
 
 
 # Quiet under load
-
-
-def _salted(source: Path, target: Path, salt: int) -> None:
-    """Several copies of an image in one, of which no chunk is in another: nothing of it is deduplicated."""
-    number = 0
-    with target.open("wb") as out:
-        for _ in range(_SALTED_COPIES):
-            with source.open("rb") as image:
-                while part := image.read(_CHUNK):
-                    number += 1
-                    out.write((salt + number).to_bytes(8, "little") + part[8:])
 
 
 def _p99_s(disk: Path) -> float:
@@ -93,7 +82,7 @@ def _quiet(laboratory: Laboratory) -> Iterator[Measures]:
     for number, (name, image) in enumerate(images.items()):
         if not image.exists():
             laboratory.say(f"making the data to be {name}")
-            _salted(laboratory.guest.qcow2, image, number << 32)
+            salted_copies(laboratory.guest.qcow2, image, copies=_SALTED_COPIES, salt=number)
 
     def measure(*, moving: bool) -> float:
         with laboratory.datastore() as datastore:

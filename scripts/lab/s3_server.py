@@ -22,12 +22,13 @@ import urllib.request
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 from scripts.lab.failure import LabError, run
 from vmfs_stub.core.errors import StoreUnavailable
+from vmfs_stub.store.remote import RemoteObjects
 from vmfs_stub.store.s3 import S3Credentials, open_s3
 
 _OSD_BYTES: Final = 40 << 30
@@ -86,7 +87,7 @@ class S3Account:
 
     endpoint: str
     access_key_id: str
-    secret_access_key: str
+    secret_access_key: str = field(repr=False)
     region: str = "default"
 
 
@@ -267,15 +268,41 @@ def _keep(home: Path) -> None:
     shutil.rmtree(home)
 
 
-def create_bucket(account: S3Account, name: str) -> None:
-    """Make a bucket, empty."""
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A bucket on an S3 server."""
+
+    account: S3Account
+    name: str
+
+    def url(self, prefix: str = "") -> str:
+        """Its URL, as an operator writes it."""
+        return f"s3://{self.name}/{prefix}?endpoint={self.account.endpoint}&region={self.account.region}"
+
+    @property
+    def credentials(self) -> S3Credentials:
+        """Who may use it."""
+        return S3Credentials(self.account.access_key_id, self.account.secret_access_key)
+
+    def objects(self, prefix: str = "", *, timeout_s: float = 20) -> RemoteObjects:
+        """What is in it, without retries."""
+        return open_s3(self.url(prefix), self.credentials, timeout_s=timeout_s, transfer_timeout_s=3 * timeout_s)
+
+    def through(self, endpoint: str) -> Bucket:
+        """The same, asked at another endpoint: that of a proxy."""
+        return replace(self, account=replace(self.account, endpoint=endpoint))
+
+
+def new_bucket(account: S3Account) -> Bucket:
+    """Make a bucket of its own, empty."""
+    bucket = Bucket(account, f"bucket-{secrets.token_hex(8)}")
     # In the virtual-hosted style an endpoint is a bucket, so that a put of a name at the server's own makes one.
-    url = f"s3://{name}/?endpoint={account.endpoint}&region={account.region}&path_style=false"
-    credentials = S3Credentials(account.access_key_id, account.secret_access_key)
+    url = f"s3://{bucket.name}/?endpoint={account.endpoint}&region={account.region}&path_style=false"
     with suppress(StoreUnavailable):  # it answers without an ETag
-        open_s3(url, credentials, timeout_s=_STEP_DEADLINE_S, transfer_timeout_s=_STEP_DEADLINE_S).put(
-            name, b"", if_absent=False
+        open_s3(url, bucket.credentials, timeout_s=_STEP_DEADLINE_S, transfer_timeout_s=_STEP_DEADLINE_S).put(
+            bucket.name, b"", if_absent=False
         )
+    return bucket
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from scripts.lab.failure import LabError
 from scripts.lab.soak_churn import Churn
 from scripts.lab.soak_fsx import Fsx
 from scripts.lab.soak_fuzz import FuzzSoak
+from scripts.lab.soak_hosts import HostsSoak
 from scripts.lab.soak_kills import KillSoak
 from scripts.lab.soak_seeds import SeedSoak
 from scripts.lab.soak_sites import SiteSoak
@@ -45,8 +46,9 @@ SOAKS: Mapping[str, Soak] = {
     "churn": StepSoak("churn", Churn),
     "fsx": StepSoak("fsx", Fsx),
     "fuzz": FuzzSoak(),
+    "hosts": HostsSoak(),
     "kills": KillSoak(),
-    "model": SeedSoak("model", play.play, about=_MODEL),
+    "model": SeedSoak("model", play.play, about=_MODEL, has_place=True),
     "sites": SiteSoak(),
 }
 

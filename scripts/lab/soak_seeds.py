@@ -1,6 +1,7 @@
 """Plays from many seeds on all cores: random lives of a datastore, and hosts that share a store.
 
-They are those of the tests (tests/model and tests/collection), which play a few seeds; without daemon or mount.
+They are those of the tests (tests/model and tests/collection), which play a few seeds; without daemon or mount.  Where
+a play can have a real store, the command line says which.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from functools import partial
 
 from scripts.lab.failure import LabError
+from scripts.lab.soak_stores import add_store, store_place
 
 SEEDS = 1_000
 """How many are played unless told."""
@@ -29,22 +32,32 @@ Play = Callable[[int], object]
 
 
 class SeedSoak:
-    """Plays one seed after the other, and says at the end in which of them something was wrong."""
+    """Plays one seed after the other, and says at the end in which of them something was wrong.
 
-    def __init__(self, name: str, play: Play, *, about: str) -> None:
+    With ``has_place`` a play takes the store's place as a keyword.
+    """
+
+    def __init__(self, name: str, play: Callable[..., object], *, about: str, has_place: bool = False) -> None:
         self.about = about
         self._name = name
         self._play = play
+        self._has_place = has_place
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """How much."""
         parser.add_argument(
             "--seeds", type=int, default=SEEDS, help=f"how many seeds, from --seed on (default {SEEDS})"
         )
+        if self._has_place:
+            add_store(parser)
 
     def run(self, options: argparse.Namespace, seed: int) -> str:
         """Raises LabError naming the seeds in which something was wrong."""
-        play_seeds(self._name, self._play, seed, options.seeds)
+        if self._has_place:
+            with store_place(options) as place:
+                play_seeds(self._name, partial(self._play, place=place), seed, options.seeds)
+        else:
+            play_seeds(self._name, self._play, seed, options.seeds)
         return f"{options.seeds} seeds from it on, nothing was wrong"
 
 

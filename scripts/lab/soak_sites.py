@@ -12,12 +12,15 @@ import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import trio
 
 from scripts.lab.failure import LabError
 from scripts.lab.soak_steps import run_steps
+from scripts.lab.soak_stores import add_store, store_place
 from tests.fault.site_faults import SCENARIOS, Scenario, Spoiling, run, spoilings
+from tests.store_places import Place
 
 
 class SiteSoak:
@@ -32,16 +35,17 @@ class SiteSoak:
             "--minutes", type=float, default=math.inf, help="stop after so long (default: when all calls were spoiled)"
         )
         length.add_argument("--operations", type=int, help="spoil so many calls instead, however long they take")
+        add_store(parser)
 
     def run(self, options: argparse.Namespace, seed: int) -> str:
         """Raises LabError when the VM is not whole afterwards, naming the call and how it went wrong."""
-        with _without_log():
+        with _without_log(), store_place(options) as place:
             waiting = _everything()
             everything = len(waiting)
             random.Random(seed).shuffle(waiting)
             done = run_steps(
                 "sites",
-                lambda: _spoil(*waiting.pop()),
+                lambda: _spoil(*waiting.pop(), place, seed),
                 seed=seed,
                 duration_s=options.minutes * 60,
                 steps_max=everything if options.operations is None else min(options.operations, everything),
@@ -58,9 +62,9 @@ def _everything() -> list[tuple[Scenario, Spoiling]]:
     ]
 
 
-def _spoil(scenario: Scenario, spoiling: Spoiling) -> str:
+def _spoil(scenario: Scenario, spoiling: Spoiling, place: Place, seed: int) -> str:
     try:
-        trio.run(run, scenario, spoiling)
+        trio.run(partial(run, scenario, spoiling, place=place, seed=seed))
     except (Exception, BaseExceptionGroup) as exc:
         raise LabError(f"{scenario.name} {spoiling}: {exc!r}") from exc
     return f"{scenario.name} {spoiling}"

@@ -5,15 +5,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from obstore.store import LocalStore, MemoryStore
 from store_fakes import FakeObjects
+from store_places import PATIENCE_S, PATIENT
 
+from scripts.lab.s3_proxy import s3_proxy
+from scripts.lab.s3_server import Bucket
+from scripts.lab.s3_troubles import SeededTroubles
 from vmfs_stub.core.errors import ConfigError, CorruptManifest, CorruptPack, IntegrityError, ObjectExists, ObjectMissing
 from vmfs_stub.store.local import LocalObjects
-from vmfs_stub.store.objects import ObjectStore
+from vmfs_stub.store.objects import Buffer, ObjectStore
 from vmfs_stub.store.remote import RemoteObjects
 from vmfs_stub.store.retrying import RetryingObjects
 
@@ -39,10 +44,22 @@ MAKERS: dict[str, Callable[[Path], ObjectStore]] = {
 }
 
 
-@pytest.fixture(params=[*MAKERS, "s3", "s3-prefix"])
+@contextmanager
+def _troubled(bucket: Bucket, *, seed: int) -> Iterator[ObjectStore]:
+    """Listings are never late here: the suite looks at once at what it has just done."""
+    with s3_proxy(bucket.account.endpoint) as proxy:
+        proxy.plan = SeededTroubles(seed, patience_s=PATIENCE_S)
+        yield RetryingObjects(bucket.through(proxy.endpoint).objects(timeout_s=PATIENCE_S), PATIENT)
+
+
+@pytest.fixture(params=[*MAKERS, "s3", "s3-prefix", "troubled-s3"])
 def objects(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStore]:
     if request.param in ("s3", "s3-prefix"):
         yield request.getfixturevalue("bucket").objects("some/prefix" if request.param == "s3-prefix" else "")
+        return
+    if request.param == "troubled-s3":
+        with _troubled(request.getfixturevalue("bucket"), seed=len(request.node.name)) as troubled:
+            yield troubled
         return
     made = MAKERS[request.param](tmp_path)
     yield made
@@ -163,21 +180,41 @@ def test_names_that_lead_elsewhere_are_refused(objects: ObjectStore, key: str) -
                 list(objects.list(prefix if prefix != "a/" else "a"))
 
 
-def test_one_of_many_conditional_puts_wins(objects: ObjectStore) -> None:
+def winners(objects: ObjectStore, key: str) -> list[int]:
+    """Many put the same key at once; those that are told that it is theirs."""
     serial = itertools.count()
 
     def put(_: int) -> int | None:
         mine = next(serial)
         try:
-            objects.put(KEY, b"%d" % mine)
+            objects.put(key, b"%d" % mine)
         except ObjectExists:
             return None
         return mine
 
     with ThreadPoolExecutor(8) as executor:
-        won = [mine for mine in executor.map(put, range(40)) if mine is not None]
-    assert len(won) == 1
-    assert objects.get(KEY) == b"%d" % won[0]
+        return [mine for mine in executor.map(put, range(40)) if mine is not None]
+
+
+def test_one_of_many_conditional_puts_wins(objects: ObjectStore) -> None:
+    (won,) = winners(objects, KEY)
+    assert objects.get(KEY) == b"%d" % won
+
+
+def test_a_retry_that_takes_any_object_for_its_own_is_found(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    def put(self: RetryingObjects, key: str, data: Buffer, *, if_absent: bool = True) -> None:
+        def attempt(number: int) -> None:
+            try:
+                self.inner.put(key, data, if_absent=if_absent)
+            except ObjectExists:
+                if number == 0:
+                    raise
+
+        self._retried(attempt)
+
+    monkeypatch.setattr(RetryingObjects, "put", put)
+    with _troubled(bucket, seed=1) as objects:
+        assert any(len(winners(objects, f"{KEY}{number}")) > 1 for number in range(5))
 
 
 def test_readers_of_a_replaced_object_see_old_or_new_whole(objects: ObjectStore) -> None:

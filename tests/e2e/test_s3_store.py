@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from live_datastore import MIB, QUIET, LiveDatastore, MakeDatastore, noise
-from s3_bucket import Bucket
 
+from scripts.lab.s3_server import Bucket
 from vmfs_stub.cli.exit_codes import ExitCode
 
 CONTENT = noise(24 * MIB, seed=5)

@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 import stat
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -492,7 +492,7 @@ async def scrub_store(services: Services) -> None:
         raise NotWhole("scrub has repaired what verify finds damaged")
 
 
-def _take_for_dead(contents: dict[str, bytes], call: str, key: str) -> None:
+def _take_for_dead(contents: MutableMapping[str, bytes], call: str, key: str) -> None:
     """By garbage collection, when it tells readers of what it has repaired."""
     if call == "put" and key.startswith(MOVED):
         contents.update({f"{DEAD}{lease.removeprefix(LEASES)}": b"" for lease in contents if lease.startswith(LEASES)})

@@ -21,6 +21,7 @@ from pathlib import Path
 from tests.datastore_harness import BLOCK, CHUNK, Rig, RigFiles, Services, survives_kill, temporary_rig
 from tests.fault.scenarios import BY_NAME, SCENARIOS, NotWhole, Scenario, contents_of, expect, make_vm
 from tests.fault.spoilings import Spoiling, kinds_at, numbers
+from tests.store_places import Place, in_fake
 from vmfs_stub.core.errors import MapFrozen, VmfsStubError
 from vmfs_stub.core.ids import PointId
 from vmfs_stub.services import hydration, recall
@@ -57,10 +58,13 @@ def spoilings(calls: Calls, *, every: bool = False) -> Iterator[Spoiling]:
                 yield Spoiling(site, number, kind, for_good)
 
 
-async def run(scenario: Scenario, spoiling: Spoiling | None) -> Calls:
-    """Run a scenario with one call spoiled, and check everything after.  Raises NotWhole."""
-    descriptors = _descriptors()
-    with short_waits(), temporary_rig(head=BLOCK) as rig:
+async def run(scenario: Scenario, spoiling: Spoiling | None, *, place: Place = in_fake, seed: int = 0) -> Calls:
+    """Run a scenario with one call spoiled, and check everything after.  Raises NotWhole.
+
+    The store is at a ``place``, whose own troubles ``seed`` decides.
+    """
+    with short_waits(), temporary_rig(head=BLOCK, place=place, seed=seed) as rig:
+        descriptors = _descriptors()
         rig.inline = True
         contents = make_vm(rig)
         await scenario.prepare(rig)

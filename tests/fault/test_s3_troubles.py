@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
-from s3_bucket import Bucket
 from store_points import back_up
 
-from scripts.lab.s3_proxy import NOTHING, S3Proxy, Trouble, s3_proxy
+from scripts.lab.s3_proxy import NOTHING, S3Proxy, Trouble, delaying_proxy, s3_proxy
+from scripts.lab.s3_server import Bucket
 from vmfs_stub.core.errors import ObjectExists, ObjectMissing, StoreUnavailable
 from vmfs_stub.store.objects import ObjectStore
 from vmfs_stub.store.retrying import RetryingObjects, RetryPolicy
@@ -29,8 +29,7 @@ def proxy(bucket: Bucket) -> Iterator[S3Proxy]:
 
 @pytest.fixture
 def objects(bucket: Bucket, proxy: S3Proxy) -> ObjectStore:
-    account = replace(bucket.account, endpoint=proxy.endpoint)
-    return RetryingObjects(replace(bucket, account=account).objects("some/prefix"), PATIENT)
+    return RetryingObjects(bucket.through(proxy.endpoint).objects("some/prefix"), PATIENT)
 
 
 def first(proxy: S3Proxy, trouble: Trouble) -> None:
@@ -78,6 +77,39 @@ def test_an_answer_that_is_cut_is_asked_for_again(objects: ObjectStore, proxy: S
     first(proxy, Trouble(cuts=True))
     assert objects.get_range(KEY, offset=10, length=size - 20) == data[10 : size - 10]
     assert proxy.troubles == 2
+
+
+def test_a_listing_that_is_late_does_not_know_of_the_last_changes(bucket: Bucket) -> None:
+    with s3_proxy(bucket.account.endpoint, lag_s=60) as proxy:
+        objects = bucket.through(proxy.endpoint).objects("some/prefix")
+        for key in ("packs/old", "packs/over"):
+            bucket.objects("some/prefix").put(key, b"before")
+
+        def listed() -> frozenset[str]:
+            return frozenset(info.key.removeprefix("packs/") for info in objects.list("packs/"))
+
+        assert listed() == {"old", "over"}
+        objects.put("packs/new", b"new")
+        objects.put("packs/over", b"over", if_absent=False)
+        objects.delete("packs/old")
+        assert listed() == {"over", "new"}
+        proxy.plan = lambda method, path: Trouble(lists_late=True)
+        seen = {listed() for _ in range(60)}
+        assert seen == {
+            frozenset(each) for each in (("over", "new"), ("over", "old"), ("over",), ("over", "old", "new"))
+        }
+        assert proxy.happened["listed late"] > 10
+        proxy.listings.lag_s = 0.0
+        assert {listed() for _ in range(10)} == {frozenset({"over", "new"})}
+
+
+def test_a_proxy_in_a_process_of_its_own_delays_each_request(bucket: Bucket) -> None:
+    with delaying_proxy(bucket.account.endpoint, delay_s=0.1) as endpoint:
+        objects = bucket.through(endpoint).objects()
+        objects.put(KEY, b"some bytes")
+        started_s = time.monotonic()
+        assert objects.get_range(KEY, offset=5, length=5) == b"bytes"
+        assert time.monotonic() - started_s > 0.1
 
 
 def test_a_server_that_does_not_recover_is_an_error(objects: ObjectStore, proxy: S3Proxy) -> None:

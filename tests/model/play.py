@@ -41,6 +41,7 @@ from tests.model.guest import Guest, Handle
 from tests.model.life import Life
 from tests.model.names import Names
 from tests.store_fakes import FakeObjects
+from tests.store_places import Place, in_fake
 from tests.store_points import KEY_SOURCE
 from vmfs_stub.core.errors import DatastoreLocked, IdentityMismatch, VmfsStubError
 from vmfs_stub.core.ids import PointId, VmId
@@ -527,8 +528,8 @@ def _ids_from(seed: int) -> Iterator[None]:
         secrets.token_hex = before
 
 
-def play(seed: int, *, step_count: int = 40, favoured: Collection[str] = ()) -> None:
-    """Play one seed; see `Play`.  Raises what is found, with the seed."""
+def play(seed: int, *, step_count: int = 40, favoured: Collection[str] = (), place: Place = in_fake) -> None:
+    """Play one seed, with the store at ``place``; see `Play`.  Raises what is found, with the seed."""
     chosen = random.Random(seed)
     on_disk = seed % 4 == 0 or not MEMORY.is_dir()
     ends = [chosen.choice(ENDS_BYTES) for _ in range(2)]
@@ -537,7 +538,7 @@ def play(seed: int, *, step_count: int = 40, favoured: Collection[str] = ()) -> 
     with (
         _ids_from(seed),
         _impatient() if seed % 2 else contextlib.nullcontext(),
-        temporary_rig(head=ends[0], tail=ends[1], parent=parent, source=source) as rig,
+        temporary_rig(head=ends[0], tail=ends[1], parent=parent, source=source, place=place, seed=seed) as rig,
     ):
         found = Play(rig, chosen, favoured)
         try:

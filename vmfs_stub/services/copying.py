@@ -179,19 +179,28 @@ class _Stored:
 
     async def pieces(self, part: Part) -> AsyncIterator[tuple[Extent, StoredSegment | list[FrameRef | None]]]:
         """The chunks of a part that is not to be read, one segment or a part of one at a time."""
-        if part.content is Content.ZEROS:
-            yield part.chunks, [None] * part.chunks.length
-            return
-        table, at = await self._table(part.origin), part.chunks.start
+        at = part.chunks.start
         while at < part.chunks.end:
             number = at // SEGMENT_CHUNKS
             piece = Extent(at, min(part.chunks.end, (number + 1) * SEGMENT_CHUNKS))
-            if self._takes_segments and piece == self._whole(number, table):
-                segment_id, segment = await self._threads.transfer(table.segment, number)
-                yield piece, StoredSegment(segment_id, segment, piece.length)
+            if part.content is Content.ZEROS:
+                yield piece, self._zeros(number, piece)
             else:
-                yield piece, await self._threads.transfer(table.locate, piece.start, piece.end)
+                yield piece, await self._found(await self._table(part.origin), number, piece)
             at = piece.end
+
+    def _zeros(self, number: int, piece: Extent) -> StoredSegment | list[FrameRef | None]:
+        """A hole may be of many million chunks: whole segments of it are no lists."""
+        if piece == self._segment(number, self._order.size):
+            return StoredSegment(None, None, piece.length)
+        return [None] * piece.length
+
+    async def _found(self, table: ChunkTable, number: int, piece: Extent) -> StoredSegment | list[FrameRef | None]:
+        # A segment is only taken over where it has as many chunks in the copy as in the origin.
+        in_origin, in_copy = (self._segment(number, size) for size in (table.size, self._order.size))
+        if self._takes_segments and piece == in_origin == in_copy:
+            return StoredSegment(*await self._threads.transfer(table.segment, number), piece.length)
+        return await self._threads.transfer(table.locate, piece.start, piece.end)
 
     async def _table(self, origin: Origin | None) -> ChunkTable:
         assert origin is not None
@@ -199,13 +208,10 @@ class _Stored:
             self._tables[origin] = await self._threads.transfer(open_table, self._store, origin)
         return self._tables[origin]
 
-    def _whole(self, number: int, table: ChunkTable) -> Extent | None:
-        """All chunks of a segment, if that has as many in the copy as in the origin."""
-        ends = [
-            min(chunk_count(size, table.chunk_size), (number + 1) * SEGMENT_CHUNKS)
-            for size in (table.size, self._order.size)
-        ]
-        return Extent(number * SEGMENT_CHUNKS, ends[0]) if ends[0] == ends[1] else None
+    def _segment(self, number: int, size: int) -> Extent:
+        """The chunks of a segment of a file of this size."""
+        end = min(chunk_count(size, self._store.chunk_size), (number + 1) * SEGMENT_CHUNKS)
+        return Extent(number * SEGMENT_CHUNKS, end)
 
 
 @asynccontextmanager
