@@ -623,6 +623,7 @@ def _datastore(services: Services, config: Config, catalog: Catalog, jobs: Jobs)
         inventory=DirectoryInventory(rig.backing, files=services.files),
         catalog=catalog,
         store=services.store,
+        replica=None,
         services=services.connected,
         findings=services.findings,
         jobs=jobs,
