@@ -132,12 +132,12 @@ def copy_keys(store: Store, replica: Store) -> None:
             replica.stored.delete(key)
 
 
-def _copy_keys(store: ObjectStore, replica: ObjectStore) -> set[str]:
+def _copy_keys(objects: ObjectStore, replica: ObjectStore) -> set[str]:
     """Returns the names of the key documents of the store; those that are damaged are not copied."""
-    names = _key_names(store)
+    names = _key_names(objects)
     for key in sorted(names):
         try:
-            data = store.get(key, size_max=DOCUMENT_SIZE_MAX)
+            data = objects.get(key, size_max=DOCUMENT_SIZE_MAX)
             decode_key_document(data, key)
         except (ObjectMissing, IntegrityError, UnknownFormat) as exc:
             log.warning("%s is not copied to the replica: %s", key, exc)
@@ -340,19 +340,19 @@ def lacking(store: Store, replica: Store, vm_id: VmId) -> list[PointId]:
     return [point.point_id for point in reversed(store.points(vm_id, with_damaged=True, but=there))]
 
 
-def _put(replica: ObjectStore, key: str, data: bytes) -> None:
-    """Put what is sound and read it back; a copy that is not the same is damaged, and replaced.
+def _put(objects: ObjectStore, key: str, data: bytes) -> None:
+    """Put what is sound into the replica and read it back; a copy that is not the same is damaged, and replaced.
 
     Raises: the integrity error of the key when it is not read back as it was put.
     """
     try:
-        replica.put(key, data)
+        objects.put(key, data)
     except ObjectExists:
-        if _read(replica, key) == data:
+        if _read(objects, key) == data:
             return
         log.warning("%s: is damaged in the replica, and replaced by what the store has", key)
-        replica.put(key, data, if_absent=False)
-    if _read(replica, key) != data:
+        objects.put(key, data, if_absent=False)
+    if _read(objects, key) != data:
         raise damage(key)(f"{key}: the replica does not return what was put there; check its medium")
 
 
