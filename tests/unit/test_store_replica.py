@@ -25,10 +25,23 @@ from vmfs_stub.services.scrub import scrub
 from vmfs_stub.services.scrub_progress import ScrubProgress
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.services.verify import verify
+from vmfs_stub.store.collector import Collector
 from vmfs_stub.store.key_sources import KeySource
 from vmfs_stub.store.keyring import add_key, look_at, remove_key
-from vmfs_stub.store.keys import KEYS, MANIFESTS, MOVED, PACKS, SEGMENTS, STORE_KEY, forgotten_key, manifest_key
-from vmfs_stub.store.manifest import encode_void
+from vmfs_stub.store.keys import (
+    FORGOTTEN,
+    KEYS,
+    MANIFESTS,
+    MOVED,
+    PACKS,
+    SEGMENTS,
+    STORE_KEY,
+    forgotten_key,
+    manifest_key,
+)
+from vmfs_stub.store.manifest import Manifest, encode_void
+from vmfs_stub.store.mirrored_deletes import MirroredDeletes
+from vmfs_stub.store.reachability import Reachability
 from vmfs_stub.store.read_back import ReadBack
 from vmfs_stub.store.replica import Replication, check_replica, lacking, make_replica
 from vmfs_stub.store.store import Store
@@ -335,3 +348,118 @@ def test_read_back_belongs_to_one_place(tmp_path: Path) -> None:
         known.add(pack_id)
     known.add(pack_id)  # closed, or on a disk that fails: it is read once more, no worse
     assert not known.has(pack_id)
+
+
+# Garbage collection, and repair
+
+
+def collect(pair: Pair) -> MirroredDeletes:
+    mirrored = MirroredDeletes(pair.store.objects, pair.there)
+    with closing(Reachability(None, pair.store.id, pair.store.objects, sealing=pair.store.sealing)) as reachability:
+        Collector(mirrored, reachability, lag_s=0, sleep=lambda seconds: None).run()
+    return mirrored
+
+
+def forget(pair: Pair, manifest: Manifest) -> None:
+    pair.store.forget(manifest.vm_id, manifest.point_id, host="host1", why="by hand")
+
+
+def test_garbage_goes_from_both(pair: Pair) -> None:
+    going = back_up(pair.store, {"disk": DISK})
+    back_up(pair.store, {"disk": DISK[::-1]})
+    pair.run()
+    forget(pair, going)
+    assert collect(pair).left == 0
+    assert len(pair.names(MANIFESTS)) == len(pair.names(PACKS)) == 1
+    pair.assert_same()
+    pair.assert_restorable()
+
+
+def test_a_replica_that_is_away_keeps_whole_points_and_is_collected_later(pair: Pair) -> None:
+    going, staying = back_up(pair.store, {"disk": DISK}), back_up(pair.store, {"disk": DISK[::-1]})
+    pair.run()
+    forget(pair, going)
+    kept = dict(pair.there.contents)
+
+    def refuse(call: str, key: str) -> None:
+        raise StoreUnavailable("away")
+
+    pair.there.before = refuse
+    pair.there.calls.clear()
+    mirrored = collect(pair)
+    assert mirrored.left == 3
+    assert isinstance(mirrored.problem, StoreUnavailable)
+    assert len([call for call, _ in pair.there.calls if call == "delete"]) == 1  # it was asked once
+    pair.there.before = lambda call, key: None
+    assert pair.there.contents == kept
+    assert set(pair.names(MANIFESTS)) == {manifest_key(staying.vm_id, staying.point_id)}
+    # The mark is what remembers that the copy of the manifest is still to go.
+    assert set(pair.names(FORGOTTEN)) == {forgotten_key(going.vm_id, going.point_id)}
+    assert collect(pair).left == 0
+    assert pair.names(FORGOTTEN) == {}
+    assert {key for key in pair.there.contents if key.startswith(MANIFESTS)} == set(pair.names(MANIFESTS))
+    assert verify(Store.open(pair.there, pair.source)).findings == ()
+
+
+def test_a_store_that_lost_everything_empties_no_replica(pair: Pair) -> None:
+    back_up(pair.store, {"disk": DISK})
+    pair.run()
+    kept = dict(pair.there.contents)
+    pair.here.contents = {key: data for key, data in pair.here.contents.items() if key.startswith((STORE_KEY, KEYS))}
+    collect(pair)
+    assert pair.there.contents == kept
+
+
+def scrubbed(pair: Pair) -> bool:
+    with closing(ScrubProgress(None, pair.store.id)) as progress:
+        return scrub(Store.open(pair.here, pair.source), progress, replica=pair.replica).is_whole
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+@pytest.mark.parametrize("kind", [PACKS, SEGMENTS])
+def test_scrub_repairs_from_the_replica(pair: Pair, kind: str, is_lost: bool) -> None:
+    back_up(pair.store, {"disk": DISK})
+    pair.run()
+    for key, data in pair.names(kind).items():
+        if is_lost:
+            del pair.here.contents[key]
+        else:
+            pair.here.contents[key] = altered(data)
+    assert scrubbed(pair)
+    assert verify(Store.open(pair.here, pair.source)).findings == ()
+
+
+def test_scrub_replaces_a_damaged_manifest(pair: Pair) -> None:
+    manifest = back_up(pair.store, {"disk": DISK})
+    pair.run()
+    before = dict(pair.here.contents)
+    key = manifest_key(manifest.vm_id, manifest.point_id)
+    pair.here.contents[key] = altered(pair.here.contents[key])
+    assert scrubbed(pair)
+    assert pair.here.contents == before
+
+
+def test_scrub_believes_no_copy_unseen(pair: Pair) -> None:
+    back_up(pair.store, {"disk": DISK})
+    pair.run()
+    for objects in (pair.here, pair.there):
+        objects.contents = {
+            key: altered(data) if key.startswith((PACKS, SEGMENTS, MANIFESTS)) else data
+            for key, data in objects.contents.items()
+        }
+    assert not scrubbed(pair)
+
+
+def test_scrub_does_without_a_replica_that_is_away(pair: Pair) -> None:
+    back_up(pair.store, {"disk": DISK})
+    pair.run()
+    (key,) = pair.names(PACKS)
+    pair.here.contents[key] = altered(pair.here.contents[key])
+
+    def refuse(call: str, name: str) -> None:
+        raise StoreUnavailable("away")
+
+    pair.there.before = refuse
+    assert not scrubbed(pair)
+    pair.there.before = lambda call, name: None
+    assert scrubbed(pair)
