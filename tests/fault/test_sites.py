@@ -56,6 +56,9 @@ def sampled() -> dict[str, list[Spoiling]]:
     for choices in ways.values():
         name, spoiling = chosen.choice(choices)
         found[name].add(spoiling)
+    for name, each in found.items():
+        if not each:
+            each.add(chosen.choice(everything[name]))
     return {name: sorted(each, key=str) for name, each in found.items()}
 
 

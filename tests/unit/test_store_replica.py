@@ -296,10 +296,10 @@ def test_another_store_is_refused(pair: Pair) -> None:
         pair.run()
     assert other.contents == before
     pair.there = FakeObjects()
-    with pytest.raises(ObjectMissing):
+    with pytest.raises(StoreUnavailable, match="no replica"):
         pair.run()
     assert pair.there.contents == {}
-    with pytest.raises(ObjectMissing):
+    with pytest.raises(StoreUnavailable):
         check_replica(pair.there, pair.store.description)
 
 

@@ -26,8 +26,8 @@ class MirroredDeletes:
     Attributes: ``left`` is how many objects were not deleted in the replica, ``problem`` why.
     """
 
-    def __init__(self, objects: ObjectStore, replica: ObjectStore) -> None:
-        self._objects = objects
+    def __init__(self, inner: ObjectStore, replica: ObjectStore) -> None:
+        self._inner = inner
         self._replica = replica
         self._lock = threading.Lock()
         self.left = 0
@@ -35,31 +35,31 @@ class MirroredDeletes:
 
     def get(self, key: str, *, size_max: int = OBJECT_SIZE_MAX) -> bytes:
         """Read a whole object."""
-        return self._objects.get(key, size_max=size_max)
+        return self._inner.get(key, size_max=size_max)
 
     def get_range(self, key: str, *, offset: int, length: int) -> Buffer:
         """Read a part of one."""
-        return self._objects.get_range(key, offset=offset, length=length)
+        return self._inner.get_range(key, offset=offset, length=length)
 
     def put(self, key: str, data: Buffer, *, if_absent: bool = True) -> None:
         """Store an object, here alone."""
-        self._objects.put(key, data, if_absent=if_absent)
+        self._inner.put(key, data, if_absent=if_absent)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """All objects under a folder, as they are here."""
-        return self._objects.list(prefix)
+        return self._inner.list(prefix)
 
     def delete(self, key: str) -> None:
         """Remove an object, and its copy."""
         if key.startswith(FORGOTTEN) and self.problem is not None:
             return
-        self._objects.delete(key)
+        self._inner.delete(key)
         if key.startswith(REPLICATED) and not key.endswith(PENDING_SUFFIX):
             self._delete_copy(key)
 
     def size(self, key: str) -> int:
         """Size here."""
-        return self._objects.size(key)
+        return self._inner.size(key)
 
     def _delete_copy(self, key: str) -> None:
         problem = self.problem

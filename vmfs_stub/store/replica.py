@@ -33,6 +33,7 @@ from vmfs_stub.core.errors import (
     ObjectExists,
     ObjectMissing,
     PointNotFound,
+    StoreUnavailable,
     UnknownFormat,
     WrongStore,
 )
@@ -81,13 +82,12 @@ NAMES_KEPT: Final = 100_000
 def check_replica(objects: ObjectStore, description: StoreDescription) -> None:
     """See that the replica of that store is where it is expected.
 
-    Raises: ObjectMissing when there is none; WrongStore; CorruptStoreObject, UnknownFormat, StoreUnavailable,
-    StoreDenied.
+    Raises: StoreUnavailable, also when there is none; WrongStore; CorruptStoreObject, UnknownFormat, StoreDenied.
     """
     try:
         found = decode_description(objects.get(STORE_KEY, size_max=DOCUMENT_SIZE_MAX))
     except ObjectMissing as exc:
-        raise ObjectMissing(
+        raise StoreUnavailable(
             "there is no replica where [replica] url leads; is what belongs there mounted? `vmfs-stub replicate "
             "--create` makes one"
         ) from exc
@@ -103,12 +103,10 @@ def make_replica(store: Store, objects: ObjectStore) -> bool:
 
     Raises: WrongStore when another store is there; Unsupported; StoreUnavailable, StoreDenied, StoreFull.
     """
-    try:
+    if _is_there(objects, STORE_KEY):
         check_replica(objects, store.description)
-    except ObjectMissing:
-        probe(objects)
-    else:
         return False
+    probe(objects)
     _copy_keys(store.stored, objects)  # first: there never is a replica that nobody can open
     with suppress(ObjectExists):
         objects.put(STORE_KEY, store.stored.get(STORE_KEY, size_max=DOCUMENT_SIZE_MAX))
