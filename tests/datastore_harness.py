@@ -20,6 +20,7 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -54,7 +55,10 @@ from vmfs_stub.services.recovery import Recovered, Recovery
 from vmfs_stub.services.resumption import resume
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.fallback import Fallback, ReplicatedStore
 from vmfs_stub.store.key_sources import KeySource
+from vmfs_stub.store.read_back import ReadBack
+from vmfs_stub.store.replica import Replication, make_replica
 from vmfs_stub.store.store import Store
 
 P = ParamSpec("P")
@@ -256,6 +260,7 @@ class Services:
     connected: DiskServices
     findings: Findings
     store: Store
+    replicated: ReplicatedStore | None
 
     def __post_init__(self) -> None:
         self.claims = self.connected.claims
@@ -296,7 +301,7 @@ class Services:
 class Rig:
     """What outlives a daemon.  ``head`` and ``tail`` are the bytes that stay resident at the ends of a disk.
 
-    The store is made in ``objects``; with a ``source`` it is encrypted.
+    The store is made in ``objects``; with a ``source`` it is encrypted; `add_replica` lets it have a replica.
     """
 
     def __init__(
@@ -308,6 +313,7 @@ class Rig:
         self.backing.mkdir(mode=0o700)
         self.objects = objects
         self.store = Store.create(self.objects, chunk_size=CHUNK, source=source)
+        self.replica_objects: FakeObjects | None = None
         self.medium = Medium(self.backing)
         self.inline = False
         """Whether lives do without threads."""
@@ -322,6 +328,18 @@ class Rig:
             host="host1",
             datastore="vms",
         )
+
+    def add_replica(self) -> None:
+        """From now on the store has a replica, and nothing is released that is not in it."""
+        self.replica_objects = FakeObjects()
+        make_replica(self.store, self.replica_objects)
+        self.settings = replace(self.settings, min_copies=2)
+
+    def replica(self) -> Store | None:
+        """The replica as whoever has nothing else reads it."""
+        if self.replica_objects is None:
+            return None
+        return Store(self.replica_objects, self.store.description, self.store.key)
 
     def make_disk(self, path: str, content: bytes) -> None:
         """A plain file that is on the medium."""
@@ -463,6 +481,14 @@ class Rig:
             archive=self.settings,
         )
         store = Store(SitedObjects(self.objects, files), self.store.description, self.store.key)
+        replicated: ReplicatedStore | None = None
+        if self.replica_objects is not None:
+            replica = SitedObjects(self.replica_objects, files, "replica")
+            replicated = ReplicatedStore(
+                store,
+                Store(replica, self.store.description, self.store.key),
+                Fallback(patience_s=self.store_timeout_s),
+            )
         connected = connect_services(
             nursery,
             settings,
@@ -472,19 +498,26 @@ class Rig:
             reads=reads,
             private=private,
             store=store,
+            reading=replicated or store,
             mover=LocalMover(
                 files=files,
                 threads=threads,
                 store=store,
                 chunk_index=ChunkIndex(None, self.store.id),
                 workers=2,
+                reading=replicated,
+                begin_replication=None if replicated is None else partial(_replication, replicated),
             ),
             guests=GuestActivity(),
             placeholders=placeholders,
             changes_left=recovered.changes,
             findings=findings,
         )
-        return Services(self, files, threads, recovered, private, connected, findings, store)
+        return Services(self, files, threads, recovered, private, connected, findings, store, replicated)
+
+
+def _replication(store: ReplicatedStore) -> Replication:
+    return Replication(store.plain, store.replica, ReadBack(None, store.id, "replica"))
 
 
 def _drop(disks: Disks) -> None:

@@ -288,6 +288,6 @@ def store_calls(root: Path = ROOT) -> list[tuple[str, int, int]]:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in STORE_CALLS:
                 owner = node.func.value
                 name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
-                if name in ("objects", "_objects"):
+                if name in ("objects", "_objects", "stored"):
                     found.append((str(path.relative_to(root)), node.lineno, node.end_lineno or node.lineno))
     return found

@@ -92,36 +92,42 @@ KINDS = {
 }
 
 
-def store_site(call: str, key: str) -> str:
-    """The site tag of a call on the store: what kind of object is meant, and what is done with it."""
+def store_site(call: str, key: str, place: str = "store") -> str:
+    """The site tag of a call on a store: what kind of object is meant, and what is done with it."""
     kind = next(kind for start, kind in KINDS.items() if key.startswith(start))
-    return f"store.{'pending' if key.endswith(keys.PENDING_SUFFIX) else kind}.{call}"
+    return f"{place}.{'pending' if key.endswith(keys.PENDING_SUFFIX) else kind}.{call}"
 
 
 class SitedObjects:
-    """Makes every call on an object store under a site tag, so that a test makes exactly that one fail."""
+    """Makes every call on an object store under a site tag, so that a test makes exactly that one fail.
 
-    def __init__(self, inner: ObjectStore, files: FileCalls) -> None:
+    ``place`` is what the tags begin with: store, or replica.
+    """
+
+    def __init__(self, inner: ObjectStore, files: FileCalls, place: str = "store") -> None:
         self._inner = inner
         self._files = files
+        self._place = place
 
     def get(self, key: str, *, size_max: int = OBJECT_SIZE_MAX) -> bytes:
-        return self._files.call(store_site("get", key), self._inner.get, key, size_max=size_max)
+        return self._files.call(store_site("get", key, self._place), self._inner.get, key, size_max=size_max)
 
     def get_range(self, key: str, *, offset: int, length: int) -> Buffer:
-        return self._files.call(store_site("get_range", key), self._inner.get_range, key, offset=offset, length=length)
+        return self._files.call(
+            store_site("get_range", key, self._place), self._inner.get_range, key, offset=offset, length=length
+        )
 
     def put(self, key: str, data: Buffer, *, if_absent: bool = True) -> None:
-        self._files.call(store_site("put", key), self._inner.put, key, data, if_absent=if_absent)
+        self._files.call(store_site("put", key, self._place), self._inner.put, key, data, if_absent=if_absent)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        return self._files.call(store_site("list", prefix), self._inner.list, prefix)
+        return self._files.call(store_site("list", prefix, self._place), self._inner.list, prefix)
 
     def delete(self, key: str) -> None:
-        self._files.call(store_site("delete", key), self._inner.delete, key)
+        self._files.call(store_site("delete", key, self._place), self._inner.delete, key)
 
     def size(self, key: str) -> int:
-        return self._files.call(store_site("size", key), self._inner.size, key)
+        return self._files.call(store_site("size", key, self._place), self._inner.size, key)
 
 
 @contextmanager

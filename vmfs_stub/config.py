@@ -111,8 +111,7 @@ class StoreConfig(_Section):
 
     @model_validator(mode="after")
     def _credentials_are_whole(self) -> StoreConfig:
-        if bool(self.access_key_id) != bool(self.secret_access_key):
-            raise ValueError("access_key_id and secret_access_key go together: give both, or neither")
+        _check_credentials(self.access_key_id, self.secret_access_key)
         return self
 
     @model_validator(mode="after")
@@ -120,6 +119,24 @@ class StoreConfig(_Section):
         if self.key_file is not None and self.passphrase_file is not None:
             raise ValueError("key_file or passphrase_file opens the store: give one of them, or neither")
         return self
+
+
+class ReplicaConfig(_Section):
+    """A second store that holds the same; none without ``url``.  It is asked in the same way as the store."""
+
+    url: str = ""
+    access_key_id: str = ""
+    secret_access_key: str = Field(default="", repr=False)
+
+    @model_validator(mode="after")
+    def _credentials_are_whole(self) -> ReplicaConfig:
+        _check_credentials(self.access_key_id, self.secret_access_key)
+        return self
+
+
+def _check_credentials(access_key_id: str, secret_access_key: str) -> None:
+    if bool(access_key_id) != bool(secret_access_key):
+        raise ValueError("access_key_id and secret_access_key go together: give both, or neither")
 
 
 class RecallConfig(_Section):
@@ -140,9 +157,13 @@ class HydrationConfig(_Section):
 
 
 class ArchiveConfig(_Section):
-    """Turning VMs into placeholders; ``enabled`` will let a backup job do so by policy, and has no effect yet."""
+    """Turning VMs into placeholders; ``enabled`` will let a backup job do so by policy, and has no effect yet.
+
+    ``min_copies`` of 0 stands for as many as there are places for; see `Config.min_copies`.
+    """
 
     enabled: bool = False
+    min_copies: int = Field(default=0, ge=0, le=2)
     workers: int = Field(default=2, ge=1, le=64)
     resident_head_bytes: ByteCount = 1 << 20
     resident_tail_bytes: ByteCount = 1 << 20
@@ -216,6 +237,7 @@ class Config(_Section):
 
     datastore: DatastoreConfig
     store: StoreConfig
+    replica: ReplicaConfig = ReplicaConfig()
     recall: RecallConfig = RecallConfig()
     hydration: HydrationConfig = HydrationConfig()
     archive: ArchiveConfig = ArchiveConfig()
@@ -224,6 +246,19 @@ class Config(_Section):
     primary: PrimaryConfig = PrimaryConfig()
     mount: MountConfig = MountConfig()
     control: ControlConfig = ControlConfig()
+
+    @model_validator(mode="after")
+    def _replica_is_another_place(self) -> Config:
+        if self.replica.url == self.store.url:
+            raise ValueError("replica.url is that of the store: a replica is another place, or there is none")
+        if self.archive.min_copies > 1 and not self.replica.url:
+            raise ValueError("archive.min_copies is 2, and there is no second place: name one in [replica] url")
+        return self
+
+    @property
+    def min_copies(self) -> int:
+        """How many copies of what is released must have been read back before: that in the store, and the replica's."""
+        return self.archive.min_copies or (2 if self.replica.url else 1)
 
     @property
     def private_dir(self) -> Path:
@@ -254,6 +289,11 @@ class Config(_Section):
     def scrub_path(self) -> Path:
         """How far the scrub of the store has come; without it, it begins anew."""
         return self.private_dir / "scrub.sqlite"
+
+    @property
+    def read_back_path(self) -> Path:
+        """Which packs of the replica were read back; without it, they are read again when they are needed again."""
+        return self.private_dir / "replica.sqlite"
 
     @property
     def hold_path(self) -> Path:
@@ -363,7 +403,7 @@ def _describe(loc: tuple[int | str, ...], kind: str, message: str, text: str, or
         message = "no such key (see the commented file that `vmfs-stub init` writes)"
     elif kind == "missing":
         message = "is missing"
-    return f"{where}: {'.'.join(keys)}: {message.removeprefix('Value error, ')}"
+    return ": ".join(filter(None, (where, ".".join(keys), message.removeprefix("Value error, "))))
 
 
 def _line_of(keys: list[str], text: str) -> int | None:

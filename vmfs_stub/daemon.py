@@ -53,9 +53,11 @@ from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.guest_activity import GuestActivity
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recovery import Recovered, Recovery
+from vmfs_stub.services.replication import ReplicaService
 from vmfs_stub.services.resumption import resume
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.threads import Threads
+from vmfs_stub.store.fallback import ReplicatedStore
 from vmfs_stub.store.key_sources import source_of
 from vmfs_stub.store.keyring import decode_seen, look_at
 from vmfs_stub.store.objects_url import StoreAt, open_objects
@@ -128,6 +130,7 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
     """Everything of one datastore; yields the event that is set when it is to end."""
     backing = config.datastore.backing
     store = open_store(config)
+    replicated = _replicated(config, store)
     placeholders, findings, guests, stop = PlaceholderIndex(), Findings(), GuestActivity(), trio.Event()
     private, recovered = look_at_placeholders(config, files, placeholders)
     for subject, error in recovered.findings:
@@ -152,6 +155,7 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
                 reads=reads,
                 private=private,
                 store=store,
+                reading=replicated or store,
                 mover=mover,
                 guests=guests,
                 placeholders=placeholders,
@@ -173,6 +177,9 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
                     inventory=DirectoryInventory(backing, files=files),
                     catalog=catalog,
                     store=store,
+                    replica=None
+                    if replicated is None
+                    else ReplicaService(threads=threads, store=replicated, mover=mover),
                     services=services,
                     findings=findings,
                     jobs=jobs,
@@ -181,6 +188,7 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
                     stop=stop,
                 )
                 background.start_soon(datastore.watch_store)
+                background.start_soon(datastore.replicate)
                 background.start_soon(datastore.record_accesses)
                 background.start_soon(services.retirement.run)
                 background.start_soon(services.claims.run)
@@ -336,6 +344,12 @@ def _store_at(config: Config) -> StoreAt:
     return replace(StoreAt.of(config.store), timeout_s=timeout_s, transfer_timeout_s=transfer_timeout_s)
 
 
+def _replicated(config: Config, store: Store) -> ReplicatedStore | None:
+    """The store with its replica, if one is configured."""
+    place = _store_at(config).replica(config.replica)
+    return None if place is None else ReplicatedStore.at(store, place, patience_s=place.timeout_s / 2)
+
+
 def _threads(config: Config) -> Threads:
     at = _store_at(config)
     return Threads(
@@ -357,6 +371,8 @@ def _mover_settings(config: Config, store: Store) -> MoverSettings:
         files_threads=config.primary.threads,
         store_threads=config.store.threads,
         slot_bytes=max(_fetch_bytes_max(config), store.chunk_size),
+        replica=_store_at(config).replica(config.replica),
+        read_back_path=config.read_back_path,
     )
 
 
@@ -381,6 +397,7 @@ def _service_settings(config: Config) -> ServiceSettings:
             placeholder_bytes_min=archive.placeholder_bytes_min,
             host=socket.gethostname(),
             datastore=config.datastore.name,
+            min_copies=config.min_copies,
         ),
     )
 

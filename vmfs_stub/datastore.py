@@ -30,6 +30,7 @@ from vmfs_stub.control.messages import (
     JobReport,
     MountStatus,
     RecallStatus,
+    ReplicaStatus,
     Status,
     StoreStatus,
     VmOutcome,
@@ -48,6 +49,7 @@ from vmfs_stub.services.disk import Caller, Disk
 from vmfs_stub.services.disk_name import disk_label
 from vmfs_stub.services.disk_services import DiskServices
 from vmfs_stub.services.findings import Findings
+from vmfs_stub.services.replication import ReplicaService
 from vmfs_stub.services.retention import apply_rules, problem_of
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.store import Store
@@ -76,6 +78,7 @@ class Datastore:
         inventory: DirectoryInventory,
         catalog: Catalog,
         store: Store,
+        replica: ReplicaService | None,
         services: DiskServices,
         findings: Findings,
         jobs: Jobs,
@@ -89,6 +92,7 @@ class Datastore:
         self._catalog = catalog
         self._store = store
         self._claims = services.claims
+        self._replica = replica
         self._disks = services.disks
         self._recall = services.recall
         self._hydration = services.hydration
@@ -204,6 +208,11 @@ class Datastore:
         ]
         if (elsewhere := self._stored_elsewhere()) is not None:
             findings.append(Finding(severity="problem", subject="store", message=elsewhere))
+        if self._replica is not None:
+            findings += [
+                Finding(severity="problem" if must_act else "warning", subject="replica", message=message)
+                for must_act, message in self._replica.problems()
+            ]
         mounted = not self._mount.ended.is_set()
         healthy = mounted and self._store_error is None and all(f.severity != "problem" for f in findings)
         counters = self._recall.counters
@@ -232,9 +241,22 @@ class Datastore:
                 reachable=self._store_error is None,
                 last_error=self._store_error,
             ),
+            replica=self._replica_status(),
             jobs=[job for job in self._jobs.list() if job.state == "running"],
             recalls=self._recalls(),
             findings=findings,
+        )
+
+    def _replica_status(self) -> ReplicaStatus | None:
+        if self._replica is None:
+            return None
+        away = self._replica.away
+        return ReplicaStatus(
+            url=self._config.replica.url,
+            reachable=away is None,
+            last_error=None if away is None else str(away),
+            behind=sum(self._replica.lag.values()),
+            reads=self._replica.reads,
         )
 
     def _stored_elsewhere(self) -> str | None:
@@ -276,7 +298,16 @@ class Datastore:
                 self._store_error = None
             except VmfsStubError as exc:
                 self._store_error = str(exc)
+            if self._replica is not None:
+                await self._replica.check()
             await trio.sleep(PROBE_INTERVAL_S)
+
+    async def replicate(self) -> None:
+        """Bring restore points of this datastore's VMs into the replica, those that were left behind, too."""
+        if self._replica is not None:
+            with _only_warned("VMs could not be listed: what the replica lacks is found with their next backups"):
+                self._replica.due(vm.id for vm in (await self._scan()).vms)
+            await self._replica.run()
 
     def _opened(self, disk: Disk, caller: Caller) -> None:
         self._accessed[disk.ino] = (caller, time.time())
@@ -408,7 +439,11 @@ class Datastore:
     ) -> VmOutcome:
         for file in vm.files:
             await self._hydration.stop(file.ino)
-        report = await self._archiver.run(vm, archive=archive, progress=progress, claimed=claimed)
+        try:
+            report = await self._archiver.run(vm, archive=archive, progress=progress, claimed=claimed)
+        finally:
+            if self._replica is not None:
+                self._replica.due([vm.id])
         outcome = "archived" if report.placeholders else "backed up"
         abandoned, placeholders = printable(report.abandoned), [printable(path) for path in report.placeholders]
         left_out = [printable(path) for path in report.left_out]

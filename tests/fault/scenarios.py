@@ -47,6 +47,7 @@ from vmfs_stub.mount.serving import Mount
 from vmfs_stub.mount.settings import MountSettings
 from vmfs_stub.primary.serving_mark import Machine, Mark, Pace, ServingMark, encode_mark
 from vmfs_stub.services import scrub, verify
+from vmfs_stub.services.replication import catch_up
 from vmfs_stub.services.restore import STAGING, restore_point
 from vmfs_stub.services.scrub_progress import ScrubProgress
 from vmfs_stub.services.single_error import single_error
@@ -68,15 +69,20 @@ from vmfs_stub.store.keys import (
     PACKS,
     SEGMENTS,
     STORE_KEY,
+    manifest_key,
     moved_key,
     pack_key,
     quarantine_key,
 )
 from vmfs_stub.store.leases import LeaseState, encode_lease
+from vmfs_stub.store.mirrored_deletes import MirroredDeletes
 from vmfs_stub.store.moved import Move, encode_moved
+from vmfs_stub.store.objects import ObjectStore
 from vmfs_stub.store.packs import read_footer
 from vmfs_stub.store.probe import probe
 from vmfs_stub.store.reachability import Reachability
+from vmfs_stub.store.read_back import ReadBack
+from vmfs_stub.store.replica import Replication, make_replica
 from vmfs_stub.store.store import Store
 from vmfs_stub.store.versions import raise_version
 
@@ -228,6 +234,21 @@ async def with_changes_of_others(rig: Rig) -> None:
     os.utime(rig.backing / DISK, ns=(1, 1))
 
 
+async def with_replica(rig: Rig) -> None:
+    """Plain files, and a store that has a replica, without which nothing is released."""
+    rig.add_replica()
+
+
+async def archived_twice(rig: Rig) -> None:
+    rig.add_replica()
+    await archived(rig)
+
+
+async def partly_recalled_twice(rig: Rig) -> None:
+    rig.add_replica()
+    await partly_recalled(rig)
+
+
 # Acts
 
 
@@ -305,6 +326,16 @@ async def back_up_condemned(services: Services) -> None:
 
 async def read(services: Services) -> None:
     expect(await contents_of(services, DISK), first_contents()[DISK], DISK)
+
+
+async def read_from_replica(services: Services) -> None:
+    """The store has lost everything, and has it again later."""
+    contents = services.rig.objects.contents
+    lost = {key: contents.pop(key) for key in list(contents) if key.startswith((PACKS, SEGMENTS, MANIFESTS))}
+    try:
+        await read(services)
+    finally:
+        contents.update(lost)
 
 
 async def bring_back(services: Services) -> None:
@@ -492,15 +523,83 @@ async def scrub_store(services: Services) -> None:
         raise NotWhole("scrub has repaired what verify finds damaged")
 
 
+async def scrub_replicated(services: Services) -> None:
+    """A store of its own, with a replica, in which something of each kind is damaged."""
+    inner, outer = FakeObjects(), FakeObjects()
+    store = Store.create(SitedObjects(inner, services.files), chunk_size=CHUNK)
+    store_points.back_up(store, {"disk": first_contents()[SECOND]})
+    outer.contents.update(inner.contents)
+    replica = Store(SitedObjects(outer, services.files, "replica"), store.description)
+    for key, data in list(inner.contents.items()):
+        if key.startswith((PACKS, SEGMENTS, MANIFESTS)):
+            inner.contents[key] = data[:60] + bytes([data[60] ^ 1]) + data[61:]
+    is_whole = _scrub(store, replica)
+    findings = verify.verify(store, workers=1).findings
+    if (findings or not is_whole) and not services.files.spoiled:
+        raise NotWhole(f"scrub has not repaired from the replica: {findings}")
+
+
+async def replicate_store(services: Services) -> None:
+    """An encrypted store of its own, and its replica, to which everything happens that can."""
+    inner, outer = FakeObjects(), FakeObjects()
+    objects = SitedObjects(inner, services.files)
+    store = Store.create(objects, chunk_size=CHUNK, source=KEY_SOURCE)
+    replica = Store(SitedObjects(outer, services.files, "replica"), store.description, store.key)
+    for is_new in (True, False):
+        if make_replica(store, replica.stored) is not is_new and not services.files.spoiled:
+            raise NotWhole("a replica was made twice, or never")
+    content = first_contents()[SECOND]
+    store_points.back_up(store, {"disk": content})
+    added = add_key(objects, look_at(objects), KEY_SOURCE, replace(KEY_SOURCE, secret=bytes(32)))
+    await _replicate(services, store, replica)
+    remove_key(objects, look_at(objects), KEY_SOURCE, added.key_id)
+    # The only pack is damaged everywhere, and repaired; of the second one the replica has a damaged copy.
+    (key,) = [key for key in inner.contents if key.startswith(PACKS)]
+    inner.contents[key] = b"?" + inner.contents[key][1:]
+    outer.contents = {name: data for name, data in outer.contents.items() if name.startswith(("keys/", STORE_KEY))}
+    _scrub(store)
+    again = store_points.back_up(store, {"disk": content})
+    _scrub(store)
+    outer.contents.update(
+        {name: b"?" + data[1:] for name, data in inner.contents.items() if name.startswith(PACKS) and name != key}
+    )
+    await _replicate(services, store, replica)
+    # Garbage collection removes a point while it is copied, and then another one from both.
+    gone = store_points.back_up(store, {"disk": content[::-1]})
+    outer.before = partial(_remove_meanwhile, inner.contents, manifest_key(gone.vm_id, gone.point_id))
+    await _replicate(services, store, replica)
+    outer.before = lambda call, key: None
+    store.forget(again.vm_id, again.point_id, host="host1", why="by hand")
+    _collect(store, MirroredDeletes(store.objects, replica.stored))
+    kept = {name for name in inner.contents if name.startswith((MANIFESTS, PACKS, SEGMENTS, "keys/", STORE_KEY))}
+    have = {name for name in outer.contents if not name.startswith((MOVED, PACKS))}
+    if not services.files.spoiled and (have != {name for name in kept if not name.startswith(PACKS)}):
+        raise NotWhole(f"the replica has {sorted(have ^ kept)}")
+    if not services.files.spoiled and verify.verify(Store.open(outer, KEY_SOURCE), workers=1).findings:
+        raise NotWhole("what is in the replica cannot be restored")
+
+
+async def _replicate(services: Services, store: Store, replica: Store) -> None:
+    with closing(ReadBack(None, store.id, "replica")) as read_back:
+        done = await catch_up(services.threads, Replication(store, replica, read_back))
+    for error in done.failures.values():
+        raise error
+
+
+def _remove_meanwhile(contents: dict[str, bytes], manifest: str, call: str, key: str) -> None:
+    if (call, key) == ("put", manifest):
+        contents.pop(manifest, None)
+
+
 def _take_for_dead(contents: MutableMapping[str, bytes], call: str, key: str) -> None:
     """By garbage collection, when it tells readers of what it has repaired."""
     if call == "put" and key.startswith(MOVED):
         contents.update({f"{DEAD}{lease.removeprefix(LEASES)}": b"" for lease in contents if lease.startswith(LEASES)})
 
 
-def _scrub(store: Store) -> bool:
+def _scrub(store: Store, replica: Store | None = None) -> bool:
     with closing(ScrubProgress(None, store.id)) as progress:
-        return scrub.scrub(store, progress, workers=1).is_whole
+        return scrub.scrub(store, progress, replica=replica, workers=1).is_whole
 
 
 async def with_garbage(rig: Rig) -> None:
@@ -526,9 +625,9 @@ async def with_garbage(rig: Rig) -> None:
         await back_up(services)  # the third and fourth claim
 
 
-def _collect(store: Store) -> None:
-    with closing(Reachability(None, store.id, store.objects, workers=1)) as reachability:
-        collector = Collector(store.objects, reachability, lag_s=0, sleep=lambda seconds: None, workers=1)
+def _collect(store: Store, objects: ObjectStore | None = None) -> None:
+    with closing(Reachability(None, store.id, store.objects, sealing=store.sealing, workers=1)) as reachability:
+        collector = Collector(objects or store.objects, reachability, lag_s=0, sleep=lambda seconds: None, workers=1)
         collector.survey()
         collector.run()
 
@@ -658,6 +757,7 @@ def _datastore(services: Services, config: Config, catalog: Catalog, jobs: Jobs)
         inventory=DirectoryInventory(rig.backing, files=services.files),
         catalog=catalog,
         store=services.store,
+        replica=None,
         services=services.connected,
         findings=services.findings,
         jobs=jobs,
@@ -799,6 +899,11 @@ SCENARIOS = [
     Scenario("unlink_after_backup", backed_up, unlink, gone=LAST, again=False),
     Scenario("fail_to_sync", backed_up, fail_to_sync),
     Scenario("recall", archived, read),
+    Scenario("archive_twice", with_replica, archive),
+    Scenario("archive_twice_again", partly_recalled_twice, archive),
+    Scenario("recall_from_replica", archived_twice, read_from_replica),
+    Scenario("replicate_store", nothing, replicate_store),
+    Scenario("scrub_replicated", nothing, scrub_replicated),
     Scenario("hydrate", archived, read_until_ordinary, hydrates=True),
     Scenario("write_and_sync", archived, write_and_sync, WRITES),
     Scenario("truncate", archived, truncate, ((CUT, bytes(FULL - CUT)),), (FULL, CUT)),
@@ -822,6 +927,11 @@ SCENARIOS = [
         "start_after_kill_at_second_commit", killed("archive.record_sync", archive, after=partly_recalled), start_only
     ),
     Scenario("start_after_kill_before_commit", killed("archive.record", archive), start_only),
+    Scenario(
+        "start_after_kill_while_replicating",
+        killed("replica.segment.put", archive, after=with_replica),
+        start_only,
+    ),
     Scenario("start_after_kill_with_pin", killed("store.pending.put", archive), start_only),
     Scenario("start_after_kill_while_recalling", killed("recall.fill", read, after=archived), start_only),
     Scenario("start_after_kill_while_writing", killed("sync.data", write_and_sync, after=archived), start_only, WRITES),

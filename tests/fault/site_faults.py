@@ -24,7 +24,8 @@ from tests.fault.spoilings import Spoiling, kinds_at, numbers
 from tests.store_places import Place, in_fake
 from vmfs_stub.core.errors import MapFrozen, VmfsStubError
 from vmfs_stub.core.ids import PointId
-from vmfs_stub.services import hydration, recall
+from vmfs_stub.primary.record import PlaceholderRecord
+from vmfs_stub.services import hydration, recall, verify
 from vmfs_stub.store.keys import pin_key
 from vmfs_stub.store.manifest import FileKind
 from vmfs_stub.store.store import Store
@@ -285,7 +286,17 @@ async def _check_whole(services: Services, possible: Contents) -> None:
             record = known.record
             if pin_key(record.vm_id, record.point_id, record.placeholder_id) not in services.rig.pins():
                 raise NotWhole(f"{path} is a placeholder whose restore point is not pinned")
+            _check_second_copy(services.rig, record, path)
         _expect_one_of(await contents_of(services, path), versions, path)
+
+
+def _check_second_copy(rig: Rig, record: PlaceholderRecord, path: str) -> None:
+    """Where two copies are asked for, nothing was released of which the replica alone does not give all."""
+    replica = rig.replica()
+    if replica is not None:
+        report = verify.verify(replica, vm_id=record.vm_id, point_id=record.point_id, workers=1)
+        if report.findings:
+            raise NotWhole(f"{path} is a placeholder without a second copy: {report.findings[0]}")
 
 
 def _expect_one_of(found: bytes, versions: list[bytes], path: str) -> None:

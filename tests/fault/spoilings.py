@@ -34,6 +34,8 @@ ALLOCATING = (
 """Sites where a filesystem can be full."""
 READING = ("read.cached", "read.data", "archive.read", "changes.read", "datastore.read", "map.read", "volatile.read")
 """Sites where a read can be short."""
+PLACES = ("store.", "replica.")
+"""What the sites of calls on object stores begin with."""
 DATA = ("get", "get_range")
 """Calls on the store that return bytes."""
 
@@ -71,7 +73,7 @@ class Spoiling:
             return Fault(change=change, for_good=self.for_good)
         code = errno.ENOSPC if self.kind == "full" else errno.EIO
         error: BaseException = OSError(code, os.strerror(code))
-        if self.site.startswith("store."):
+        if self.site.startswith(PLACES):
             error = StoreFull("planted") if self.kind == "full" else StoreUnavailable("planted")
         # A descriptor is gone whatever close says.
         return Fault(error, late=self.kind == "late" or self.site == "mount.close", for_good=self.for_good)
@@ -104,7 +106,7 @@ def kinds_at(site: str) -> Iterator[tuple[str, bool]]:
     if site.startswith(ALLOCATING) or site.endswith(".put"):
         yield "full", False
         yield "full", True
-    if site.startswith("store.") and site.endswith(tuple(f".{call}" for call in DATA)):
+    if site.startswith(PLACES) and site.endswith(tuple(f".{call}" for call in DATA)):
         yield from (("wrong", False), ("wrong", True), ("short", False), ("short", True))
     if site in READING:
         yield from (("short", False), ("short", True))

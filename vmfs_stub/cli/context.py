@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vmfs_stub.config import Config
     from vmfs_stub.control.client import ControlClient
     from vmfs_stub.services.datastore_vms import DatastoreVms
+    from vmfs_stub.store.fallback import ReplicatedStore
     from vmfs_stub.store.key_sources import KeySource
     from vmfs_stub.store.objects import ObjectStore
     from vmfs_stub.store.objects_url import StoreAt
@@ -117,6 +118,23 @@ def open_store_of(
 ) -> Store:
     """The store that is named, see `place_of`; raises as `open_store`."""
     return store_and_config_of(ctx, url, key=key, passphrase=passphrase)[0]
+
+
+def reading_store_of(
+    ctx: typer.Context, url: str | None, *, key: Path | None = None, passphrase: Path | None = None
+) -> Store:
+    """The same to read restore points of: the configured one with its replica, if it has one."""
+    store, config = store_and_config_of(ctx, url, key=key, passphrase=passphrase)
+    return (None if config is None else replicated(config, store)) or store
+
+
+def replicated(config: Config, store: Store) -> ReplicatedStore | None:
+    """The configured store with its replica, if one is configured; no guest waits for what is read."""
+    from vmfs_stub.store.fallback import ReplicatedStore
+    from vmfs_stub.store.objects_url import StoreAt
+
+    place = StoreAt.of(config.store).replica(config.replica)
+    return None if place is None else ReplicatedStore.at(store, place, patience_s=place.transfer_timeout_s)
 
 
 def open_store(config: Config) -> Store:

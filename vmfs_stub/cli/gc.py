@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmfs_stub.cli.context import cache_path_of, store_and_config_of
+from vmfs_stub.cli.context import cache_path_of, replicated, store_and_config_of
 from vmfs_stub.cli.key_options import KeyOption, PassphraseOption, StoreOption
 from vmfs_stub.cli.output import bytes_text, say, say_json, warn
+from vmfs_stub.core.errors import StoreError
 
 if TYPE_CHECKING:
     from vmfs_stub.store.collector import Collected
+    from vmfs_stub.store.objects import ObjectStore
 
 
 def gc(
@@ -31,14 +33,26 @@ def gc(
     """
     from vmfs_stub.config import StoreConfig
     from vmfs_stub.store.collector import Collector
+    from vmfs_stub.store.mirrored_deletes import MirroredDeletes
     from vmfs_stub.store.reachability import Reachability
+    from vmfs_stub.store.replica import check_replica
 
     found, config = store_and_config_of(ctx, store, key=key, passphrase=passphrase)
     settings = StoreConfig(url=store or "-") if config is None else config.store
     cache = cache_path_of(config, lambda config: config.reachability_path)
+    objects: ObjectStore = found.objects
+    mirrored: MirroredDeletes | None = None
+    if config is not None and (both := replicated(config, found)) is not None:
+        objects = mirrored = MirroredDeletes(found.objects, both.replica.stored)
+        try:
+            check_replica(both.replica.stored, found.description)
+        except StoreError as exc:
+            mirrored.problem = exc
     with closing(Reachability(cache, found.id, found.objects, sealing=found.sealing)) as reachability:
-        collector = Collector(found.objects, reachability, lag_s=settings.listing_lag_s, sleep=time.sleep, say=warn)
+        collector = Collector(objects, reachability, lag_s=settings.listing_lag_s, sleep=time.sleep, say=warn)
         collected = collector.survey() if dry_run else collector.run()
+    if mirrored is not None and mirrored.problem is not None:
+        warn(f"warning: {mirrored.left} objects stay in the replica: {mirrored.problem}")
     if json:
         say_json(dataclasses.asdict(collected))
         return

@@ -37,6 +37,7 @@ from vmfs_stub.mount.mountpoint import make_immutable, mounts_at
 if TYPE_CHECKING:
     from vmfs_stub.config import Config
     from vmfs_stub.store.objects import ObjectStore
+    from vmfs_stub.store.store import Store
 
 
 def init(
@@ -44,6 +45,9 @@ def init(
     backing: Annotated[Path, typer.Option(help="Directory for the image files themselves, on one filesystem.")],
     mountpoint: Annotated[Path, typer.Option(help="Directory where hypervisors see them.")],
     store: Annotated[str, typer.Option(help="Secondary storage: file:///absolute/path or s3://bucket/prefix")],
+    replica: Annotated[
+        str | None, typer.Option(metavar="URL", help="A second store, which is to hold the same restore points.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the datastore; else made from the mountpoint.")] = None,
     runtime_dir: Annotated[
         Path | None, typer.Option(help="Control socket, volatile maps and log; else /run/vmfs-stub/NAME.")
@@ -68,17 +72,23 @@ def init(
         mountpoint=_real(mountpoint),
         runtime_dir=None if runtime_dir is None else _real(runtime_dir),
         store=_store_url(store),
+        replica=None if replica is None else _store_url(replica),
         key_file=None if key_file is None else key_file.absolute(),
         passphrase_file=None if passphrase_file is None else passphrase_file.absolute(),
     )
     config = _checked(text, target)
     _check_key(config, encrypt=encrypt)
-    objects = open_objects(StoreAt.of(config.store), create=True)
+    at = StoreAt.of(config.store)
+    objects, place = open_objects(at, create=True), at.replica(config.replica)
+    replica_objects = None if place is None else open_objects(place, create=True)
     _check_mountpoint(config.datastore.mountpoint)
-    _check_store_parent(config.store.url, config.datastore.backing)
+    for url in filter(None, (config.store.url, config.replica.url)):
+        _check_store_parent(url, config.datastore.backing)
     _make_backing(config.datastore.backing)
     _tell_of_other_host(config)
-    _join_store(objects, config, encrypt=encrypt)
+    joined = _join_store(objects, config, encrypt=encrypt)
+    if replica_objects is not None:
+        _join_replica(joined, replica_objects, config.replica.url)
     _make_mountpoint(config.datastore.mountpoint)
     _write_new(target, text)
     say(f"wrote {target}; look at it, then run `vmfs-stub mount`")
@@ -116,6 +126,7 @@ def _config_text(
     mountpoint: Path,
     runtime_dir: Path | None,
     store: str,
+    replica: str | None = None,
     key_file: Path | None = None,
     passphrase_file: Path | None = None,
 ) -> str:
@@ -133,6 +144,7 @@ def _config_text(
     keys = {"key_file": key_file, "passphrase_file": passphrase_file}
     named = [f"{key} = {_quoted(str(path))}" for key, path in keys.items() if path is not None]
     quoted["KEY"] = "\n".join(named or [f'# {key} = ""' for key in keys])
+    quoted["REPLICA"] = f"{'# ' if replica is None else ''}url = {_quoted(replica or '')}"
     return re.sub(r"@([A-Z_]+)@", lambda match: quoted[match[1]], template)
 
 
@@ -149,10 +161,11 @@ def _checked(text: str, target: Path) -> Config:
         raise ConfigError("a path is not UTF-8: TOML cannot hold it; use another directory") from exc
     config = parse_config(text, origin=str(target))
     datastore = config.datastore
-    directory = _store_directory(config.store.url)
-    if directory is not None:
+    places = {"store": _store_directory(config.store.url), "replica": _store_directory(config.replica.url)}
+    stores = {name: directory for name, directory in places.items() if directory is not None}
+    if stores:
         try:
-            refuse_nesting({"backing": datastore.backing, "mountpoint": datastore.mountpoint, "store": directory})
+            refuse_nesting({"backing": datastore.backing, "mountpoint": datastore.mountpoint, **stores})
         except ValueError as exc:
             raise ConfigError(str(exc)) from exc
     return config
@@ -239,7 +252,7 @@ def _make_mountpoint(mountpoint: Path) -> None:
         say(f"{mountpoint} is immutable now: nothing can be written there while it is not mounted (see chattr(1))")
 
 
-def _join_store(objects: ObjectStore, config: Config, *, encrypt: bool) -> None:
+def _join_store(objects: ObjectStore, config: Config, *, encrypt: bool) -> Store:
     from vmfs_stub.store.key_sources import source_of
     from vmfs_stub.store.keyring import look_at
     from vmfs_stub.store.probe import probe
@@ -265,6 +278,14 @@ def _join_store(objects: ObjectStore, config: Config, *, encrypt: bool) -> None:
         store = Store(objects, seen.description, seen.unlock(source_of(settings)))
         probe(objects)
         say(f"joined the store {store.id} at {url}")
+    return store
+
+
+def _join_replica(store: Store, objects: ObjectStore, url: str) -> None:
+    from vmfs_stub.store.replica import make_replica
+
+    made = make_replica(store, objects)
+    say(f"made the replica at {url}" if made else f"joined the replica at {url}")
 
 
 def _store_needed(config: Config) -> str | None:

@@ -27,6 +27,7 @@ from vmfs_stub.cli import (
     mount,
     points,
     recall,
+    replicate,
     restore,
     scrub,
     status,
@@ -61,6 +62,7 @@ app.command("points")(points.points)
 app.command("verify")(verify.verify)
 app.command("scrub")(scrub.scrub)
 app.command("gc")(gc.gc)
+app.command("replicate")(replicate.replicate)
 app.command("forget")(forget.forget)
 app.command("hold")(hold.hold)
 app.command("unhold")(hold.unhold)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vmfs_stub.cli.context import argument_names, open_store_of
+from vmfs_stub.cli.context import argument_names, reading_store_of
 from vmfs_stub.cli.job_progress import advance_shown
 from vmfs_stub.cli.key_options import KeyOption, PassphraseOption, StoreOption
 from vmfs_stub.cli.output import bytes_text, say, warn
@@ -25,7 +25,7 @@ def restore(
     """Write a restore point out as ordinary files."""
     from vmfs_stub.services.restore import restore_point
 
-    found = open_store_of(ctx, store, key=key, passphrase=passphrase)
+    found = reading_store_of(ctx, store, key=key, passphrase=passphrase)
     stored, summary = find_stored(found.vms(), argument_names([vm])[0])
     name = stored.name or stored.vm_id
     point = found.open_point(stored.vm_id, summary.point_id)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmfs_stub.cli.context import cache_path_of, store_and_config_of
+from vmfs_stub.cli.context import cache_path_of, replicated, store_and_config_of
 from vmfs_stub.cli.exit_codes import ExitCode
 from vmfs_stub.cli.job_progress import advance_shown
 from vmfs_stub.cli.key_options import KeyOption, PassphraseOption, StoreOption
@@ -45,7 +45,9 @@ def scrub(
         advance_shown("scrubbing the store", total_bytes=total_bytes) as advance,
     ):
         rate = scrubbing.Rate(settings.bytes_per_s_max)
-        report = scrubbing.scrub(found, progress, rate=rate, advance=advance)
+        both = None if config is None else replicated(config, found)
+        replica = None if both is None else both.replica
+        report = scrubbing.scrub(found, progress, replica=replica, rate=rate, advance=advance)
     if json:
         say_json({**dataclasses.asdict(report), "is_whole": report.is_whole})
     else:

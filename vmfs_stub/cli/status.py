@@ -40,6 +40,10 @@ def _say_status(found: Status) -> None:
     say(f"mount: {mount.mountpoint} {state} on {mount.backing}, {mount.open_disks} disks open{free}")
     store = found.store
     say(f"store: {store.url} {'reachable' if store.reachable else f'NOT reachable: {store.last_error}'}")
+    if (replica := found.replica) is not None:
+        there = f"{replica.behind} restore points behind, {replica.reads} reads answered for the store"
+        away = f"NOT reachable: {replica.last_error}"
+        say(f"replica: {replica.url} {f'reachable, {there}' if replica.reachable else away}")
     for job in found.jobs:
         names = ", ".join(job.vms) or "all VMs"
         done, total = bytes_text(job.progress.done_bytes), bytes_text(job.progress.total_bytes)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmfs_stub.cli.context import Place, place_of
+from vmfs_stub.cli.context import Place, place_of, replicated
 from vmfs_stub.cli.key_options import KeyOption, PassphraseOption, StoreOption
 from vmfs_stub.cli.output import say, say_json, say_table, time_text, warn
 from vmfs_stub.cli.store_upgrade import upgrade
-from vmfs_stub.core.errors import ConfigError, KeyMissing, Refused
+from vmfs_stub.core.errors import ConfigError, IntegrityError, KeyMissing, Refused, StoreError, UnknownFormat
 
 if TYPE_CHECKING:
     from vmfs_stub.store.key_sources import KeySource
@@ -74,6 +74,7 @@ def add_key(
     if new is None:
         raise ConfigError("what is to open the store? name --new-key FILE or --new-passphrase FILE")
     document = keyring.add_key(place.objects, seen, _given(place), new)
+    _bring_over(place)
     say(f"added {document.key_id}: {new.origin} opens the store, too; a daemon learns of it when it starts again")
 
 
@@ -94,6 +95,7 @@ def remove_key(
         warn(
             f"warning: somebody has removed the key that you use meanwhile; it opens the store again, as {again.key_id}"
         )
+    _bring_over(place)
     say(f"removed {key_id}; who has a copy of it and of its key file or passphrase can still read the store")
 
 
@@ -106,6 +108,24 @@ def key_to_be(*, key_file: Path | None, passphrase_file: Path | None) -> KeySour
         say(f"made {source.origin}: keep copies of it elsewhere; without it nothing in the store can be read")
         return source
     return read_source(key_file=key_file, passphrase_file=passphrase_file)
+
+
+def _bring_over(place: Place) -> None:
+    """What opens the store opens its replica, too; one that is away learns of it with the next restore point."""
+    from vmfs_stub.store.keyring import look_at
+    from vmfs_stub.store.replica import copy_keys
+    from vmfs_stub.store.store import Store
+
+    if place.config is None:
+        return
+    seen = look_at(place.objects)
+    both = replicated(place.config, Store(place.objects, seen.description, seen.unlock(place.source)))
+    if both is None:
+        return
+    try:
+        copy_keys(both.plain, both.replica)
+    except (StoreError, IntegrityError, UnknownFormat) as exc:
+        warn(f"warning: the keys of the replica are as they were, until its next restore point: {exc}")
 
 
 def _seen(place: Place) -> SeenStore:

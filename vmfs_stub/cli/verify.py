@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmfs_stub.cli.context import argument_names, open_store_of
+from vmfs_stub.cli.context import argument_names, reading_store_of
 from vmfs_stub.cli.exit_codes import ExitCode
 from vmfs_stub.cli.job_progress import advance_shown
 from vmfs_stub.cli.key_options import KeyOption, PassphraseOption, StoreOption
@@ -32,7 +32,7 @@ def verify(
     """Check restore points; exit code 6 when one could not be restored."""
     from vmfs_stub.services import verify as verification
 
-    found = open_store_of(ctx, store, key=key, passphrase=passphrase)
+    found = reading_store_of(ctx, store, key=key, passphrase=passphrase)
     points = named_points(found.vms(), None if vm is None else argument_names([vm])[0])
     one = points.only
     with advance_shown(f"verifying {points.what}", total_bytes=points.size_bytes) as advance:
@@ -43,6 +43,10 @@ def verify(
         place = f"{finding.vm_name or finding.vm_id}@{finding.point_id}"
         part = f" {finding.path}" if finding.path else ""
         warn(f"{place}{part}{_chunks(finding.chunk, chunk_count)}: {finding.problem}")
+    if report.replica_reads:
+        warn(
+            f"{report.replica_reads} reads were answered by the replica, where the store failed: run `vmfs-stub scrub`"
+        )
     say(
         f"{points.what}: {report.point_count} restore points, {report.file_count} files, "
         f"{bytes_text(report.read_bytes)} read, {len(report.findings)} findings"

@@ -85,6 +85,19 @@ class StoreStatus(_Message):
     last_error: Shown | None = None
 
 
+class ReplicaStatus(_Message):
+    """The second store: ``behind`` is how many restore points of this datastore's VMs it is known to lack.
+
+    ``reads`` are those that it has answered for the store since the daemon started.
+    """
+
+    url: Shown
+    reachable: bool
+    last_error: Shown | None = None
+    behind: int = 0
+    reads: int = 0
+
+
 class RecallStatus(_Message):
     """One disk that is coming back."""
 
@@ -161,6 +174,7 @@ class Status(_Message):
     daemon: DaemonStatus
     mount: MountStatus
     store: StoreStatus
+    replica: ReplicaStatus | None = None
     jobs: list[JobInfo] = []
     recalls: list[RecallStatus] = []
     findings: list[Finding] = []

@@ -21,6 +21,7 @@ import trio
 
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import MoverLost, PrimaryError, PrimaryIOError
+from vmfs_stub.core.ids import PointId, VmId
 from vmfs_stub.mover.channel import Channel, ChannelClosed
 from vmfs_stub.mover.lock import MoverLock
 from vmfs_stub.mover.messages import (
@@ -43,6 +44,8 @@ from vmfs_stub.mover.messages import (
     MoverSettings,
     Ping,
     Pong,
+    Replicate,
+    Replicated,
     Started,
 )
 from vmfs_stub.mover.priority import share_processor, yield_processor
@@ -316,6 +319,17 @@ class ProcessMover:
         try:
             await life.answer(conversation)
             yield ProcessBackup(life, conversation)
+        finally:
+            await life.close(conversation)
+
+    async def replicate(self, vm_id: VmId, points: Sequence[PointId], progress: Callable[[int], None]) -> None:
+        """See mover.Mover."""
+        life = self.life()
+        conversation = life.begin(Replicate(vm_id, points))
+        try:
+            while isinstance(answer := await life.answer(conversation), Copied):
+                progress(answer.size)
+            assert isinstance(answer, Replicated)
         finally:
             await life.close(conversation)
 

@@ -12,6 +12,8 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import trio
 
@@ -27,7 +29,10 @@ from vmfs_stub.services.mover import FETCHES_AT_ONCE
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.services.worker_pool import stand_back
 from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.fallback import ReplicatedStore
 from vmfs_stub.store.objects_url import open_objects
+from vmfs_stub.store.read_back import ReadBack
+from vmfs_stub.store.replica import Replication
 from vmfs_stub.store.store import Store
 
 _PR_SET_PDEATHSIG = 1
@@ -46,10 +51,33 @@ async def serve(sock: socket.socket, memory_fd: int) -> None:
         files = FileCalls()
         index = await threads.files(_open_index, settings, files, channel, trio.lowlevel.current_trio_token())
         channel.post(0, Started())
-        mover = LocalMover(files=files, threads=threads, store=store, chunk_index=index, workers=settings.workers)
+        replicated = _replicated(settings, store)
+        mover = LocalMover(
+            files=files,
+            threads=threads,
+            store=store,
+            chunk_index=index,
+            workers=settings.workers,
+            reading=replicated,
+            begin_replication=None if replicated is None else await threads.files(_runs, settings, replicated),
+        )
         slots = SharedSlots(memory_fd, count=FETCHES_AT_ONCE, size=settings.slot_bytes)
         await Server(channel, mover, slots).run()
         nursery.cancel_scope.cancel()
+
+
+def _replicated(settings: MoverSettings, store: Store) -> ReplicatedStore | None:
+    if settings.replica is None:
+        return None
+    return ReplicatedStore.at(store, settings.replica, patience_s=settings.replica.timeout_s / 2)
+
+
+def _runs(settings: MoverSettings, store: ReplicatedStore) -> Callable[[], Replication]:
+    """Makes runs, which share what is known to be read back."""
+    assert settings.replica is not None
+    return partial(
+        Replication, store.plain, store.replica, ReadBack(settings.read_back_path, store.id, settings.replica.url)
+    )
 
 
 def _threads(settings: MoverSettings) -> Threads:

@@ -1,7 +1,7 @@
 """What the daemon and its data mover say to each other: one type for each thing that is said.
 
-Every request begins a *conversation* of that number, which ends with exactly one of Fetched, Committed, Failed and
-Ended.  Until then the mover may use what came with it: a file's descriptor, a slot of shared memory.
+Every request begins a *conversation* of that number, which ends with exactly one of Fetched, Committed, Replicated,
+Failed and Ended.  Until then the mover may use what came with it: a file's descriptor, a slot of shared memory.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import PrimaryError, VmfsStubError
+from vmfs_stub.core.ids import PointId, VmId
 from vmfs_stub.services.mover import CopyOrder, Part, PointFile, PointOrder
 from vmfs_stub.store.backup_writer import WriterCounts
 from vmfs_stub.store.format import StoreDescription
@@ -32,6 +33,8 @@ class MoverSettings:
     files_threads: int
     store_threads: int
     slot_bytes: int
+    replica: StoreAt | None = None
+    read_back_path: Path | None = None
 
 
 # From the daemon
@@ -95,6 +98,14 @@ class Fetch:
 
 
 @dataclass(frozen=True, slots=True)
+class Replicate:
+    """Bring restore points of a VM into the replica; answered with Copied for each pack, then Replicated."""
+
+    vm_id: VmId
+    points: Sequence[PointId]
+
+
+@dataclass(frozen=True, slots=True)
 class Ping:
     """Are you there?  Answered with Pong.  ``beside_guests`` is whether guests use their disks now."""
 
@@ -111,7 +122,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """So many bytes of the file have been dealt with."""
+    """So many more bytes have been dealt with."""
 
     size: int
 
@@ -126,6 +137,11 @@ class Committed:
     """The restore point exists.  Ends the conversation."""
 
     counts: WriterCounts
+
+
+@dataclass(frozen=True, slots=True)
+class Replicated:
+    """The replica has the points.  Ends the conversation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +185,10 @@ FromDaemon: TypeAlias = (
     | Commit
     | Cancel
     | Fetch
+    | Replicate
     | Ping
 )
-FromMover: TypeAlias = Started | IndexState | Ready | Copied | Fetched | Committed | Failed | Ended | Pong
+FromMover: TypeAlias = Started | IndexState | Ready | Copied | Fetched | Committed | Replicated | Failed | Ended | Pong
 Message: TypeAlias = FromDaemon | FromMover
-LAST: tuple[type[Message], ...] = (Fetched, Committed, Failed, Ended)
+LAST: tuple[type[Message], ...] = (Fetched, Committed, Replicated, Failed, Ended)
 """What ends a conversation."""

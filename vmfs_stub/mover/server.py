@@ -35,6 +35,8 @@ from vmfs_stub.mover.messages import (
     Ping,
     Pong,
     Ready,
+    Replicate,
+    Replicated,
 )
 from vmfs_stub.mover.shared_slots import SharedSlots
 from vmfs_stub.paced_io import pace
@@ -87,7 +89,7 @@ class Server:
             pace.beside_guests = message.beside_guests
             self._channel.post(number, Pong())
             self._rest()
-        elif isinstance(message, (BeginBackup, Fetch)):
+        elif isinstance(message, (BeginBackup, Fetch, Replicate)):
             self._has_worked = True
             task = self._tasks[number] = _Task(number, *trio.open_memory_channel[Message](math.inf))
             nursery.start_soon(self._converse, task, message)
@@ -104,12 +106,14 @@ class Server:
             self._has_worked = False
             memory.give_back()
 
-    async def _converse(self, task: _Task, request: BeginBackup | Fetch) -> None:
+    async def _converse(self, task: _Task, request: BeginBackup | Fetch | Replicate) -> None:
         last: Message = Ended()
         try:
             with task.scope, single_error():
                 if isinstance(request, Fetch):
                     last = await self._fetch(request)
+                elif isinstance(request, Replicate):
+                    last = await self._replicate(task, request)
                 else:
                     last = await self._back_up(task)
         except VmfsStubError as exc:
@@ -130,6 +134,13 @@ class Server:
         async with self._mover.fetch(request.frames) as raws:
             self._slots.write(request.slot, raws)
         return Fetched()
+
+    async def _replicate(self, task: _Task, request: Replicate) -> Replicated:
+        def progress(size: int) -> None:
+            self._channel.post(task.number, Copied(size))
+
+        await self._mover.replicate(request.vm_id, request.points, progress)
+        return Replicated()
 
     async def _back_up(self, task: _Task) -> Committed:
         async with self._mover.backup() as backup:

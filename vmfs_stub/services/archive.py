@@ -5,6 +5,7 @@ Order, and what a crash between any two steps leaves:
 2. copied, every frame read back from the store;                 — crash: the full files, some garbage in the store
 3. for each disk: the durable map, *prepared*: from now on the next start knows which pins to remove;
    pins, then the manifest;                                      — crash: map and pin are removed at start-up
+   with ``min_copies`` of 2: the point is in the replica, read back — crash: the same
 4. the blocks that stay are entered into the map;                — crash: the same
 5. size, times and lease looked at again, then the record set and synced: the commit point of that disk;
                                                                  — crash: a placeholder; start-up finishes it
@@ -30,7 +31,16 @@ from pathlib import Path
 import trio
 
 from vmfs_stub.core.changed import Changed
-from vmfs_stub.core.errors import Abandoned, IntegrityError, NotFound, ObjectMissing, StoreConflict, VmfsStubError
+from vmfs_stub.core.errors import (
+    Abandoned,
+    IntegrityError,
+    NotFound,
+    ObjectMissing,
+    StoreConflict,
+    StoreError,
+    UnknownFormat,
+    VmfsStubError,
+)
 from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
 from vmfs_stub.core.names import printable
 from vmfs_stub.inventory.vm import Vm
@@ -62,13 +72,17 @@ LEFT_OUT_LOGGED = 20
 
 @dataclass(frozen=True, slots=True)
 class ArchiveSettings:
-    """Sizes in bytes; ``host`` and ``datastore`` go into pins and manifests."""
+    """Sizes in bytes; ``host`` and ``datastore`` go into pins and manifests.
+
+    Nothing is released of which there are not ``min_copies``, 1 or 2, that were read back.
+    """
 
     resident_head_bytes: int
     resident_tail_bytes: int
     placeholder_bytes_min: int
     host: str
     datastore: str
+    min_copies: int = 1
 
 
 @dataclass(slots=True)
@@ -163,6 +177,7 @@ class Archiver:
                     free_at = await self._claims.begin(vm.id, claimed)
                     first_file = await self._back_up(vm, sources, report, progress)
                     if archive:
+                        await self._make_second_copy(vm, report)
                         await self._make_placeholders(vm, sources, report, committed, first_file=first_file)
             if scope.cancelled_caught:
                 report.abandoned = f"VM {vm.name} was opened while it was being backed up; it goes first"
@@ -275,6 +290,17 @@ class Archiver:
 
     def _pin(self, placeholder_id: PlaceholderId) -> Pin:
         return Pin(placeholder_id, self._settings.host, self._settings.datastore, time.time(), secrets.token_hex(8))
+
+    async def _make_second_copy(self, vm: Vm, report: BackupReport) -> None:
+        if self._settings.min_copies < 2:
+            return
+        try:
+            await self._mover.replicate(vm.id, [report.point_id], lambda count: None)
+        except (StoreError, IntegrityError, UnknownFormat, NotFound) as exc:
+            raise type(exc)(
+                f"VM {vm.name}: restore point {report.point_id} was made, and nothing released: the second copy that "
+                f"[archive] min_copies asks for could not be made in the replica: {exc}"
+            ) from exc
 
     # Placeholders
 

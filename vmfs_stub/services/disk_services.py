@@ -64,13 +64,17 @@ def connect_services(
     reads: FileReads,
     private: PrivateState,
     store: Store,
+    reading: Store,
     mover: Mover,
     guests: GuestActivity,
     placeholders: PlaceholderIndex,
     changes_left: ChangesLeft,
     findings: Findings,
 ) -> DiskServices:
-    """Make the services; their background work runs in ``nursery``, and ends when that is cancelled."""
+    """Make the services; their background work runs in ``nursery``, and ends when that is cancelled.
+
+    What guests read comes from ``reading``: the store, or the store with its replica.
+    """
     claims = Claims(
         nursery=nursery,
         threads=threads,
@@ -81,7 +85,7 @@ def connect_services(
     )
     recall = RecallService(
         nursery=nursery,
-        store=store,
+        store=reading,
         threads=threads,
         mover=mover,
         deadline_s=settings.recall_deadline_s,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import replace
 
@@ -10,10 +10,11 @@ import trio
 
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import StoreError
-from vmfs_stub.core.ids import SegmentId
+from vmfs_stub.core.ids import PointId, SegmentId, VmId
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.services.copying import Copier, open_copier
 from vmfs_stub.services.mover import FETCHES_AT_ONCE, PointFile, PointOrder
+from vmfs_stub.services.replication import replicate
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.backup_writer import BackupWriter, WriterCounts
@@ -21,20 +22,34 @@ from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.leases import LEASE_INTERVAL_S
 from vmfs_stub.store.manifest import StoredFile
 from vmfs_stub.store.objects import Buffer
+from vmfs_stub.store.replica import Replication
 from vmfs_stub.store.store import Store
 
 
 class LocalMover:
-    """Implements mover.Mover; ``workers`` is how many batches are encoded at once."""
+    """Implements mover.Mover; ``workers`` is how many batches are encoded at once.
+
+    With a replica, what comes back is read from ``reading``, and ``begin_replication`` makes runs.
+    """
 
     def __init__(
-        self, *, files: FileCalls, threads: Threads, store: Store, chunk_index: ChunkIndex, workers: int
+        self,
+        *,
+        files: FileCalls,
+        threads: Threads,
+        store: Store,
+        chunk_index: ChunkIndex,
+        workers: int,
+        reading: Store | None = None,
+        begin_replication: Callable[[], Replication] | None = None,
     ) -> None:
         self._files = files
         self._threads = threads
         self._store = store
         self._chunk_index = chunk_index
         self._workers = workers
+        self._reading = reading or store
+        self._begin_replication = begin_replication
         self._fetches = trio.Semaphore(FETCHES_AT_ONCE)
         self._abandoned: list[BackupWriter] = []
 
@@ -74,11 +89,16 @@ class LocalMover:
     async def wait_earlier_gone(self) -> None:
         """See mover.Mover; this process is not lost without whoever asks."""
 
+    async def replicate(self, vm_id: VmId, points: Sequence[PointId], progress: Callable[[int], None]) -> None:
+        """See mover.Mover."""
+        assert self._begin_replication is not None, "there is no replica"
+        await replicate(self._threads, self._begin_replication(), vm_id, points, progress)
+
     @asynccontextmanager
     async def fetch(self, frames: Sequence[FrameRef]) -> AsyncIterator[Sequence[Buffer]]:
         """See mover.Mover."""
         async with self._fetches:
-            yield await self._threads.background(self._store.fetch, frames)
+            yield await self._threads.background(self._reading.fetch, frames)
 
 
 class LocalBackup:

@@ -122,6 +122,10 @@ class Mover(Protocol):
         """
         ...
 
+    async def replicate(self, vm_id: VmId, points: Sequence[PointId], progress: Callable[[int], None]) -> None:
+        """Bring restore points of a VM into the replica; see `replication.replicate`.  Raises as it does."""
+        ...
+
     def fetch(self, frames: Sequence[FrameRef]) -> AbstractAsyncContextManager[Sequence[Buffer]]:
         """The verified raw bytes of frames as `Store.fetch` gives them, for which no guest waits.
 

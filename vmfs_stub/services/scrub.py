@@ -24,18 +24,19 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Final, TypeVar
 
 from vmfs_stub.core.chunking import FrameRef, chunk_count
-from vmfs_stub.core.errors import IntegrityError, ObjectMissing, PointNotFound, StoreDenied, StoreFull
+from vmfs_stub.core.errors import CorruptManifest, IntegrityError, ObjectMissing, PointNotFound, StoreDenied, StoreFull
 from vmfs_stub.core.ids import PackId, PointId, SegmentId, VmId
 from vmfs_stub.services.scrub_progress import PackDamage, ScrubProgress
-from vmfs_stub.services.scrub_repair import Frame, repair
+from vmfs_stub.services.scrub_repair import Frame, repair, replace_damaged
 from vmfs_stub.store import frames
 from vmfs_stub.store.format import SEGMENT_CHUNKS, SEGMENT_SIZE_MAX
 from vmfs_stub.store.keys import PACKS, is_id, manifest_key, pack_key, segment_key
-from vmfs_stub.store.manifest import Manifest, StoredFile
+from vmfs_stub.store.manifest import Manifest, StoredFile, decode_manifest
 from vmfs_stub.store.objects import CacheDropping
 from vmfs_stub.store.packs import read_footer
 from vmfs_stub.store.quarantine import Quarantine, put_quarantine, read_quarantine
@@ -139,17 +140,19 @@ def scrub(
     store: Store,
     progress: ScrubProgress,
     *,
+    replica: Store | None = None,
     rate: Rate | None = None,
     workers: int = WORKERS,
     advance: Callable[[int], None] = lambda count: None,
 ) -> ScrubReport:
     """Go over the store until a round is complete; ``advance`` is called with the bytes of packs just dealt with.
 
+    What is damaged is repaired from ``replica``, too, whose copies are checked before they are used.
     Raises: UnknownFormat for what a newer version wrote; StoreUnavailable, StoreDenied: what was dealt with so far is
     kept in ``progress``.
     """
     with ThreadPoolExecutor(workers, thread_name_prefix="scrub") as executor:
-        return _Scrub(store, progress, rate or Rate(), executor, workers, advance).run()
+        return _Scrub(store, progress, replica, rate or Rate(), executor, workers, advance).run()
 
 
 class _Scrub:
@@ -157,6 +160,7 @@ class _Scrub:
         self,
         store: Store,
         progress: ScrubProgress,
+        replica: Store | None,
         rate: Rate,
         executor: ThreadPoolExecutor,
         workers: int,
@@ -164,6 +168,7 @@ class _Scrub:
     ) -> None:
         self._store = store
         self._progress = progress
+        self._replica = replica
         self._rate = rate
         self._executor = executor
         self._workers = workers
@@ -218,7 +223,19 @@ class _Scrub:
             except PointNotFound:
                 continue  # deleted since the listing, or void
             except IntegrityError as exc:
-                yield (vm_id, point_id), str(exc)
+                key = manifest_key(vm_id, point_id)
+                if self._is_replaced(key, partial(self._check_manifest, key)):
+                    yield (vm_id, point_id), self._store.open_point(vm_id, point_id).manifest
+                else:
+                    yield (vm_id, point_id), str(exc)
+
+    def _check_manifest(self, key: str, data: bytes) -> None:
+        manifest = decode_manifest(self._store.sealing.open(data, key), key)
+        if manifest_key(manifest.vm_id, manifest.point_id) != key:
+            raise CorruptManifest(f"{key}: is the manifest of another restore point")
+
+    def _is_replaced(self, key: str, check: Callable[[bytes], object]) -> bool:
+        return self._replica is not None and replace_damaged(self._store, self._replica, key, check)
 
     def _check_segment(self, segment_id: SegmentId) -> Sequence[PackId]:
         try:
@@ -226,6 +243,9 @@ class _Scrub:
             for slot in range(segment.slot_count):
                 segment.ref(slot)
         except (IntegrityError, ObjectMissing) as exc:
+            check = partial(Segment, segment_id=segment_id, sealing=self._store.sealing)
+            if self._is_replaced(segment_key(segment_id), check):
+                return self._segment(segment_id).packs
             self._bad_segments[segment_id] = str(exc)
             return ()
         return segment.packs
@@ -322,7 +342,7 @@ class _Scrub:
     def _judged(self, damaged: Mapping[PackId, PackDamage]) -> list[Damage]:
         """Repair what can be, and name who needs the rest; ``_others`` is then what is wrong beside packs."""
         refs, names = self._needed_frames(damaged)
-        repaired = repair(self._store, refs)
+        repaired = repair(self._store, refs, self._replica)
         problems, needs = self._needs(refs.keys() - repaired, names)
         self._others = {key: _damage(key, problem, needs[key]) for key, problem in problems.items()}
         needed_counts, repaired_counts = (Counter(pack_id for pack_id, _ in each) for each in (refs, repaired))

@@ -1,9 +1,10 @@
-"""Repair of damaged frames from other copies in the store.
+"""Repair of damaged frames from other copies.
 
-Copies there are since hosts that back up at the same time do not see each other's chunks, and since what is in
-quarantine is stored afresh by the next backup that has it on primary: so a scrub after that backup repairs the older
-points.  Frames that are whole in a pack that is not (its footer is damaged) are copied, too: nothing else would list
-them.  Every copy is checked by identity before it is used, and read back before readers are told of it.
+Copies there are in a replica, where there is one, and in the store itself: hosts that back up at the same time do not
+see each other's chunks, and what is in quarantine is stored afresh by the next backup that has it on primary, so a
+scrub after that backup repairs the older points.  Frames that are whole in a pack that is not (its footer is damaged)
+are copied, too: nothing else would list them.  Every copy is checked by identity before it is used, and read back
+before readers are told of it.
 Blocking.  This module must not know how damage was found.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import Final
 
@@ -22,7 +23,10 @@ from vmfs_stub.core.errors import (
     ObjectMissing,
     StoreConflict,
     StoreDenied,
+    StoreError,
     StoreFull,
+    StoreUnavailable,
+    UnknownFormat,
 )
 from vmfs_stub.core.ids import ChunkId, PackId
 from vmfs_stub.store import frames
@@ -45,8 +49,10 @@ Frame = tuple[PackId, int]
 """A frame by its pack and its offset there in bytes."""
 
 
-def repair(store: Store, damaged: Mapping[Frame, FrameRef]) -> frozenset[Frame]:
+def repair(store: Store, damaged: Mapping[Frame, FrameRef], replica: Store | None = None) -> frozenset[Frame]:
     """Make frames readable that are not, or that are in a damaged pack; returns those that are readable elsewhere.
+
+    The store's own copies are used first, then those of the ``replica``, then what only a look at all footers finds.
 
     Where this host may not write, or the store is full, nothing is repaired, and the log says so.
     Raises: UnknownFormat, StoreUnavailable.
@@ -58,10 +64,29 @@ def repair(store: Store, damaged: Mapping[Frame, FrameRef]) -> frozenset[Frame]:
         return earlier
     try:
         with closing(ChunkIndex(None, store.id)) as index:
-            return earlier | _repaired(store, store.begin_repair(index=index), left)
+            return earlier | _repaired(store, store.begin_repair(index=index), left, replica)
     except (StoreConflict, StoreDenied, StoreFull) as exc:
         log.warning("nothing could be repaired: %s", exc)
         return earlier
+
+
+def replace_damaged(store: Store, replica: Store, key: str, check: Callable[[bytes], object]) -> bool:
+    """Put the replica's copy of an object that never changes in the place of one that is damaged; whether that is done.
+
+    ``check`` raises when its bytes, as they are stored, are not what they should be.  Never fails.
+    """
+    try:
+        data = replica.stored.get(key)
+        check(data)
+        store.stored.put(key, data, if_absent=False)
+        if isinstance(store.stored, CacheDropping):
+            store.stored.drop_cache(key)
+        check(store.stored.get(key))
+    except (StoreError, IntegrityError, UnknownFormat) as exc:
+        log.warning("%s could not be replaced by the replica's copy: %s", key, exc)
+        return False
+    log.warning("%s was damaged, and is replaced by the replica's copy", key)
+    return True
 
 
 def _was_moved(store: Store, ref: FrameRef) -> bool:
@@ -74,13 +99,17 @@ def _was_moved(store: Store, ref: FrameRef) -> bool:
     return raw is not None
 
 
-def _repaired(store: Store, writer: BackupWriter, left: dict[Frame, FrameRef]) -> frozenset[Frame]:
+def _repaired(
+    store: Store, writer: BackupWriter, left: dict[Frame, FrameRef], replica: Store | None
+) -> frozenset[Frame]:
     try:
         run = _Repair(store, writer)
-        run.copy(left, ((ref.chunk_id, ref) for ref in list(left.values())))
+        run.copy(left, ((ref.chunk_id, ref) for ref in list(left.values())), store)
+        if left and replica is not None:
+            run.copy(left, ((ref.chunk_id, ref) for ref in list(left.values())), replica)
         for listed in (run.listed_in_index, run.listed_in_footers):
             if left:
-                run.copy(left, run.copies_of(left, listed()))
+                run.copy(left, run.copies_of(left, listed()), store)
         run.finish()
     except BaseException:
         writer.abandon()
@@ -104,15 +133,15 @@ class _Repair:
     def done(self) -> frozenset[Frame]:
         return frozenset((pack_id, move.old_offset) for pack_id, moves in self._moves.items() for move in moves)
 
-    def copy(self, left: dict[Frame, FrameRef], copies: Iterable[tuple[ChunkId, FrameRef]]) -> None:
-        """Copy those of ``left`` of which one of ``copies`` is whole, and take them out of it."""
+    def copy(self, left: dict[Frame, FrameRef], copies: Iterable[tuple[ChunkId, FrameRef]], place: Store) -> None:
+        """Copy those of ``left`` of which one of ``copies`` in ``place`` is whole, and take them out of it."""
         by_chunk: dict[ChunkId, list[FrameRef]] = {}
         for chunk_id, ref in copies:
             known = by_chunk.setdefault(chunk_id, [])
             if len(known) < COPIES_MAX and ref not in known:
                 known.append(ref)
         for frame, ref in list(left.items()):
-            raw = self._whole(by_chunk.get(ref.chunk_id, ()))
+            raw = self._whole(by_chunk.get(ref.chunk_id, ()), place)
             if raw is not None and self._write(ref, raw):
                 del left[frame]
 
@@ -154,14 +183,19 @@ class _Repair:
         self._writer.commit_moves(self._moves)
         self._store.moved.look_again()
 
-    def _whole(self, copies: Iterable[FrameRef]) -> bytes | None:
+    def _whole(self, copies: Iterable[FrameRef], place: Store) -> bytes | None:
         for ref in copies:
-            if isinstance(self._store.objects, CacheDropping):
-                self._store.objects.drop_cache(pack_key(ref.pack_id))
+            if isinstance(place.objects, CacheDropping):
+                place.objects.drop_cache(pack_key(ref.pack_id))
             try:
-                (raw,) = self._store.fetch_in_place([ref])
-                frames.check_identity(raw, ref, self._store.sealing)
+                (raw,) = place.fetch_in_place([ref])
+                frames.check_identity(raw, ref, place.sealing)
             except (ObjectMissing, IntegrityError):
+                continue
+            except (StoreUnavailable, StoreDenied) as exc:
+                if place is self._store:
+                    raise
+                log.warning("the replica does not give %s: %s", pack_key(ref.pack_id), exc)
                 continue
             return raw
         return None

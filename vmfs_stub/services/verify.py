@@ -20,6 +20,7 @@ from vmfs_stub.core.errors import IntegrityError, ObjectMissing, PointNotFound, 
 from vmfs_stub.core.ids import ChunkId, PackId, PointId, SegmentId, VmId
 from vmfs_stub.store import frames
 from vmfs_stub.store.chunk_table import ChunkTable, SegmentCache
+from vmfs_stub.store.fallback import ReplicatedStore
 from vmfs_stub.store.format import SEGMENT_CHUNKS
 from vmfs_stub.store.keys import pack_key
 from vmfs_stub.store.manifest import StoredFile
@@ -49,12 +50,16 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What was checked; the points are restorable exactly when ``findings`` is empty."""
+    """What was checked; the points are restorable exactly when ``findings`` is empty.
+
+    ``replica_reads`` were answered by the replica, since the store did not.
+    """
 
     point_count: int
     file_count: int
     read_bytes: int
     findings: tuple[Finding, ...]
+    replica_reads: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +88,9 @@ def verify(
         points = _selected(store, vm_id, point_id)
         for point in points:
             verifier.check_point(point)
-        return VerifyReport(len(points), verifier.file_count, verifier.read_bytes, tuple(verifier.findings))
+        replica_reads = store.fallback.counts.reads if isinstance(store, ReplicatedStore) else 0
+        findings = tuple(verifier.findings)
+        return VerifyReport(len(points), verifier.file_count, verifier.read_bytes, findings, replica_reads)
 
 
 def _selected(store: Store, vm_id: VmId | None, point_id: PointId | None) -> list[PointSummary]:
@@ -105,7 +112,7 @@ class _Verifier:
         self._store = store
         self._executor = executor
         self._progress = progress
-        self._tables = SegmentCache(store.objects, store.sealing)  # not the store's: what is in memory proves nothing
+        self._tables = SegmentCache(store.read_segment)  # not the store's: what is in memory proves nothing
         self._segments: dict[SegmentId, tuple[_BadChunk, ...]] = {}
         self.findings: list[Finding] = []
         self.file_count = 0

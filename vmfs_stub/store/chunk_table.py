@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Final
 
 from vmfs_stub.core.chunking import FrameRef, chunk_count, chunk_length
 from vmfs_stub.core.errors import CorruptSegment
 from vmfs_stub.core.ids import PackId, SegmentId
-from vmfs_stub.store.format import SEGMENT_CHUNKS, SEGMENT_SIZE_MAX
+from vmfs_stub.store.format import SEGMENT_CHUNKS
 from vmfs_stub.store.keys import segment_key
 from vmfs_stub.store.manifest import Manifest, StoredFile
-from vmfs_stub.store.objects import ObjectStore
-from vmfs_stub.store.sealing import PLAIN, Sealing
 from vmfs_stub.store.segments import Segment
 
 SEGMENTS_KEPT: Final = 32
@@ -29,11 +27,10 @@ SEGMENTS_KEPT: Final = 32
 
 
 class SegmentCache:
-    """Reads segments and keeps the last used ones; thread-safe."""
+    """Keeps the last used of the segments that ``read`` gives; thread-safe."""
 
-    def __init__(self, objects: ObjectStore, sealing: Sealing = PLAIN, *, kept_max: int = SEGMENTS_KEPT) -> None:
-        self._objects = objects
-        self._sealing = sealing
+    def __init__(self, read: Callable[[SegmentId], Segment], *, kept_max: int = SEGMENTS_KEPT) -> None:
+        self._read = read
         self._kept_max = kept_max
         self._kept: OrderedDict[SegmentId, Segment] = OrderedDict()
         self._lock = threading.Lock()
@@ -48,8 +45,7 @@ class SegmentCache:
             if kept is not None:
                 self._kept.move_to_end(segment_id)
                 return kept
-        data = self._objects.get(segment_key(segment_id), size_max=SEGMENT_SIZE_MAX)
-        segment = Segment(data, segment_id, self._sealing)
+        segment = self._read(segment_id)
         with self._lock:
             self._kept[segment_id] = segment
             while len(self._kept) > self._kept_max:

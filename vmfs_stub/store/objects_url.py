@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
@@ -35,6 +35,17 @@ class StoreSettings(Protocol):
     def secret_access_key(self) -> str: ...
 
 
+class ReplicaSettings(Protocol):
+    """What of a configuration says where a replica is."""
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def access_key_id(self) -> str: ...
+    @property
+    def secret_access_key(self) -> str: ...
+
+
 @dataclass(frozen=True, slots=True)
 class StoreAt:
     """Where a store is, and how it is asked: times in seconds, of one request and of one that moves much."""
@@ -44,6 +55,13 @@ class StoreAt:
     credentials: S3Credentials = STANDARD_CHAIN
     timeout_s: float = 10
     transfer_timeout_s: float = 60
+
+    def replica(self, settings: ReplicaSettings) -> StoreAt | None:
+        """The replica that is configured, asked like this store; None where there is none."""
+        if not settings.url:
+            return None
+        credentials = S3Credentials(settings.access_key_id, settings.secret_access_key)
+        return replace(self, url=settings.url, credentials=credentials)
 
     @classmethod
     def of(cls, settings: StoreSettings) -> StoreAt:

@@ -8,6 +8,7 @@ This module must not know how packs are transported.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from blake3 import blake3
@@ -15,6 +16,7 @@ from blake3 import blake3
 from vmfs_stub.core.chunking import CHUNK_SIZE_MAX, FrameRef
 from vmfs_stub.core.errors import CorruptPack, UnknownFormat
 from vmfs_stub.core.ids import ChunkId, PackId
+from vmfs_stub.store import frames
 from vmfs_stub.store.format import (
     FRAME_HEADER,
     FRAME_LENGTH_MAX,
@@ -29,8 +31,8 @@ from vmfs_stub.store.format import (
     PACK_VERSION,
 )
 from vmfs_stub.store.frames import EncodedChunk
-from vmfs_stub.store.keys import pack_key
-from vmfs_stub.store.objects import ObjectStore
+from vmfs_stub.store.keys import pack_key, writer_of
+from vmfs_stub.store.objects import Buffer, ObjectStore
 from vmfs_stub.store.sealing import PLAIN, Sealing
 
 BUFFER_SIZE = PACK_SIZE + PACK_FOOTER_SIZE_MAX + PACK_TAIL_SIZE
@@ -99,11 +101,28 @@ def read_footer(objects: ObjectStore, pack_id: PackId, sealing: Sealing = PLAIN)
     Raises: ObjectMissing, CorruptPack, UnknownFormat.
     """
     key = pack_key(pack_id)
-    size = objects.size(key)
+    return _footer(
+        lambda offset, length: objects.get_range(key, offset=offset, length=length), objects.size(key), pack_id, sealing
+    )
+
+
+def check_pack(data: Buffer, pack_id: PackId, sealing: Sealing = PLAIN) -> None:
+    """See that the bytes of a pack are whole: its footer, and every frame by its checksum.
+
+    Raises: CorruptPack, CorruptFrame, UnknownFormat.
+    """
+    view, seal = memoryview(data), sealing.frame_seal(writer_of(pack_id))
+    for ref in _footer(lambda offset, length: view[offset : offset + length], len(view), pack_id, sealing):
+        frames.decode(view[ref.offset : ref.end], ref, seal)
+
+
+def _footer(read: Callable[[int, int], Buffer], size: int, pack_id: PackId, sealing: Sealing) -> list[FrameRef]:
+    """The frames of a pack of ``size`` bytes, of which ``read`` gives those at an offset, of a length."""
+    key = pack_key(pack_id)
     if not PACK_TAIL_SIZE <= size <= PACK_SIZE_MAX:
         msg = f"{key}: has an impossible size of {size} bytes"
         raise CorruptPack(msg)
-    tail = bytes(objects.get_range(key, offset=size - PACK_TAIL_SIZE, length=PACK_TAIL_SIZE))
+    tail = bytes(read(size - PACK_TAIL_SIZE, PACK_TAIL_SIZE))
     if not tail.endswith(PACK_MAGIC):
         msg = f"{key}: does not end as a pack does: cut short or not a pack"
         raise CorruptPack(msg)
@@ -111,7 +130,7 @@ def read_footer(objects: ObjectStore, pack_id: PackId, sealing: Sealing = PLAIN)
     if offset + length + PACK_TAIL_SIZE != size or length > PACK_FOOTER_SIZE_MAX:
         msg = f"{key}: its trailer does not fit its size"
         raise CorruptPack(msg)
-    footer = bytes(objects.get_range(key, offset=offset, length=length))
+    footer = bytes(read(offset, length))
     digest = blake3(footer + tail[: PACK_TRAILER.size]).digest()
     if digest != tail[PACK_TRAILER.size : PACK_TRAILER.size + 32]:
         msg = f"{key}: the checksum of its footer does not match"

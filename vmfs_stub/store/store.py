@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,7 +27,7 @@ from vmfs_stub.core.errors import (
     UnknownFormat,
     WrongStore,
 )
-from vmfs_stub.core.ids import PackId, PlaceholderId, PointId, StoreId, VmId
+from vmfs_stub.core.ids import PackId, PlaceholderId, PointId, SegmentId, StoreId, VmId
 from vmfs_stub.store import frames
 from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.chunk_index import ChunkIndex
@@ -38,6 +38,7 @@ from vmfs_stub.store.format import (
     DOCUMENT_SIZE_MAX,
     MANIFEST_SIZE_MAX,
     PACK_SIZE_MAX,
+    SEGMENT_SIZE_MAX,
     StoreDescription,
     check_chunk_size,
     decode_description,
@@ -57,6 +58,7 @@ from vmfs_stub.store.keys import (
     manifests_of,
     pack_key,
     pins_of,
+    segment_key,
     writer_of,
 )
 from vmfs_stub.store.manifest import VOID_SIZE_MAX, Manifest, decode_manifest
@@ -65,6 +67,7 @@ from vmfs_stub.store.objects import ObjectInfo, ObjectStore
 from vmfs_stub.store.pins import Pin, decode_pin, remove_pin, valid_pins
 from vmfs_stub.store.quarantine import quarantined_packs
 from vmfs_stub.store.sealing import StoreKey, sealing_of
+from vmfs_stub.store.segments import Segment
 from vmfs_stub.store.versions import version_of
 
 SUMMARIES_KEPT: Final = 100_000
@@ -102,18 +105,20 @@ class StoredVm:
 class Store:
     """Thread-safe facade over one secondary store.
 
-    Attributes: ``objects`` are in the clear (but for packs and segments), ``key`` is that of an encrypted store.
+    Attributes: ``objects`` are in the clear (but for packs and segments), ``stored`` the same as they lie there;
+    ``key`` is that of an encrypted store.
     """
 
     def __init__(self, objects: ObjectStore, description: StoreDescription, key: StoreKey | None = None) -> None:
         """Take a store for what was found out of it before.  Raises: KeyMissing."""
         self.key = key
         self.sealing = sealing_of(description, key)
+        self.stored = objects
         self.objects = self.sealing.around(objects)
         self.description = description
         self.id: StoreId = description.store_id
         self.chunk_size = description.chunk_size
-        self.segments = SegmentCache(objects, self.sealing)
+        self.segments = SegmentCache(self.read_segment)
         self.moved = MovedFrames(self.objects, self.fetch_in_place)
         self._summaries: OrderedDict[str, PointSummary | None] = OrderedDict()
         """None: there is no such point."""
@@ -203,9 +208,12 @@ class Store:
             )
         )
 
-    def points(self, vm_id: VmId, *, with_damaged: bool = False) -> list[PointSummary]:
-        """Restore points of a VM as `vms` has them, oldest first; those with a damaged manifest only when asked for."""
-        found = [self._summary(vm_id, point_id) for _, point_id, _ in self._committed(vm_id)]
+    def points(self, vm_id: VmId, *, with_damaged: bool = False, but: Collection[PointId] = ()) -> list[PointSummary]:
+        """Restore points of a VM as `vms` has them, oldest first; those with a damaged manifest only when asked for.
+
+        ``but`` are left out, and not read.
+        """
+        found = [self._summary(vm_id, point_id) for _, point_id, _ in self._committed(vm_id) if point_id not in but]
         known = [summary for summary in found if summary is not None]
         return list(_oldest_first([point for point in known if with_damaged or point.damaged is None]))
 
@@ -219,6 +227,14 @@ class Store:
         Raises: PointNotFound, CorruptManifest, UnknownFormat, StoreUnavailable.
         """
         return RestorePoint(self._manifest(vm_id, point_id), self.segments)
+
+    def read_segment(self, segment_id: SegmentId) -> Segment:
+        """A segment as it is in the store now.
+
+        Raises: ObjectMissing, CorruptSegment, UnknownFormat, StoreUnavailable.
+        """
+        data = self.objects.get(segment_key(segment_id), size_max=SEGMENT_SIZE_MAX)
+        return Segment(data, segment_id, self.sealing)
 
     def fetch(self, refs: Sequence[FrameRef]) -> list[bytes]:
         """The verified raw bytes of frames of one pack, by one range read; one by one where some have moved.
@@ -382,14 +398,20 @@ class Store:
             raise StoreUnavailable(str(exc)) from exc
 
     def _manifest(self, vm_id: VmId, point_id: PointId) -> Manifest:
-        key = manifest_key(vm_id, point_id)
         try:
-            data = self.objects.get(key, size_max=MANIFEST_SIZE_MAX)
+            return self.read_manifest(vm_id, point_id)
         except ObjectMissing as exc:
             self._check_present()
             msg = f"VM {vm_id} has no restore point {point_id} in this store"
             raise PointNotFound(msg) from exc
-        manifest = decode_manifest(data, key)
+
+    def read_manifest(self, vm_id: VmId, point_id: PointId) -> Manifest:
+        """The manifest of a committed restore point.
+
+        Raises: ObjectMissing; PointNotFound for a void one; CorruptManifest, UnknownFormat, StoreUnavailable.
+        """
+        key = manifest_key(vm_id, point_id)
+        manifest = decode_manifest(self.objects.get(key, size_max=MANIFEST_SIZE_MAX), key)
         if (manifest.vm_id, manifest.point_id, manifest.chunk_size) != (vm_id, point_id, self.chunk_size):
             msg = f"{key}: is the manifest of another restore point or store"
             raise CorruptManifest(msg)

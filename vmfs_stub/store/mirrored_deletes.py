@@ -1,0 +1,74 @@
+"""What garbage collection deletes in a store is deleted in its replica after that.
+
+Only names that were just deleted in the store are deleted in the replica, so that a store that was emptied or replaced
+empties no replica.  A replica that does not answer is left alone for the rest of the run: then restore points of which
+the manifest is there keep what they need there.  The mark of a forgotten point stays in the store until its manifest
+has gone from both, so the next run goes on with it; packs and segments that are left take room, and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+
+from vmfs_stub.core.errors import StoreError
+from vmfs_stub.store.keys import FORGOTTEN, PENDING_SUFFIX
+from vmfs_stub.store.objects import OBJECT_SIZE_MAX, Buffer, ObjectInfo, ObjectStore
+from vmfs_stub.store.replica import REPLICATED
+
+log = logging.getLogger(__name__)
+
+
+class MirroredDeletes:
+    """Decorates the objects of a store; see ObjectStore for the calls.
+
+    Attributes: ``left`` is how many objects were not deleted in the replica, ``problem`` why.
+    """
+
+    def __init__(self, inner: ObjectStore, replica: ObjectStore) -> None:
+        self._inner = inner
+        self._replica = replica
+        self._lock = threading.Lock()
+        self.left = 0
+        self.problem: StoreError | None = None
+
+    def get(self, key: str, *, size_max: int = OBJECT_SIZE_MAX) -> bytes:
+        """Read a whole object."""
+        return self._inner.get(key, size_max=size_max)
+
+    def get_range(self, key: str, *, offset: int, length: int) -> Buffer:
+        """Read a part of one."""
+        return self._inner.get_range(key, offset=offset, length=length)
+
+    def put(self, key: str, data: Buffer, *, if_absent: bool = True) -> None:
+        """Store an object, here alone."""
+        self._inner.put(key, data, if_absent=if_absent)
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """All objects under a folder, as they are here."""
+        return self._inner.list(prefix)
+
+    def delete(self, key: str) -> None:
+        """Remove an object, and its copy."""
+        if key.startswith(FORGOTTEN) and self.problem is not None:
+            return
+        self._inner.delete(key)
+        if key.startswith(REPLICATED) and not key.endswith(PENDING_SUFFIX):
+            self._delete_copy(key)
+
+    def size(self, key: str) -> int:
+        """Size here."""
+        return self._inner.size(key)
+
+    def _delete_copy(self, key: str) -> None:
+        problem = self.problem
+        if problem is None:
+            try:
+                self._replica.delete(key)
+            except StoreError as exc:
+                problem = exc
+        if problem is not None:
+            with self._lock:
+                self.left += 1
+                self.problem = problem
