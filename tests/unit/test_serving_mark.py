@@ -101,8 +101,9 @@ def test_what_stands_still_is_replaced_after_a_while(
     else:
         leave_mark(tmp_path, content)
     began = time.monotonic()
-    with taken(tmp_path):
+    with taken(tmp_path) as mark:
         assert time.monotonic() - began >= PACE.still_s
+        assert not mark.is_overdue
         assert decode_mark((tmp_path / MARK).read_bytes()).machine == OURS
     assert "taking over" in caplog.text
 

@@ -164,9 +164,7 @@ class ServingMark:
         try:
             mark = Mark(machine, secrets.token_hex(16), int(time.time()))
             self = cls(mark, directory_fd, backing=backing, pace=pace, files=files)
-            began_s = _now_s()
             self._take()
-            self._held_until_s = began_s + pace.held_s
         except BaseException as exc:
             os.close(directory_fd)
             if isinstance(exc, OSError):
@@ -186,6 +184,7 @@ class ServingMark:
         reserve = Reserve(self._path.with_name(RESERVE_FILE))
         try:
             reserve.lend(self._files, lambda: self._write_new(new))
+            self._held_until_s = _now_s() + self._pace.held_s
             self._files.call("serving.link", os.link, new, self._path)
         except (FileExistsError, FileNotFoundError) as exc:  # the latter: a start elsewhere has tidied up
             now = _read(self._files, self._path)
