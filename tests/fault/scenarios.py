@@ -711,19 +711,22 @@ async def keep_history(services: Services) -> None:
 
 
 async def serve_beside_others(services: Services) -> None:
-    """The mark of another host that stands still is replaced, renewed and removed."""
+    """The mark of another host that stands still, and that of a daemon that was killed here, are followed."""
     place, files, pace = services.rig.base / "served", services.files, Pace(interval_s=0.01, held_s=60, still_s=0)
     place.mkdir(exist_ok=True)
     (place / "reserve").write_bytes(bytes(BLOCK))
     (place / "serving").write_bytes(encode_mark(Mark(Machine("other", "ab" * 16, "other"), "cd" * 16, 0)))
     (place / "serving.cut-short").touch()
-    mark = ServingMark.take(place, place, machine=Machine("ours", "ef" * 16, "host1"), pace=pace, files=files)
-    try:
-        if not mark.renew():
-            raise NotWhole("a mark is not its own")
-    finally:
-        mark.end()
-    if not files.spoiled and (left := [path.name for path in place.iterdir()]) != ["reserve"]:
+    for machine in (Machine("ours", "ef" * 16, "host1"), killed := Machine("other", "ab" * 16, "other")):
+        if machine is killed:
+            (place / "serving").write_bytes(encode_mark(Mark(killed, "cd" * 16, 0)))
+        mark = ServingMark.take(place, place, machine=machine, pace=pace, files=files)
+        try:
+            if not mark.renew():
+                raise NotWhole("a mark is not its own")
+        finally:
+            mark.end()
+    if not files.spoiled and (left := {path.name for path in place.iterdir()}) != {"reserve", "serving.spare"}:
         raise NotWhole(f"left over: {left}")
 
 

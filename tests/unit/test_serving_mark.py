@@ -16,6 +16,7 @@ from vmfs_stub.core.errors import DatastoreLocked, PrimaryIOError
 from vmfs_stub.core.sites import PLAIN, FileCalls
 from vmfs_stub.primary.serving_mark import (
     MARK,
+    SPARE,
     Machine,
     Mark,
     OwnCalls,
@@ -76,15 +77,19 @@ def test_a_clean_start_takes_no_time_and_an_end_leaves_nothing(tmp_path: Path) -
         assert (found.machine, found.counter) == (OURS, 0)
         assert mark.renew()
         assert decode_mark((tmp_path / MARK).read_bytes()).counter == 1
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [SPARE]
+    with taken(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [MARK]
 
 
 def test_what_was_killed_in_this_boot_is_replaced_at_once(tmp_path: Path) -> None:
     leave_mark(tmp_path, OURS)
+    left = (tmp_path / MARK).stat()
     began = time.monotonic()
     with taken(tmp_path, pace=FAR):
         assert time.monotonic() - began < 5
         assert [path.name for path in tmp_path.iterdir()] == [MARK]
+        assert os.path.samestat(left, (tmp_path / MARK).stat()), "which needs no room"
 
 
 @pytest.mark.parametrize("content", [OTHERS, REBOOTED, None], ids=["other host", "other boot", "unreadable"])
@@ -96,8 +101,9 @@ def test_what_stands_still_is_replaced_after_a_while(
     else:
         leave_mark(tmp_path, content)
     began = time.monotonic()
-    with taken(tmp_path):
+    with taken(tmp_path) as mark:
         assert time.monotonic() - began >= PACE.still_s
+        assert not mark.is_overdue
         assert decode_mark((tmp_path / MARK).read_bytes()).machine == OURS
     assert "taking over" in caplog.text
 
@@ -107,7 +113,7 @@ def test_one_that_moves_is_refused_and_named(tmp_path: Path) -> None:
     with take(tmp_path, OTHERS).kept(lost.append), pytest.raises(DatastoreLocked, match=r"host 'host2' \(since 20"):
         take(tmp_path)
     assert lost == []
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [SPARE]
 
 
 def test_one_that_ends_while_it_is_watched_is_followed(tmp_path: Path) -> None:
@@ -249,6 +255,16 @@ def test_a_full_filesystem_has_room_for_it(tmp_path: Path) -> None:
 
     with taken(tmp_path, files=Full()) as mark:
         assert mark.renew()
+
+
+def test_from_the_second_start_on_no_more_room_is_needed(tmp_path: Path) -> None:
+    with taken(tmp_path) as mark:
+        place = (tmp_path / MARK).stat()
+        assert place.st_size == 4096
+    with taken(tmp_path) as mark:
+        assert os.path.samestat(place, (tmp_path / MARK).stat())
+        assert mark.renew()
+        assert (tmp_path / MARK).stat().st_size == 4096
 
 
 def test_only_the_marks_of_others_are_told_of(tmp_path: Path) -> None:

@@ -48,7 +48,10 @@ log = logging.getLogger(__name__)
 MARK: Final = "serving"
 MAGIC: Final = b"VSTBSRV\0"
 VERSION: Final = 1
-_SIZE_MAX: Final = 4096
+SPARE: Final = "serving.spare"
+"""What an orderly end leaves, so that the next start needs no room."""
+_SIZE: Final = 4096
+"""Bytes of the file: one block, which it has for good."""
 _MACHINE_ID: Final = Path("/etc/machine-id")
 
 
@@ -96,7 +99,7 @@ class Mark:
 
 
 def encode_mark(mark: Mark) -> bytes:
-    """The bytes of a mark."""
+    """The bytes of a mark, without the zeros that fill up its file."""
     body = {
         "machine": mark.machine.machine_id,
         "boot_id": mark.machine.boot_id,
@@ -136,7 +139,7 @@ class ServingMark:
         self._files = files
         self._directory_fd = directory_fd
         self._path = _in(directory_fd)
-        self._written = self._writing = encode_mark(mark)
+        self._written = self._writing = _block(mark)
         self._held_until_s = 0.0
         self._tries = 0
         self._tried = threading.Condition()
@@ -161,9 +164,7 @@ class ServingMark:
         try:
             mark = Mark(machine, secrets.token_hex(16), int(time.time()))
             self = cls(mark, directory_fd, backing=backing, pace=pace, files=files)
-            began_s = _now_s()
             self._take()
-            self._held_until_s = began_s + pace.held_s
         except BaseException as exc:
             os.close(directory_fd)
             if isinstance(exc, OSError):
@@ -173,15 +174,17 @@ class ServingMark:
 
     def _take(self) -> None:
         found = _read(self._files, self._path)
-        if found is not None and not self._is_over(found):
+        is_over = found is not None and self._is_over(found)
+        if found is not None and not is_over:
             found = self._watch(found)
         self._clean()
         if found is not None:
-            self._set_aside(found)
+            self._set_aside(found, is_over=is_over)
         new = self._path.with_name(f"{MARK}.{self._mark.session}")
         reserve = Reserve(self._path.with_name(RESERVE_FILE))
         try:
             reserve.lend(self._files, lambda: self._write_new(new))
+            self._held_until_s = _now_s() + self._pace.held_s
             self._files.call("serving.link", os.link, new, self._path)
         except (FileExistsError, FileNotFoundError) as exc:  # the latter: a start elsewhere has tidied up
             now = _read(self._files, self._path)
@@ -193,7 +196,9 @@ class ServingMark:
 
     def _write_new(self, path: Path) -> None:
         # Not synced: after a power loss nobody serves, and what is left of it stands still.
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        with suppress(FileNotFoundError):
+            self._files.call("serving.create", os.rename, self._path.with_name(SPARE), path)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         fd = self._files.call("serving.create", os.open, path, flags, 0o600)
         try:
             self._files.call("serving.create", write_fully, fd, self._written, 0)
@@ -224,12 +229,15 @@ class ServingMark:
     def _clean(self) -> None:
         """Remove what starts left that were cut short; one that is under way elsewhere is refused by that."""
         for name in self._files.call("serving.list", os.listdir, self._directory_fd):
-            if name.startswith(f"{MARK}."):
+            if name.startswith(f"{MARK}.") and name != SPARE:
                 with suppress(FileNotFoundError):
                     self._files.call("serving.clean", os.unlink, self._path.with_name(name))
 
-    def _set_aside(self, found: bytes) -> None:
-        """Take the name from the mark that was found to be over.  Raises DatastoreLocked when it is not that one."""
+    def _set_aside(self, found: bytes, *, is_over: bool) -> None:
+        """Take the name from the mark that was found; DatastoreLocked when it is not that one any more.
+
+        One that is over for certain (``is_over``) becomes the spare one; into any other its holder may yet write.
+        """
         aside = self._path.with_name(f"{MARK}.{self._mark.session}.over")
         try:
             self._files.call("serving.set_aside", os.rename, self._path, aside)
@@ -239,6 +247,9 @@ class ServingMark:
         if now != found:
             with suppress(OSError):
                 self._files.call("serving.link", os.link, aside, self._path)
+        if now == found and is_over:
+            self._files.call("serving.set_aside", os.rename, aside, aside.with_name(SPARE))
+            return
         self._files.call("serving.clean", os.unlink, aside)
         if now != found:
             raise self._refused(now, "serves")
@@ -261,10 +272,10 @@ class ServingMark:
         except FileNotFoundError:
             return False
         try:
-            if self._files.call("serving.renew", os.pread, fd, _SIZE_MAX, 0) not in (self._written, self._writing):
+            if self._files.call("serving.renew", os.pread, fd, _SIZE, 0) not in (self._written, self._writing):
                 return False
             self._mark = replace(self._mark, counter=self._mark.counter + 1)
-            self._writing = encode_mark(self._mark)
+            self._writing = _block(self._mark)
             self._files.call("serving.renew", write_fully, fd, self._writing, 0)
             self._written = self._writing
             # Whoever replaces a mark takes its name first, and looks at what it says then.
@@ -335,11 +346,12 @@ class ServingMark:
                 self._tried.wait(self._pace.interval_s)
 
     def end(self) -> None:
-        """Remove it, if it is still this session's; from then on it is overdue."""
+        """Take it away, if it is still this session's; from then on it is overdue."""
+        was_overdue = self.is_overdue
         self._ended, self._held_until_s = True, 0.0
         try:
-            if _read(self._files, self._path) in (self._written, self._writing):
-                self._files.call("serving.end", os.unlink, self._path)
+            if not was_overdue and _read(self._files, self._path) in (self._written, self._writing):
+                self._files.call("serving.end", os.rename, self._path, self._path.with_name(SPARE))
         except OSError as exc:
             log.warning("the serving mark of %s stays: %s", self._backing, exc.strerror)
         finally:
@@ -362,6 +374,10 @@ class OwnCalls(FileCalls):
         return function(*args, **kwargs)
 
 
+def _block(mark: Mark) -> bytes:
+    return encode_mark(mark).ljust(_SIZE, b"\0")
+
+
 def _in(directory_fd: int) -> Path:
     """The mark's path, which leads there whatever becomes of the directory's names and mounts."""
     return Path(f"/proc/self/fd/{directory_fd}") / MARK
@@ -373,7 +389,7 @@ def _read(files: FileCalls, path: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     try:
-        return files.call("serving.read", os.pread, fd, _SIZE_MAX, 0)
+        return files.call("serving.read", os.pread, fd, _SIZE, 0)
     finally:
         os.close(fd)
 
