@@ -177,11 +177,13 @@ async def prune(play: Play) -> None:
 
 async def other_host(play: Play) -> None:
     """Another host takes a VM that is free, and gives it back unchanged: nothing absent is used here meanwhile."""
-    path = play.disk()
-    record = None if path is None else play.record(path)
-    claim = None if record is None else play.newest_claim(record.vm_id)
-    if path is None or record is None or claim is None or claim.point_id != record.point_id or play.is_shaken:
+    free = [path for path in play.disks() if play.is_free(path)]
+    if not free or play.is_shaken:
         return
+    path = play.chosen.choice(free)
+    record = play.record(path)
+    claim = None if record is None else play.newest_claim(record.vm_id)
+    assert claim is not None
     handle = await play.open(path)
     objects, theirs = play.quiet_store.objects, replace(claim, datastore_id=DatastoreId("0" * 32), host="host2")
     put_claim(objects, replace(theirs, epoch=claim.epoch + 1, state=ClaimState.HELD, point_id=None))
@@ -258,7 +260,7 @@ STEPS: tuple[tuple[int, Callable[[Play], Awaitable[None]]], ...] = (
     (3, sync_all),
     (2, outage),
     (2, prune),
-    (2, other_host),
+    (8, other_host),
     (3, write_back),
     (2, commit_journal),
     (4, kill_soon),
