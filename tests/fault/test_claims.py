@@ -11,10 +11,22 @@ import pytest
 import trio
 
 from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, RigFiles, Services, survives_kill, temporary_rig
-from tests.fault.scenarios import DISK, PATHS, SECOND, bring_back, contents_of, first_contents, make_vm
+from tests.fault.scenarios import (
+    DISK,
+    PATHS,
+    ROOT_PEER,
+    SECOND,
+    bring_back,
+    contents_of,
+    first_contents,
+    make_vm,
+    with_datastore,
+)
 from tests.fault.site_faults import short_waits
+from vmfs_stub.control.messages import JobInfo, JobReport
 from vmfs_stub.core.errors import ClaimedElsewhere, RecallTimeout, StoreUnavailable
 from vmfs_stub.core.ids import PointId, VmId
+from vmfs_stub.datastore import Datastore
 from vmfs_stub.inventory.identity import write_vm_id
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.store.claims import Claim, ClaimState, newest_claim
@@ -544,16 +556,28 @@ async def test_a_copied_datastore_is_another_one() -> None:
         assert any(key.startswith(PACKS) for key in first.objects.contents)
 
 
-async def test_a_job_of_many_vms_looks_once() -> None:
-    with one_host() as rig:
-        rig.make_disk("other/disk.img", b"o" * CHUNK)
-        listed: list[str] = []
-        async with rig.running() as services:
-            for name in ("vm", "other"):
-                await services.archive(name, archive=False)
-            rig.objects.before = lambda call, key: listed.append(key) if call == "list" else None
-            claimed = await services.claims.survey()
-            for name in ("vm", "other"):
-                vm = rig.vm(name)
-                await services.archiver.run(vm, archive=False, progress=lambda count: None, claimed=claimed)
+async def test_a_job_of_many_vms_looks_once_and_one_of_another_host_fails_alone() -> None:
+    listed: list[str] = []
+    jobs: list[JobInfo] = []
+
+    async def back_up_all(datastore: Datastore, services: Services) -> None:
+        job_id = await datastore.start_backup([], archive=False, peer=ROOT_PEER)
+        while (info := await datastore.job(job_id)).state == "running":  # noqa: ASYNC110
+            await trio.sleep(0.001)
+        jobs.append(info)
+
+    with two_hosts() as (first, second):
+        first.make_disk("other/disk.img", b"o" * CHUNK)
+        async with first.running() as services, second.running() as there:
+            for _ in range(2):
+                await with_datastore(services, "", back_up_all)
+                first.objects.before = lambda call, key: listed.append(key) if call == "list" else None
             assert [key for key in listed if key.startswith(CLAIMS)] == [CLAIMS]
+            await there.claims.take(the_vm(first), PointId("e" * 32), force=True)
+            await with_datastore(services, "", back_up_all)
+        assert [job.state for job in jobs] == ["done", "done", "failed"]
+        outcomes = JobReport.model_validate(jobs[-1].result).vms
+        assert {each.vm: each.error and each.error.error for each in outcomes} == {
+            "vm": "ClaimedElsewhere",
+            "other": None,
+        }
