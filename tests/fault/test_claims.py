@@ -31,6 +31,7 @@ from vmfs_stub.inventory.identity import write_vm_id
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.store.claims import Claim, ClaimState, newest_claim
 from vmfs_stub.store.keys import CLAIMS, MANIFESTS, PACKS
+from vmfs_stub.store.objects import Buffer
 
 
 @contextmanager
@@ -408,9 +409,9 @@ async def test_one_that_could_not_be_set_free_stays_held_and_a_late_put_does_not
         late: list[tuple[str, bytes]] = []
         put = first.objects.put
 
-        def hanging(key: str, data: bytes, *, if_absent: bool = True) -> None:
-            if key.startswith(CLAIMS) and b'"free"' in data:
-                late.append((key, data))
+        def hanging(key: str, data: Buffer, *, if_absent: bool = True) -> None:
+            if key.startswith(CLAIMS) and b'"free"' in bytes(data):
+                late.append((key, bytes(data)))
                 raise StoreUnavailable("no answer")
             put(key, data, if_absent=if_absent)
 
@@ -437,7 +438,7 @@ async def test_a_put_that_came_late_is_known_as_our_own() -> None:
         async with rig.running(files=files) as services:
             put = rig.objects.put
 
-            def overtaken(key: str, data: bytes, *, if_absent: bool = True) -> None:
+            def overtaken(key: str, data: Buffer, *, if_absent: bool = True) -> None:
                 if key.startswith(CLAIMS) and len(epochs(rig)) == 2:
                     put(key, data, if_absent=if_absent)  # the one that was given up
                 put(key, data, if_absent=if_absent)
