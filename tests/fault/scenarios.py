@@ -732,15 +732,15 @@ async def serve_beside_others(services: Services) -> None:
 
 async def use_datastore(services: Services) -> None:
     """An operator lists the disks and has the VM brought back."""
-    await _with_datastore(services, "", _list_and_recall)
+    await with_datastore(services, "", _list_and_recall)
 
 
 async def back_up_by_rules(services: Services) -> None:
     """A backup after which the one before it is not wanted any more."""
-    await _with_datastore(services, "[retention]\nkeep_last = 1\n", _back_up_and_forget)
+    await with_datastore(services, "[retention]\nkeep_last = 1\n", _back_up_and_forget)
 
 
-async def _with_datastore(services: Services, text: str, act: Callable[[Datastore, Services], Awaitable[None]]) -> None:
+async def with_datastore(services: Services, text: str, act: Callable[[Datastore, Services], Awaitable[None]]) -> None:
     rig = services.rig
     where = f'name = "vms"\nbacking = "{rig.backing}"\nmountpoint = "{rig.base}/mount"\nruntime_dir = "{rig.runtime}"'
     store = f'url = "{(rig.base / "store").as_uri()}"'

@@ -11,14 +11,27 @@ import pytest
 import trio
 
 from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, RigFiles, Services, survives_kill, temporary_rig
-from tests.fault.scenarios import DISK, PATHS, SECOND, bring_back, contents_of, first_contents, make_vm
+from tests.fault.scenarios import (
+    DISK,
+    PATHS,
+    ROOT_PEER,
+    SECOND,
+    bring_back,
+    contents_of,
+    first_contents,
+    make_vm,
+    with_datastore,
+)
 from tests.fault.site_faults import short_waits
+from vmfs_stub.control.messages import JobInfo, JobReport
 from vmfs_stub.core.errors import ClaimedElsewhere, RecallTimeout, StoreUnavailable
 from vmfs_stub.core.ids import PointId, VmId
+from vmfs_stub.datastore import Datastore
 from vmfs_stub.inventory.identity import write_vm_id
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.store.claims import Claim, ClaimState, newest_claim
 from vmfs_stub.store.keys import CLAIMS, MANIFESTS, PACKS
+from vmfs_stub.store.objects import Buffer
 
 
 @contextmanager
@@ -169,8 +182,9 @@ async def test_a_vm_that_came_back_unchanged_goes_on_where_its_placeholders_are(
             await there.claims.take(the_vm(first), point_id)
             await there.claims.set_free(the_vm(first), point_id)
         async with first.running() as services:
+            report = await services.archive("vm", archive=False)
+            assert (newest(first).host, newest(first).point_id) == ("host1", report.point_id)
             await opened_and_read(services)
-        assert newest(first).host == "host1"
 
 
 async def test_what_is_used_here_is_taken_by_another_host_only_when_it_is_told_to() -> None:
@@ -395,9 +409,9 @@ async def test_one_that_could_not_be_set_free_stays_held_and_a_late_put_does_not
         late: list[tuple[str, bytes]] = []
         put = first.objects.put
 
-        def hanging(key: str, data: bytes, *, if_absent: bool = True) -> None:
-            if key.startswith(CLAIMS) and b'"free"' in data:
-                late.append((key, data))
+        def hanging(key: str, data: Buffer, *, if_absent: bool = True) -> None:
+            if key.startswith(CLAIMS) and b'"free"' in bytes(data):
+                late.append((key, bytes(data)))
                 raise StoreUnavailable("no answer")
             put(key, data, if_absent=if_absent)
 
@@ -424,7 +438,7 @@ async def test_a_put_that_came_late_is_known_as_our_own() -> None:
         async with rig.running(files=files) as services:
             put = rig.objects.put
 
-            def overtaken(key: str, data: bytes, *, if_absent: bool = True) -> None:
+            def overtaken(key: str, data: Buffer, *, if_absent: bool = True) -> None:
                 if key.startswith(CLAIMS) and len(epochs(rig)) == 2:
                     put(key, data, if_absent=if_absent)  # the one that was given up
                 put(key, data, if_absent=if_absent)
@@ -543,16 +557,28 @@ async def test_a_copied_datastore_is_another_one() -> None:
         assert any(key.startswith(PACKS) for key in first.objects.contents)
 
 
-async def test_a_job_of_many_vms_looks_once() -> None:
-    with one_host() as rig:
-        rig.make_disk("other/disk.img", b"o" * CHUNK)
-        listed: list[str] = []
-        async with rig.running() as services:
-            for name in ("vm", "other"):
-                await services.archive(name, archive=False)
-            rig.objects.before = lambda call, key: listed.append(key) if call == "list" else None
-            claimed = await services.claims.survey()
-            for name in ("vm", "other"):
-                vm = rig.vm(name)
-                await services.archiver.run(vm, archive=False, progress=lambda count: None, claimed=claimed)
+async def test_a_job_of_many_vms_looks_once_and_one_of_another_host_fails_alone() -> None:
+    listed: list[str] = []
+    jobs: list[JobInfo] = []
+
+    async def back_up_all(datastore: Datastore, services: Services) -> None:
+        job_id = await datastore.start_backup([], archive=False, peer=ROOT_PEER)
+        while (info := await datastore.job(job_id)).state == "running":  # noqa: ASYNC110
+            await trio.sleep(0.001)
+        jobs.append(info)
+
+    with two_hosts() as (first, second):
+        first.make_disk("other/disk.img", b"o" * CHUNK)
+        async with first.running() as services, second.running() as there:
+            for _ in range(2):
+                await with_datastore(services, "", back_up_all)
+                first.objects.before = lambda call, key: listed.append(key) if call == "list" else None
             assert [key for key in listed if key.startswith(CLAIMS)] == [CLAIMS]
+            await there.claims.take(the_vm(first), PointId("e" * 32), force=True)
+            await with_datastore(services, "", back_up_all)
+        assert [job.state for job in jobs] == ["done", "done", "failed"]
+        outcomes = JobReport.model_validate(jobs[-1].result).vms
+        assert {each.vm: each.error and each.error.error for each in outcomes} == {
+            "vm": "ClaimedElsewhere",
+            "other": None,
+        }

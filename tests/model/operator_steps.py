@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 TURNING_POINTS = ("archive.record_sync", "graduate.sync", "remove.sync", "replaced.sync", "map.remove")
 """Sites of calls: between what they make durable and what comes before and after, order is everything."""
 
+THEIRS = DatastoreId("0" * 32)
+"""Of another host."""
+
 # Operators
 
 
@@ -46,6 +49,7 @@ async def _job(play: Play, *, archive: bool) -> None:
         except IdentityMismatch:
             return
         play.expect(False, "a copy of a placeholder was backed up")
+    await _take_what_was_left(play, vm)
     report = await play.services.archive(vm, archive=archive)
     play.expect(not report.abandoned, f"abandoned: {report.abandoned}")
     for contents in dict.fromkeys(inside.values()):
@@ -61,12 +65,22 @@ async def _job(play: Play, *, archive: bool) -> None:
         play._check_nothing_left()
 
 
+async def _take_what_was_left(play: Play, vm: str) -> None:
+    """Where no placeholder is left of a VM that another host had, an operator has to say that this is its state now."""
+    vm_id = play.rig.vm(vm, files=play.life).id
+    claim = play.newest_claim(vm_id)
+    is_theirs = claim is not None and claim.datastore_id == THEIRS
+    if is_theirs and not any(play.is_free(path) for path in play.disks() if path.startswith(f"{vm}/")):
+        await play.services.claims.take(vm_id, PointId("0" * 32), force=True)
+
+
 async def back_up_in_vain(play: Play) -> None:
     """A backup that fails, and then one that does not: what changed before the first is in the second."""
     vm = play.chosen.choice(play.vms)
     if any(contents.is_copy for path, contents in play.names.now.items() if path.startswith(f"{vm}/")):
         return
     await play.close_all_of(vm)
+    await _take_what_was_left(play, vm)
     play.life.fail(f"store.{play.chosen.choice(('pack', 'segment', 'pending', 'manifest'))}.put", 1, StoreFull("full"))
     try:
         await play.services.archive(vm, archive=False)
@@ -177,13 +191,15 @@ async def prune(play: Play) -> None:
 
 async def other_host(play: Play) -> None:
     """Another host takes a VM that is free, and gives it back unchanged: nothing absent is used here meanwhile."""
-    path = play.disk()
-    record = None if path is None else play.record(path)
-    claim = None if record is None else play.newest_claim(record.vm_id)
-    if path is None or record is None or claim is None or claim.point_id != record.point_id or play.is_shaken:
+    free = [path for path in play.disks() if play.is_free(path)]
+    if not free or play.is_shaken:
         return
+    path = play.chosen.choice(free)
+    record = play.record(path)
+    claim = None if record is None else play.newest_claim(record.vm_id)
+    assert claim is not None
     handle = await play.open(path)
-    objects, theirs = play.quiet_store.objects, replace(claim, datastore_id=DatastoreId("0" * 32), host="host2")
+    objects, theirs = play.quiet_store.objects, replace(claim, datastore_id=THEIRS, host="host2")
     put_claim(objects, replace(theirs, epoch=claim.epoch + 1, state=ClaimState.HELD, point_id=None))
     try:
         absent = None if handle.disk.placeholder is None else handle.disk.placeholder.next_absent(0)
@@ -258,7 +274,7 @@ STEPS: tuple[tuple[int, Callable[[Play], Awaitable[None]]], ...] = (
     (3, sync_all),
     (2, outage),
     (2, prune),
-    (2, other_host),
+    (8, other_host),
     (3, write_back),
     (2, commit_journal),
     (4, kill_soon),

@@ -371,6 +371,12 @@ class Play:
         """What the placeholder of that name stands for."""
         return self._record(self.rig.backing / path)
 
+    def is_free(self, path: str) -> bool:
+        """Whether it is a placeholder of the very point at which its VM is free."""
+        record = self.record(path)
+        claim = None if record is None else self.newest_claim(record.vm_id)
+        return claim is not None and record is not None and claim.point_id == record.point_id
+
     def is_placeholder(self, contents: Contents) -> bool:
         return any(self._record(self.rig.backing / path) is not None for path in self.names.paths_of(contents))
 

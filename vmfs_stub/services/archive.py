@@ -174,7 +174,7 @@ class Archiver:
             with trio.CancelScope() as scope:
                 async with AsyncExitStack() as stack:
                     sources = await self._sources.reserve(vm, scope, stack, archive=archive)
-                    free_at = await self._claims.begin(vm.id, claimed)
+                    free_at = await self._claims.begin(vm.id, self._points(vm, sources), claimed)
                     first_file = await self._back_up(vm, sources, report, progress)
                     if archive:
                         await self._make_second_copy(vm, report)
@@ -191,17 +191,20 @@ class Archiver:
                     await self._release_space(disk, report)
                 # Whoever opened the VM does not wait for this: the reservations have ended.
                 await self._retire_unmade(vm, sources, report.point_id)
-                if free_at is not None and self._is_archived(vm, sources):
+                if free_at is not None and None not in self._points(vm, sources):
                     report.warning = await self._claims.set_free(vm.id, free_at)
         if report.warning:
             log.warning("VM %s: %s", vm.name, report.warning)
         return report
 
-    def _is_archived(self, vm: Vm, sources: Sequence[Source]) -> bool:
-        """Whether all that can be placeholders are, of this VM: nothing else is kept from use by its claim."""
+    def _points(self, vm: Vm, sources: Sequence[Source]) -> set[PointId | None]:
+        """The restore points of this VM that its placeholders are of.
+
+        None is among them unless all that can be placeholders are: what is none is not kept from use by the VM's claim.
+        """
         known = [self._disks.placeholders.get(source.disk.ino) for source in sources if source.is_apt]
         records = [None if each is None else each.record for each in known]
-        return bool(records) and all(record is not None and record.vm_id == vm.id for record in records)
+        return {r.point_id if r is not None and r.vm_id == vm.id else None for r in records} or {None}
 
     async def _retire_unmade(self, vm: Vm, sources: Sequence[Source], point_id: PointId) -> None:
         """Remove pin and map of every placeholder that was prepared and did not come to be."""

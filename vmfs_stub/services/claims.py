@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -123,7 +123,7 @@ class Claims:
                 raise WrongStore(f"VM {vm_id} is in store {record.store_id}, and [store] url leads to {self._store.id}")
             async with self._lock(vm_id):
                 if vm_id not in self._held:
-                    await self._take(vm_id, lambda newest: self._is_ours_or_free_at(newest, record.point_id))
+                    await self._take(vm_id, self._goes_on_from(record.point_id))
             attempt.error = None
         except VmfsStubError as exc:
             attempt.error = exc
@@ -158,11 +158,14 @@ class Claims:
             else:
                 return
 
-    async def begin(self, vm_id: VmId, listed: Mapping[VmId, int] | None = None) -> PointId | None:
+    async def begin(
+        self, vm_id: VmId, points: Collection[PointId | None], listed: Mapping[VmId, int] | None = None
+    ) -> PointId | None:
         """A backup of the VM begins, which nobody has open: from now on it is noticed when it is used.
 
-        ``listed`` is what `survey` returned, for a job of many VMs.  Returns the restore point that the VM was free at;
-        None when it was not.  Raises ClaimedElsewhere when another datastore has it or had it last; as `require`.
+        ``points`` are the restore points that its placeholders are of (None has no meaning); ``listed`` is what
+        `survey` returned, for a job of many VMs.  Returns the point that the VM was free at; None when it was not.
+        Raises ClaimedElsewhere when another datastore has it, or something newer; as `require`.
         """
         async with self._lock(vm_id):
             if listed is None:
@@ -171,7 +174,7 @@ class Claims:
                 await self._see(vm_id, listed.get(vm_id, 0))
             before = None
             if vm_id not in self._held:
-                before = await self._take(vm_id, self._is_ours, guest_waits=False)
+                before = await self._take(vm_id, self._goes_on_from(*points), guest_waits=False)
             self._held[vm_id].is_used = False
         return None if before is None else before.point_id
 
@@ -209,9 +212,8 @@ class Claims:
             await self._look(vm_id)
             if vm_id in self._held:
                 return False
-            await self._take(
-                vm_id, lambda newest: force or self._is_ours_or_free_at(newest, point_id), guest_waits=False
-            )
+            may_follow = (lambda newest: True) if force else self._goes_on_from(point_id)
+            await self._take(vm_id, may_follow, guest_waits=False)
             self._held[vm_id].is_used = False
             return True
 
@@ -268,11 +270,10 @@ class Claims:
     def _claim(self, vm_id: VmId, state: ClaimState, epoch: int, point_id: PointId | None = None) -> Claim:
         return Claim(vm_id, epoch, state, self._datastore_id, self._host, self._datastore, time.time(), point_id)
 
-    def _is_ours(self, newest: Claim) -> bool:
-        return newest.datastore_id == self._datastore_id
-
-    def _is_ours_or_free_at(self, newest: Claim, point_id: PointId) -> bool:
-        return self._is_ours(newest) or (newest.state is ClaimState.FREE and newest.point_id == point_id)
+    def _goes_on_from(self, *points: PointId | None) -> Callable[[Claim], bool]:
+        """Who has the state of this one point may follow what is our own, or free at that very point."""
+        wanted = set(points) - {None}
+        return lambda newest: newest.datastore_id == self._datastore_id or {newest.point_id} == wanted
 
     @asynccontextmanager
     async def _lock(self, vm_id: VmId) -> AsyncIterator[None]:
