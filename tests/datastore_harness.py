@@ -234,6 +234,17 @@ class RigThreads(Threads):
             return function(*args, **kwargs)
         return await super().transfer(function, *args, **kwargs)
 
+    async def step(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        self._life.check_alive()
+        if self._inline:
+            await trio.lowlevel.checkpoint()
+            return function(*args, **kwargs)
+        return await super().step(function, *args, **kwargs)
+
+    def ask_store(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        self._life.check_alive()
+        return function(*args, **kwargs) if self._inline else super().ask_store(function, *args, **kwargs)
+
     async def compute(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         if self._inline:
             await trio.lowlevel.checkpoint()
@@ -264,6 +275,7 @@ class Services:
         self.disks = self.connected.disks
         self.hydration = self.connected.hydration
         self.archiver = self.connected.archiver
+        self.adopter = self.connected.adopter
 
     async def open(self, path: str) -> Disk:
         """Open as a guest does; owes one `disks.release`."""
@@ -386,6 +398,14 @@ class Rig:
         lock_path = self.backing / PRIVATE_DIR / "lock"
         config = SimpleNamespace(lock_path=lock_path, datastore=SimpleNamespace(backing=self.backing))
         return daemon.take_lock(cast(Config, config))
+
+    def lose_host(self) -> None:
+        """Between two lives: the host and all that it had is gone, and another takes its place; the store stays."""
+        self.close()
+        for directory in (self.backing, self.runtime):
+            shutil.rmtree(directory)
+        self.backing.mkdir(mode=0o700)
+        self.reboot()
 
     def reboot(self) -> None:
         self.boot = _new_boot()
