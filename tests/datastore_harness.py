@@ -238,6 +238,17 @@ class RigThreads(Threads):
             return function(*args, **kwargs)
         return await super().transfer(function, *args, **kwargs)
 
+    async def step(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        self._life.check_alive()
+        if self._inline:
+            await trio.lowlevel.checkpoint()
+            return function(*args, **kwargs)
+        return await super().step(function, *args, **kwargs)
+
+    def ask_store(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        self._life.check_alive()
+        return function(*args, **kwargs) if self._inline else super().ask_store(function, *args, **kwargs)
+
     async def compute(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         if self._inline:
             await trio.lowlevel.checkpoint()
@@ -269,6 +280,7 @@ class Services:
         self.disks = self.connected.disks
         self.hydration = self.connected.hydration
         self.archiver = self.connected.archiver
+        self.adopter = self.connected.adopter
 
     async def open(self, path: str) -> Disk:
         """Open as a guest does; owes one `disks.release`."""
@@ -404,6 +416,14 @@ class Rig:
     def _lock(self) -> int:
         """The lock as the daemon takes it.  Raises DatastoreLocked while a thread of another one is there."""
         return take_lock(self.backing / PRIVATE_DIR / "lock", backing=self.backing)
+
+    def lose_host(self) -> None:
+        """Between two lives: the host and all that it had is gone, and another takes its place; the store stays."""
+        self.close()
+        for directory in (self.backing, self.runtime):
+            shutil.rmtree(directory)
+        self.backing.mkdir(mode=0o700)
+        self.reboot()
 
     def reboot(self) -> None:
         self.boot = _new_boot()

@@ -21,7 +21,8 @@ them, and more, never less:
 * **A failed sync** drops what was dirty: it stays in the page cache and is what reads return, but counts as clean, and
   no later sync brings it to the medium until it is written again.
 
-Directories themselves are durable as soon as they are made.
+Directories themselves are durable as soon as they are made; the rename of one is a change of all names below it, and
+whole or undone like every other.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import os
 import random
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +43,7 @@ from vmfs_stub.core.names import PLACEHOLDER_XATTR
 from vmfs_stub.inventory.identity import generation
 from vmfs_stub.mount import entries, syscalls
 from vmfs_stub.primary import durable_map
-from vmfs_stub.primary.files import punch_hole, sync_directory, sync_filesystem, write_fully
+from vmfs_stub.primary.files import punch_hole, rename_new, sync_directory, sync_filesystem, write_fully
 from vmfs_stub.primary.identity import InodeIdentity, inode_identity
 from vmfs_stub.primary.record import decode_record, encode_record
 
@@ -74,11 +75,20 @@ class _Inode:
 
 @dataclass(frozen=True)
 class _Change:
-    """One operation on names: what each is from then on, the inodes that it concerns, and whether it makes one."""
+    """One operation on names: what each is from then on, the inodes that it concerns, and whether it makes one.
+
+    ``directory`` is what a renamed directory was called, and is.
+    """
 
     names: dict[Path, Key | None]
     inodes: frozenset[int]
     creates: bool = False
+    directory: tuple[Path, Path] | None = None
+
+    @property
+    def parts(self) -> Iterable[Path]:
+        """The names that the operation itself is about."""
+        return self.names if self.directory is None else self.directory
 
     def meets(self, names: set[Path], inodes: set[int]) -> bool:
         return not names.isdisjoint(self.names) or not inodes.isdisjoint(self.inodes)
@@ -173,8 +183,14 @@ class Medium:
         """Take back some of what is not durable.  Returns what inodes are now that had to be made again."""
         with self._lock:
             names = dict(self._names)
-            for change in _kept(self._changes, chosen):
+            kept = _kept(self._changes, chosen)
+            for change in kept:
                 _apply(change, names)
+            for change in reversed([change for change in self._changes if change not in kept]):
+                if change.directory is not None:
+                    old, new = change.directory
+                    old.parent.mkdir(parents=True, exist_ok=True)
+                    new.rename(old)
             renumbered = self._put_names(names)
             for path in self._files():
                 with _opened(path) as fd:
@@ -201,10 +217,13 @@ class Medium:
         elif function is syscalls.rename:
             old, new = _path(args[0], args[1]), _path(args[2], args[3])
             change = _renamed(old, new, exchanges=kwargs.get("flags") == syscalls.RENAME_EXCHANGE)
+        elif function is rename_new:
+            change = _renamed_new(_path(args[0], args[1]), _path(args[2], args[3]))
         elif function is entries.make_node and stat.S_ISREG(args[2]):
             change = _created(_path(args[0], args[1]))
-        elif function is os.open and isinstance(args[0], Path) and args[1] & os.O_CREAT:
-            change = None if args[0].exists() else _created(args[0])
+        elif function is os.open and args[1] & os.O_CREAT:
+            path = _path(kwargs.get("dir_fd"), args[0])
+            change = None if path.exists() else _created(path)
         else:
             change = None
         inside = change is not None and all(self._backing in path.parents for path in change.names)
@@ -339,11 +358,14 @@ class Medium:
     def _sync_file(self, fd: int, *, is_whole: bool) -> None:
         self._note(fd, is_whole=is_whole)
         ino = os.fstat(fd).st_ino
-        self._make_durable(lambda change: ino in change.inodes and (is_whole or change.creates))
+        # Not the name of a directory above it.
+        self._make_durable(
+            lambda change: ino in change.inodes and change.directory is None and (is_whole or change.creates)
+        )
 
     def _sync_directory(self, fd_or_path: int | Path) -> None:
         path = Path(f"/proc/self/fd/{fd_or_path}").readlink() if isinstance(fd_or_path, int) else fd_or_path
-        self._make_durable(lambda change: any(name.parent == path for name in change.names))
+        self._make_durable(lambda change: any(name.parent == path for name in change.parts))
 
     def _note(self, fd: int, *, is_whole: bool) -> None:
         inode = self._inode(fd)
@@ -410,6 +432,18 @@ def _renamed(old: Path, new: Path, *, exchanges: bool) -> _Change | None:
         return None
     inodes = frozenset(key.ino for key in (source, target) if key is not None)
     return _Change({old: target if exchanges else None, new: source}, inodes)
+
+
+def _renamed_new(old: Path, new: Path) -> _Change | None:
+    """One that replaces nothing, of a file or of a directory with all that is in it."""
+    if os.path.lexists(new) or not old.is_dir():
+        return _renamed(old, new, exchanges=False)
+    below = {path: key for path in old.rglob("*") if (key := key_of(path)) is not None}
+    names: dict[Path, Key | None] = {
+        **dict.fromkeys(below),
+        **{new / path.relative_to(old): key for path, key in below.items()},
+    }
+    return _Change(names, frozenset(key.ino for key in below.values()), directory=(old, new))
 
 
 def _apply(change: _Change, names: dict[Path, Key]) -> None:

@@ -171,6 +171,7 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
                 open_jobs(catalog, running_max=config.control.jobs_running_max, kept=config.control.jobs_kept) as jobs,
             ):
                 services.disks.attributes_changed = mount.attributes_changed
+                services.adopter.appeared = lambda name: mount.name_appeared(os.fsencode(name))
                 datastore = Datastore(
                     config=config,
                     threads=threads,

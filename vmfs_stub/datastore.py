@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
+from typing import TypeVar
 
 import trio
 
@@ -40,11 +41,14 @@ from vmfs_stub.control.peer import Peer
 from vmfs_stub.core.errors import InUse, PrimaryIOError, RecallsHeld, VmfsStubError
 from vmfs_stub.core.ids import JobId, PointId, VmId
 from vmfs_stub.core.names import printable
+from vmfs_stub.core.times import time_text
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.vm import Scan, UnreadVm, Vm, VmFile
 from vmfs_stub.mount.serving import Mount
 from vmfs_stub.primary.tree import open_beneath
 from vmfs_stub.services import memory
+from vmfs_stub.services.adopt import Missed, Wanted
+from vmfs_stub.services.adoption_choice import Told
 from vmfs_stub.services.disk import Caller, Disk
 from vmfs_stub.services.disk_name import disk_label
 from vmfs_stub.services.disk_services import DiskServices
@@ -56,7 +60,9 @@ from vmfs_stub.store.store import Store
 
 log = logging.getLogger(__name__)
 
-Step = Callable[[Vm, Callable[[int], None]], Awaitable[VmOutcome]]
+V = TypeVar("V", Vm, Wanted)
+
+Step = Callable[[V, Callable[[int], None]], Awaitable[VmOutcome]]
 """What a job does with one VM; the function gets the number of bytes dealt with since it was last called."""
 
 PROBE_INTERVAL_S = 15.0
@@ -97,6 +103,7 @@ class Datastore:
         self._recall = services.recall
         self._hydration = services.hydration
         self._archiver = services.archiver
+        self._adopter = services.adopter
         self._jobs = jobs
         self._mount = mount
         self._fill_reserve = reserve
@@ -377,6 +384,17 @@ class Datastore:
             raise RecallsHeld("recalls are held for this datastore; `vmfs-stub unhold` allows them again")
         return self._start("recall", found, self._bring_back, peer=peer)
 
+    async def start_adopt(self, vms: Sequence[str], *, everything: bool, told: Told, peer: Peer) -> JobId:
+        """Make placeholders here of the named VMs of the store, or of all that are not here."""
+
+        async def work(progress: JobProgress) -> JobReport:
+            # Which VMs there are takes as long as the store does.
+            progress.update(doing="looking for VMs in the store")
+            wanted, missed = await self._adopter.find(vms, everything=everything)
+            return await self._each("adopt", wanted, partial(self._adopt, told=told), progress, failed=missed)
+
+        return self._jobs.start("adopt", list(vms), work, peer=peer)
+
     async def job(self, job_id: JobId) -> JobInfo:
         """State of one job; raises NotFound."""
         return self._jobs.get(job_id)
@@ -393,36 +411,44 @@ class Datastore:
         self,
         kind: JobKind,
         vms: Sequence[Vm],
-        step: Step,
+        step: Step[Vm],
         *,
         peer: Peer,
         tolerant: bool = False,
         unread: Sequence[UnreadVm] = (),
     ) -> JobId:
-        """Run ``step`` for one VM after the other; what goes wrong with one, whatever it is, spoils no other's turn."""
-        total = sum(file.size for vm in vms for file in vm.files)
-
-        async def work(progress: JobProgress) -> JobReport:
-            done = 0
-
-            def advance(count: int, doing: str) -> None:
-                nonlocal done
-                done += count
-                progress.update(done_bytes=min(done, total), total_bytes=total, doing=doing)
-
-            def reporting(vm: Vm) -> Callable[[int], None]:
-                advance(0, doing := f"{kind} of {vm.name}")
-                return partial(advance, doing=doing)
-
-            outcomes = [failed_outcome(each.name, error_info(each.error)) for each in unread]
-            outcomes += await one_by_one(kind, vms, lambda vm: step(vm, reporting(vm)), tolerant=tolerant)
-            await self._threads.files(self._fill_reserve)
-            await self._threads.files(memory.give_back)
-            return JobReport(vms=outcomes)
-
+        work = partial(self._each, kind, vms, step, tolerant=tolerant, failed=unread)
         return self._jobs.start(kind, [vm.name for vm in vms], work, peer=peer)
 
-    def _backing_up(self, vms: Sequence[Vm], *, archive: bool) -> Step:
+    async def _each(
+        self,
+        kind: JobKind,
+        vms: Sequence[V],
+        step: Step[V],
+        progress: JobProgress,
+        *,
+        failed: Sequence[UnreadVm | Missed],
+        tolerant: bool = False,
+    ) -> JobReport:
+        """Run ``step`` for one VM after the other; what goes wrong with one, whatever it is, spoils no other's turn."""
+        done, total = 0, sum(vm.size_bytes for vm in vms)
+
+        def advance(count: int, doing: str) -> None:
+            nonlocal done
+            done += count
+            progress.update(done_bytes=min(done, total), total_bytes=total, doing=doing)
+
+        def reporting(vm: V) -> Callable[[int], None]:
+            advance(0, doing := f"{kind} of {vm.name}")
+            return partial(advance, doing=doing)
+
+        outcomes = [failed_outcome(each.name, error_info(each.error)) for each in failed]
+        outcomes += await one_by_one(kind, vms, lambda vm: step(vm, reporting(vm)), tolerant=tolerant)
+        await self._threads.files(self._fill_reserve)
+        await self._threads.files(memory.give_back)
+        return JobReport(vms=outcomes)
+
+    def _backing_up(self, vms: Sequence[Vm], *, archive: bool) -> Step[Vm]:
         """The step of a job that backs up these VMs; the claims of many are listed once, not for each."""
         claimed: Mapping[VmId, int] | None = None
 
@@ -480,6 +506,24 @@ class Datastore:
         if problem is not None:
             return forgotten, _not_forgotten(vm, problem)
         return forgotten, f"older restore points forgotten: {len(forgotten)}" if forgotten else ""
+
+    async def _adopt(self, wanted: Wanted, progress: Callable[[int], None], *, told: Told) -> VmOutcome:
+        report = await self._adopter.run(wanted, told=told, progress=progress)
+        for warning in report.warnings:
+            log.warning("VM %s: %s", wanted.name, printable(warning))
+        message = f"as it was at {time_text(report.created_s)}, restore point {report.point_id}"
+        if report.warnings:
+            more = len(report.warnings) - 1
+            message += f"; {report.warnings[0]}{f' (and {more} more in the log)' if more else ''}"
+        fields = {
+            "vm": wanted.name,
+            "outcome": "adopted",
+            "message": message,
+            "vm_id": wanted.vm.vm_id,
+            "point_id": report.point_id,
+            "placeholders": [printable(path) for path in report.placeholders],
+        }
+        return VmOutcome.model_validate(fields)
 
     async def _bring_back(self, vm: Vm, progress: Callable[[int], None]) -> VmOutcome:
         for file in vm.files:

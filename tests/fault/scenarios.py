@@ -47,6 +47,7 @@ from vmfs_stub.mount.serving import Mount
 from vmfs_stub.mount.settings import MountSettings
 from vmfs_stub.primary.serving_mark import Machine, Mark, Pace, ServingMark, encode_mark
 from vmfs_stub.services import scrub, verify
+from vmfs_stub.services.adoption_choice import Told
 from vmfs_stub.services.replication import catch_up
 from vmfs_stub.services.restore import STAGING, restore_point
 from vmfs_stub.services.scrub_progress import ScrubProgress
@@ -104,7 +105,7 @@ class Scenario:
 
     ``writes`` are what a guest writes to the first disk in `act`, and ``sizes`` those that it may have meanwhile;
     where act failed, any of them may have been done.  ``gone`` are disks that `act` removes.  ``again`` is whether
-    act can be done once more.
+    act can be done once more.  ``brings`` is whether act brings the VM here: all of it, or nothing is here.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Scenario:
     gone: tuple[str, ...] = ()
     again: bool = True
     hydrates: bool = False
+    brings: bool = False
 
 
 def first_contents() -> dict[str, bytes]:
@@ -202,6 +204,13 @@ async def hydrating(rig: Rig) -> None:
 async def backed_up(rig: Rig) -> None:
     async with rig.running() as services:
         await back_up(services)
+
+
+async def lost(rig: Rig) -> None:
+    """Only the store is left; the second disk is one of those that are too small for a placeholder."""
+    rig.settings = replace(rig.settings, placeholder_bytes_min=len(first_contents()[SECOND]) + 1)
+    await backed_up(rig)
+    rig.lose_host()
 
 
 async def written_since(rig: Rig) -> None:
@@ -322,6 +331,32 @@ async def back_up(services: Services) -> None:
 async def back_up_condemned(services: Services) -> None:
     """Garbage collection is about to remove what the last point has; then it has gone on without."""
     await _condemned(services, back_up)
+
+
+TAKEN = Told(force=True, accept_loss=True)
+"""From the host that has it, which is lost."""
+
+
+async def adopt(services: Services) -> None:
+    """The VM of the store is here then, by an earlier try perhaps that failed at the very end."""
+    backing = services.rig.backing
+    if not (backing / "vm").exists():
+        with translated():
+            wanted, _ = await services.adopter.find([], everything=True)
+            for each in wanted:
+                await services.adopter.run(each, told=TAKEN, progress=lambda count: None)
+    link, second = backing / LINK, backing / SECOND
+    if str(link.readlink()) != "nowhere" or os.getxattr(second, "user.note") != b"kept":
+        raise NotWhole("a link or an attribute is not what it was")
+
+
+async def adopt_after_look(services: Services) -> None:
+    """One whose rename is said to have failed, and another."""
+    services.files.fail("adopt.rename", 1, OSError(errno.EIO, os.strerror(errno.EIO)))
+    try:
+        await adopt(services)
+    except VmfsStubError:
+        await adopt(services)
 
 
 async def read(services: Services) -> None:
@@ -913,6 +948,8 @@ SCENARIOS = [
     Scenario("unlink", archived, unlink, gone=LAST, again=False),
     Scenario("unlink_open", archived, unlink_open, gone=LAST, again=False),
     Scenario("graduate", partly_recalled, bring_back),
+    Scenario("adopt", lost, adopt, brings=True),
+    Scenario("adopt_after_failed_rename", lost, adopt_after_look, brings=True),
     Scenario("restore", archived, restore),
     Scenario("restore_undone", archived, restore_undone),
     Scenario("check_store", archived, check_store),
@@ -944,6 +981,8 @@ SCENARIOS = [
     Scenario("start_after_kill_after_removal", killed("remove.sync", unlink, after=archived), start_only, gone=LAST),
     Scenario("start_with_changes_of_others", with_changes_of_others, start_only),
     Scenario("start_after_kill_after_write", being_written, start_only),
+    Scenario("start_after_kill_while_adopting", killed("adopt.rename", adopt, after=lost), start_only, brings=True),
+    Scenario("start_after_kill_after_adoption", killed("adopt.clean", adopt, after=lost), start_only),
     Scenario("start_hydrating", hydrating, start_only, hydrates=True),
 ]
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}

@@ -19,11 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.datastore_harness import BLOCK, CHUNK, Rig, RigFiles, Services, survives_kill, temporary_rig
-from tests.fault.scenarios import BY_NAME, SCENARIOS, NotWhole, Scenario, contents_of, expect, make_vm
+from tests.fault.scenarios import BY_NAME, SCENARIOS, NotWhole, Scenario, adopt, contents_of, expect, make_vm
 from tests.fault.spoilings import Spoiling, kinds_at, numbers
 from tests.store_places import Place, in_fake
 from vmfs_stub.core.errors import MapFrozen, VmfsStubError
 from vmfs_stub.core.ids import PointId
+from vmfs_stub.core.names import ADOPTING_DIR, PRIVATE_DIR
 from vmfs_stub.primary.record import PlaceholderRecord
 from vmfs_stub.services import hydration, recall, verify
 from vmfs_stub.store.keys import pin_key
@@ -204,6 +205,8 @@ async def _check_no_wrong_byte(services: Services, possible: Contents) -> None:
 
 
 async def _check_next_life(scenario: Scenario, rig: Rig, outcome: Outcome, spoiling: Spoiling) -> None:
+    if scenario.brings:
+        await _bring(rig, outcome, spoiling)
     left = {path: versions for path, versions in outcome.possible.items() if (rig.backing / path).exists()}
     gone = set(outcome.possible) - set(left)
     if gone - set(scenario.gone):
@@ -228,6 +231,20 @@ async def _check_next_life(scenario: Scenario, rig: Rig, outcome: Outcome, spoil
     async with rig.running() as services:
         await check_works(services, left, was_killed=was_killed)
         await check_ordinary(services, left, staging_may_stay=was_killed or spoiling.site == "restore.clean")
+
+
+async def _bring(rig: Rig, outcome: Outcome, spoiling: Spoiling) -> None:
+    """Of a VM that was to come all is here, or nothing; then it comes now."""
+    here = {path for path in outcome.possible if (rig.backing / path).exists()}
+    async with rig.running() as services:
+        names = {path.name for path in rig.backing.iterdir()} - {PRIVATE_DIR}
+        if here not in (set(), set(outcome.possible)) or bool(here) != bool(names):
+            raise NotWhole(f"half of a VM is here: {here or names}")
+        if not here and (rig.maps() or rig.pins()) and not spoiling.is_kill:
+            raise NotWhole(f"left over of what did not come: {rig.maps()} {rig.pins()}")
+        if any((rig.backing / PRIVATE_DIR / ADOPTING_DIR).iterdir()):
+            raise NotWhole("a folder of an adoption is left")
+        await adopt(services)
 
 
 async def check_works(services: Services, possible: Contents, *, was_killed: bool) -> None:

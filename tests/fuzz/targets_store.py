@@ -378,10 +378,10 @@ class ForgottenTarget(DocumentTarget):
         return mark
 
 
-def sample_manifest(*files: StoredFile) -> bytes:
+def sample_manifest(*files: StoredFile, top: StoredFile | None = None) -> bytes:
     """A manifest of files."""
     return encode_manifest(
-        Manifest(VM, POINT, "web \udcff", 1_700_000_000.5, "host1", CHUNK, files, {"domain": "<domain/>"})
+        Manifest(VM, POINT, "web \udcff", 1_700_000_000.5, "host1", CHUNK, files, {"domain": "<domain/>"}, top)
     )
 
 
@@ -407,7 +407,7 @@ class ManifestTarget(DocumentTarget):
                 sample_file("sub/deep/link", FileKind.SYMLINK, target="../../disk.raw"),
                 sample_file("sub/\udcff \udc80", size=1, segments=(None,)),
             ),
-            sample_manifest(),
+            sample_manifest(top=sample_file("web \udcff", FileKind.DIRECTORY, xattrs=xattrs)),
             sample_manifest(sample_file("link", FileKind.SYMLINK, target="disk")),
             sample_manifest(*(sample_file("/".join("abcdefgh"[: depth + 1])) for depth in (7,))),
         ]
@@ -419,6 +419,9 @@ class ManifestTarget(DocumentTarget):
             check_path(stored.path)
             require(all(one is None or is_segment_id(one) for one in stored.segments), "a segment id that is none")
             require(stored.target is None or "\0" not in os.fsencode(stored.target).decode("latin-1"), "a target")
+        if manifest.top is not None:
+            check_path(manifest.top.path)
+            require("/" not in manifest.top.path and manifest.top.kind is FileKind.DIRECTORY, "a top that is none")
         require(is_id(manifest.vm_id) and is_id(manifest.point_id), "an id that is none")
         require(decode_manifest(encode_manifest(manifest), "manifests/x") == manifest, "does not read back")
         return manifest

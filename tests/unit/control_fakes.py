@@ -19,6 +19,7 @@ from vmfs_stub.control.peer import Peer
 from vmfs_stub.control.server import open_control
 from vmfs_stub.core.errors import CorruptFrame, InUse, StoreFull, VmNotFound
 from vmfs_stub.core.ids import JobId
+from vmfs_stub.services.adoption_choice import Told
 
 KNOWN_VMS = ("db", "web")
 BACKING = Path("/srv/backing")
@@ -112,6 +113,10 @@ class FakeTarget:
     async def start_recall(self, vms: Sequence[str], *, peer: Peer) -> JobId:
         self.calls.append(("recall", tuple(vms), peer))
         return self._jobs.start("recall", vms, self._work(vms), peer=peer)
+
+    async def start_adopt(self, vms: Sequence[str], *, everything: bool, told: Told, peer: Peer) -> JobId:
+        self.calls.append(("adopt", tuple(vms), everything, told, peer))
+        return self._jobs.start("adopt", vms, self._work(vms), peer=peer)
 
     async def job(self, job_id: JobId) -> messages.JobInfo:
         return self._jobs.get(job_id)

@@ -77,7 +77,7 @@ def start_daemon(config: Path, tmp_path: Path) -> Iterator[StartDaemon]:
 
 COMMANDS = (
     *("init", "mount", "unmount", "ls", "backup", "archive", "recall", "restore", "points", "verify", "scrub"),
-    *("forget", "gc", "leave", "hold", "unhold", "status", "doctor", "store"),
+    *("adopt", "forget", "gc", "leave", "hold", "unhold", "status", "doctor", "store"),
 )
 HEAVY = (
     "pydantic",
@@ -153,6 +153,20 @@ def test_jobs_are_followed_to_their_outcome(run: Run, start_daemon: StartDaemon)
     assert started.code == 0
     assert len(started.out.strip()) == 32
     assert run("recall", "db").out == "db: done (2 bytes)\n"
+
+
+def test_adopt(run: Run, start_daemon: StartDaemon) -> None:
+    start_daemon()
+    assert run("adopt", "db").out == "db: done (2 bytes)\n"
+    assert run("adopt", "--all").out == "every VM of the store is here\n"
+    assert json.loads(run("adopt", "--all", "--json").out) == []
+    partly = run("adopt", "db", "big", "--force", "--accept-loss", "--json")
+    assert (partly.code, "no room" in partly.err) == (ExitCode.STORE, False)
+    assert [(each["vm"], each["outcome"]) for each in json.loads(partly.out)] == [("db", "done"), ("big", "failed")]
+    for words in ([], ["db", "--all"]):
+        refused = run("adopt", *words)
+        assert refused.code == ExitCode.USAGE
+        assert "name at least one VM, or give --all" in refused.err
 
 
 def test_status_and_hold(run: Run, start_daemon: StartDaemon) -> None:

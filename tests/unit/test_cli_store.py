@@ -12,10 +12,10 @@ from command_line import Run, runner
 from store_points import back_up
 
 from vmfs_stub.cli.exit_codes import ExitCode
-from vmfs_stub.cli.stored_vms import find_point, find_stored, find_stored_vm, named_points, split_name
 from vmfs_stub.core.errors import AmbiguousName, PointNotFound, VmNotFound
 from vmfs_stub.core.ids import PackId, PointId, VmId
 from vmfs_stub.services.scrub_progress import ScrubProgress
+from vmfs_stub.services.stored_vms import find_point, find_stored, find_stored_vm, named_points, split_name
 from vmfs_stub.store import objects_url
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.keys import pack_key

@@ -29,6 +29,7 @@ from vmfs_stub.control.metrics import Metrics
 from vmfs_stub.control.peer import Peer
 from vmfs_stub.control.server import open_control
 from vmfs_stub.core import errors
+from vmfs_stub.services.adoption_choice import Told
 from vmfs_stub.services.worker_pool import NoThread
 
 T = TypeVar("T")
@@ -79,6 +80,8 @@ async def test_changing_commands_carry_and_log_the_caller(socket_path: Path, cap
             await ask(socket_path, lambda client: client.start_backup(["db"], archive=False))
             await ask(socket_path, lambda client: client.start_archive(["db", "web"]))
             await ask(socket_path, lambda client: client.start_recall(["db"]))
+            await ask(socket_path, lambda client: client.start_adopt(["db"], force=True))
+            await ask(socket_path, lambda client: client.start_adopt([], everything=True, accept_loss=True))
             await ask(socket_path, lambda client: client.shutdown(force=True))
         assert target.calls == [
             ("hold", ME),
@@ -86,6 +89,8 @@ async def test_changing_commands_carry_and_log_the_caller(socket_path: Path, cap
             ("backup", ("db",), False, ME),
             ("archive", ("db", "web"), ME),
             ("recall", ("db",), ME),
+            ("adopt", ("db",), False, Told(force=True), ME),
+            ("adopt", (), True, Told(accept_loss=True), ME),
             ("shutdown", True, ME),
         ]
         assert [record.getMessage() for record in caplog.records if "commanded" in record.getMessage()] == [
@@ -96,6 +101,8 @@ async def test_changing_commands_carry_and_log_the_caller(socket_path: Path, cap
                 "backup of 'db' archive=False",
                 "archive of 'db', 'web'",
                 "recall of 'db'",
+                "adopt of 'db' everything=False force=True accept_loss=False",
+                "adopt everything=True force=False accept_loss=True",
                 "unmount force=True",
             )
         ]
@@ -145,6 +152,9 @@ async def test_errors_keep_their_class_and_message(socket_path: Path) -> None:
             await ask(socket_path, lambda client: client.shutdown(force=False))
         with pytest.raises(errors.ConfigError, match="at least one VM"):
             await ask(socket_path, lambda client: client.start_recall([]))
+        for vms, everything in (([], False), (["db"], True)):
+            with pytest.raises(errors.ConfigError, match="or all of them"):
+                await ask(socket_path, partial(ControlClient.start_adopt, vms=vms, everything=everything))
         with pytest.raises(errors.NotFound, match="no job"):
             await ask(socket_path, lambda client: client.job(messages.JobId("f" * 32)))
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import struct
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,17 @@ def test_directories_and_links_outermost_first(tmp_path: Path) -> None:
         ("b/c/link", "symlink", "/nowhere"),
     ]
     assert pickle.loads(pickle.dumps(found)) == found, "they go to the data mover"
+
+
+def test_the_top_is_told_with_all_that_it_has(tmp_path: Path) -> None:
+    (tmp_path / "vm").mkdir(mode=0o700)
+    os.setxattr(tmp_path / "vm", "user.note", b"x")
+    os.setxattr(tmp_path / "vm", "trusted.vmfs-stub.vm", b"ours")
+    top = other_entries(tmp_path, VM).top
+    assert top is not None
+    assert (top.path, top.kind.value, top.mode, top.xattrs) == ("vm", "directory", 0o700, {"user.note": b"x"})
+    assert pickle.loads(pickle.dumps(top)) == top
+    assert other_entries(tmp_path, replace(VM, is_directory=False)).top is None
 
 
 def test_attributes_of_directories_are_kept_and_our_own_are_not(tmp_path: Path) -> None:

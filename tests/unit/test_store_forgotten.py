@@ -9,9 +9,9 @@ import pytest
 from store_fakes import FakeObjects
 from store_points import back_up, new_id
 
-from vmfs_stub.cli.stored_vms import find_stored
 from vmfs_stub.core.errors import CorruptStoreObject, PointNotFound, PointPinned, StoreUnavailable, UnknownFormat
 from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
+from vmfs_stub.services.stored_vms import find_stored
 from vmfs_stub.services.verify import verify
 from vmfs_stub.store.forgotten import Forgotten, decode_forgotten, encode_forgotten
 from vmfs_stub.store.keys import forgotten_key, manifest_key, pin_key

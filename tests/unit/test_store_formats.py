@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -249,7 +250,8 @@ FILES = st.builds(
 
 @given(IDS, IDS, TEXTS, st.lists(FILES, max_size=4, unique_by=lambda stored: stored.path))
 def test_a_manifest_gives_itself_back(vm: str, point: str, name: str, files: list[StoredFile]) -> None:
-    made = Manifest(VmId(vm), PointId(point), name, 1.25, "host", CHUNK, tuple(files), {"domain": name})
+    top = replace(files[0], kind=FileKind.DIRECTORY, size=0, segments=()) if files else None
+    made = Manifest(VmId(vm), PointId(point), name, 1.25, "host", CHUNK, tuple(files), {"domain": name}, top)
     data = encode_manifest(made)
     assert decode_manifest(data, f"manifests/{vm}/{point}") == made
     assert encode_manifest(decode_manifest(data, "manifests/x")) == data
@@ -301,6 +303,22 @@ def test_a_manifest_with_an_impossible_file_is_refused(change: dict[str, object]
     assert decode_manifest(documents.encode("vmfs-stub manifest", 1, {**body, "files": [good]}), key)
     with pytest.raises(CorruptManifest, match=key):
         decode_manifest(documents.encode("vmfs-stub manifest", 1, {**body, "files": [{**good, **change}]}), key)
+
+
+@pytest.mark.parametrize(
+    "top",
+    [[], "web", {}]
+    + [
+        {"path": "web", "kind": "directory", "mode": 0, "uid": 0, "gid": 0, "mtime_ns": 0, "atime_ns": 0, **change}
+        for change in ({"path": "../web"}, {"path": "a/b"}, {"path": ".."}, {"path": ""}, {"kind": "file"}, {"size": 1})
+    ],
+)
+def test_a_manifest_whose_top_is_no_directory_of_the_top_is_refused(top: object) -> None:
+    made = Manifest(VmId("a" * 32), PointId("b" * 32), "x", 1.0, "h", CHUNK, ())
+    body = {**json.loads(encode_manifest(made).split(b"\n")[0]), "top": top}
+    data = documents.encode("vmfs-stub manifest", 1, body)
+    with pytest.raises(CorruptManifest, match="manifests/x"):
+        decode_manifest(data, "manifests/x")
 
 
 @pytest.mark.parametrize("line", [b"[]", b"1", b"{", b"[" * 100_000, b"\xff", b'{"a": NaN}', b"1" * 10_000, b"{}"])

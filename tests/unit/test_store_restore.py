@@ -25,7 +25,8 @@ from vmfs_stub.core.errors import (
     StoreUnavailable,
 )
 from vmfs_stub.services import restore
-from vmfs_stub.services.restore import _implied_folders, restore_point
+from vmfs_stub.services.point_writer import _implied_folders
+from vmfs_stub.services.restore import restore_point
 from vmfs_stub.store import manifest as manifests
 from vmfs_stub.store.chunk_table import RestorePoint
 from vmfs_stub.store.key_sources import KeySource

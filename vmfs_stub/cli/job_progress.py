@@ -13,33 +13,38 @@ from typing import TYPE_CHECKING
 import typer
 
 from vmfs_stub.cli.exit_codes import ExitCode, exit_code_of
-from vmfs_stub.cli.output import bytes_text, say, warn
+from vmfs_stub.cli.output import bytes_text, say, say_json, warn
 from vmfs_stub.core.errors import Refused
 
 if TYPE_CHECKING:
     from vmfs_stub.control.client import ControlClient
-    from vmfs_stub.control.messages import JobInfo, Progress
+    from vmfs_stub.control.messages import JobInfo, JobReport, Progress
     from vmfs_stub.core.ids import JobId
 
     Show = Callable[[Progress], None]
 
 
-def follow_job(client: ControlClient, job_id: JobId) -> None:
-    """Show the job until it ends, print its report, and raise what it failed with (or exit with its code)."""
+def follow_job(client: ControlClient, job_id: JobId, *, json: bool = False) -> JobReport:
+    """Show the job until it ends, print and return its report, or raise what it failed with (or exit with its code).
+
+    With ``json`` the report is one list, an object for each VM.
+    """
     try:
         with progress_shown() as show:
             info = client.wait_job(job_id, lambda job: show(job.progress))
     except KeyboardInterrupt:
         warn(f"job {job_id} goes on in the daemon; `vmfs-stub status` shows it")
         raise typer.Exit(ExitCode.INTERRUPTED) from None
-    _report(info)
+    return _report(info, json=json)
 
 
-def _report(info: JobInfo) -> None:
+def _report(info: JobInfo, *, json: bool) -> JobReport:
     from vmfs_stub.control.messages import JobReport, error_of
 
     report = JobReport.model_validate(info.result or {})
-    for vm in report.vms:
+    if json:
+        say_json([vm.model_dump(mode="json") for vm in report.vms])
+    for vm in () if json else report.vms:
         if vm.error is None:
             say(f"{vm.vm}: {vm.outcome}{f' ({vm.message})' if vm.message else ''}")
         else:
@@ -47,7 +52,7 @@ def _report(info: JobInfo) -> None:
     if info.state == "interrupted":
         raise Refused(f"the {info.kind} job {info.id} was interrupted: the daemon stopped")
     if info.error is None:
-        return
+        return report
     error = error_of(info.error)
     if any(vm.error is not None for vm in report.vms):  # each was told above
         raise typer.Exit(exit_code_of(error))

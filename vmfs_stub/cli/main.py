@@ -15,6 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from vmfs_stub.cli import (
+    adopt,
     archive,
     backup,
     doctor,
@@ -57,6 +58,7 @@ app.command("ls")(ls.ls)
 app.command("backup")(backup.backup)
 app.command("archive")(archive.archive)
 app.command("recall")(recall.recall)
+app.command("adopt")(adopt.adopt)
 app.command("restore")(restore.restore)
 app.command("points")(points.points)
 app.command("verify")(verify.verify)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any
+
+from vmfs_stub.core.times import time_text as time_text
 
 _SHOWN_MAX = 2**64
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -56,13 +57,3 @@ def bytes_text(size: int) -> str:
             return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     raise AssertionError
-
-
-def time_text(seconds: float | None) -> str:
-    """Local time of ``seconds`` since the epoch; "-" for None and for what no calendar has."""
-    if seconds is None:
-        return "-"
-    try:
-        return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-    except (ValueError, OverflowError, OSError):
-        return "-"

@@ -11,7 +11,7 @@ from vmfs_stub.cli.context import argument_names, reading_store_of
 from vmfs_stub.cli.job_progress import advance_shown
 from vmfs_stub.cli.key_options import KeyOption, PassphraseOption, StoreOption
 from vmfs_stub.cli.output import bytes_text, say, warn
-from vmfs_stub.cli.stored_vms import find_stored
+from vmfs_stub.services.stored_vms import find_stored
 
 
 def restore(

@@ -13,7 +13,7 @@ from vmfs_stub.cli.exit_codes import ExitCode
 from vmfs_stub.cli.job_progress import advance_shown
 from vmfs_stub.cli.key_options import KeyOption, PassphraseOption, StoreOption
 from vmfs_stub.cli.output import bytes_text, say, warn
-from vmfs_stub.cli.stored_vms import named_points
+from vmfs_stub.services.stored_vms import named_points
 
 if TYPE_CHECKING:
     from vmfs_stub.services.verify import Finding

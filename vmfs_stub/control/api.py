@@ -29,6 +29,7 @@ from vmfs_stub.control.target import ControlTarget
 from vmfs_stub.core.errors import ConfigError, NotFound, OtherDatastore, Refused, VmfsStubError
 from vmfs_stub.core.ids import JobId
 from vmfs_stub.core.wrapped_errors import unwrapped
+from vmfs_stub.services.adoption_choice import Told
 
 PEER_KEY = "vmfs_stub.peer"
 REQUEST_BYTES_MAX = 16 << 20
@@ -64,6 +65,7 @@ class ControlApi:
             ("/v1/backup", self._backup, post),
             ("/v1/archive", self._archive, post),
             ("/v1/recall", self._recall, post),
+            ("/v1/adopt", self._adopt, post),
             ("/v1/jobs", self._jobs, get),
             ("/v1/jobs/{job_id}", self._job, get),
             ("/metrics", self._metrics_text, get),
@@ -140,6 +142,15 @@ class ControlApi:
         body = await _body(request, messages.JobRequest)
         _require_vms(body)
         return _started(await self._target.start_recall(body.vms, peer=_logged(request, "recall", body.vms)))
+
+    async def _adopt(self, request: Request) -> Response:
+        body = await _body(request, messages.AdoptRequest)
+        if bool(body.vms) == body.everything:
+            raise ConfigError("name at least one VM, or all of them, and not both")
+        told = Told(force=body.force, accept_loss=body.accept_loss)
+        flags = {"everything": body.everything, "force": body.force, "accept_loss": body.accept_loss}
+        peer = _logged(request, "adopt", body.vms, **flags)
+        return _started(await self._target.start_adopt(body.vms, everything=body.everything, told=told, peer=peer))
 
     async def _jobs(self, request: Request) -> Response:
         return Response(JOBS.dump_json(await self._target.jobs()), media_type="application/json")

@@ -138,6 +138,13 @@ class ControlClient:
         """Start to bring these VMs back in full."""
         return self._start("/v1/recall", messages.JobRequest(vms=list(vms)))
 
+    def start_adopt(
+        self, vms: Sequence[str], *, everything: bool = False, force: bool = False, accept_loss: bool = False
+    ) -> JobId:
+        """Start to make placeholders of these VMs of the store, or of all that are not here."""
+        request = messages.AdoptRequest(vms=list(vms), everything=everything, force=force, accept_loss=accept_loss)
+        return self._start("/v1/adopt", request)
+
     def job(self, job_id: JobId) -> messages.JobInfo:
         """State of one job."""
         return self._parsed(TypeAdapter(messages.JobInfo), self._send("GET", f"/v1/jobs/{quote(job_id, safe='')}"))
@@ -161,7 +168,7 @@ class ControlClient:
             self._sleep(poll_s)
             poll_s = min(poll_s * 1.5, _POLL_S_MAX)
 
-    def _start(self, path: str, request: messages.JobRequest) -> JobId:
+    def _start(self, path: str, request: BaseModel) -> JobId:
         reply = self._send("POST", path, request)
         return self._parsed(TypeAdapter(messages.JobStarted), reply).typed()
 

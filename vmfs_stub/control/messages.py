@@ -21,7 +21,7 @@ BACKING_HEADER = "vmfs-stub-backing"
 """The request header that names the backing directory that a request is for, as `backing_name` writes it."""
 
 DiskState = Literal["resident", "placeholder", "recalling"]
-JobKind = Literal["backup", "archive", "recall"]
+JobKind = Literal["backup", "archive", "recall", "adopt"]
 JobState = Literal["running", "done", "failed", "interrupted"]
 
 Shown = Annotated[str, BeforeValidator(lambda text: printable(text) if isinstance(text, str) else text)]
@@ -185,6 +185,15 @@ class JobRequest(_Message):
 
     vms: list[str] = Field(default=[], max_length=100_000)
     archive: bool = True
+
+
+class AdoptRequest(_Message):
+    """Adopt these VMs, or ``everything`` that is not here; ``force`` and ``accept_loss`` are as on the command line."""
+
+    vms: list[str] = Field(default=[], max_length=100_000)
+    everything: bool = False
+    force: bool = False
+    accept_loss: bool = False
 
 
 class ShutdownRequest(_Message):

@@ -12,6 +12,7 @@ from typing import Protocol
 from vmfs_stub.control.messages import DiskRow, JobInfo, Status
 from vmfs_stub.control.peer import Peer
 from vmfs_stub.core.ids import JobId
+from vmfs_stub.services.adoption_choice import Told
 
 
 class DatastoreTarget(Protocol):
@@ -54,6 +55,13 @@ class JobTarget(Protocol):
 
     async def start_recall(self, vms: Sequence[str], *, peer: Peer) -> JobId:
         """Bring the named VMs back in full."""
+        ...
+
+    async def start_adopt(self, vms: Sequence[str], *, everything: bool, told: Told, peer: Peer) -> JobId:
+        """Make placeholders here of the named VMs of the store, or with ``everything`` of all that are not here.
+
+        What is wrong with one of them, an unknown name included, is in the job's report.
+        """
         ...
 
     async def job(self, job_id: JobId) -> JobInfo:

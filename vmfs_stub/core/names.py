@@ -8,6 +8,9 @@ PRIVATE_DIR = ".vmfs-stub"
 ORPHANS_DIR = "orphans"
 """Directory in it with a link to each open file whose last name is gone."""
 
+ADOPTING_DIR = "adopting"
+"""Directory in it where VMs are made that come from the store alone, before they have their place."""
+
 CHANGES_DIR = "changes"
 """Directory in it, and in the runtime directory, with what changed since the last backups."""
 

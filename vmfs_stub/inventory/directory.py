@@ -24,7 +24,8 @@ from vmfs_stub.core.sites import PLAIN, FileCalls
 from vmfs_stub.inventory.identity import ensure_vm_id, read_vm_id
 from vmfs_stub.inventory.vm import Scan, UnreadVm, Vm, VmFile
 
-_SKIPPED = frozenset({PRIVATE_DIR, "lost+found"})
+NO_VMS = frozenset({PRIVATE_DIR, "lost+found"})
+"""Names at the top that are no VMs."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _HANDLE = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _DEPTH_MAX = 64
@@ -52,7 +53,7 @@ class DirectoryInventory:
         """
         with self._lock, self._opened() as (top_fd, device):
             names = self._names(top_fd)
-            found = [self._tolerant_vm(top_fd, name, device) for name in names if name not in _SKIPPED]
+            found = [self._tolerant_vm(top_fd, name, device) for name in names if name not in NO_VMS]
         vms = sorted((vm for vm in found if isinstance(vm, Vm)), key=lambda vm: (vm.name, vm.path))
         return Scan(tuple(vms), tuple(vm for vm in found if isinstance(vm, UnreadVm)))
 
@@ -73,7 +74,7 @@ class DirectoryInventory:
                 raise PrimaryIOError(
                     f"no daemon has served the backing directory {self._backing}: is what belongs there mounted?"
                 )
-            found = [each for name in names if name not in _SKIPPED for each in self._id(top_fd, name, device)]
+            found = [each for name in names if name not in NO_VMS for each in self._id(top_fd, name, device)]
         ids = frozenset(vm_id for vm_id in found if vm_id is not None)
         if found and not ids:  # as everybody without CAP_SYS_ADMIN sees it
             raise PrimaryIOError(

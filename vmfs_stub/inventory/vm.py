@@ -38,6 +38,11 @@ class Vm:
     files: tuple[VmFile, ...]
 
     @property
+    def size_bytes(self) -> int:
+        """Of all its files."""
+        return sum(file.size for file in self.files)
+
+    @property
     def entry(self) -> str:
         """How to name this VM, and no other, on the command line."""
         return f"{printable(self.path)}/" if self.is_directory else printable(self.path)

@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pyfuse3
@@ -23,7 +24,7 @@ from vmfs_stub.mount import mountpoint as mountpoints
 from vmfs_stub.mount import session
 from vmfs_stub.mount.filesystem import Filesystem
 from vmfs_stub.mount.fuse import Faults, FuseOperations
-from vmfs_stub.mount.nodes import NODES_SHARE
+from vmfs_stub.mount.nodes import NODES_SHARE, ROOT
 from vmfs_stub.mount.settings import MountSettings
 
 _log = logging.getLogger(__name__)
@@ -70,6 +71,16 @@ class Mount:
         node.xattrs_changed()
         with _unknown_is_fine():
             pyfuse3.invalidate_inode(ino, attr_only=True)
+
+    async def name_appeared(self, name: bytes) -> None:
+        """Say that a name at the top appeared behind the mount: the kernel may have been told that there is none."""
+        if self.ended.is_set():
+            return
+        with _unknown_is_fine():
+            # It waits for requests that look at the directory, which are answered meanwhile.
+            invalidate = partial(pyfuse3.invalidate_entry, pyfuse3.ROOT_INODE, name)
+            await trio.to_thread.run_sync(invalidate, abandon_on_cancel=True)
+        self.attributes_changed(ROOT)
 
 
 @asynccontextmanager

@@ -15,6 +15,7 @@ from vmfs_stub.paced_io import write_buffers
 
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
+_RENAME_NOREPLACE = 0x1
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
@@ -63,6 +64,14 @@ def sync_filesystem(directory: Path) -> None:
             raise OSError(code, os.strerror(code))
     finally:
         os.close(fd)
+
+
+def rename_new(old_dir_fd: int, old: str, new_dir_fd: int, new: str) -> None:
+    """Rename, and replace nothing: FileExistsError when there is such a name.  Raises OSError."""
+    old_name, new_name = os.fsencode(old), os.fsencode(new)
+    if _libc.renameat2(old_dir_fd, old_name, new_dir_fd, new_name, ctypes.c_uint(_RENAME_NOREPLACE)) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), new)
 
 
 def sync_directory(fd_or_path: int | str | os.PathLike[str]) -> None:

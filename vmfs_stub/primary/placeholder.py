@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vmfs_stub.core.errors import CorruptMap, IdentityMismatch, MapFrozen, MapMissing, UnknownFormat
 from vmfs_stub.core.ids import DatastoreId, PlaceholderId
-from vmfs_stub.core.names import CHANGES_DIR, CLAIMS_DIR, ORPHANS_DIR, PRIVATE_DIR, RESERVE_FILE
+from vmfs_stub.core.names import ADOPTING_DIR, CHANGES_DIR, CLAIMS_DIR, ORPHANS_DIR, PRIVATE_DIR, RESERVE_FILE
 from vmfs_stub.core.sites import PLAIN
 from vmfs_stub.primary.claim_notes import ClaimNotes
 from vmfs_stub.primary.datastore_id import load_or_make_datastore_id
@@ -44,6 +44,7 @@ class PrivateState:
     claims: ClaimNotes
     reserve: Reserve
     orphans: Orphans
+    adopting: Path
 
     @classmethod
     def at(cls, backing: Path, runtime_dir: Path, *, files: FileCalls = PLAIN) -> PrivateState:
@@ -53,8 +54,9 @@ class PrivateState:
         """
         maps, volatile = backing / PRIVATE_DIR / "maps", runtime_dir / "maps"
         orphans, claims = backing / PRIVATE_DIR / ORPHANS_DIR, backing / PRIVATE_DIR / CLAIMS_DIR
+        adopting = backing / PRIVATE_DIR / ADOPTING_DIR
         changes, volatile_changes = backing / PRIVATE_DIR / CHANGES_DIR, runtime_dir / CHANGES_DIR
-        private = (backing / PRIVATE_DIR, maps, orphans, claims, changes)
+        private = (backing / PRIVATE_DIR, maps, orphans, claims, adopting, changes)
         for directory in (*private, runtime_dir, volatile, volatile_changes):
             files.call("start.private", directory.mkdir, mode=0o700, parents=True, exist_ok=True)
         files.call("start.private_sync", sync_directory, backing / PRIVATE_DIR)
@@ -73,6 +75,7 @@ class PrivateState:
                 claims=ClaimNotes(files, claims, datastore_id),
                 reserve=reserve,
                 orphans=Orphans(orphans),
+                adopting=adopting,
             )
         finally:
             os.close(fd)

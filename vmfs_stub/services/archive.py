@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
@@ -57,11 +56,11 @@ from vmfs_stub.services.recall import RecallService
 from vmfs_stub.services.retirement import Ended, Retirement
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.sources import Source, Sources
-from vmfs_stub.services.stored_files import other_entries, stored_file
+from vmfs_stub.services.stored_files import OtherEntries, other_entries, stored_file
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.backup_writer import WriterCounts
 from vmfs_stub.store.manifest import StoredFile
-from vmfs_stub.store.pins import Pin
+from vmfs_stub.store.pins import Pin, new_pin
 from vmfs_stub.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -166,7 +165,7 @@ class Archiver:
         Raises InUse, Abandoned (an open won before any disk was a placeholder), ClaimedElsewhere, StoreError,
         IntegrityError, PrimaryError; the VM is then as it was.
         """
-        report = BackupReport(vm.name, PointId(secrets.token_hex(16)), sum(file.size for file in vm.files))
+        report = BackupReport(vm.name, PointId(secrets.token_hex(16)), vm.size_bytes)
         committed: list[Disk] = []
         sources: list[Source] = []
         free_at: PointId | None = None
@@ -223,7 +222,7 @@ class Archiver:
             log.warning("VM %s: %s is a FIFO, socket or device: it is not backed up", vm.name, printable(path))
         report.left_out = others.left_out
         changed = await self._last_points.changed(sources)
-        copy = partial(self._copy, vm, sources, report, others.stored, progress)
+        copy = partial(self._copy, vm, sources, report, others, progress)
         try:
             counts = await copy(changed)
         except (IntegrityError, NotFound, ObjectMissing, StoreConflict) as exc:
@@ -251,7 +250,7 @@ class Archiver:
         vm: Vm,
         sources: Sequence[Source],
         report: BackupReport,
-        others: Sequence[StoredFile],
+        others: OtherEntries,
         progress: Callable[[int], None],
         changed: Sequence[Changed | None],
     ) -> WriterCounts:
@@ -269,8 +268,8 @@ class Archiver:
                 for source in sources:
                     if source.placeholder_id is not None:
                         await self._threads.files(self._maker.prepare, vm, source, report.point_id)
-                files = [*map(PointFile, others), *_point_files(sources)]
-                return await backup.commit(self._point_order(vm, sources, report.point_id), files)
+                files = [*map(PointFile, others.stored), *_point_files(sources)]
+                return await backup.commit(self._point_order(vm, sources, report.point_id, others.top), files)
 
     async def _counted(self, disk: Disk, since: Changed | None, report: BackupReport) -> AsyncGenerator[Part, None]:
         """The parts of a disk; the report counts what of them is read."""
@@ -281,7 +280,7 @@ class Archiver:
                     report.read_bytes += end - part.chunks.start * self._chunk_size
                 yield part
 
-    def _point_order(self, vm: Vm, sources: Sequence[Source], point_id: PointId) -> PointOrder:
+    def _point_order(self, vm: Vm, sources: Sequence[Source], point_id: PointId, top: StoredFile | None) -> PointOrder:
         return PointOrder(
             vm_id=vm.id,
             point_id=point_id,
@@ -289,10 +288,11 @@ class Archiver:
             host=self._settings.host,
             metadata={"inventory": "directory", "path": vm.entry, "datastore": self._settings.datastore},
             pins=[self._pin(source.placeholder_id) for source in sources if source.placeholder_id is not None],
+            top=top,
         )
 
     def _pin(self, placeholder_id: PlaceholderId) -> Pin:
-        return Pin(placeholder_id, self._settings.host, self._settings.datastore, time.time(), secrets.token_hex(8))
+        return new_pin(placeholder_id, host=self._settings.host, datastore=self._settings.datastore)
 
     async def _make_second_copy(self, vm: Vm, report: BackupReport) -> None:
         if self._settings.min_copies < 2:

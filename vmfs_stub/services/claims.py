@@ -201,10 +201,11 @@ class Claims:
                 return f"it may stay claimed here until it is archived again: {exc}"
         return ""
 
-    async def take(self, vm_id: VmId, point_id: PointId, *, force: bool = False) -> bool:
+    async def take(self, vm_id: VmId, point_id: PointId, *, force: bool = False, seen: Claim | None = None) -> bool:
         """Claim a VM of which placeholders of this restore point are about to be made here.
 
-        One that another datastore holds, or whose newest state is another restore point there, only with ``force``.
+        One that another datastore holds, or whose newest state is another restore point there, only with ``force``, or
+        when its newest claim is the one that was ``seen`` by whoever has decided that it may be taken.
         Returns whether it was not held here before: then `set_free` undoes it as long as nobody used the VM.
         Raises ClaimedElsewhere, StoreError, CorruptStoreObject, UnknownFormat.
         """
@@ -212,7 +213,11 @@ class Claims:
             await self._look(vm_id)
             if vm_id in self._held:
                 return False
-            may_follow = (lambda newest: True) if force else self._goes_on_from(point_id)
+            goes_on = self._goes_on_from(point_id)
+
+            def may_follow(newest: Claim) -> bool:
+                return force or (seen is not None and newest.epoch == seen.epoch) or goes_on(newest)
+
             await self._take(vm_id, may_follow, guest_waits=False)
             self._held[vm_id].is_used = False
             return True

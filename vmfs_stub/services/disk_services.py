@@ -9,6 +9,7 @@ import trio
 
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PrivateState
+from vmfs_stub.services.adopt import Adopter, AdoptSettings
 from vmfs_stub.services.archive import Archiver, ArchiveSettings
 from vmfs_stub.services.changes import Changes
 from vmfs_stub.services.changes_left import ChangesLeft
@@ -52,6 +53,7 @@ class DiskServices:
     disks: Disks
     hydration: HydrationService
     archiver: Archiver
+    adopter: Adopter
 
 
 def connect_services(
@@ -140,4 +142,19 @@ def connect_services(
         backing=backing,
         settings=settings.archive,
     )
-    return DiskServices(files, claims, recall, retirement, disks, hydration, archiver)
+    adopter = Adopter(
+        files=files,
+        threads=threads,
+        retirement=retirement,
+        disks=disks,
+        store=store,
+        claims=claims,
+        private=private,
+        backing=backing,
+        settings=AdoptSettings(
+            placeholder_bytes_min=settings.archive.placeholder_bytes_min,
+            host=settings.archive.host,
+            datastore=settings.archive.datastore,
+        ),
+    )
+    return DiskServices(files, claims, recall, retirement, disks, hydration, archiver, adopter)

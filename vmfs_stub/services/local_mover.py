@@ -137,6 +137,7 @@ class LocalBackup:
             host=order.host,
             files=[self._with_segments(file) for file in files],
             metadata=order.metadata,
+            top=order.top,
             pins=order.pins,
         )
         self.is_committed = True

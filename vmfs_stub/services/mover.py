@@ -61,7 +61,7 @@ class PointFile:
 
 @dataclass(frozen=True, slots=True)
 class PointOrder:
-    """The restore point that is to be, without its files."""
+    """The restore point that is to be, without its files; ``top`` is the VM's directory, None if it is one file."""
 
     vm_id: VmId
     point_id: PointId
@@ -69,6 +69,7 @@ class PointOrder:
     host: str
     metadata: Mapping[str, str]
     pins: Sequence[Pin] = ()
+    top: StoredFile | None = None
 
 
 class Copying(Protocol):

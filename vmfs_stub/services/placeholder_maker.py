@@ -16,7 +16,7 @@ from functools import partial
 from vmfs_stub.core.chunking import BLOCK_SIZE
 from vmfs_stub.core.errors import Abandoned, NoSpace, PrimaryIOError, VmfsStubError
 from vmfs_stub.core.extents import Extent
-from vmfs_stub.core.ids import PointId
+from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
 from vmfs_stub.core.names import PLACEHOLDER_XATTR
 from vmfs_stub.core.residency import block_count
 from vmfs_stub.inventory.vm import Vm
@@ -66,15 +66,12 @@ class PlaceholderMaker:
     def prepare(self, vm: Vm, source: Source, point_id: PointId) -> None:
         """Step 3: note durably that a pin of this placeholder is about to be made.  Blocking; raises PrimaryError."""
         assert source.placeholder_id is not None
-        header = MapHeader(
+        header = prepared_header(
+            source.disk.fd,
             placeholder_id=source.placeholder_id,
             vm_id=vm.id,
             point_id=point_id,
-            identity=inode_identity(source.disk.fd),
-            state=MapState.PREPARED,
-            size=source.st.st_size,
             chunk_size=self._store.chunk_size,
-            archived_limit=source.st.st_size,
         )
         path = self._private.durable_path(source.placeholder_id)
         try:
@@ -185,6 +182,23 @@ class PlaceholderMaker:
                 self._disks.placeholders.add(disk.ino, known)
             raise
         self._disks.placeholders.add(disk.ino, known)
+
+
+def prepared_header(
+    fd: int, *, placeholder_id: PlaceholderId, vm_id: VmId, point_id: PointId, chunk_size: int
+) -> MapHeader:
+    """The header of the map of a placeholder that the open file ``fd`` is to become, as large as it is now."""
+    size = os.fstat(fd).st_size
+    return MapHeader(
+        placeholder_id=placeholder_id,
+        vm_id=vm_id,
+        point_id=point_id,
+        identity=inode_identity(fd),
+        state=MapState.PREPARED,
+        size=size,
+        chunk_size=chunk_size,
+        archived_limit=size,
+    )
 
 
 def _primary_error(disk: Disk, doing: str, exc: OSError) -> VmfsStubError:

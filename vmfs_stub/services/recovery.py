@@ -19,6 +19,8 @@
 | no such file       | committed, punched | removed behind the mount        | finding; map, pin, point stay   |
 | perhaps not seen   | any                | a directory could not be read   | finding for it; map, pin stay   |
 
+What an adoption has left in its folder is removed, and is never looked at: its maps are of a crash before the commit
+point.
 Nothing here reads the store.  Blocking; runs before the first open is answered.
 """
 
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import stat
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -89,6 +92,7 @@ class Recovery:
     def run(self) -> Recovered:
         """Look at everything once.  Raises OSError when the backing directory itself cannot be read."""
         self._sweep_orphans()
+        self._sweep_adopting()
         self._remove_unfinished()
         for directory in (self._private.changes, self._private.maps):
             self._read_ahead(directory)
@@ -140,6 +144,14 @@ class Recovery:
                 log.info("%d files that had lost their last name while open are gone now", count)
         except OSError as exc:
             log.warning("files without a name could not be removed, and keep their space: %s", exc)
+
+    def _sweep_adopting(self) -> None:
+        """What was moved out of there to its place stays: the start has synced the backing directory by now."""
+        for name in self._names(self._private.adopting):
+            try:
+                self._files.call("recovery.clean_adopting", shutil.rmtree, self._private.adopting / name)
+            except OSError as exc:
+                log.warning("what an adoption left in %s could not be removed: %s", self._private.adopting, exc)
 
     def _not_seen(self, path: str, exc: OSError) -> None:
         self._saw_all = False

@@ -109,17 +109,12 @@ class Sources:
         disk = reservation.disk
         st = disk.fstat()
         mtime_ns = st.st_mtime_ns if disk.placeholder is None else disk.placeholder.mtime_ns
-        is_apt = disk.placeholder is not None or self._is_worth_it(st)
+        is_worth_it = is_worth_placeholder(st.st_size, st.st_blocks * 512, bytes_min=self._placeholder_bytes_min)
+        is_apt = disk.placeholder is not None or is_worth_it
         placeholder_id = PlaceholderId(secrets.token_hex(16)) if archive and is_apt else None
         names = tuple(file.relative for file in files)
         xattrs = public_xattrs(disk.fd, files=self._files)
         return Source(files[0], names, reservation, st, mtime_ns, xattrs, is_apt, placeholder_id)
-
-    def _is_worth_it(self, st: os.stat_result) -> bool:
-        """Whether a placeholder frees more than it costs: a huge file of holes needs a map and has nothing to give."""
-        cost_bytes = map_bytes(st.st_size)
-        costs_more = cost_bytes > MAP_BYTES_CHEAP and cost_bytes > st.st_blocks * 512
-        return st.st_size >= self._placeholder_bytes_min and not costs_more
 
     async def check_unchanged(self, vm: Vm, sources: Sequence[Source]) -> None:
         """See that nobody has opened a file since, and that the VM is where it was.  Raises Abandoned."""
@@ -158,6 +153,15 @@ class Sources:
                 raise Abandoned(f"VM {vm.name}: another VM has its name since the job began; run it again")
         finally:
             os.close(path_fd)
+
+
+def is_worth_placeholder(size: int, occupied_bytes: int, *, bytes_min: int) -> bool:
+    """Whether a placeholder saves more than it costs: a huge file of holes needs a map and has nothing to give.
+
+    The file has ``size`` bytes, which take ``occupied_bytes``; below ``bytes_min`` none is made.
+    """
+    cost_bytes = map_bytes(size)
+    return size >= bytes_min and (cost_bytes <= MAP_BYTES_CHEAP or cost_bytes <= occupied_bytes)
 
 
 def _by_inode(files: Sequence[VmFile]) -> list[list[VmFile]]:

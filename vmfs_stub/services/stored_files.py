@@ -52,10 +52,14 @@ def stored_file(
 
 @dataclass(frozen=True, slots=True)
 class OtherEntries:
-    """What a VM has besides regular files; ``left_out`` are the paths of what no backup holds."""
+    """What a VM has besides regular files; ``left_out`` are the paths of what no backup holds.
+
+    ``top`` is the directory that all is in, with its name as path; None for a VM that is one file.
+    """
 
     stored: list[StoredFile]
     left_out: list[str]
+    top: StoredFile | None
 
 
 def other_entries(backing: Path, vm: Vm, *, files: FileCalls = PLAIN) -> OtherEntries:
@@ -64,7 +68,7 @@ def other_entries(backing: Path, vm: Vm, *, files: FileCalls = PLAIN) -> OtherEn
     Raises PrimaryIOError.
     """
     if not vm.is_directory:
-        return OtherEntries([], [])
+        return OtherEntries([], [], None)
     failed: list[tuple[str, OSError]] = []
     try:
         found = _walked(files, backing, vm, lambda path, exc: failed.append((path, exc)))
@@ -84,7 +88,9 @@ def _walked(files: FileCalls, backing: Path, vm: Vm, on_error: OnError) -> Other
     finally:
         os.close(backing_fd)
     try:
-        found = OtherEntries([], [])
+        top = Entry(vm.path, top_fd, os.fstat(top_fd))
+        stored_top = _entry(top, FileKind.DIRECTORY, xattrs=_directory_xattrs(files, top))
+        found = OtherEntries([], [], stored_top)
         with closing(walk(top_fd, on_error, files=files, site="archive.walk")) as entries:
             for entry in entries:
                 mode = entry.st.st_mode

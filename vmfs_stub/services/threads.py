@@ -33,12 +33,14 @@ class Threads:
         self._background = WorkerPool("background", store_max, below_demand=True)
         self._transfers = WorkerPool("transfers", TRANSFERS_MAX, below_demand=True)
         self._compute = WorkerPool("compute", compute_max, below_demand=True)
+        self._steps = WorkerPool("steps", 1, below_demand=True)
+        self._token: trio.lowlevel.TrioToken | None = None
         self._store_timeout_s = store_timeout_s
         self._transfer_timeout_s = transfer_timeout_s
 
     def close(self) -> None:
         """Let the worker threads end."""
-        for pool in (self._files, self._store, self._background, self._transfers, self._compute):
+        for pool in (self._files, self._store, self._background, self._transfers, self._compute, self._steps):
             pool.close()
 
     async def files(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -56,6 +58,18 @@ class Threads:
     async def transfer(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """A long call on the store: putting or reading back a pack.  Raises StoreUnavailable at its time limit."""
         return await _within(self._transfer_timeout_s, self._transfers, partial(function, *args, **kwargs))
+
+    async def step(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """A step of a job that changes files and asks the store in between, by `ask_store`; no guest waits for it.
+
+        Never abandoned, as for `files`, but in nobody's way while the store is slow.
+        """
+        self._token = trio.lowlevel.current_trio_token()
+        return await self._steps.run(partial(function, *args, **kwargs))
+
+    def ask_store(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """As `background`, from within a step and from threads of its own; blocks."""
+        return trio.from_thread.run(partial(self.background, function, *args, **kwargs), trio_token=self._token)
 
     async def compute(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Work for a core: compressing, hashing; no guest waits for it."""

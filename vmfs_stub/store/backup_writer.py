@@ -298,6 +298,7 @@ class BackupWriter:
         host: str,
         files: Sequence[StoredFile],
         metadata: Mapping[str, str],
+        top: StoredFile | None = None,
         pins: Sequence[Pin] = (),
     ) -> Manifest:
         """Make the restore point one that exists; all packs and segments must have been put.
@@ -310,7 +311,7 @@ class BackupWriter:
             msg = "commit before every pack was put"
             raise RuntimeError(msg)
         manifest = Manifest(
-            vm_id, point_id, vm_name, self._clock(), host, self.chunk_size, tuple(files), dict(metadata)
+            vm_id, point_id, vm_name, self._clock(), host, self.chunk_size, tuple(files), dict(metadata), top
         )
         data = encode_checked(manifest, manifest_key(vm_id, point_id))
         for pin in pins:

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Final
 
 from vmfs_stub.core.errors import ClaimedElsewhere, ObjectExists, ObjectMissing, StoreUnavailable
 from vmfs_stub.core.ids import DatastoreId, PointId, VmId
+from vmfs_stub.core.times import time_text
 from vmfs_stub.store import documents
 from vmfs_stub.store.format import CLAIM_VERSION, DOCUMENT_SIZE_MAX, FEATURES_KNOWN
 from vmfs_stub.store.keys import CLAIMS, claim_key, claims_of, epoch_of, is_id
@@ -128,12 +128,12 @@ def claimed_elsewhere(claim: Claim) -> ClaimedElsewhere:
     if claim.state is ClaimState.HELD:
         return ClaimedElsewhere(
             f"VM {claim.vm_id} is in use in datastore {claim.datastore} of host {claim.host} since "
-            f"{_time_text(claim.since_s)}: its newest state is there. Archive it there and adopt it here then, or, if "
-            "that state is to be given up, `vmfs-stub adopt --force`"
+            f"{time_text(claim.since_s)}: its newest state is there. Archive it there and adopt it here then, or, if "
+            "that state is to be given up, `vmfs-stub adopt --force --accept-loss`"
         )
     return ClaimedElsewhere(
         f"VM {claim.vm_id} was last archived in datastore {claim.datastore} of host {claim.host}, at "
-        f"{_time_text(claim.since_s)}: its newest state is restore point {claim.point_id}. `vmfs-stub adopt` brings it "
+        f"{time_text(claim.since_s)}: its newest state is restore point {claim.point_id}. `vmfs-stub adopt` brings it "
         "here"
     )
 
@@ -201,10 +201,3 @@ def _read(objects: ObjectStore, vm_id: VmId, epoch: int) -> Claim:
 
 def _restless(vm_id: VmId) -> StoreUnavailable:
     return StoreUnavailable(f"the claims of VM {vm_id} change faster than they can be read")
-
-
-def _time_text(unix_s: float) -> str:
-    try:
-        return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
-    except (ValueError, OverflowError, OSError):
-        return "a time that cannot be told"

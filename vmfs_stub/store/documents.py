@@ -156,6 +156,13 @@ class Fields:
             found.append(Fields(value, self.key))
         return found
 
+    def object_or_none(self, name: str) -> Fields | None:
+        """A JSON object, or None when absent or null."""
+        value = self.values.get(name)
+        if value is not None and not isinstance(value, dict):
+            raise self.error(name, "is not an object")
+        return None if value is None else Fields(value, self.key)
+
     def mapping(self, name: str) -> dict[str, str]:
         """An object whose values are strings; absent is empty."""
         value = self.values.get(name, {})

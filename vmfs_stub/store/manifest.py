@@ -66,7 +66,10 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One restore point; ``created_s`` is Unix time, ``metadata`` free texts such as the domain's XML."""
+    """One restore point; ``created_s`` is Unix time, ``metadata`` free texts such as the domain's XML.
+
+    ``top`` is the directory that holds ``files``, with its name as path; None for a VM that is one file.
+    """
 
     vm_id: VmId
     point_id: PointId
@@ -76,6 +79,7 @@ class Manifest:
     chunk_size: int
     files: tuple[StoredFile, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    top: StoredFile | None = None
 
     @property
     def size(self) -> int:
@@ -90,10 +94,12 @@ def segment_count(size: int, chunk_size: int) -> int:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """The bytes of a manifest."""
+    top = {} if manifest.top is None else {"top": _file_body(manifest.top)}
     return documents.encode(
         MANIFEST_FORMAT,
         MANIFEST_VERSION,
         {
+            **top,
             "vm_id": manifest.vm_id,
             "point_id": manifest.point_id,
             "vm_name": manifest.vm_name,
@@ -123,6 +129,9 @@ def decode_manifest(data: bytes, key: str) -> Manifest:
         raise fields.error("chunk_size", f"is wrong: {exc}") from exc
     files = tuple(_decode_file(item, chunk_size) for item in fields.objects("files"))
     _check_tree(files, key)
+    told = fields.object_or_none("top")
+    top = None if told is None else _decode_file(told, chunk_size)
+    _check_top(top, key)
     return Manifest(
         vm_id=VmId(fields.hex_id("vm_id")),
         point_id=PointId(fields.hex_id("point_id")),
@@ -132,6 +141,7 @@ def decode_manifest(data: bytes, key: str) -> Manifest:
         chunk_size=chunk_size,
         files=files,
         metadata=fields.mapping("metadata"),
+        top=top,
     )
 
 
@@ -150,6 +160,7 @@ def check_manifest(manifest: Manifest, key: str) -> None:
     Raises: CorruptManifest.
     """
     _check_tree(manifest.files, key)
+    _check_top(manifest.top, key)
     for stored in manifest.files:
         expected = segment_count(stored.size, manifest.chunk_size)
         if len(stored.segments) != expected:
@@ -255,6 +266,15 @@ def _check_tree(files: tuple[StoredFile, ...], key: str) -> None:
             msg = f"{key}: {path!r} lies under {above!r}, which is not a directory"
             raise CorruptManifest(msg)
         above = "" if kinds[path] is FileKind.DIRECTORY else path
+
+
+def _check_top(top: StoredFile | None, key: str) -> None:
+    """It is a directory, and its path a plain name."""
+    if top is not None:
+        _check_tree((top,), key)
+        if top.kind is not FileKind.DIRECTORY or "/" in top.path:
+            msg = f"{key}: {top.path!r} is not the name of a VM's directory"
+            raise CorruptManifest(msg)
 
 
 def by_folder(path: str) -> str:

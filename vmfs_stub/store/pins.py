@@ -7,6 +7,8 @@ A host that may not delete makes a pin *void* by a mark under ``unpinned/``; gar
 
 from __future__ import annotations
 
+import secrets
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -29,6 +31,11 @@ class Pin:
     datastore: str
     created_s: float
     nonce: str = ""
+
+
+def new_pin(placeholder_id: PlaceholderId, *, host: str, datastore: str) -> Pin:
+    """A pin that is made now."""
+    return Pin(placeholder_id, host, datastore, time.time(), secrets.token_hex(8))
 
 
 def remove_pin(objects: ObjectStore, vm_id: VmId, point_id: PointId, placeholder_id: PlaceholderId) -> None:

@@ -57,6 +57,7 @@ from vmfs_stub.store.keys import (
     manifest_key,
     manifests_of,
     pack_key,
+    pin_key,
     pins_of,
     segment_key,
     writer_of,
@@ -64,7 +65,7 @@ from vmfs_stub.store.keys import (
 from vmfs_stub.store.manifest import VOID_SIZE_MAX, Manifest, decode_manifest
 from vmfs_stub.store.moved import UNREADABLE, MovedFrames
 from vmfs_stub.store.objects import ObjectInfo, ObjectStore
-from vmfs_stub.store.pins import Pin, decode_pin, remove_pin, valid_pins
+from vmfs_stub.store.pins import Pin, decode_pin, encode_pin, remove_pin, valid_pins
 from vmfs_stub.store.quarantine import quarantined_packs
 from vmfs_stub.store.sealing import StoreKey, sealing_of
 from vmfs_stub.store.segments import Segment
@@ -191,12 +192,13 @@ class Store:
             summary = self._summary(vm_id, point_id)
             if summary is not None:
                 by_vm.setdefault(vm_id, []).append(summary)
-        vms = []
-        for vm_id, found in by_vm.items():
-            points = _oldest_first(found)
-            name = next((point.vm_name for point in reversed(points) if point.damaged is None), "")
-            vms.append(StoredVm(vm_id, name, points))
+        vms = [_stored_vm(vm_id, _oldest_first(found)) for vm_id, found in by_vm.items()]
         return sorted(vms, key=lambda vm: (vm.name, vm.vm_id))
+
+    def vm(self, vm_id: VmId) -> StoredVm | None:
+        """One VM as `vms` has it; None when it has no point."""
+        points = self.points(vm_id, with_damaged=True)
+        return _stored_vm(vm_id, points) if points else None
 
     def point_counts(self) -> dict[VmId, int]:
         """Number of restore points of each VM as `vms` has them, from names and sizes.  Raises: StoreUnavailable."""
@@ -280,6 +282,20 @@ class Store:
                 raise ValueError(msg)
             found.append(frames.decode(view[ref.offset - start : ref.end - start], ref, seal))
         return found
+
+    def pin(self, vm_id: VmId, point_id: PointId, pins: Sequence[Pin]) -> None:
+        """Have placeholders that are about to be made depend on a restore point that exists.
+
+        Whatever this raises, its pins may be there: whoever does without then removes them.
+        Raises: PointNotFound when the point is forgotten or gone; as `open_point`; StoreDenied, StoreFull.
+        """
+        for pin in pins:
+            self.objects.put(pin_key(vm_id, point_id, pin.placeholder_id), encode_pin(pin, vm_id, point_id))
+        # In this order: garbage collection looks for pins after the mark, and removes the mark after the manifest.
+        if point_id in {forgotten for _, forgotten in _points_named(self.objects.list(forgotten_of(vm_id)))}:
+            msg = f"restore point {point_id} of VM {vm_id} was forgotten meanwhile"
+            raise PointNotFound(msg)
+        self._manifest(vm_id, point_id)
 
     def remove_pin(self, vm_id: VmId, point_id: PointId, placeholder_id: PlaceholderId) -> None:
         """Take a pin away; a missing one is fine.
@@ -456,6 +472,12 @@ def _points_named(infos: Iterable[ObjectInfo]) -> Iterator[tuple[VmId, PointId]]
         _, vm_id, point_id = (*info.key.split("/"), "", "")[:3]
         if is_id(vm_id) and is_id(point_id):
             yield VmId(vm_id), PointId(point_id)
+
+
+def _stored_vm(vm_id: VmId, points: Sequence[PointSummary]) -> StoredVm:
+    """A VM with these points, oldest first."""
+    name = next((point.vm_name for point in reversed(points) if point.damaged is None), "")
+    return StoredVm(vm_id, name, tuple(points))
 
 
 def _oldest_first(points: Sequence[PointSummary]) -> tuple[PointSummary, ...]:

@@ -41,12 +41,16 @@ def find_stored(vms: Sequence[StoredVm], text: str) -> tuple[StoredVm, PointSumm
 
     Raises VmNotFound, AmbiguousName, PointNotFound.
     """
-    if any(text in (vm.name, vm.vm_id) for vm in vms):
-        vm, point = text, LATEST
-    else:
-        vm, point = split_name(text)
-    stored = find_stored_vm(vms, vm)
+    stored, point = find_named(vms, text)
     return stored, find_point(stored, point)
+
+
+def find_named(vms: Sequence[StoredVm], text: str) -> tuple[StoredVm, str]:
+    """The VM that ``VM[@POINT]`` names, and the point as it is named.  Raises VmNotFound, AmbiguousName."""
+    if any(text in (vm.name, vm.vm_id) for vm in vms):
+        return find_stored_vm(vms, text), LATEST
+    vm, point = split_name(text)
+    return find_stored_vm(vms, vm), point
 
 
 def named_points(vms: Sequence[StoredVm], text: str | None) -> NamedPoints:
