@@ -215,6 +215,10 @@ class ReplicaService:
         await self.check()
         if self.away is not None:
             raise StoreUnavailable(str(self.away)) from self.away
+        try:
+            await self._threads.background(self._store.plain.check)
+        except ObjectMissing as exc:  # a store that is away is no damage of this VM
+            raise StoreUnavailable(str(exc)) from exc
         del self._due[vm_id]  # what becomes due while this runs is due again
         try:
             points = await self._threads.background(lacking, self._store.plain, self._store.replica, vm_id)
