@@ -238,6 +238,13 @@ class RigThreads(Threads):
             return function(*args, **kwargs)
         return await super().transfer(function, *args, **kwargs)
 
+    async def replica(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        self._life.check_alive()
+        if self._inline:
+            await trio.lowlevel.checkpoint()
+            return function(*args, **kwargs)
+        return await super().replica(function, *args, **kwargs)
+
     async def compute(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         if self._inline:
             await trio.lowlevel.checkpoint()

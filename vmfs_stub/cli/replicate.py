@@ -46,8 +46,8 @@ def replicate(
     with closing(ReadBack(path, store.id, config.replica.url)) as read_back:
         caught_up = _run(config.store.threads, Replication(store.plain, store.replica, read_back, again=check))
     _tell(caught_up, as_json=json)
-    for error in caught_up.failures.values():
-        raise error
+    if caught_up.failures:
+        raise next(iter(caught_up.failures.values()))
 
 
 def _run(threads_max: int, run: Replication) -> CaughtUp:

@@ -32,13 +32,14 @@ class Threads:
         self._store = WorkerPool("store", store_max)
         self._background = WorkerPool("background", store_max, below_demand=True)
         self._transfers = WorkerPool("transfers", TRANSFERS_MAX, below_demand=True)
+        self._replica = WorkerPool("replica", TRANSFERS_MAX, below_demand=True)
         self._compute = WorkerPool("compute", compute_max, below_demand=True)
         self._store_timeout_s = store_timeout_s
         self._transfer_timeout_s = transfer_timeout_s
 
     def close(self) -> None:
         """Let the worker threads end."""
-        for pool in (self._files, self._store, self._background, self._transfers, self._compute):
+        for pool in (self._files, self._store, self._background, self._transfers, self._replica, self._compute):
             pool.close()
 
     async def files(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -56,6 +57,13 @@ class Threads:
     async def transfer(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """A long call on the store: putting or reading back a pack.  Raises StoreUnavailable at its time limit."""
         return await _within(self._transfer_timeout_s, self._transfers, partial(function, *args, **kwargs))
+
+    async def replica(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """A call on the replica, or for it, apart from those on the store: one that hangs must not stop backups.
+
+        Raises StoreUnavailable at the time limit of a long call.
+        """
+        return await _within(self._transfer_timeout_s, self._replica, partial(function, *args, **kwargs))
 
     async def compute(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Work for a core: compressing, hashing; no guest waits for it."""
