@@ -44,7 +44,7 @@ RETRY_INTERVAL_S: Final = 60.0
 """How long a replica that did not answer is left alone."""
 
 FAILED_INTERVAL_S: Final = 3600.0
-"""What could not be copied is tried again so often, if nothing else comes: `scrub` may have repaired it."""
+"""What could not be copied is tried again after so long in which nothing came: `scrub` may have repaired it."""
 DAMAGE_TOLD_S: Final = 3600.0
 """How long after the last read that met damage in the store it is told of."""
 DAMAGED: Final = (IntegrityError, ObjectMissing, UnknownFormat)
@@ -199,10 +199,11 @@ class ReplicaService:
     async def run(self) -> None:
         """Bring over what is due, for ever; after a replica that does not answer, a pause."""
         while True:
-            with trio.move_on_after(FAILED_INTERVAL_S):
+            with trio.move_on_after(FAILED_INTERVAL_S) as scope:
                 await self._wake.wait()
             self._wake = trio.Event()
-            self._due.update(dict.fromkeys(self.failures))
+            if scope.cancelled_caught:
+                self._due.update(dict.fromkeys(self.failures))
             while self._due:
                 vm_id = next(iter(self._due))
                 try:
@@ -245,6 +246,7 @@ class ReplicaService:
         if vm_id not in self.failures:
             log.warning("restore points of VM %s cannot be copied to the replica: %s", vm_id, error)
         self.failures[vm_id] = error
+        self.trouble = None  # of this VM, not of the replica
         del self._due[vm_id]
 
 
