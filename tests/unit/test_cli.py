@@ -381,7 +381,10 @@ def test_a_replica_is_made_filled_and_looked_at(run: Run, tmp_path: Path, mountp
     assert not (tmp_path / "replica").exists()
     findings = json.loads(run("--config", path, "doctor", "--json").out)
     assert {each["severity"] for each in findings if each["subject"] == "replica"} == {"problem"}
-    assert run("--config", path, "replicate", "--create").code == 0
+    assert json.loads(run("--config", path, "replicate", "--create", "--json").out)["points"] == 1
+    (pack,) = [each for each in (tmp_path / "replica/packs").rglob("*") if each.is_file()]
+    pack.write_bytes(b"damaged")
+    assert run("--config", path, "replicate", "--check").code == 0
     assert run("--config", path, "verify", "--store", url).code == 0
     # None is configured.
     assert run("replicate").code == ExitCode.USAGE

@@ -40,23 +40,23 @@ def replicate(
     if create:
         place = StoreAt.of(config.store).replica(config.replica)
         assert place is not None
-        if make_replica(store.plain, open_objects(place, create=True)):
+        if make_replica(store.plain, open_objects(place, create=True)) and not json:
             say(f"made the replica at {place.url}")
     path = config.read_back_path if config.private_dir.is_dir() else None
     with closing(ReadBack(path, store.id, config.replica.url)) as read_back:
-        caught_up = _run(config.store.threads, Replication(store.plain, store.replica, read_back, again=check))
+        caught_up = _run(Replication(store.plain, store.replica, read_back, again=check))
     _tell(caught_up, as_json=json)
     if caught_up.failures:
         raise next(iter(caught_up.failures.values()))
 
 
-def _run(threads_max: int, run: Replication) -> CaughtUp:
+def _run(run: Replication) -> CaughtUp:
     import trio
 
     from vmfs_stub.services.replication import catch_up
     from vmfs_stub.services.threads import Threads
 
-    threads = Threads(files_max=1, store_max=threads_max, compute_max=1, store_timeout_s=60, transfer_timeout_s=600)
+    threads = Threads(files_max=1, store_max=1, compute_max=1, store_timeout_s=60, transfer_timeout_s=600)
     with closing(threads):
         return trio.run(partial(catch_up, threads, run))
 
