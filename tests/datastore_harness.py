@@ -249,6 +249,13 @@ class RigThreads(Threads):
         self._life.check_alive()
         return function(*args, **kwargs) if self._inline else super().ask_store(function, *args, **kwargs)
 
+    async def replica(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        self._life.check_alive()
+        if self._inline:
+            await trio.lowlevel.checkpoint()
+            return function(*args, **kwargs)
+        return await super().replica(function, *args, **kwargs)
+
     async def compute(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         if self._inline:
             await trio.lowlevel.checkpoint()

@@ -73,6 +73,7 @@ class FakeObjects:
 
 KINDS = {
     keys.STORE_KEY: "description",
+    keys.REPLICA_KEY: "replica_mark",
     keys.PACKS: "pack",
     keys.SEGMENTS: "segment",
     keys.MANIFESTS: "manifest",

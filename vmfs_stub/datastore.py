@@ -305,8 +305,6 @@ class Datastore:
                 self._store_error = None
             except VmfsStubError as exc:
                 self._store_error = str(exc)
-            if self._replica is not None:
-                await self._replica.check()
             await trio.sleep(PROBE_INTERVAL_S)
 
     async def replicate(self) -> None:
@@ -314,7 +312,9 @@ class Datastore:
         if self._replica is not None:
             with _only_warned("VMs could not be listed: what the replica lacks is found with their next backups"):
                 self._replica.due(vm.id for vm in (await self._scan()).vms)
-            await self._replica.run()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._replica.watch)
+                nursery.start_soon(self._replica.run)
 
     def _opened(self, disk: Disk, caller: Caller) -> None:
         self._accessed[disk.ino] = (caller, time.time())

@@ -7,6 +7,7 @@ import fcntl
 import gc
 import os
 import random
+import shutil
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
@@ -19,7 +20,7 @@ import trio.testing
 from store_points import KEY_SOURCE
 
 from vmfs_stub.core.chunking import FrameRef, chunk_count
-from vmfs_stub.core.errors import CorruptFrame, MoverLost, PrimaryIOError, StoreError
+from vmfs_stub.core.errors import CorruptFrame, MoverLost, PointNotFound, PrimaryIOError, StoreError
 from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
 from vmfs_stub.core.origin import Origin
@@ -36,10 +37,13 @@ from vmfs_stub.services.mover import FETCHES_AT_ONCE, Content, CopyOrder, Mover,
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.fallback import Fallback, ReplicatedStore
 from vmfs_stub.store.key_sources import KeySource
 from vmfs_stub.store.manifest import FileKind, StoredFile
 from vmfs_stub.store.objects_url import StoreAt, open_objects
 from vmfs_stub.store.pins import Pin
+from vmfs_stub.store.read_back import ReadBack
+from vmfs_stub.store.replica import Replication, make_replica
 from vmfs_stub.store.store import Store
 
 CHUNK = 64 << 10
@@ -55,6 +59,21 @@ class Place:
     kind: str
     store: Store
     guests: GuestActivity = field(default_factory=GuestActivity)
+    replica: Store | None = None
+
+    def add_replica(self) -> Store:
+        """For movers that are made later."""
+        make_replica(self.store, open_objects(self.replica_at, create=True))
+        self.replica = Store(open_objects(self.replica_at), self.store.description, self.store.key)
+        return self.replica
+
+    @property
+    def replica_at(self) -> StoreAt:
+        return StoreAt((self.base / "replica").as_uri(), retries_max=0, timeout_s=30, transfer_timeout_s=30)
+
+    def begin_replication(self) -> Replication:
+        assert self.replica is not None
+        return Replication(self.store, self.replica, ReadBack(None, self.store.id, self.replica_at.url))
 
     @property
     def path(self) -> Path:
@@ -72,7 +91,18 @@ class Place:
         threads = Threads(files_max=4, store_max=4, compute_max=2, store_timeout_s=30, transfer_timeout_s=30)
         index = ChunkIndex(self.base / "index.sqlite", self.store.id)
         try:
-            yield LocalMover(files=FileCalls(), threads=threads, store=self.store, chunk_index=index, workers=2)
+            replicated = None
+            if self.replica is not None:
+                replicated = ReplicatedStore(self.store, self.replica, Fallback(patience_s=30))
+            yield LocalMover(
+                files=FileCalls(),
+                threads=threads,
+                store=self.store,
+                chunk_index=index,
+                workers=2,
+                reading=replicated,
+                begin_replication=self.begin_replication,
+            )
         finally:
             threads.close()
             index.close()
@@ -87,6 +117,8 @@ class Place:
             files_threads=4,
             store_threads=4,
             slot_bytes=8 * CHUNK,
+            replica=None if self.replica is None else self.replica_at,
+            read_back_path=self.base / "replica.sqlite",
         )
 
     @asynccontextmanager
@@ -166,6 +198,39 @@ async def test_a_file_is_copied_as_it_is_told(place: Place) -> None:
         assert sum(progress) == size
     assert content_of(place.store, 1) == place.path.read_bytes()
     assert [pin.placeholder_id for pin in place.store.pins(VM, point_id(1))] == [PIN.placeholder_id]
+
+
+async def test_restore_points_are_brought_into_the_replica(place: Place) -> None:
+    place.path.write_bytes(NOISE)
+    replica = place.add_replica()
+    async with place.mover() as mover:
+        for number in (1, 2):
+            await back_up(place, mover, number, data(0, 6))
+        copied = list[int]()
+        await mover.replicate(VM, [point_id(1), point_id(2)], copied.append)
+        assert sum(copied) == sum(info.size for info in replica.stored.list("packs/"))
+        assert [content_of(replica, number) for number in (1, 2)] == [NOISE, NOISE]
+        with pytest.raises(PointNotFound):
+            await mover.replicate(VM, [point_id(3)], copied.append)
+        # What comes back comes from there, if need be.
+        refs = [ref for ref in refs_of(replica, 1) if ref is not None]
+        shutil.rmtree(place.base / "store/packs")
+        async with mover.fetch(refs[:2]) as raws:
+            assert b"".join(bytes(raw) for raw in raws) == NOISE[: 2 * CHUNK]
+        shutil.rmtree(place.base / "replica")
+        with pytest.raises(StoreError):
+            await mover.replicate(VM, [point_id(2)], copied.append)
+
+
+async def test_replicating_can_be_given_up(place: Place) -> None:
+    place.path.write_bytes(NOISE)
+    replica = place.add_replica()
+    async with place.mover() as mover:
+        await back_up(place, mover, 1, data(0, 6))
+        with trio.move_on_after(0.001):
+            await mover.replicate(VM, [point_id(1)], lambda count: None)
+        await mover.replicate(VM, [point_id(1)], lambda count: None)
+        assert content_of(replica, 1) == NOISE
 
 
 async def test_what_the_store_has_already_is_taken_over(place: Place) -> None:

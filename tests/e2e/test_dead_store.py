@@ -218,6 +218,37 @@ def waiting(datastore: LiveDatastore) -> int:
     return datastore.client.status().daemon.waiting_reads
 
 
+def test_guests_read_on_from_the_replica_while_the_store_hangs(
+    make_datastore: MakeDatastore,
+    hanging: tuple[Path, subprocess.Popen[bytes]],
+    base: Path,
+    read_at_once: Callable[[Path, range], Readers],
+) -> None:
+    """Each wait is that for the store, a short one, and most reads do not wait for it at all."""
+    store, process = hanging
+    settings = merged(IMPATIENT, {"recall": {"recall_deadline_s": 25, "store_timeout_s": 4}})
+    datastore = make_datastore(settings, "--replica", (base / "replica").as_uri(), store=store)
+    datastore.start()
+    disk = datastore.add_vm("vm", CONTENT)
+    datastore.archive("vm")
+    process.send_signal(signal.SIGSTOP)
+    try:
+        found = read_at_once(disk, range(60)).results(timeout_s=60)
+        for chunk, (_, code, data) in found.items():
+            assert (code, data) == (0, CONTENT[chunk * CHUNK : chunk * CHUNK + BLOCK]), f"chunk {chunk}"
+        times = []
+        for chunk in range(100, 160):
+            started = time.monotonic()
+            assert block_of(disk, chunk) == CONTENT[chunk * CHUNK : chunk * CHUNK + BLOCK]
+            times.append(time.monotonic() - started)
+        assert statistics.median(times) < 1
+        assert max(times) < 15
+    finally:
+        process.send_signal(signal.SIGCONT)
+    wait_until("the store is seen again", lambda: datastore.client.status().store.reachable)
+    assert disk.read_bytes() == CONTENT
+
+
 def test_unmount_by_force_while_the_store_hangs(
     archived: tuple[LiveDatastore, Path, subprocess.Popen[bytes]], read_at_once: Callable[[Path, range], Readers]
 ) -> None:

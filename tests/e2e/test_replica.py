@@ -74,7 +74,7 @@ def test_the_store_is_lost_and_comes_back(
     away.rename(datastore.store)
     wait_until("the store is seen again", lambda: datastore.client.status().store.reachable)
     # A pack is damaged: reads go on, and scrub repairs it.
-    damage(objects(packs)[0], 5 * CHUNK)
+    damage(max(objects(packs), key=lambda path: path.stat().st_size), 5 * CHUNK)
     told = datastore.cli("verify", check=0)
     assert "answered by the replica" in told.err
     datastore.cli("scrub", check=0)

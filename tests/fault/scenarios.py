@@ -621,7 +621,7 @@ async def _replicate(services: Services, store: Store, replica: Store) -> None:
         raise error
 
 
-def _remove_meanwhile(contents: dict[str, bytes], manifest: str, call: str, key: str) -> None:
+def _remove_meanwhile(contents: MutableMapping[str, bytes], manifest: str, call: str, key: str) -> None:
     if (call, key) == ("put", manifest):
         contents.pop(manifest, None)
 

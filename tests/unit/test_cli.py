@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from command_line import Run, runner
+from store_points import back_up
 from typer.testing import CliRunner
 
 from vmfs_stub.cli import host_checks
@@ -27,6 +28,8 @@ from vmfs_stub.control.client import ControlClient
 from vmfs_stub.core.errors import DaemonUnreachable
 from vmfs_stub.mount import mountpoint as mountpoints
 from vmfs_stub.mount import syscalls
+from vmfs_stub.store.objects_url import StoreAt, open_objects
+from vmfs_stub.store.store import Store
 
 HERE = Path(__file__).parent
 LS_FIELDS = ["vm", "disk", "path", "state", "size_bytes", "resident_bytes", "restore_points", "last_access"]
@@ -370,6 +373,37 @@ def test_init_makes_a_datastore(run: Run, tmp_path: Path, mountpoint: Path) -> N
     assert "joined the store" in joined.out
 
 
+def test_a_replica_is_made_filled_and_looked_at(run: Run, tmp_path: Path, mountpoint: Path, config: Path) -> None:
+    path, url = tmp_path / "two.toml", f"file://{tmp_path}/replica"
+    made = run("--config", path, *init_arguments(tmp_path, mountpoint, replica=url))
+    assert made.code == 0, made
+    assert f"made the replica at {url}" in made.out
+    assert load_config(path).replica.url == url
+    assert load_config(path).min_copies == 2
+    again = run("--config", tmp_path / "third.toml", *init_arguments(tmp_path, mountpoint, replica=url))
+    assert f"joined the replica at {url}" in again.out
+    store = Store.open(open_objects(StoreAt(f"file://{tmp_path}/store")))
+    back_up(store, {"disk.raw": b"content" * 1000})
+    told = run("--config", path, "replicate")
+    assert (told.code, told.out[:17]) == (0, "1 restore points,"), told
+    assert json.loads(run("--config", path, "replicate", "--json").out) == {"points": 0, "bytes": 0, "failures": {}}
+    findings = json.loads(run("--config", path, "doctor", "--json").out)
+    assert {each["severity"] for each in findings if each["subject"] == "replica"} == {"ok"}
+    # One that is away is not made again.
+    (tmp_path / "replica").rename(tmp_path / "away")
+    assert run("--config", path, "replicate").code == ExitCode.STORE
+    assert not (tmp_path / "replica").exists()
+    findings = json.loads(run("--config", path, "doctor", "--json").out)
+    assert {each["severity"] for each in findings if each["subject"] == "replica"} == {"problem"}
+    assert json.loads(run("--config", path, "replicate", "--create", "--json").out)["points"] == 1
+    (pack,) = [each for each in (tmp_path / "replica/packs").rglob("*") if each.is_file()]
+    pack.write_bytes(b"damaged")
+    assert run("--config", path, "replicate", "--check").code == 0
+    assert run("--config", path, "verify", "--store", url).code == 0
+    # None is configured.
+    assert run("replicate").code == ExitCode.USAGE
+
+
 def test_the_template_shows_the_defaults(run: Run, tmp_path: Path, mountpoint: Path) -> None:
     """Every key of the configuration is in the template, and what is commented out is the default."""
     path = tmp_path / "config.toml"
@@ -396,6 +430,11 @@ def test_the_template_shows_the_defaults(run: Run, tmp_path: Path, mountpoint: P
         ({"store": "file://{tmp}/backing/store"}, "store .* must not lie in backing"),
         ({"backing": "link/backing", "store": "file://{tmp}/real"}, "backing .* must not lie in store"),
         ({"store": "ftp://x/y"}, "not a store URL"),
+        ({"replica": "ftp://x/y"}, "not a store URL"),
+        ({"replica": "file://{tmp}/store"}, "is that of the store"),
+        ({"replica": "file://{tmp}/backing/replica"}, "replica .* must not lie in backing"),
+        ({"replica": "file://{tmp}/store/replica"}, "replica .* must not lie in store"),
+        ({"replica": "file://{tmp}/missing/replica"}, "its parent directory does not exist; make it, or mount"),
         ({"store": "file://{tmp}/missing/store"}, "its parent directory does not exist; make it, or mount"),
         ({"name": "a/b"}, r"datastore\.name"),
     ],

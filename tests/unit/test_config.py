@@ -43,6 +43,15 @@ def test_it_cannot_be_changed() -> None:
         config.recall.recall_deadline_s = 99
 
 
+def test_copies_are_as_many_as_there_are_places() -> None:
+    assert parse_config(MINIMAL, origin="c.toml").min_copies == 1
+    with_replica = MINIMAL + '[replica]\nurl = "file:///srv/replica"\n'
+    assert parse_config(with_replica, origin="c.toml").min_copies == 2
+    for copies in (1, 2):
+        text = f"{with_replica}[archive]\nmin_copies = {copies}\n"
+        assert parse_config(text, origin="c.toml").min_copies == copies
+
+
 def test_sizes_may_have_units() -> None:
     config = parse_config(MINIMAL + '[archive]\nresident_head_bytes = "4 MiB"\n', origin="c.toml")
     assert config.archive.resident_head_bytes == 4 << 20
@@ -60,6 +69,10 @@ def test_sizes_may_have_units() -> None:
         ("[recall]\nrecall_bytes_max = -1\n", r"c\.toml:10: recall\.recall_bytes_max: .*greater"),
         ("[retention]\nkeep_daily = -1\n", r"c\.toml:10: retention\.keep_daily: .*greater"),
         ("[retention]\nkeep_deleted_days = 0\n", r"c\.toml:10: retention\.keep_deleted_days: .*greater"),
+        ("[archive]\nmin_copies = 3\n", r"c\.toml:10: archive\.min_copies: .*less"),
+        ("[archive]\nmin_copies = 2\n", r"c\.toml: archive\.min_copies is 2, and there is no second place"),
+        ('[replica]\nurl = "file:///srv/store"\n', r"c\.toml: replica\.url is that of the store"),
+        ('[replica]\nurl = "s3://b/p"\naccess_key_id = "a"\n', r"c\.toml:9: replica: .*go together"),
         ("recall = nope\n", r"c\.toml: not valid TOML: .*line 9"),
         ('[control]\nsocket = "rel/sock"\n', r"c\.toml:10: control\.socket: must be an absolute path"),
     ],

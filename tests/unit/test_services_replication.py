@@ -28,6 +28,8 @@ class InlineThreads(Threads):
         await trio.lowlevel.checkpoint()
         return function(*args, **kwargs)
 
+    replica = background
+
 
 class CopyingMover:
     """Copies manifests; fails as it is told."""

@@ -16,6 +16,7 @@ from store_points import KEY_SOURCE, back_up, new_id
 from vmfs_stub.core.errors import (
     CorruptPack,
     ObjectMissing,
+    Refused,
     StoreUnavailable,
     WrongStore,
 )
@@ -34,6 +35,7 @@ from vmfs_stub.store.keys import (
     MANIFESTS,
     MOVED,
     PACKS,
+    REPLICA_KEY,
     SEGMENTS,
     STORE_KEY,
     forgotten_key,
@@ -64,11 +66,11 @@ class Pair:
     def replica(self) -> Store:
         return Store(self.there, self.store.description, self.store.key)
 
-    def run(self) -> CaughtUp:
+    def run(self, *, again: bool = False) -> CaughtUp:
         """All that `replicate` does, in a process of its own."""
         threads = Threads(files_max=1, store_max=2, compute_max=1, store_timeout_s=60, transfer_timeout_s=60)
         with closing(threads), closing(ReadBack(self.path, self.store.id, "there")) as read_back:
-            return trio.run(partial(catch_up, threads, Replication(self.store, self.replica, read_back)))
+            return trio.run(partial(catch_up, threads, Replication(self.store, self.replica, read_back, again=again)))
 
     def names(self, *kinds: str) -> dict[str, bytes]:
         """What the store has of these kinds."""
@@ -76,7 +78,12 @@ class Pair:
 
     def assert_same(self) -> None:
         """The replica has what restore points need, the same bytes, and nothing else."""
-        assert self.there.contents == self.names(STORE_KEY, KEYS, PACKS, SEGMENTS, MANIFESTS)
+        assert self.contents == self.names(STORE_KEY, KEYS, PACKS, SEGMENTS, MANIFESTS)
+
+    @property
+    def contents(self) -> dict[str, bytes]:
+        """What the replica has, beside its mark."""
+        return {key: data for key, data in self.there.contents.items() if key != REPLICA_KEY}
 
     def assert_restorable(self) -> None:
         """From the replica alone."""
@@ -230,7 +237,7 @@ def test_what_was_repaired_is_copied_with_where_it_is(pair: Pair) -> None:
         assert scrub(pair.store, progress).is_whole
     assert pair.names(MOVED)
     assert pair.run().failures == {}
-    assert pair.there.contents == pair.names(STORE_KEY, KEYS, PACKS, SEGMENTS, MANIFESTS, MOVED)
+    assert pair.contents == pair.names(STORE_KEY, KEYS, PACKS, SEGMENTS, MANIFESTS, MOVED)
     pair.assert_restorable()
     # Also where the pack is gone altogether, and to a replica that has nothing yet.
     del pair.here.contents[key]
@@ -351,6 +358,36 @@ def test_read_back_belongs_to_one_place(tmp_path: Path) -> None:
 
 
 # Garbage collection, and repair
+
+
+def test_a_replica_takes_no_backups_and_no_garbage_is_collected_in_it(pair: Pair) -> None:
+    back_up(pair.store, {"disk": DISK})
+    pair.run()
+    pair.there.contents["packs/aa/" + "a" * 32] = b"on its way"
+    kept = dict(pair.there.contents)
+    opened = Store.open(pair.there, pair.source)
+    with pytest.raises(Refused):
+        back_up(opened, {"disk": DISK})
+    reachability = Reachability(None, opened.id, opened.objects, sealing=opened.sealing)
+    with closing(reachability), pytest.raises(Refused):
+        Collector(opened.objects, reachability, lag_s=0, sleep=lambda seconds: None).run()
+    assert pair.there.contents == kept
+    del pair.there.contents[REPLICA_KEY]  # it is made the store
+    back_up(opened, {"disk": DISK})
+
+
+@pytest.mark.parametrize("kind", [PACKS, SEGMENTS, MANIFESTS])
+def test_all_of_it_is_read_back_again_and_mended(pair: Pair, kind: str) -> None:
+    back_up(pair.store, {"disk": DISK})
+    back_up(pair.store, {"disk": DISK[::-1]})
+    pair.run()
+    for key in pair.names(kind):
+        pair.there.contents[key] = altered(pair.there.contents[key])
+    assert pair.run().points == 0
+    pair.there.calls.clear()
+    assert pair.run(again=True).failures == {}
+    pair.assert_same()
+    assert set(pair.names(PACKS)) <= set(calls(pair.there, "get", PACKS))
 
 
 def collect(pair: Pair) -> MirroredDeletes:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from vmfs_stub.cli.context import open_store
+from vmfs_stub.cli.context import open_store, replicated
 from vmfs_stub.cli.init import probe_xattrs
 from vmfs_stub.cli.output import bytes_text
 from vmfs_stub.core.errors import DaemonUnreachable, OtherDatastore, StoreKeyError, VmfsStubError
@@ -290,6 +290,32 @@ def store(config: Config) -> Iterator[HostFinding]:
         yield HostFinding("note", "store", "this host may not remove objects", "none, but another host has to run gc")
 
 
+def replica(config: Config) -> Iterator[HostFinding]:
+    """If one is configured: reachable, the store's own, and writable."""
+    from vmfs_stub.store.probe import probe
+    from vmfs_stub.store.replica import check_replica
+
+    url = config.replica.url
+    if not url:
+        return
+    try:
+        both = replicated(config, open_store(config))
+        assert both is not None
+        check_replica(both.replica.stored, both.description)
+        may_remove = probe(both.replica.stored)
+    except StoreKeyError:
+        return  # which the store's own check tells
+    except VmfsStubError as exc:
+        remedy = "bring it back, correct replica.url, or make it with `vmfs-stub replicate --create`"
+        yield HostFinding("problem", "replica", f"{url}: {exc}", remedy)
+        return
+    yield HostFinding("ok", "replica", f"{url} can be read and written")
+    if not may_remove:
+        yield HostFinding(
+            "note", "replica", "this host may not remove objects there", "none, but what gc removes stays"
+        )
+
+
 CHECKS: tuple[Check, ...] = (
     configuration,
     fuse_device,
@@ -303,4 +329,5 @@ CHECKS: tuple[Check, ...] = (
     request_timeout,
     protected_files,
     store,
+    replica,
 )

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 def replicate(
     ctx: typer.Context,
     create: Annotated[bool, typer.Option("--create", help="Make the replica where there is none yet.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Read all of it back, and replace what is damaged there.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
 ) -> None:
     """Copy to the replica what it lacks: restore points of all VMs, and who can open them.
@@ -37,23 +40,23 @@ def replicate(
     if create:
         place = StoreAt.of(config.store).replica(config.replica)
         assert place is not None
-        if make_replica(store.plain, open_objects(place, create=True)):
+        if make_replica(store.plain, open_objects(place, create=True)) and not json:
             say(f"made the replica at {place.url}")
     path = config.read_back_path if config.private_dir.is_dir() else None
     with closing(ReadBack(path, store.id, config.replica.url)) as read_back:
-        caught_up = _run(config.store.threads, Replication(store.plain, store.replica, read_back))
+        caught_up = _run(Replication(store.plain, store.replica, read_back, again=check))
     _tell(caught_up, as_json=json)
-    for error in caught_up.failures.values():
-        raise error
+    if caught_up.failures:
+        raise next(iter(caught_up.failures.values()))
 
 
-def _run(threads_max: int, run: Replication) -> CaughtUp:
+def _run(run: Replication) -> CaughtUp:
     import trio
 
     from vmfs_stub.services.replication import catch_up
     from vmfs_stub.services.threads import Threads
 
-    threads = Threads(files_max=1, store_max=threads_max, compute_max=1, store_timeout_s=60, transfer_timeout_s=600)
+    threads = Threads(files_max=1, store_max=1, compute_max=1, store_timeout_s=60, transfer_timeout_s=600)
     with closing(threads):
         return trio.run(partial(catch_up, threads, run))
 
@@ -65,4 +68,4 @@ def _tell(caught_up: CaughtUp, *, as_json: bool) -> None:
         return
     for vm_id, error in caught_up.failures.items():
         warn(f"VM {vm_id}: {error}")
-    say(f"{caught_up.points} restore points, {bytes_text(caught_up.bytes)}, were copied to the replica")
+    say(f"{caught_up.points} restore points, {bytes_text(caught_up.bytes)} copied, were brought into the replica")

@@ -38,11 +38,13 @@ PACKS_AT_ONCE: Final = 3
 """Packs on their way to the replica; each is in memory twice while it is read back."""
 NAMES_AT_ONCE: Final = 64
 """Segments that are looked for in one call, which has a time limit."""
+PROBE_INTERVAL_S: Final = 15.0
+"""How often the replica is asked whether it is there."""
 RETRY_INTERVAL_S: Final = 60.0
 """How long a replica that did not answer is left alone."""
 
 FAILED_INTERVAL_S: Final = 3600.0
-"""What could not be copied is tried again so often, if nothing else comes: `scrub` may have repaired it."""
+"""What could not be copied is tried again after so long in which nothing came: `scrub` may have repaired it."""
 DAMAGE_TOLD_S: Final = 3600.0
 """How long after the last read that met damage in the store it is told of."""
 DAMAGED: Final = (IntegrityError, ObjectMissing, UnknownFormat)
@@ -61,7 +63,7 @@ async def replicate(
     ``progress`` gets numbers of bytes copied.  Raises StoreError, IntegrityError, UnknownFormat: what was copied stays,
     and a point that is damaged in the store, or is no more (PointNotFound), holds up no other.
     """
-    await threads.transfer(replication.begin)
+    await threads.replica(replication.begin)
     first: VmfsStubError | None = None
     for point_id in points:
         try:
@@ -91,9 +93,9 @@ async def catch_up(threads: Threads, replication: Replication) -> CaughtUp:
     def progress(size: int) -> None:
         done.bytes += size
 
-    await threads.transfer(replication.begin)
-    for vm_id in await threads.transfer(replication.vms):
-        points = await threads.transfer(replication.lacking, vm_id)
+    await threads.replica(replication.begin)
+    for vm_id in await threads.replica(replication.vms):
+        points = await threads.replica(replication.lacking, vm_id)
         if not points:
             continue
         try:
@@ -110,28 +112,28 @@ async def catch_up(threads: Threads, replication: Replication) -> CaughtUp:
 async def _replicate_point(
     threads: Threads, replication: Replication, vm_id: VmId, point_id: PointId, progress: Callable[[int], None]
 ) -> None:
-    manifest, segments = await threads.transfer(replication.look, vm_id, point_id)
+    manifest, segments = await threads.replica(replication.look, vm_id, point_id)
     for part in _parts(segments, NAMES_AT_ONCE):
-        for segment_id in await threads.transfer(replication.missing, part):
+        for segment_id in await threads.replica(replication.missing, part):
             await _replicate_segment(threads, replication, segment_id, progress)
-    await threads.transfer(replication.put_manifest, vm_id, point_id, manifest)
+    await threads.replica(replication.put_manifest, vm_id, point_id, manifest)
 
 
 async def _replicate_segment(
     threads: Threads, replication: Replication, segment_id: SegmentId, progress: Callable[[int], None]
 ) -> None:
-    copy = await threads.transfer(replication.read, segment_id)
+    copy = await threads.replica(replication.read, segment_id)
     packs = iter(replication.lacks(copy.segment.packs))
 
     async def copy_packs() -> None:
         for pack_id in packs:
-            progress(await threads.transfer(replication.copy_pack, pack_id))
+            progress(await threads.replica(replication.copy_pack, pack_id))
 
     with single_error():
         async with trio.open_nursery() as nursery:
             for _ in range(PACKS_AT_ONCE):
                 nursery.start_soon(copy_packs)
-    await threads.transfer(replication.put_segment, copy)
+    await threads.replica(replication.put_segment, copy)
 
 
 class ReplicaService:
@@ -182,19 +184,26 @@ class ReplicaService:
     async def check(self) -> None:
         """Ask the replica whether it is there, for `status`."""
         try:
-            await self._threads.background(check_replica, self._store.replica.stored, self._store.description)
+            await self._threads.replica(check_replica, self._store.replica.stored, self._store.description)
         except VmfsStubError as exc:
             self.away = exc
         else:
             self.away = None
 
+    async def watch(self) -> None:
+        """Ask it now and then, for ever."""
+        while True:
+            await self.check()
+            await trio.sleep(PROBE_INTERVAL_S)
+
     async def run(self) -> None:
         """Bring over what is due, for ever; after a replica that does not answer, a pause."""
         while True:
-            with trio.move_on_after(FAILED_INTERVAL_S):
+            with trio.move_on_after(FAILED_INTERVAL_S) as scope:
                 await self._wake.wait()
             self._wake = trio.Event()
-            self._due.update(dict.fromkeys(self.failures))
+            if scope.cancelled_caught:
+                self._due.update(dict.fromkeys(self.failures))
             while self._due:
                 vm_id = next(iter(self._due))
                 try:
@@ -215,9 +224,13 @@ class ReplicaService:
         await self.check()
         if self.away is not None:
             raise StoreUnavailable(str(self.away)) from self.away
+        try:
+            await self._threads.background(self._store.plain.check)
+        except ObjectMissing as exc:  # a store that is away is no damage of this VM
+            raise StoreUnavailable(str(exc)) from exc
         del self._due[vm_id]  # what becomes due while this runs is due again
         try:
-            points = await self._threads.background(lacking, self._store.plain, self._store.replica, vm_id)
+            points = await self._threads.replica(lacking, self._store.plain, self._store.replica, vm_id)
             self.lag[vm_id] = len(points)
             if points:
                 with suppress(PointNotFound):  # since it was listed, garbage collection has removed it
@@ -233,6 +246,7 @@ class ReplicaService:
         if vm_id not in self.failures:
             log.warning("restore points of VM %s cannot be copied to the replica: %s", vm_id, error)
         self.failures[vm_id] = error
+        self.trouble = None  # of this VM, not of the replica
         del self._due[vm_id]
 
 

@@ -21,6 +21,7 @@ from vmfs_stub.core.errors import (
     CorruptStoreObject,
     IntegrityError,
     ObjectMissing,
+    Refused,
     StoreConflict,
     StoreDenied,
     StoreError,
@@ -54,7 +55,7 @@ def repair(store: Store, damaged: Mapping[Frame, FrameRef], replica: Store | Non
 
     The store's own copies are used first, then those of the ``replica``, then what only a look at all footers finds.
 
-    Where this host may not write, or the store is full, nothing is repaired, and the log says so.
+    Where this host may not write, the store is full, or is a replica, nothing is repaired, and the log says so.
     Raises: UnknownFormat, StoreUnavailable.
     """
     store.moved.look_again()
@@ -65,7 +66,7 @@ def repair(store: Store, damaged: Mapping[Frame, FrameRef], replica: Store | Non
     try:
         with closing(ChunkIndex(None, store.id)) as index:
             return earlier | _repaired(store, store.begin_repair(index=index), left, replica)
-    except (StoreConflict, StoreDenied, StoreFull) as exc:
+    except (Refused, StoreConflict, StoreDenied, StoreFull) as exc:
         log.warning("nothing could be repaired: %s", exc)
         return earlier
 

@@ -32,6 +32,7 @@ class Threads:
         self._store = WorkerPool("store", store_max)
         self._background = WorkerPool("background", store_max, below_demand=True)
         self._transfers = WorkerPool("transfers", TRANSFERS_MAX, below_demand=True)
+        self._replica = WorkerPool("replica", TRANSFERS_MAX, below_demand=True)
         self._compute = WorkerPool("compute", compute_max, below_demand=True)
         self._steps = WorkerPool("steps", 1, below_demand=True)
         self._token: trio.lowlevel.TrioToken | None = None
@@ -40,7 +41,8 @@ class Threads:
 
     def close(self) -> None:
         """Let the worker threads end."""
-        for pool in (self._files, self._store, self._background, self._transfers, self._compute, self._steps):
+        pools = (self._files, self._store, self._background, self._transfers, self._replica, self._compute, self._steps)
+        for pool in pools:
             pool.close()
 
     async def files(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -70,6 +72,13 @@ class Threads:
     def ask_store(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """As `background`, from within a step and from threads of its own; blocks."""
         return trio.from_thread.run(partial(self.background, function, *args, **kwargs), trio_token=self._token)
+
+    async def replica(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """A call on the replica, or for it, apart from those on the store: one that hangs must not stop backups.
+
+        Raises StoreUnavailable at the time limit of a long call.
+        """
+        return await _within(self._transfer_timeout_s, self._replica, partial(function, *args, **kwargs))
 
     async def compute(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Work for a core: compressing, hashing; no guest waits for it."""

@@ -74,6 +74,7 @@ from vmfs_stub.store.manifest import encode_void
 from vmfs_stub.store.objects import ObjectStore
 from vmfs_stub.store.probe import probe
 from vmfs_stub.store.reachability import Reachability, committed_name
+from vmfs_stub.store.replica_mark import refuse_replica
 
 log = logging.getLogger(__name__)
 
@@ -156,8 +157,9 @@ class Collector:
 
         Raises: IntegrityError kinds, UnknownFormat, ObjectMissing when a manifest or a segment that a restore point
         needs cannot be read: nothing it may need is deleted then; StoreDenied when this host may not delete;
-        StoreUnavailable.
+        StoreUnavailable; Refused in a replica.
         """
+        refuse_replica(self._objects)
         if not probe(self._objects):
             msg = "this host may not delete from the store; run garbage collection on one that may"
             raise StoreDenied(msg)

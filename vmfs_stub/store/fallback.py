@@ -21,6 +21,7 @@ from vmfs_stub.core.errors import (
     ObjectMissing,
     StoreDenied,
     StoreUnavailable,
+    UnknownFormat,
     VmfsStubError,
 )
 from vmfs_stub.core.ids import PointId, SegmentId, VmId
@@ -40,7 +41,8 @@ AVOIDED_S: Final = 15.0
 TOLD_EACH_S: Final = 60.0
 """One line in the log for so long: a store without its packs makes thousands of reads fail."""
 _AWAY: Final = (StoreUnavailable, StoreDenied)
-_FAILED: Final = (*_AWAY, ObjectMissing, IntegrityError)
+_FAILED: Final = (*_AWAY, ObjectMissing, IntegrityError, UnknownFormat)
+"""The last one may be damage, too: of the bytes that say which format it is."""
 
 
 @dataclass(slots=True)

@@ -20,6 +20,7 @@ from vmfs_stub.core.errors import (
 from vmfs_stub.core.ids import PackId, PlaceholderId, PointId, SegmentId, VmId, WriterId
 
 STORE_KEY: Final = "vmfs-store.json"
+REPLICA_KEY: Final = "vmfs-replica"
 PACKS: Final = "packs/"
 SEGMENTS: Final = "segments/"
 MANIFESTS: Final = "manifests/"

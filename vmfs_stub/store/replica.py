@@ -2,7 +2,8 @@
 
 It has the description, the key documents, packs, segments, committed manifests and, where a damaged pack needs them,
 moved documents; so whatever reads restore points reads them there as well.  It has nothing that hosts tell each other
-by: no pins, leases, claims or lists.
+by: no pins, leases, claims or lists.  So it takes no backups, and no garbage is collected in it: a mark says that it is
+one (`replica_mark.py`).
 
 Order, which makes what is there say what was done before (must = a copy is counted that is none):
 - must: a segment is put when every pack that it names was read back from the replica, whole;
@@ -68,6 +69,7 @@ from vmfs_stub.store.objects import OBJECT_SIZE_MAX, CacheDropping, ObjectStore
 from vmfs_stub.store.packs import check_pack
 from vmfs_stub.store.probe import probe
 from vmfs_stub.store.read_back import ReadBack
+from vmfs_stub.store.replica_mark import mark_replica
 from vmfs_stub.store.segments import Segment
 from vmfs_stub.store.store import Store
 
@@ -107,6 +109,7 @@ def make_replica(store: Store, objects: ObjectStore) -> bool:
         check_replica(objects, store.description)
         return False
     probe(objects)
+    mark_replica(objects)
     _copy_keys(store.stored, objects)  # first: there never is a replica that nobody can open
     with suppress(ObjectExists):
         objects.put(STORE_KEY, store.stored.get(STORE_KEY, size_max=DOCUMENT_SIZE_MAX))
@@ -161,14 +164,17 @@ class SegmentCopy:
 class Replication:
     """One run: what it has seen to be in the replica it does not ask for again.  Thread-safe.
 
+    With ``again`` nothing counts that was done before it: all that the replica has is read back, and what is damaged
+    there is replaced.
     The calls for a restore point: `look` → for the segments that are `missing`: `read` → `copy_pack` for the packs of
     each (several at once) → `put_segment` → `put_manifest`.
     """
 
-    def __init__(self, store: Store, replica: Store, read_back: ReadBack) -> None:
+    def __init__(self, store: Store, replica: Store, read_back: ReadBack, *, again: bool = False) -> None:
         self._store = store
         self._replica = replica
         self._read_back = read_back
+        self._again = again
         self._known: OrderedDict[str, None] = OrderedDict()
         self._damaged: set[PackId] = set()
         """Packs that are damaged in the store, and have no whole copy."""
@@ -183,10 +189,9 @@ class Replication:
         return sorted(self._store.point_counts())
 
     def lacking(self, vm_id: VmId) -> list[PointId]:
-        """Restore points of a VM that the replica does not have, the newest first; forgotten ones do not count.
-
-        Raises: StoreUnavailable, StoreDenied.
-        """
+        """As the function of that name; with ``again`` all points of the VM."""
+        if self._again:
+            return [point.point_id for point in reversed(self._store.points(vm_id, with_damaged=True))]
         return lacking(self._store, self._replica, vm_id)
 
     def look(self, vm_id: VmId, point_id: PointId) -> tuple[bytes, list[SegmentId]]:
@@ -205,7 +210,9 @@ class Replication:
         return data, sorted({one for stored in manifest.files for one in stored.segments if one is not None})
 
     def missing(self, segments: Iterable[SegmentId]) -> list[SegmentId]:
-        """Those that the replica does not have."""
+        """Those that the replica does not have, or that were not dealt with in this run if it does all ``again``."""
+        if self._again:
+            return [one for one in segments if not self._is_known(segment_key(one))]
         return [one for one in segments if not self._is_there(segment_key(one))]
 
     def read(self, segment_id: SegmentId) -> SegmentCopy:
@@ -215,8 +222,7 @@ class Replication:
 
     def lacks(self, packs: Iterable[PackId]) -> list[PackId]:
         """Those that `copy_pack` has not dealt with in this run."""
-        with self._lock:
-            return [pack_id for pack_id in packs if pack_key(pack_id) not in self._known]
+        return [pack_id for pack_id in packs if not self._is_known(pack_key(pack_id))]
 
     def copy_pack(self, pack_id: PackId) -> int:
         """See that the replica has a pack, read back; returns how many bytes were copied.
@@ -254,7 +260,7 @@ class Replication:
 
     def _copy_pack(self, pack_id: PackId, hops: int) -> int:
         key = pack_key(pack_id)
-        if self._read_back.has(pack_id) and _is_there(self._replica.stored, key):
+        if not self._again and self._read_back.has(pack_id) and _is_there(self._replica.stored, key):
             self._remember(key)
             return 0
         there = _read(self._replica.stored, key, size_max=PACK_SIZE_MAX)
@@ -313,13 +319,16 @@ class Replication:
                     ) from exc
 
     def _is_there(self, key: str) -> bool:
-        with self._lock:
-            if key in self._known:
-                return True
+        if self._is_known(key):
+            return True
         if not _is_there(self._replica.stored, key):
             return False
         self._remember(key)
         return True
+
+    def _is_known(self, key: str) -> bool:
+        with self._lock:
+            return key in self._known
 
     def _remember(self, key: str) -> None:
         with self._lock:

@@ -67,6 +67,7 @@ from vmfs_stub.store.moved import UNREADABLE, MovedFrames
 from vmfs_stub.store.objects import ObjectInfo, ObjectStore
 from vmfs_stub.store.pins import Pin, decode_pin, encode_pin, remove_pin, valid_pins
 from vmfs_stub.store.quarantine import quarantined_packs
+from vmfs_stub.store.replica_mark import refuse_replica
 from vmfs_stub.store.sealing import StoreKey, sealing_of
 from vmfs_stub.store.segments import Segment
 from vmfs_stub.store.versions import version_of
@@ -373,14 +374,22 @@ class Store:
         return found
 
     def begin_backup(self, *, index: ChunkIndex) -> BackupWriter:
-        """Start a backup job of one VM; brings ``index`` up to date first.  Raises: as `check`."""
+        """Start a backup job of one VM; brings ``index`` up to date first.
+
+        Raises: as `check`; Refused in a replica.
+        """
         self.check()
+        refuse_replica(self.objects)
         quarantined = index.sync(self.objects).quarantined
         return self._writer(self.fetch, index, quarantined)
 
     def begin_repair(self, *, index: ChunkIndex) -> BackupWriter:
-        """Start to write frames of damaged packs anew; an empty ``index`` knows none of them.  Raises: as `check`."""
+        """Start to write frames of damaged packs anew; an empty ``index`` knows none of them.
+
+        Raises: as `begin_backup`.
+        """
         self.check()
+        refuse_replica(self.objects)
         return self._writer(self.fetch_in_place, index, quarantined_packs(self.objects))
 
     def _writer(
