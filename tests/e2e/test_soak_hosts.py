@@ -20,6 +20,8 @@ from vmfs_stub.control.client import ControlClient
 SEED = 1
 ROUNDS = 4
 
+pytestmark = pytest.mark.timeout(900)
+
 
 @pytest.mark.parametrize("troubled", [False, True])
 def test_a_few_rounds(base: Path, bucket: Bucket, troubled: bool) -> None:

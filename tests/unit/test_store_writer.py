@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from store_fakes import FakeObjects
 from store_points import KEY_SOURCE, back_up, finish, new_id, stored_file, write_chunks
 
+from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import (
     AlreadyExists,
     CorruptFrame,
@@ -327,6 +329,25 @@ def test_read_back_finds_what_the_medium_lost(tmp_path: Path) -> None:
     with pytest.raises(ObjectMissing):
         writer.read_back(entries)
     objects.close()
+
+
+def test_read_back_holds_little_of_what_compresses_well(objects: FakeObjects, store: Store) -> None:
+    fetched: list[int] = []
+
+    def fetch(refs: Sequence[FrameRef]) -> list[bytes]:
+        raws = store.fetch(refs)
+        fetched.append(sum(map(len, raws)))
+        return raws
+
+    writer = store.begin_backup(index=ChunkIndex(None, store.id))
+    entries = []
+    for first in range(0, 512, 64):
+        entries += write_chunks(writer, b"".join(bytes([first % 251 + 1, each]) * (CHUNK // 2) for each in range(64)))
+    finish(writer)
+    writer._fetch = fetch
+    writer.read_back([ref for ref in entries if ref])
+    assert sum(fetched) == 512 * CHUNK
+    assert max(fetched) <= 8 << 20 < sum(fetched)
 
 
 def test_equal_segments_of_one_backup_are_put_once_and_of_two_under_two_names(

@@ -31,6 +31,7 @@ from typing import Final, TypeVar
 from vmfs_stub.core.chunking import FrameRef, chunk_count
 from vmfs_stub.core.errors import CorruptManifest, IntegrityError, ObjectMissing, PointNotFound, StoreDenied, StoreFull
 from vmfs_stub.core.ids import PackId, PointId, SegmentId, VmId
+from vmfs_stub.core.recall_plan import plan_fetches
 from vmfs_stub.services.scrub_progress import PackDamage, ScrubProgress
 from vmfs_stub.services.scrub_repair import Frame, repair, replace_damaged
 from vmfs_stub.store import frames
@@ -44,7 +45,8 @@ from vmfs_stub.store.segments import Segment
 from vmfs_stub.store.store import Store
 
 WORKERS: Final = 2
-RUN_BYTES: Final = 4 * 1024 * 1024
+RUN_BYTES: Final = 8 * 1024 * 1024
+"""Raw bytes that are read and checked together."""
 DAMAGED_AT_ONCE: Final = 200
 """Damaged packs that are looked into together, which bounds the frames that are held in memory."""
 DAMAGES_MAX: Final = 1000
@@ -443,16 +445,10 @@ def _urgency(damage: Damage) -> tuple[bool, bool, str]:
     return not (damage.needs and damage.needs[0].pin_count), not damage.needs, damage.key
 
 
-def _runs(refs: Iterable[FrameRef]) -> Iterator[list[FrameRef]]:
+def _runs(refs: Iterable[FrameRef]) -> Iterator[Sequence[FrameRef]]:
     """Neighbouring frames of a pack, as many as are read at once."""
-    run: list[FrameRef] = []
-    for ref in refs:
-        if run and ref.end - run[0].offset > RUN_BYTES:
-            yield run
-            run = []
-        run.append(ref)
-    if run:
-        yield run
+    for fetch in plan_fetches(enumerate(refs), fetch_bytes_max=RUN_BYTES, gap_bytes_max=RUN_BYTES):
+        yield fetch.frames
 
 
 def _parts(items: Iterable[T], count: int) -> Iterator[list[T]]:

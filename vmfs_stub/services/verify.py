@@ -18,6 +18,7 @@ from typing import Final
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import IntegrityError, ObjectMissing, PointNotFound, UnknownFormat
 from vmfs_stub.core.ids import ChunkId, PackId, PointId, SegmentId, VmId
+from vmfs_stub.core.recall_plan import plan_fetches
 from vmfs_stub.store import frames
 from vmfs_stub.store.chunk_table import ChunkTable, SegmentCache
 from vmfs_stub.store.fallback import ReplicatedStore
@@ -28,7 +29,8 @@ from vmfs_stub.store.objects import CacheDropping
 from vmfs_stub.store.store import PointSummary, Store
 
 WORKERS: Final = 2
-RUN_BYTES: Final = 4 * 1024 * 1024
+RUN_BYTES: Final = 8 * 1024 * 1024
+"""Raw bytes that are read and checked together."""
 FINDINGS_MAX: Final = 1000
 """Findings kept per segment and per run; more say nothing new."""
 
@@ -186,16 +188,5 @@ def _runs(refs: Iterable[FrameRef | None]) -> list[list[tuple[int, FrameRef]]]:
     for slot, ref in enumerate(refs):
         if ref is not None:
             places.setdefault((ref.pack_id, ref.offset, ref.chunk_id), (slot, ref))
-    runs: list[list[tuple[int, FrameRef]]] = []
-    for (pack_id, offset, _), item in sorted(places.items()):
-        run = runs[-1] if runs else []
-        if (
-            run
-            and run[-1][1].pack_id == pack_id
-            and run[-1][1].end == offset
-            and item[1].end - run[0][1].offset <= RUN_BYTES
-        ):
-            run.append(item)
-        else:
-            runs.append([item])
-    return runs
+    fetches = plan_fetches(places.values(), fetch_bytes_max=RUN_BYTES, gap_bytes_max=0)
+    return [list(zip(fetch.chunks, fetch.frames, strict=True)) for fetch in fetches]

@@ -28,6 +28,7 @@ from typing import Final
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import IntegrityError, ObjectExists, ObjectMissing, StoreConflict, StoreDenied, StoreError
 from vmfs_stub.core.ids import ChunkId, PackId, PointId, SegmentId, VmId, WriterId
+from vmfs_stub.core.recall_plan import plan_fetches
 from vmfs_stub.store import frames
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.condemned import Condemned, read_condemned
@@ -57,8 +58,9 @@ from vmfs_stub.store.versions import NEWER, is_known
 
 BUFFERS_KEPT: Final = 4
 """Buffers of packs, and of batches, kept for the next one: fresh memory costs more than the copy into it."""
-READ_BACK_BYTES: Final = 4 * 1024 * 1024
-"""Bytes per read of ``read_back``: large enough for a disk, small enough to hold decoded."""
+READ_BACK_BYTES: Final = 8 * 1024 * 1024
+"""Raw bytes per read of ``read_back``: large enough for a disk, small enough to hold decoded, however well a disk
+compresses."""
 READ_BACK_GAP: Final = 256 * 1024
 """Unwanted bytes that are read rather than starting another read."""
 
@@ -228,20 +230,10 @@ class BackupWriter:
         Any order, any number of packs; equal ones are read once.
         Raises: CorruptFrame, CorruptPack, ObjectMissing, StoreUnavailable.
         """
-        ordered = sorted({(ref.pack_id, ref.offset): ref for ref in refs}.items())
-        run: list[FrameRef] = []
+        wanted = {(ref.pack_id, ref.offset): ref for ref in refs}.values()
         dropped: set[PackId] = set()
-        for (pack_id, offset), ref in ordered:
-            if run and (
-                run[0].pack_id != pack_id
-                or offset - run[-1].end > READ_BACK_GAP
-                or ref.end - run[0].offset > READ_BACK_BYTES
-            ):
-                self._read_back_run(run, dropped)
-                run = []
-            run.append(ref)
-        if run:
-            self._read_back_run(run, dropped)
+        for fetch in plan_fetches(enumerate(wanted), fetch_bytes_max=READ_BACK_BYTES, gap_bytes_max=READ_BACK_GAP):
+            self._read_back_run(fetch.frames, dropped)
 
     def put_segment(self, segment: SealedSegment) -> None:
         """Store a segment durably; one call at a time.
@@ -411,7 +403,7 @@ class BackupWriter:
         self._unput[pack.pack_id] = pack
         return pack
 
-    def _read_back_run(self, run: list[FrameRef], dropped: set[PackId]) -> None:
+    def _read_back_run(self, run: Sequence[FrameRef], dropped: set[PackId]) -> None:
         pack_id = run[0].pack_id
         if pack_id not in dropped and isinstance(self._objects, CacheDropping):
             self._objects.drop_cache(pack_key(pack_id))
