@@ -18,6 +18,7 @@ from vmfs_stub.core.errors import (
     ObjectMissing,
     Refused,
     StoreUnavailable,
+    UnknownFormat,
     WrongStore,
 )
 from vmfs_stub.core.ids import PackId, PointId, VmId
@@ -26,6 +27,7 @@ from vmfs_stub.services.scrub import scrub
 from vmfs_stub.services.scrub_progress import ScrubProgress
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.services.verify import verify
+from vmfs_stub.store import format as store_format
 from vmfs_stub.store.collector import Collector
 from vmfs_stub.store.key_sources import KeySource
 from vmfs_stub.store.keyring import add_key, look_at, remove_key
@@ -47,6 +49,7 @@ from vmfs_stub.store.reachability import Reachability
 from vmfs_stub.store.read_back import ReadBack
 from vmfs_stub.store.replica import Replication, check_replica, lacking, make_replica
 from vmfs_stub.store.store import Store
+from vmfs_stub.store.versions import raise_version
 
 CHUNK = 64 * 1024
 DISK = random.Random(31).randbytes(9 * CHUNK + 17)
@@ -131,7 +134,8 @@ def test_what_is_there_is_not_copied_again(pair: Pair) -> None:
     pair.there.calls.clear()
     pair.here.calls.clear()
     assert pair.run().points == 0
-    assert {(call, key.split("/")[0]) for call, key in pair.there.calls} <= {("get", STORE_KEY), ("get", "keys")}
+    looks = {("get", STORE_KEY), ("get", "keys"), ("size", "versions")}
+    assert {(call, key.split("/")[0]) for call, key in pair.there.calls} <= looks
     assert calls(pair.here, "get", PACKS, SEGMENTS) == []
 
 
@@ -337,6 +341,17 @@ def test_keys_come_and_go_with_the_store() -> None:
     pair.here.list = lambda prefix: iter(()) if prefix == KEYS else listed(prefix)  # type: ignore[method-assign]
     pair.run()
     assert {key for key in pair.there.contents if key.startswith(KEYS)} == set(pair.names(KEYS))
+
+
+def test_a_store_that_was_raised_raises_its_replica(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_format, "STORE_VERSION", 2)
+    pair.run()
+    assert pair.names("versions/") == {}
+    raise_version(pair.here, pair.store.description, 2)
+    pair.run()
+    monkeypatch.undo()
+    with pytest.raises(UnknownFormat):
+        Store.open(pair.there, pair.source)
 
 
 def test_read_back_belongs_to_one_place(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ from vmfs_stub.store.read_back import ReadBack
 from vmfs_stub.store.replica_mark import mark_replica
 from vmfs_stub.store.segments import Segment
 from vmfs_stub.store.store import Store
+from vmfs_stub.store.versions import raise_version, version_of
 
 log = logging.getLogger(__name__)
 
@@ -118,13 +119,14 @@ def make_replica(store: Store, objects: ObjectStore) -> bool:
 
 
 def copy_keys(store: Store, replica: Store) -> None:
-    """Let what opens an encrypted store open its replica, and nothing else.
+    """Raise the replica to the store's version, and let what opens an encrypted store open it, and nothing else.
 
     A key document is removed from the replica when the store, which is there, does not have it; never the last one.
     Raises: as `check_replica`, of either.
     """
     check_replica(replica.stored, store.description)
     store.check()
+    raise_version(replica.stored, store.description, version_of(store.stored, store.description))
     if store.key is None:
         return
     left = _copy_keys(store.stored, replica.stored)
