@@ -22,10 +22,9 @@ from tests.datastore_harness import BLOCK, CHUNK, Rig, RigFiles, Services, survi
 from tests.fault.scenarios import BY_NAME, SCENARIOS, NotWhole, Scenario, adopt, contents_of, expect, make_vm
 from tests.fault.spoilings import Spoiling, kinds_at, numbers
 from tests.store_places import Place, in_fake
-from vmfs_stub.core.errors import MapFrozen, VmfsStubError
+from vmfs_stub.core.errors import MapFrozen, PointNotFound, VmfsStubError
 from vmfs_stub.core.ids import PointId
 from vmfs_stub.core.names import ADOPTING_DIR, PRIVATE_DIR
-from vmfs_stub.primary.record import PlaceholderRecord
 from vmfs_stub.services import hydration, recall, verify
 from vmfs_stub.store.keys import pin_key
 from vmfs_stub.store.manifest import FileKind
@@ -135,6 +134,7 @@ async def _life(
                     services.recall.deadline_s = GUEST_WAITS_S
                 done = await _act(scenario, services, must_work=spoiling is None)
                 calls = Calls(dict(files.counts), files.places.copy())
+                _check_second_copies(services)  # before reads bring all of it back
                 if not files.dead and spoiling is not None:
                     await _check_no_wrong_byte(services, after if done else during)
                     files.repair()
@@ -294,6 +294,7 @@ def check_point(services: Services, point_id: PointId, contents: Contents) -> No
 
 
 async def _check_whole(services: Services, possible: Contents) -> None:
+    _check_second_copies(services)
     for path, versions in possible.items():
         st = (services.rig.backing / path).stat()
         known = services.disks.placeholders.get(st.st_ino)
@@ -303,17 +304,22 @@ async def _check_whole(services: Services, possible: Contents) -> None:
             record = known.record
             if pin_key(record.vm_id, record.point_id, record.placeholder_id) not in services.rig.pins():
                 raise NotWhole(f"{path} is a placeholder whose restore point is not pinned")
-            _check_second_copy(services.rig, record, path)
         _expect_one_of(await contents_of(services, path), versions, path)
 
 
-def _check_second_copy(rig: Rig, record: PlaceholderRecord, path: str) -> None:
+def _check_second_copies(services: Services) -> None:
     """Where two copies are asked for, nothing was released of which the replica alone does not give all."""
-    replica = rig.replica()
-    if replica is not None:
-        report = verify.verify(replica, vm_id=record.vm_id, point_id=record.point_id, workers=1)
-        if report.findings:
-            raise NotWhole(f"{path} is a placeholder without a second copy: {report.findings[0]}")
+    replica = services.rig.replica()
+    for _, known in services.disks.placeholders.items() if replica is not None else ():
+        if known.record is not None:
+            assert replica is not None
+            try:
+                vm_id, point_id = known.record.vm_id, known.record.point_id
+                findings = verify.verify(replica, vm_id=vm_id, point_id=point_id, workers=1).findings
+            except PointNotFound as exc:
+                raise NotWhole(f"{known.label} is a placeholder without a second copy") from exc
+            if findings:
+                raise NotWhole(f"{known.label} is a placeholder without a whole second copy: {findings[0]}")
 
 
 def _expect_one_of(found: bytes, versions: list[bytes], path: str) -> None:

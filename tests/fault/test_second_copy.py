@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import trio
 
 from tests.datastore_harness import Rig, Services, temporary_rig
 from tests.fault.scenarios import DISK, first_contents, make_vm
+from tests.fault.site_faults import BY_NAME, NotWhole, Spoiling, run
 from tests.store_points import KEY_SOURCE
 from vmfs_stub.core.errors import Abandoned, CorruptPack, ObjectMissing, StoreFull, StoreUnavailable, VmfsStubError
+from vmfs_stub.inventory.vm import Vm
+from vmfs_stub.services.archive import Archiver, BackupReport
 from vmfs_stub.services.verify import verify
 from vmfs_stub.store.keys import MANIFESTS, PACKS, SEGMENTS
 from vmfs_stub.store.store import Store
@@ -147,6 +151,22 @@ async def test_guests_read_on_without_the_store(rig: Rig) -> None:
         rig.objects.contents.update(kept)
         assert services.replicated is not None
         assert services.replicated.fallback.counts.reads > 0
+
+
+async def test_the_sweep_finds_an_archive_that_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a planted mistake: the second copy may fail."""
+    careful = Archiver._make_second_copy
+
+    async def careless(self: Archiver, vm: Vm, report: BackupReport) -> None:
+        with suppress(VmfsStubError):
+            await careful(self, vm, report)
+
+    spoiling = Spoiling("replica.segment.put", 1, "error", for_good=True)
+    await run(BY_NAME["archive_twice"], spoiling)
+    monkeypatch.setattr(Archiver, "_make_second_copy", careless)
+    with pytest.raises(ExceptionGroup) as found:
+        await run(BY_NAME["archive_twice"], spoiling)
+    assert found.group_contains(NotWhole, match="without a second copy")
 
 
 async def contents(services: Services) -> bytes:
