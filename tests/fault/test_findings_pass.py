@@ -81,7 +81,8 @@ async def test_a_store_that_was_away_is_a_finding_until_it_answers() -> None:
             await services.disks.release(disk)
 
 
-async def test_a_disk_that_is_gone_has_no_failed_recalls() -> None:
+@pytest.mark.parametrize("is_open", [True, False])
+async def test_a_disk_that_is_gone_has_no_failed_recalls(is_open: bool) -> None:
     with temporary_rig() as rig:
         frames = await archived(rig)
         flip(rig, frames[0])
@@ -89,11 +90,14 @@ async def test_a_disk_that_is_gone_has_no_failed_recalls() -> None:
             disk = await services.open(DISK)
             with pytest.raises(CorruptFrame):
                 await disk.read(0, 1)
+            if not is_open:
+                await services.disks.release(disk)
             with rig.path_fd(DISK) as path_fd:
                 await services.disks.removing(path_fd)
                 (rig.backing / DISK).unlink()
                 await services.disks.removed(path_fd)
-            await services.disks.release(disk)
+            if is_open:
+                await services.disks.release(disk)
             assert found(services) == []
 
 

@@ -83,7 +83,7 @@ class DiskCloser:
                 raise
             log.warning("%s: its last sync failed, and it is removed anyway", disk.label, exc_info=True)
         finally:
-            self._recall.forget(placeholder, ended=removed)
+            self._recall.forget(placeholder)
         if removed:
             await self._removals.closed(disk.ino, record)
 
@@ -104,7 +104,7 @@ class DiskCloser:
             if placeholder.ended:
                 disk.placeholder = None
         self._placeholders.remove(disk.ino)
-        self._recall.forget(placeholder, ended=True)
+        self._recall.forget(placeholder)
         self._attributes_changed(disk.ino)
         log.info("%s: is an ordinary file again", disk.label)
         await self._retirement.retire(Ended.of(record))

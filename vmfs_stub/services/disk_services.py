@@ -77,6 +77,7 @@ def connect_services(
 
     What guests read comes from ``reading``: the store, or the store with its replica.
     """
+    failures = RecallFailures(findings)
     claims = Claims(
         nursery=nursery,
         threads=threads,
@@ -94,11 +95,11 @@ def connect_services(
         concurrency_max=settings.recall_concurrency,
         waiting_max=settings.recall_queue_max,
         fetch_bytes_max=settings.fetch_bytes_max,
-        failures=RecallFailures(findings),
+        failures=failures,
         guests=guests,
         claims=claims,
     )
-    retirement = Retirement(files=files, threads=threads, store=store, mover=mover, private=private)
+    retirement = Retirement(files=files, threads=threads, store=store, mover=mover, private=private, failures=failures)
     changes = Changes(
         files=files,
         threads=threads,

@@ -250,11 +250,9 @@ class RecallService:
         """Whether any chunk of it is on its way."""
         return any(owner is placeholder for owner, _ in self._flights)
 
-    def forget(self, placeholder: Placeholder, *, ended: bool = False) -> None:
-        """Drop what is cached for a placeholder that is closed; of one that has ``ended``, also how it failed."""
+    def forget(self, placeholder: Placeholder) -> None:
+        """Drop what is cached for a placeholder that is closed."""
         self._tables.pop(placeholder.maps.record.placeholder_id, None)
-        if ended:
-            self._failures.end(placeholder)
 
     # The recall itself
 

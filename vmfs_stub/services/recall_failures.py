@@ -69,7 +69,7 @@ class RecallFailures:
         if not failing:
             del self._failing[placeholder.maps.record.placeholder_id]
 
-    def end(self, placeholder: Placeholder) -> None:
+    def end(self, placeholder_id: PlaceholderId) -> None:
         """The placeholder is none any more: nothing of it is recalled again."""
-        for kind, failure in self._failing.pop(placeholder.maps.record.placeholder_id, {}).items():
+        for kind, failure in self._failing.pop(placeholder_id, {}).items():
             self._findings.settle(failure.subject, kind)

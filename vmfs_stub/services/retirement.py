@@ -1,4 +1,4 @@
-"""The end of a placeholder that nothing needs any more: its pin goes, then its maps.
+"""The end of a placeholder that nothing needs any more: its pin goes, then its maps, and findings about its recalls.
 
 The pin goes first and the map last, because the map is what remembers that this is still to be done: with a store
 that is down it stays, and is tried again.  So it does while a pin may still be put, after it was removed here.
@@ -17,6 +17,7 @@ from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PrivateState, discard_maps
 from vmfs_stub.primary.record import PlaceholderRecord
 from vmfs_stub.services.mover import Mover
+from vmfs_stub.services.recall_failures import RecallFailures
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.store import Store
 
@@ -48,17 +49,27 @@ class Retirement:
     """Removes pins and maps; what fails is tried again until it works or the daemon ends (then at its next start)."""
 
     def __init__(
-        self, *, files: FileCalls, threads: Threads, store: Store, mover: Mover, private: PrivateState
+        self,
+        *,
+        files: FileCalls,
+        threads: Threads,
+        store: Store,
+        mover: Mover,
+        private: PrivateState,
+        failures: RecallFailures,
     ) -> None:
         self._files = files
         self._threads = threads
         self._store = store
         self._mover = mover
         self._private = private
+        self._failures = failures
         self._waiting: list[Ended] = []
 
     async def retire(self, *ended: Ended) -> None:
         """Remove pins and maps, or remember to; the ends of the files or of their records are durable already."""
+        for each in ended:
+            self._failures.end(each.placeholder_id)
         for number, each in enumerate(ended):
             try:
                 await self._retire(each)
