@@ -13,7 +13,6 @@ from tests.collection import hosts
 from tests.collection.hosts import play
 from vmfs_stub.core.errors import ObjectExists
 from vmfs_stub.store import backup_writer, collector
-from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.claims import Claim, encode_claim
 from vmfs_stub.store.collector import Collector
 from vmfs_stub.store.condemned import Condemned
@@ -45,7 +44,7 @@ def no_look_at_lists(patch: Patch) -> None:
 
 
 def no_look_whether_it_is_there(patch: Patch) -> None:
-    patch.setattr(BackupWriter, "_exists", lambda writer, key: not key.startswith(DEAD))
+    patch.setattr(backup_writer, "exists", lambda objects, key: not key.startswith(DEAD))
 
 
 def no_last_look(patch: Patch) -> None:

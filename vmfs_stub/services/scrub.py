@@ -38,7 +38,7 @@ from vmfs_stub.store import frames
 from vmfs_stub.store.format import SEGMENT_CHUNKS, SEGMENT_SIZE_MAX
 from vmfs_stub.store.keys import PACKS, is_id, manifest_key, pack_key, segment_key
 from vmfs_stub.store.manifest import Manifest, StoredFile, decode_manifest
-from vmfs_stub.store.objects import CacheDropping
+from vmfs_stub.store.objects import CacheDropping, exists
 from vmfs_stub.store.packs import read_footer
 from vmfs_stub.store.quarantine import Quarantine, put_quarantine, read_quarantine
 from vmfs_stub.store.segments import Segment
@@ -351,7 +351,7 @@ class _Scrub:
         found = []
         for pack_id, damage in damaged.items():
             key, frame_count = pack_key(pack_id), needed_counts[pack_id]
-            if frame_count or self._exists(key):  # or else it was deleted, together with what needed it
+            if frame_count or exists(self._store.objects, key):  # or else it was deleted, together with what needed it
                 mark = read_quarantine(self._store.objects, pack_id)
                 found.append(
                     replace(
@@ -422,13 +422,6 @@ class _Scrub:
             elif segment_id is not None:
                 counts.update(pack_key(frame[0]) for frame in self._slots.get(segment_id, ()) if frame in lost)
         return counts
-
-    def _exists(self, key: str) -> bool:
-        try:
-            self._store.objects.size(key)
-        except ObjectMissing:
-            return False
-        return True
 
 
 def _is_damaged(ref: FrameRef | None, damaged: Mapping[PackId, PackDamage]) -> bool:

@@ -48,7 +48,7 @@ from vmfs_stub.store.keys import (
 from vmfs_stub.store.leases import Lease
 from vmfs_stub.store.manifest import Manifest, StoredFile, encode_checked
 from vmfs_stub.store.moved import Move, encode_moved, read_moves
-from vmfs_stub.store.objects import Buffer, CacheDropping, ObjectStore
+from vmfs_stub.store.objects import Buffer, CacheDropping, ObjectStore, exists
 from vmfs_stub.store.packs import OpenPack, SealedPack
 from vmfs_stub.store.pins import Pin, encode_pin, remove_pin
 from vmfs_stub.store.quarantine import quarantined_packs
@@ -423,7 +423,7 @@ class BackupWriter:
         """One pack that the index has is gone: garbage collection, which the index does not know of, takes many."""
         with self._lock:
             used = sorted(self._used - self._own)
-        self._index.forget_packs(pack_id for pack_id in used if not self._exists(pack_key(pack_id)))
+        self._index.forget_packs(pack_id for pack_id in used if not exists(self._objects, pack_key(pack_id)))
 
     def _check_used(self) -> None:
         """See that nothing this job uses is condemned, gone, or found damaged meanwhile."""
@@ -437,7 +437,7 @@ class BackupWriter:
         lost_segments = {
             segment_id
             for segment_id in sorted(self._segments)
-            if segment_id in condemned.segments or not self._exists(segment_key(segment_id))
+            if segment_id in condemned.segments or not exists(self._objects, segment_key(segment_id))
         }
         self._check_not_dead()
         if not is_known(self._objects):
@@ -451,30 +451,23 @@ class BackupWriter:
             raise StoreConflict(msg)
 
     def _check_not_dead(self) -> None:
-        if self._exists(dead_key(self.writer_id)):
+        if exists(self._objects, dead_key(self.writer_id)):
             raise _taken_for_dead()
 
     def _is_readable(self, pack_id: PackId, condemned: Condemned) -> bool:
         """Whether a pack is there, or what was saved of it, which stays as long as the pack is needed."""
-        if self._exists(pack_key(pack_id)):
+        if exists(self._objects, pack_key(pack_id)):
             return True
         if pack_id not in self._quarantined:
             return False
         saved = {move.pack_id for move in read_moves(self._objects, pack_id)}
-        return condemned.packs.isdisjoint(saved) and any(self._exists(pack_key(each)) for each in saved)
+        return condemned.packs.isdisjoint(saved) and any(exists(self._objects, pack_key(each)) for each in saved)
 
     def _put_manifest(self, key: str, data: bytes) -> None:
         try:
             self._objects.put(key, data)
         except ObjectExists as exc:
             raise _taken_for_dead() from exc
-
-    def _exists(self, key: str) -> bool:
-        try:
-            self._objects.size(key)
-        except ObjectMissing:
-            return False
-        return True
 
     def _withdraw(self, pending: str, vm_id: VmId, point_id: PointId, pins: Sequence[Pin]) -> None:
         with suppress(StoreError):  # garbage collection takes what is pending of a dead job

@@ -33,7 +33,7 @@ from vmfs_stub.store.cache_file import FILE_SUFFIXES, is_damage, open_cache
 from vmfs_stub.store.format import INDEX_SIZE_MAX
 from vmfs_stub.store.index_objects import decode_index
 from vmfs_stub.store.keys import INDEX, is_id, pack_key
-from vmfs_stub.store.objects import ObjectStore
+from vmfs_stub.store.objects import ObjectStore, exists
 from vmfs_stub.store.quarantine import quarantined_packs
 
 T = TypeVar("T")
@@ -206,12 +206,7 @@ class ChunkIndex:
         nothing: list[PackId] = []
         with self._lock:
             unpublished = self._guarded(_unpublished, nothing)
-        gone = []
-        for pack_id in unpublished:
-            try:
-                objects.size(pack_key(pack_id))
-            except ObjectMissing:
-                gone.append(pack_id)
+        gone = [pack_id for pack_id in unpublished if not exists(objects, pack_key(pack_id))]
         with self._lock:
             self._guarded(partial(_forget, pack_ids=gone), None)
         self._has_looked_for_unpublished = True

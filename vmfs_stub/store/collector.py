@@ -71,7 +71,7 @@ from vmfs_stub.store.keys import (
 )
 from vmfs_stub.store.leases import LEASE_DEAD_S, decode_lease
 from vmfs_stub.store.manifest import encode_void
-from vmfs_stub.store.objects import ObjectStore
+from vmfs_stub.store.objects import ObjectStore, exists
 from vmfs_stub.store.probe import probe
 from vmfs_stub.store.reachability import Reachability, committed_name
 from vmfs_stub.store.replica_mark import refuse_replica
@@ -213,7 +213,7 @@ class Collector:
             self._objects.delete(UNPINNED + pin.removeprefix(PINS))
             self._collected.pins += 1
         # One that has committed does nothing more; a host that may not delete leaves its lease all the same.
-        over = {_pending_writer(key) for key in second.pending if self._exists(committed_name(key))}
+        over = {_pending_writer(key) for key in second.pending if exists(self._objects, committed_name(key))}
         for writer in sorted((dead & set(second.leases)) - over):
             with suppress(ObjectExists):
                 self._objects.put(dead_key(writer), b"")
@@ -335,7 +335,7 @@ class Collector:
 
     def _is_gone(self, pack_id: PackId) -> bool:
         """Whether a pack is not there, and nothing needs it."""
-        return not self._reachability.has_pack(pack_id) and not self._exists(pack_key(pack_id))
+        return not self._reachability.has_pack(pack_id) and not exists(self._objects, pack_key(pack_id))
 
     def _write_index_without(self, key: str, gone: set[PackId]) -> None:
         try:
@@ -369,15 +369,8 @@ class Collector:
                 )
                 continue
             names = [*map(pack_key, sorted(listed.packs)), *map(segment_key, sorted(listed.segments))]
-            if not any(map(self._exists, names)):
+            if not any(exists(self._objects, name) for name in names):
                 self._objects.delete(key)
-
-    def _exists(self, key: str) -> bool:
-        try:
-            self._objects.size(key)
-        except ObjectMissing:
-            return False
-        return True
 
     def _each(self, call: Callable[[str], None], keys: list[str]) -> None:
         if self._workers == 1:

@@ -32,7 +32,7 @@ from vmfs_stub.store.key_documents import (
 )
 from vmfs_stub.store.key_sources import KeyKind, KeySource
 from vmfs_stub.store.keys import KEYS, STORE_KEY, is_id, key_key
-from vmfs_stub.store.objects import ObjectStore
+from vmfs_stub.store.objects import ObjectStore, exists
 from vmfs_stub.store.sealing import STORE_KEY_SIZE, StoreKey
 from vmfs_stub.store.versions import version_of
 
@@ -192,8 +192,6 @@ def remove_key(objects: ObjectStore, seen: SeenStore, source: KeySource, key_id:
     if not is_id(key_id) or key_key(key_id) not in {info.key for info in objects.list(KEYS)}:
         raise NotFound(f"the store has no key {key_id}; `vmfs-stub store keys` lists them")
     objects.delete(key_key(key_id))
-    try:
-        objects.size(key_key(in_use))
-    except ObjectMissing:
-        return put_key(objects, seen.description, key, source)
-    return None
+    if exists(objects, key_key(in_use)):
+        return None
+    return put_key(objects, seen.description, key, source)

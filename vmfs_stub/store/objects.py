@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias, runtime_checkable
 
-from vmfs_stub.core.errors import IntegrityError
+from vmfs_stub.core.errors import IntegrityError, ObjectMissing
 from vmfs_stub.store.keys import damage
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -81,6 +81,15 @@ class CacheDropping(Protocol):
     def drop_cache(self, key: str) -> None:
         """Make the next read of ``key`` come from the medium, as far as the system allows; never fails."""
         ...
+
+
+def exists(objects: ObjectStore, key: str) -> bool:
+    """Whether there is such an object.  Raises: StoreUnavailable, StoreDenied."""
+    try:
+        objects.size(key)
+    except ObjectMissing:
+        return False
+    return True
 
 
 def truncated(key: str, *, offset: int, length: int) -> IntegrityError:

@@ -26,7 +26,7 @@ from vmfs_stub.store.index_objects import decode_index
 from vmfs_stub.store.keys import MOVED, PENDING_SUFFIX, is_id, segment_key
 from vmfs_stub.store.manifest import decode_manifest
 from vmfs_stub.store.moved import moved_packs
-from vmfs_stub.store.objects import ObjectStore
+from vmfs_stub.store.objects import ObjectStore, exists
 from vmfs_stub.store.sealing import PLAIN, Sealing
 from vmfs_stub.store.segments import Segment
 
@@ -146,11 +146,9 @@ class Reachability:
         """
         ids = {bytes.fromhex(key.rpartition("/")[2]) for key in segments}
         for key in keys:
-            if not key.endswith(PENDING_SUFFIX) and not ids.isdisjoint(_split(self._kept(key) or b"", _SEGMENT_BYTES)):
-                try:
-                    self._objects.size(key)
-                except ObjectMissing:
-                    continue
+            if key.endswith(PENDING_SUFFIX) or ids.isdisjoint(_split(self._kept(key) or b"", _SEGMENT_BYTES)):
+                continue
+            if exists(self._objects, key):
                 msg = f"{key} needs {segments[0]}, which is not in the store; run verify, and forget what is lost"
                 raise ObjectMissing(msg)
 

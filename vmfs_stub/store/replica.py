@@ -65,7 +65,7 @@ from vmfs_stub.store.keys import (
 )
 from vmfs_stub.store.manifest import decode_manifest
 from vmfs_stub.store.moved import DOCUMENTS_MAX, HOPS_MAX, decode_moved
-from vmfs_stub.store.objects import OBJECT_SIZE_MAX, CacheDropping, ObjectStore
+from vmfs_stub.store.objects import OBJECT_SIZE_MAX, CacheDropping, ObjectStore, exists
 from vmfs_stub.store.packs import check_pack
 from vmfs_stub.store.probe import probe
 from vmfs_stub.store.read_back import ReadBack
@@ -106,7 +106,7 @@ def make_replica(store: Store, objects: ObjectStore) -> bool:
 
     Raises: WrongStore when another store is there; Unsupported; StoreUnavailable, StoreDenied, StoreFull.
     """
-    if _is_there(objects, STORE_KEY):
+    if exists(objects, STORE_KEY):
         check_replica(objects, store.description)
         return False
     probe(objects)
@@ -131,7 +131,7 @@ def copy_keys(store: Store, replica: Store) -> None:
         return
     left = _copy_keys(store.stored, replica.stored)
     for key in sorted(_key_names(replica.stored) - left):
-        if left and not _is_there(store.stored, key):
+        if left and not exists(store.stored, key):
             replica.stored.delete(key)
 
 
@@ -255,14 +255,14 @@ class Replication:
         key = manifest_key(vm_id, point_id)
         _put(self._replica.stored, key, data)
         # A collector deletes it in the store, then here: it finds this one, or this finds out.
-        if not _is_there(self._store.stored, key):
+        if not exists(self._store.stored, key):
             self._store.check()
             self._replica.stored.delete(key)
             raise PointNotFound(f"VM {vm_id} has no restore point {point_id} any more")
 
     def _copy_pack(self, pack_id: PackId, hops: int) -> int:
         key = pack_key(pack_id)
-        if not self._again and self._read_back.has(pack_id) and _is_there(self._replica.stored, key):
+        if not self._again and self._read_back.has(pack_id) and exists(self._replica.stored, key):
             self._remember(key)
             return 0
         there = _read(self._replica.stored, key, size_max=PACK_SIZE_MAX)
@@ -323,7 +323,7 @@ class Replication:
     def _is_there(self, key: str) -> bool:
         if self._is_known(key):
             return True
-        if not _is_there(self._replica.stored, key):
+        if not exists(self._replica.stored, key):
             return False
         self._remember(key)
         return True
@@ -373,11 +373,3 @@ def _read(objects: ObjectStore, key: str, *, size_max: int = MANIFEST_SIZE_MAX) 
         return objects.get(key, size_max=size_max)
     except (ObjectMissing, IntegrityError):
         return None
-
-
-def _is_there(objects: ObjectStore, key: str) -> bool:
-    try:
-        objects.size(key)
-    except ObjectMissing:
-        return False
-    return True

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from vmfs_stub.core.errors import ObjectExists, ObjectMissing, Refused
+from vmfs_stub.core.errors import ObjectExists, Refused
 from vmfs_stub.store.keys import REPLICA_KEY
-from vmfs_stub.store.objects import ObjectStore
+from vmfs_stub.store.objects import ObjectStore, exists
 
 
 def mark_replica(objects: ObjectStore) -> None:
@@ -21,8 +21,5 @@ def mark_replica(objects: ObjectStore) -> None:
 
 def refuse_replica(objects: ObjectStore) -> None:
     """See that these are not the objects of a replica.  Raises: Refused; StoreUnavailable, StoreDenied."""
-    try:
-        objects.size(REPLICA_KEY)
-    except ObjectMissing:
-        return
-    raise Refused("this is the replica of a store: use the store; the README says how a replica is made the store")
+    if exists(objects, REPLICA_KEY):
+        raise Refused("this is the replica of a store: use the store; the README says how a replica is made the store")

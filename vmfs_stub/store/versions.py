@@ -12,18 +12,18 @@ from __future__ import annotations
 
 from typing import Final
 
-from vmfs_stub.core.errors import ObjectExists, ObjectMissing, UnknownFormat
+from vmfs_stub.core.errors import ObjectExists, UnknownFormat
 from vmfs_stub.store import format as store_format
 from vmfs_stub.store.format import StoreDescription
 from vmfs_stub.store.keys import version_key
-from vmfs_stub.store.objects import ObjectStore
+from vmfs_stub.store.objects import ObjectStore, exists
 
 NEWER: Final = "use a newer vmfs-stub on this host"
 
 
 def is_known(objects: ObjectStore) -> bool:
     """Whether this program knows the version that the store is at.  Raises: StoreUnavailable, StoreDenied."""
-    return not _is_raised_to(objects, store_format.STORE_VERSION + 1)
+    return not exists(objects, version_key(store_format.STORE_VERSION + 1))
 
 
 def version_of(objects: ObjectStore, description: StoreDescription) -> int:
@@ -37,7 +37,7 @@ def version_of(objects: ObjectStore, description: StoreDescription) -> int:
             f"{store_format.STORE_VERSION}, the newest that this program knows; {NEWER}"
         )
     version = description.version
-    while version < store_format.STORE_VERSION and _is_raised_to(objects, version + 1):
+    while version < store_format.STORE_VERSION and exists(objects, version_key(version + 1)):
         version += 1
     return version
 
@@ -54,11 +54,3 @@ def raise_version(objects: ObjectStore, description: StoreDescription, to: int) 
         except ObjectExists:
             continue  # somebody else does the same
     return version_of(objects, description)
-
-
-def _is_raised_to(objects: ObjectStore, version: int) -> bool:
-    try:
-        objects.size(version_key(version))
-    except ObjectMissing:
-        return False
-    return True
