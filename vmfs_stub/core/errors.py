@@ -15,7 +15,8 @@ are translated at the edge of the adapter that met them, with ``raise ... from e
     │   ├── RecallsHeld          `hold` is in force for this datastore
     │   ├── PointPinned          placeholders depend on the restore point
     │   ├── ClaimedElsewhere     the newest state of the VM is in another datastore
-    │   ├── DatastoreLocked      another daemon serves this backing directory
+    │   ├── DatastoreLocked      another daemon, here or on another host, serves this backing directory
+    │   ├── OtherDatastore       the daemon that answers serves another one
     │   ├── AlreadyExists        would overwrite something
     │   └── Unsupported          this kernel, filesystem or store cannot do what is needed
     ├── StoreError
@@ -35,7 +36,7 @@ are translated at the edge of the adapter that met them, with ``raise ... from e
     │   ├── CorruptSegment
     │   ├── CorruptManifest
     │   ├── CorruptStoreObject   any other object of the store (index, pin, mark, store description)
-    │   ├── CorruptRecord        the placeholder record in the xattr
+    │   ├── CorruptRecord        the placeholder record in the xattr, or the file with the datastore's id
     │   ├── CorruptMap           a residency map
     │   ├── MapMissing           a record without the map that belongs to it
     │   ├── RecordMissing        a map without the record that belongs to it
@@ -53,6 +54,8 @@ are translated at the edge of the adapter that met them, with ``raise ... from e
 """
 
 from __future__ import annotations
+
+from typing import Final
 
 
 class VmfsStubError(Exception):
@@ -104,7 +107,7 @@ class ClaimedElsewhere(Refused):
 
 
 class DatastoreLocked(Refused):
-    """Another daemon serves this backing directory."""
+    """Another daemon, here or on another host, serves this backing directory."""
 
 
 class OtherDatastore(Refused):
@@ -188,7 +191,7 @@ class CorruptStoreObject(IntegrityError):
 
 
 class CorruptRecord(IntegrityError):
-    """A placeholder record is damaged."""
+    """A placeholder record, or the file with the datastore's id, is damaged."""
 
 
 class CorruptMap(IntegrityError):
@@ -209,6 +212,10 @@ class IdentityMismatch(IntegrityError):
 
 class UnknownFormat(VmfsStubError):
     """Written by a newer version, or not by vmfs-stub at all."""
+
+
+DAMAGE: Final = (IntegrityError, ObjectMissing, UnknownFormat)
+"""What is wrong with data, and not with the place that it is in; the last may be damage of what says the format."""
 
 
 class RecallError(VmfsStubError):

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from vmfs_stub.core.errors import IntegrityError, MoverLost, ObjectMissing, UnknownFormat, VmfsStubError
+from vmfs_stub.core.errors import DAMAGE, MoverLost, VmfsStubError
 from vmfs_stub.core.ids import PlaceholderId
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.placeholder import Placeholder
@@ -20,7 +20,6 @@ log = logging.getLogger(__name__)
 
 CHUNKS_KEPT = 1000
 """Chunks remembered of a disk and kind; were all of them mended, the next read of another one tells of it again."""
-_DAMAGE = (IntegrityError, ObjectMissing, UnknownFormat)
 
 
 @dataclass(slots=True)
@@ -63,7 +62,7 @@ class RecallFailures:
             return
         for kind, failure in list(failing.items()):
             failure.chunks.difference_update(chunks)
-            if not failure.chunks or not issubclass(kind, _DAMAGE):
+            if not failure.chunks or not issubclass(kind, DAMAGE):
                 del failing[kind]
                 self._findings.settle(failure.subject, kind)
         if not failing:

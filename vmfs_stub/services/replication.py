@@ -16,14 +16,7 @@ from typing import Final, TypeVar
 
 import trio
 
-from vmfs_stub.core.errors import (
-    IntegrityError,
-    ObjectMissing,
-    PointNotFound,
-    StoreUnavailable,
-    UnknownFormat,
-    VmfsStubError,
-)
+from vmfs_stub.core.errors import DAMAGE, ObjectMissing, PointNotFound, StoreUnavailable, VmfsStubError
 from vmfs_stub.core.ids import PointId, SegmentId, VmId
 from vmfs_stub.services.mover import Mover
 from vmfs_stub.services.single_error import single_error
@@ -47,8 +40,6 @@ FAILED_INTERVAL_S: Final = 3600.0
 """What could not be copied is tried again after so long in which nothing came: `scrub` may have repaired it."""
 DAMAGE_TOLD_S: Final = 3600.0
 """How long after the last read that met damage in the store it is told of."""
-DAMAGED: Final = (IntegrityError, ObjectMissing, UnknownFormat)
-"""What is wrong with a point, and not with the places between which it is copied."""
 
 
 async def replicate(
@@ -68,7 +59,7 @@ async def replicate(
     for point_id in points:
         try:
             await _replicate_point(threads, replication, vm_id, point_id, progress)
-        except (*DAMAGED, PointNotFound) as exc:
+        except (*DAMAGE, PointNotFound) as exc:
             first = first if first is not None and not isinstance(first, PointNotFound) else exc
     if first is not None:
         raise first
@@ -102,7 +93,7 @@ async def catch_up(threads: Threads, replication: Replication) -> CaughtUp:
             await replicate(threads, replication, vm_id, points, progress)
         except PointNotFound:
             continue
-        except DAMAGED as exc:
+        except DAMAGE as exc:
             done.failures[vm_id] = exc
         else:
             done.points += len(points)
@@ -208,7 +199,7 @@ class ReplicaService:
                 vm_id = next(iter(self._due))
                 try:
                     await self._catch_up(vm_id)
-                except DAMAGED as exc:
+                except DAMAGE as exc:
                     self._fail(vm_id, exc)
                 except VmfsStubError as exc:
                     if self.trouble is None:

@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Final
 
 from vmfs_stub.core.chunking import FrameRef
-from vmfs_stub.core.errors import IntegrityError, ObjectMissing, PointNotFound, UnknownFormat
+from vmfs_stub.core.errors import DAMAGE, PointNotFound
 from vmfs_stub.core.ids import ChunkId, PackId, PointId, SegmentId, VmId
 from vmfs_stub.core.recall_plan import plan_fetches
 from vmfs_stub.store import frames
@@ -34,7 +34,6 @@ RUN_BYTES: Final = 8 * 1024 * 1024
 FINDINGS_MAX: Final = 1000
 """Findings kept per segment and per run; more say nothing new."""
 
-_LOST = (IntegrityError, ObjectMissing, UnknownFormat)
 Progress = Callable[[int], None]
 
 
@@ -125,7 +124,7 @@ class _Verifier:
             opened = self._store.open_point(summary.vm_id, summary.point_id)
         except PointNotFound:
             return  # pruned since the listing
-        except _LOST as exc:
+        except DAMAGE as exc:
             self._report(summary, "", None, str(exc))
             return
         for stored in opened.manifest.files:
@@ -141,7 +140,7 @@ class _Verifier:
                 try:
                     # Also for a segment that is known: whether it fits this file is this file's own question.
                     refs = table.locate(first, end)
-                except _LOST as exc:
+                except DAMAGE as exc:
                     self._report(summary, stored.path, None, str(exc))
                 else:
                     for bad in self._check_segment(segment_id, refs):
@@ -165,7 +164,7 @@ class _Verifier:
         try:
             for (_, ref), raw in zip(run, self._store.fetch([ref for _, ref in run]), strict=True):
                 frames.check_identity(raw, ref, self._store.sealing)
-        except _LOST as exc:
+        except DAMAGE as exc:
             if len(run) == 1:
                 return [_BadChunk(run[0][0], str(exc))]
         else:

@@ -16,14 +16,7 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from vmfs_stub.core.chunking import FrameRef
-from vmfs_stub.core.errors import (
-    IntegrityError,
-    ObjectMissing,
-    StoreDenied,
-    StoreUnavailable,
-    UnknownFormat,
-    VmfsStubError,
-)
+from vmfs_stub.core.errors import DAMAGE, StoreDenied, StoreUnavailable, VmfsStubError
 from vmfs_stub.core.ids import PointId, SegmentId, VmId
 from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.chunk_index import ChunkIndex
@@ -41,8 +34,7 @@ AVOIDED_S: Final = 15.0
 TOLD_EACH_S: Final = 60.0
 """One line in the log for so long: a store without its packs makes thousands of reads fail."""
 _AWAY: Final = (StoreUnavailable, StoreDenied)
-_FAILED: Final = (*_AWAY, ObjectMissing, IntegrityError, UnknownFormat)
-"""The last one may be damage, too: of the bytes that say which format it is."""
+_FAILED: Final = (*_AWAY, *DAMAGE)
 
 
 @dataclass(slots=True)

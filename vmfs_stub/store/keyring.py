@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from vmfs_stub.core.errors import (
+    DAMAGE,
     CorruptStoreObject,
     IntegrityError,
     KeyMissing,
@@ -154,7 +155,7 @@ def put_key(objects: ObjectStore, description: StoreDescription, key: StoreKey, 
         read = decode_key_document(objects.get(name, size_max=DOCUMENT_SIZE_MAX), name)
         if unwrap(read, description, source) != key:
             raise CorruptStoreObject(f"{name}: does not open with what it was made for")
-    except (IntegrityError, UnknownFormat, ObjectMissing):
+    except DAMAGE:
         withdraw_key(objects, document)
         raise
     return document

@@ -29,13 +29,13 @@ from itertools import islice
 from typing import Final
 
 from vmfs_stub.core.errors import (
+    DAMAGE,
     CorruptPack,
     IntegrityError,
     ObjectExists,
     ObjectMissing,
     PointNotFound,
     StoreUnavailable,
-    UnknownFormat,
     WrongStore,
 )
 from vmfs_stub.core.ids import PackId, PointId, SegmentId, VmId
@@ -142,7 +142,7 @@ def _copy_keys(objects: ObjectStore, replica: ObjectStore) -> set[str]:
         try:
             data = objects.get(key, size_max=DOCUMENT_SIZE_MAX)
             decode_key_document(data, key)
-        except (ObjectMissing, IntegrityError, UnknownFormat) as exc:
+        except DAMAGE as exc:
             log.warning("%s is not copied to the replica: %s", key, exc)
             continue
         if _read(replica, key) != data:
@@ -300,7 +300,7 @@ class Replication:
             try:
                 data = self._store.stored.get(info.key, size_max=OBJECT_SIZE_MAX)
                 moves = decode_moved(self._store.sealing.open(data, info.key), info.key)
-            except (ObjectMissing, IntegrityError, UnknownFormat) as exc:
+            except DAMAGE as exc:
                 log.warning("%s is not copied to the replica: %s", info.key, exc)
                 continue
             for saved in sorted({move.pack_id for move in moves}):
