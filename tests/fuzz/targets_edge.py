@@ -20,7 +20,7 @@ from tests.fuzz.targets_store import sample_pack
 from tests.unit.control_fakes import BACKING, FakeHistory, FakeTarget
 from vmfs_stub.catalog.catalog import Catalog
 from vmfs_stub.cli.init import _config_text
-from vmfs_stub.cli.output import bytes_text, time_text
+from vmfs_stub.cli.output import bytes_text
 from vmfs_stub.config import load_config
 from vmfs_stub.control.client import ControlClient
 from vmfs_stub.control.jobs import open_jobs
@@ -36,6 +36,7 @@ from vmfs_stub.core.errors import (
     VmfsStubError,
 )
 from vmfs_stub.core.ids import ChunkId, JobId, PackId, StoreId, VmId
+from vmfs_stub.core.times import time_text
 from vmfs_stub.mount import handshake
 from vmfs_stub.mount.settings import MountSettings
 from vmfs_stub.store.chunk_index import ChunkIndex

@@ -22,10 +22,11 @@ from typer.testing import CliRunner
 from vmfs_stub.cli import host_checks
 from vmfs_stub.cli import main as cli
 from vmfs_stub.cli.exit_codes import ExitCode
-from vmfs_stub.cli.output import bytes_text, time_text
+from vmfs_stub.cli.output import bytes_text
 from vmfs_stub.config import load_config
 from vmfs_stub.control.client import ControlClient
 from vmfs_stub.core.errors import DaemonUnreachable
+from vmfs_stub.core.times import time_text
 from vmfs_stub.mount import mountpoint as mountpoints
 from vmfs_stub.mount import syscalls
 from vmfs_stub.store.objects_url import StoreAt, open_objects

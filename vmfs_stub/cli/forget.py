@@ -11,8 +11,9 @@ import typer
 
 from vmfs_stub.cli.context import argument_names, datastore_vms_of, store_and_config_of
 from vmfs_stub.cli.key_options import KeyOption, PassphraseOption, StoreOption
-from vmfs_stub.cli.output import say_json, say_table, time_text
+from vmfs_stub.cli.output import say_json, say_table
 from vmfs_stub.core.errors import ConfigError
+from vmfs_stub.core.times import time_text
 from vmfs_stub.services.stored_vms import find_stored_vm, named_points
 
 if TYPE_CHECKING:

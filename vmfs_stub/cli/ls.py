@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from vmfs_stub.cli.context import argument_names, client_of, load_config_of
-from vmfs_stub.cli.output import bytes_text, say_json, say_table, time_text
+from vmfs_stub.cli.output import bytes_text, say_json, say_table
+from vmfs_stub.core.times import time_text
 
 _HEADERS = ("VM", "DISK", "STATE", "SIZE", "RESIDENT", "POINTS", "LAST ACCESS")
 

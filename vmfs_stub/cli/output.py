@@ -10,8 +10,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from vmfs_stub.core.times import time_text as time_text
-
 _SHOWN_MAX = 2**64
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 

@@ -9,8 +9,9 @@ import typer
 
 from vmfs_stub.cli.context import argument_names, datastore_vms_of, store_and_config_of
 from vmfs_stub.cli.key_options import KeyOption, PassphraseOption, StoreOption
-from vmfs_stub.cli.output import bytes_text, say_json, say_table, time_text
+from vmfs_stub.cli.output import bytes_text, say_json, say_table
 from vmfs_stub.core.errors import VmfsStubError
+from vmfs_stub.core.times import time_text
 from vmfs_stub.services.stored_vms import find_stored_vm
 
 if TYPE_CHECKING:

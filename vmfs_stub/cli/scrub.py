@@ -13,7 +13,8 @@ from vmfs_stub.cli.context import cache_path_of, replicated, store_and_config_of
 from vmfs_stub.cli.exit_codes import ExitCode
 from vmfs_stub.cli.job_progress import advance_shown
 from vmfs_stub.cli.key_options import KeyOption, PassphraseOption, StoreOption
-from vmfs_stub.cli.output import bytes_text, say, say_json, time_text, warn
+from vmfs_stub.cli.output import bytes_text, say, say_json, warn
+from vmfs_stub.core.times import time_text
 
 if TYPE_CHECKING:
     from vmfs_stub.services.scrub import Damage, ScrubReport

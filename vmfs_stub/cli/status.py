@@ -8,7 +8,8 @@ import typer
 
 from vmfs_stub.cli.context import client_of, load_config_of
 from vmfs_stub.cli.exit_codes import ExitCode
-from vmfs_stub.cli.output import bytes_text, say, say_json, time_text
+from vmfs_stub.cli.output import bytes_text, say, say_json
+from vmfs_stub.core.times import time_text
 
 if TYPE_CHECKING:
     from vmfs_stub.control.messages import Status

@@ -13,9 +13,10 @@ import typer
 
 from vmfs_stub.cli.context import Place, place_of, replicated
 from vmfs_stub.cli.key_options import KeyOption, PassphraseOption, StoreOption
-from vmfs_stub.cli.output import say, say_json, say_table, time_text, warn
+from vmfs_stub.cli.output import say, say_json, say_table, warn
 from vmfs_stub.cli.store_upgrade import upgrade
 from vmfs_stub.core.errors import ConfigError, IntegrityError, KeyMissing, Refused, StoreError, UnknownFormat
+from vmfs_stub.core.times import time_text
 
 if TYPE_CHECKING:
     from vmfs_stub.store.key_sources import KeySource

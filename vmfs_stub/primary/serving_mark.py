@@ -35,6 +35,7 @@ from typing import Final, ParamSpec, TypeVar
 from vmfs_stub.core.errors import DatastoreLocked, PrimaryIOError
 from vmfs_stub.core.names import RESERVE_FILE
 from vmfs_stub.core.sites import PLAIN
+from vmfs_stub.core.times import time_text
 from vmfs_stub.primary.envelope import Body, Damaged, NewerVersion, seal, unseal
 from vmfs_stub.primary.files import FileCalls, write_fully
 from vmfs_stub.primary.identity import boot_id
@@ -50,6 +51,8 @@ MAGIC: Final = b"VSTBSRV\0"
 VERSION: Final = 1
 SPARE: Final = "serving.spare"
 """What an orderly end leaves, so that the next start needs no room."""
+SINCE_S_MAX: Final = 10**11
+"""Unix time in the year 5138: what is later is damage."""
 _SIZE: Final = 4096
 """Bytes of the file: one block, which it has for good."""
 _MACHINE_ID: Final = Path("/etc/machine-id")
@@ -94,8 +97,7 @@ class Mark:
     counter: int = 0
 
     def __str__(self) -> str:
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(self.since_s))
-        return f"host {self.machine.host!r} (since {since} UTC by its clock)"
+        return f"host {self.machine.host!r} (since {time_text(self.since_s)} by its clock)"
 
 
 def encode_mark(mark: Mark) -> bytes:
@@ -115,9 +117,8 @@ def decode_mark(raw: bytes) -> Mark:
     """Parse a mark.  Raises Damaged, NewerVersion."""
     body = Body(unseal(raw, magic=MAGIC, version=VERSION))
     machine = Machine(body.text("machine"), body.identifier("boot_id"), body.text("host"))
-    since_s_max = 10**11  # what strftime can still show
-    since_s, counter = body.integer("since_s", high=since_s_max), body.integer("counter")
-    mark = Mark(machine, body.identifier("session"), since_s, counter)
+    session, since_s = body.identifier("session"), body.integer("since_s", high=SINCE_S_MAX)
+    mark = Mark(machine, session, since_s, body.integer("counter"))
     body.finish()
     return mark
 
