@@ -11,7 +11,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -87,15 +87,26 @@ class DatastoreConfig(_Section):
         return self
 
 
-class StoreConfig(_Section):
+class _WithCredentials(_Section):
+    """Of a place that may ask who we are; without, they come from where Amazon's tools look."""
+
+    access_key_id: str = ""
+    secret_access_key: str = Field(default="", repr=False)
+
+    @model_validator(mode="after")
+    def _credentials_are_whole(self) -> Self:
+        if bool(self.access_key_id) != bool(self.secret_access_key):
+            raise ValueError("access_key_id and secret_access_key go together: give both, or neither")
+        return self
+
+
+class StoreConfig(_WithCredentials):
     """Secondary storage, and how patient to be with it."""
 
     url: str = Field(min_length=1)
     threads: int = Field(default=16, ge=1, le=256)
     retries_max: int = Field(default=3, ge=0, le=100)
     listing_lag_s: float = Field(default=30, ge=0, le=86400)
-    access_key_id: str = ""
-    secret_access_key: str = Field(default="", repr=False)
     key_file: Path | None = None
     passphrase_file: Path | None = None
 
@@ -110,33 +121,16 @@ class StoreConfig(_Section):
         return None if value is None else _absolute(value)
 
     @model_validator(mode="after")
-    def _credentials_are_whole(self) -> StoreConfig:
-        _check_credentials(self.access_key_id, self.secret_access_key)
-        return self
-
-    @model_validator(mode="after")
     def _key_is_one(self) -> StoreConfig:
         if self.key_file is not None and self.passphrase_file is not None:
             raise ValueError("key_file or passphrase_file opens the store: give one of them, or neither")
         return self
 
 
-class ReplicaConfig(_Section):
+class ReplicaConfig(_WithCredentials):
     """A second store that holds the same; none without ``url``.  It is asked in the same way as the store."""
 
     url: str = ""
-    access_key_id: str = ""
-    secret_access_key: str = Field(default="", repr=False)
-
-    @model_validator(mode="after")
-    def _credentials_are_whole(self) -> ReplicaConfig:
-        _check_credentials(self.access_key_id, self.secret_access_key)
-        return self
-
-
-def _check_credentials(access_key_id: str, secret_access_key: str) -> None:
-    if bool(access_key_id) != bool(secret_access_key):
-        raise ValueError("access_key_id and secret_access_key go together: give both, or neither")
 
 
 class RecallConfig(_Section):

@@ -22,19 +22,6 @@ _memory: dict[str, RemoteObjects] = {}
 _memory_lock = threading.Lock()
 
 
-class StoreSettings(Protocol):
-    """What of a configuration says where a store is and how to ask it."""
-
-    @property
-    def url(self) -> str: ...
-    @property
-    def retries_max(self) -> int: ...
-    @property
-    def access_key_id(self) -> str: ...
-    @property
-    def secret_access_key(self) -> str: ...
-
-
 class ReplicaSettings(Protocol):
     """What of a configuration says where a replica is."""
 
@@ -44,6 +31,13 @@ class ReplicaSettings(Protocol):
     def access_key_id(self) -> str: ...
     @property
     def secret_access_key(self) -> str: ...
+
+
+class StoreSettings(ReplicaSettings, Protocol):
+    """What of a configuration says where a store is and how to ask it."""
+
+    @property
+    def retries_max(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
