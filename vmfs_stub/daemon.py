@@ -130,7 +130,7 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
     """Everything of one datastore; yields the event that is set when it is to end."""
     backing = config.datastore.backing
     store = open_store(config)
-    replicated = _replicated(config, store)
+    replicated = ReplicatedStore.at(store, _store_at(config).replica(config.replica))
     placeholders, findings, guests, stop = PlaceholderIndex(), Findings(), GuestActivity(), trio.Event()
     private, recovered = look_at_placeholders(config, files, placeholders)
     for subject, error in recovered.findings:
@@ -343,12 +343,6 @@ def _store_at(config: Config) -> StoreAt:
     timeout_s = config.recall.store_timeout_s
     transfer_timeout_s = timeout_s * TRANSFER_TIMEOUT_FACTOR
     return replace(StoreAt.of(config.store), timeout_s=timeout_s, transfer_timeout_s=transfer_timeout_s)
-
-
-def _replicated(config: Config, store: Store) -> ReplicatedStore | None:
-    """The store with its replica, if one is configured."""
-    place = _store_at(config).replica(config.replica)
-    return None if place is None else ReplicatedStore.at(store, place, patience_s=place.timeout_s / 2)
 
 
 def _threads(config: Config) -> Threads:

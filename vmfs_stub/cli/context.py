@@ -113,17 +113,13 @@ def cache_path_of(config: Config | None, path_of: Callable[[Config], Path]) -> P
     return path_of(config) if config is not None and config.private_dir.is_dir() else None
 
 
-def open_store_of(
-    ctx: typer.Context, url: str | None, *, key: Path | None = None, passphrase: Path | None = None
-) -> Store:
-    """The store that is named, see `place_of`; raises as `open_store`."""
-    return store_and_config_of(ctx, url, key=key, passphrase=passphrase)[0]
-
-
 def reading_store_of(
     ctx: typer.Context, url: str | None, *, key: Path | None = None, passphrase: Path | None = None
 ) -> Store:
-    """The same to read restore points of: the configured one with its replica, if it has one."""
+    """The store that is named, to read restore points of: the configured one with its replica, if it has one.
+
+    Raises as `open_store`.
+    """
     store, config = store_and_config_of(ctx, url, key=key, passphrase=passphrase)
     return (None if config is None else replicated(config, store)) or store
 
@@ -133,8 +129,8 @@ def replicated(config: Config, store: Store) -> ReplicatedStore | None:
     from vmfs_stub.store.fallback import ReplicatedStore
     from vmfs_stub.store.objects_url import StoreAt
 
-    place = StoreAt.of(config.store).replica(config.replica)
-    return None if place is None else ReplicatedStore.at(store, place, patience_s=place.transfer_timeout_s)
+    at = StoreAt.of(config.store)
+    return ReplicatedStore.at(store, at.replica(config.replica), patience_s=at.transfer_timeout_s)
 
 
 def open_store(config: Config) -> Store:

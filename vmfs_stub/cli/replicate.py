@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmfs_stub.cli.context import load_config_of, open_store, replicated
+from vmfs_stub.cli.context import cache_path_of, load_config_of, open_store, replicated
 from vmfs_stub.cli.output import bytes_text, say, say_json, warn
 from vmfs_stub.core.errors import ConfigError
 
@@ -42,7 +42,7 @@ def replicate(
         assert place is not None
         if make_replica(store.plain, open_objects(place, create=True)) and not json:
             say(f"made the replica at {place.url}")
-    path = config.read_back_path if config.private_dir.is_dir() else None
+    path = cache_path_of(config, lambda config: config.read_back_path)
     with closing(ReadBack(path, store.id, config.replica.url)) as read_back:
         caught_up = _run(Replication(store.plain, store.replica, read_back, again=check))
     _tell(caught_up, as_json=json)

@@ -51,7 +51,7 @@ async def serve(sock: socket.socket, memory_fd: int) -> None:
         files = FileCalls()
         index = await threads.files(_open_index, settings, files, channel, trio.lowlevel.current_trio_token())
         channel.post(0, Started())
-        replicated = _replicated(settings, store)
+        replicated = ReplicatedStore.at(store, settings.replica)
         mover = LocalMover(
             files=files,
             threads=threads,
@@ -64,12 +64,6 @@ async def serve(sock: socket.socket, memory_fd: int) -> None:
         slots = SharedSlots(memory_fd, count=FETCHES_AT_ONCE, size=settings.slot_bytes)
         await Server(channel, mover, slots).run()
         nursery.cancel_scope.cancel()
-
-
-def _replicated(settings: MoverSettings, store: Store) -> ReplicatedStore | None:
-    if settings.replica is None:
-        return None
-    return ReplicatedStore.at(store, settings.replica, patience_s=settings.replica.timeout_s / 2)
 
 
 def _runs(settings: MoverSettings, store: ReplicatedStore) -> Callable[[], Replication]:

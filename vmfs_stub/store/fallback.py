@@ -134,10 +134,15 @@ class ReplicatedStore(Store):
     """
 
     @classmethod
-    def at(cls, plain: Store, place: StoreAt, *, patience_s: float) -> ReplicatedStore:
-        """With the replica at that place."""
+    def at(cls, plain: Store, place: StoreAt | None, *, patience_s: float | None = None) -> ReplicatedStore | None:
+        """With the replica at that place; None where there is none.
+
+        Without ``patience_s`` the store has half the time of a short call, so that the replica has the other half.
+        """
+        if place is None:
+            return None
         replica = Store(open_objects(place), plain.description, plain.key)
-        return cls(plain, replica, Fallback(patience_s=patience_s))
+        return cls(plain, replica, Fallback(patience_s=place.timeout_s / 2 if patience_s is None else patience_s))
 
     def __init__(self, plain: Store, replica: Store, fallback: Fallback) -> None:
         super().__init__(plain.stored, plain.description, plain.key)
