@@ -35,7 +35,6 @@ PROBE_INTERVAL_S: Final = 15.0
 """How often the replica is asked whether it is there."""
 RETRY_INTERVAL_S: Final = 60.0
 """How long a replica that did not answer is left alone."""
-
 FAILED_INTERVAL_S: Final = 3600.0
 """What could not be copied is tried again after so long in which nothing came: `scrub` may have repaired it."""
 DAMAGE_TOLD_S: Final = 3600.0

@@ -27,6 +27,7 @@ from typing import Final
 
 from vmfs_stub.core.errors import AlreadyExists, NoSpace, PrimaryIOError
 from vmfs_stub.core.sites import PLAIN, FileCalls
+from vmfs_stub.primary.files import sync_directory
 from vmfs_stub.services.point_writer import Fill, PointWriter
 from vmfs_stub.services.whole_files import Progress, WholeFiles
 from vmfs_stub.store.chunk_table import RestorePoint
@@ -98,7 +99,7 @@ def _move_in(files: FileCalls, staging: Path, to: Path, names: Sequence[str]) ->
     try:
         for name in names:
             _move_one(files, staging / name, to, name)
-        files.call("restore.sync", _sync, to)
+        files.call("restore.sync", sync_directory, to)
     except BaseException:
         for name, ino in inodes.items():
             with contextlib.suppress(OSError):
@@ -126,14 +127,6 @@ def _move_one(files: FileCalls, source: Path, to: Path, name: str) -> None:
         files.call("restore.move", source.rename, target)
     else:
         files.call("restore.unlink", source.unlink)
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 @contextlib.contextmanager
