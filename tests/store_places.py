@@ -22,7 +22,7 @@ from scripts.lab.s3_troubles import SeededTroubles
 from tests.store_fakes import FakeObjects
 from vmfs_stub.core.errors import ObjectMissing
 from vmfs_stub.store.local import LocalObjects
-from vmfs_stub.store.objects import OBJECT_SIZE_MAX, Buffer, ObjectInfo, ObjectStore
+from vmfs_stub.store.objects import OBJECT_SIZE_MAX, Buffer, ObjectInfo, ObjectStore, exists
 from vmfs_stub.store.remote import RemoteObjects
 from vmfs_stub.store.retrying import RetryingObjects, RetryPolicy
 
@@ -55,11 +55,7 @@ class StoredContents(MutableMapping[str, bytes]):
         self._objects.delete(key)
 
     def __contains__(self, key: object) -> bool:
-        try:
-            self._objects.size(str(key))
-        except ObjectMissing:
-            return False
-        return True
+        return exists(self._objects, str(key))
 
     def __iter__(self) -> Iterator[str]:
         return iter([info.key for info in self._objects.list("")])

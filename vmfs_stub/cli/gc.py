@@ -29,7 +29,8 @@ def gc(
 ) -> None:
     """Remove forgotten restore points, and data that nothing needs.
 
-    Backups and recalls of any host may go on meanwhile.  Only this command needs permission to delete from the store.
+    What goes from the store goes from its replica, too.  Backups and recalls of any host may go on meanwhile.  Only
+    this command needs permission to delete from the store.
     """
     from vmfs_stub.config import StoreConfig
     from vmfs_stub.store.collector import Collector

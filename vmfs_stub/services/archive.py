@@ -5,7 +5,7 @@ Order, and what a crash between any two steps leaves:
 2. copied, every frame read back from the store;                 — crash: the full files, some garbage in the store
 3. for each disk: the durable map, *prepared*: from now on the next start knows which pins to remove;
    pins, then the manifest;                                      — crash: map and pin are removed at start-up
-   with ``min_copies`` of 2: the point is in the replica, read back — crash: the same
+   then, with ``min_copies`` of 2, the copy in the replica;      — crash: the same
 4. the blocks that stay are entered into the map;                — crash: the same
 5. size, times and lease looked at again, then the record set and synced: the commit point of that disk;
                                                                  — crash: a placeholder; start-up finishes it

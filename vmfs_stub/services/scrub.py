@@ -38,7 +38,7 @@ from vmfs_stub.store import frames
 from vmfs_stub.store.format import SEGMENT_CHUNKS, SEGMENT_SIZE_MAX
 from vmfs_stub.store.keys import PACKS, is_id, manifest_key, pack_key, segment_key
 from vmfs_stub.store.manifest import Manifest, StoredFile, decode_manifest
-from vmfs_stub.store.objects import CacheDropping, exists
+from vmfs_stub.store.objects import drop_cache, exists
 from vmfs_stub.store.packs import read_footer
 from vmfs_stub.store.quarantine import Quarantine, put_quarantine, read_quarantine
 from vmfs_stub.store.segments import Segment
@@ -219,7 +219,7 @@ class _Scrub:
     def _points(self) -> Iterator[tuple[tuple[VmId, PointId], Manifest | str]]:
         """Every point that is there, with what is wrong where its manifest cannot be read."""
         for vm_id, point_id in self._store.stored_points():
-            self._drop_cache(manifest_key(vm_id, point_id))
+            drop_cache(self._store.objects, manifest_key(vm_id, point_id))
             try:
                 yield (vm_id, point_id), self._store.open_point(vm_id, point_id).manifest
             except PointNotFound:
@@ -254,7 +254,7 @@ class _Scrub:
 
     def _segment(self, segment_id: SegmentId) -> Segment:
         key = segment_key(segment_id)
-        self._drop_cache(key)
+        drop_cache(self._store.objects, key)
         data = self._store.objects.get(key, size_max=SEGMENT_SIZE_MAX)
         self._rate.take(len(data))
         return Segment(data, segment_id, self._store.sealing)
@@ -305,7 +305,7 @@ class _Scrub:
         return self._look_at_pack(pack_id) and self._look_at_pack(pack_id)
 
     def _look_at_pack(self, pack_id: PackId) -> PackDamage | ObjectMissing | None:
-        self._drop_cache(pack_key(pack_id))
+        drop_cache(self._store.objects, pack_key(pack_id))
         problems: dict[int, str] = {}
         try:
             for run in _runs(read_footer(self._store.objects, pack_id, self._store.sealing)):
@@ -334,10 +334,6 @@ class _Scrub:
     def _read(self, run: Sequence[FrameRef]) -> None:
         for ref, raw in zip(run, self._store.fetch_in_place(run), strict=True):
             frames.check_identity(raw, ref, self._store.sealing)
-
-    def _drop_cache(self, key: str) -> None:
-        if isinstance(self._store.objects, CacheDropping):
-            self._store.objects.drop_cache(key)
 
     # Who needs what is damaged
 

@@ -38,7 +38,7 @@ from vmfs_stub.store.index_objects import decode_index
 from vmfs_stub.store.keys import INDEX, PACKS, is_id, pack_key
 from vmfs_stub.store.leases import LEASE_INTERVAL_S
 from vmfs_stub.store.moved import Move
-from vmfs_stub.store.objects import CacheDropping
+from vmfs_stub.store.objects import drop_cache
 from vmfs_stub.store.packs import read_footer
 from vmfs_stub.store.store import Store
 
@@ -80,8 +80,7 @@ def replace_damaged(store: Store, replica: Store, key: str, check: Callable[[byt
         data = replica.stored.get(key)
         check(data)
         store.stored.put(key, data, if_absent=False)
-        if isinstance(store.stored, CacheDropping):
-            store.stored.drop_cache(key)
+        drop_cache(store.stored, key)
         check(store.stored.get(key))
     except (StoreError, IntegrityError, UnknownFormat) as exc:
         log.warning("%s could not be replaced by the replica's copy: %s", key, exc)
@@ -186,8 +185,7 @@ class _Repair:
 
     def _whole(self, copies: Iterable[FrameRef], place: Store) -> bytes | None:
         for ref in copies:
-            if isinstance(place.objects, CacheDropping):
-                place.objects.drop_cache(pack_key(ref.pack_id))
+            drop_cache(place.objects, pack_key(ref.pack_id))
             try:
                 (raw,) = place.fetch_in_place([ref])
                 frames.check_identity(raw, ref, place.sealing)

@@ -25,7 +25,7 @@ from vmfs_stub.store.fallback import ReplicatedStore
 from vmfs_stub.store.format import SEGMENT_CHUNKS
 from vmfs_stub.store.keys import pack_key
 from vmfs_stub.store.manifest import StoredFile
-from vmfs_stub.store.objects import CacheDropping
+from vmfs_stub.store.objects import drop_cache
 from vmfs_stub.store.store import PointSummary, Store
 
 WORKERS: Final = 2
@@ -159,8 +159,7 @@ class _Verifier:
         return known
 
     def _check_run(self, run: list[tuple[int, FrameRef]]) -> list[_BadChunk]:
-        if isinstance(self._store.objects, CacheDropping):
-            self._store.objects.drop_cache(pack_key(run[0][1].pack_id))
+        drop_cache(self._store.objects, pack_key(run[0][1].pack_id))
         try:
             for (_, ref), raw in zip(run, self._store.fetch([ref for _, ref in run]), strict=True):
                 frames.check_identity(raw, ref, self._store.sealing)

@@ -30,7 +30,7 @@ from vmfs_stub.store.format import (
     SEAL_VERSION,
 )
 from vmfs_stub.store.keys import CONDEMNED, KEYS, PACKS, PROBES, SEGMENTS, STORE_KEY, damage
-from vmfs_stub.store.objects import OBJECT_SIZE_MAX, Buffer, CacheDropping, ObjectInfo, ObjectStore
+from vmfs_stub.store.objects import OBJECT_SIZE_MAX, Buffer, ObjectInfo, ObjectStore, drop_cache
 from vmfs_stub.store.sealing import FrameSeal, SealBroken, Sealing, StoreKey
 
 _CONTEXT: Final = "vmfs-stub 2026 store key: "
@@ -164,5 +164,4 @@ class _SealedObjects:
 
     def drop_cache(self, key: str) -> None:
         """Pass on, where the inner store has a cache to drop."""
-        if isinstance(self._inner, CacheDropping):
-            self._inner.drop_cache(key)
+        drop_cache(self._inner, key)

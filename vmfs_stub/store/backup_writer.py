@@ -48,7 +48,7 @@ from vmfs_stub.store.keys import (
 from vmfs_stub.store.leases import Lease
 from vmfs_stub.store.manifest import Manifest, StoredFile, encode_checked
 from vmfs_stub.store.moved import Move, encode_moved, read_moves
-from vmfs_stub.store.objects import Buffer, CacheDropping, ObjectStore, exists
+from vmfs_stub.store.objects import Buffer, ObjectStore, drop_cache, exists
 from vmfs_stub.store.packs import OpenPack, SealedPack
 from vmfs_stub.store.pins import Pin, encode_pin, remove_pin
 from vmfs_stub.store.quarantine import quarantined_packs
@@ -405,8 +405,8 @@ class BackupWriter:
 
     def _read_back_run(self, run: Sequence[FrameRef], dropped: set[PackId]) -> None:
         pack_id = run[0].pack_id
-        if pack_id not in dropped and isinstance(self._objects, CacheDropping):
-            self._objects.drop_cache(pack_key(pack_id))
+        if pack_id not in dropped:
+            drop_cache(self._objects, pack_key(pack_id))
             dropped.add(pack_id)
         try:
             for ref, raw in zip(run, self._fetch(run), strict=True):

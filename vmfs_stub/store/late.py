@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
 
 from vmfs_stub.core.errors import StoreUnavailable
-from vmfs_stub.store.objects import OBJECT_SIZE_MAX, Buffer, CacheDropping, ObjectInfo, ObjectStore
+from vmfs_stub.store.objects import OBJECT_SIZE_MAX, Buffer, ObjectInfo, ObjectStore, drop_cache
 
 T = TypeVar("T")
 
@@ -67,9 +67,4 @@ class LateObjects:
 
     def drop_cache(self, key: str) -> None:
         """Make the next read come from the medium, where the store can."""
-
-        def drop(inner: ObjectStore) -> None:
-            if isinstance(inner, CacheDropping):
-                inner.drop_cache(key)
-
-        self._with(drop)
+        self._with(lambda inner: drop_cache(inner, key))

@@ -92,6 +92,12 @@ def exists(objects: ObjectStore, key: str) -> bool:
     return True
 
 
+def drop_cache(objects: ObjectStore, key: str) -> None:
+    """Make the next read of ``key`` come from the medium, if a cache may answer it; never fails."""
+    if isinstance(objects, CacheDropping):
+        objects.drop_cache(key)
+
+
 def truncated(key: str, *, offset: int, length: int) -> IntegrityError:
     """The error for an object that ends before ``offset + length``."""
     return damage(key)(f"{key}: ends before byte {offset + length}: the object is cut short; run verify")

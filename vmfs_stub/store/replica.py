@@ -65,7 +65,7 @@ from vmfs_stub.store.keys import (
 )
 from vmfs_stub.store.manifest import decode_manifest
 from vmfs_stub.store.moved import DOCUMENTS_MAX, HOPS_MAX, decode_moved
-from vmfs_stub.store.objects import OBJECT_SIZE_MAX, CacheDropping, ObjectStore, exists
+from vmfs_stub.store.objects import OBJECT_SIZE_MAX, ObjectStore, drop_cache, exists
 from vmfs_stub.store.packs import check_pack
 from vmfs_stub.store.probe import probe
 from vmfs_stub.store.read_back import ReadBack
@@ -367,8 +367,7 @@ def _put(objects: ObjectStore, key: str, data: bytes) -> None:
 
 def _read(objects: ObjectStore, key: str, *, size_max: int = MANIFEST_SIZE_MAX) -> bytes | None:
     """What the medium has of an object; None when there is none, or one that is too large to be ours."""
-    if isinstance(objects, CacheDropping):
-        objects.drop_cache(key)
+    drop_cache(objects, key)
     try:
         return objects.get(key, size_max=size_max)
     except (ObjectMissing, IntegrityError):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from vmfs_stub.core.errors import ObjectExists, ObjectMissing, StoreUnavailable
-from vmfs_stub.store.objects import OBJECT_SIZE_MAX, Buffer, CacheDropping, ObjectInfo, ObjectStore
+from vmfs_stub.store.objects import OBJECT_SIZE_MAX, Buffer, ObjectInfo, ObjectStore, drop_cache
 
 T = TypeVar("T")
 
@@ -89,8 +89,7 @@ class RetryingObjects:
 
     def drop_cache(self, key: str) -> None:
         """Pass on, where the inner store has a cache to drop."""
-        if isinstance(self.inner, CacheDropping):
-            self.inner.drop_cache(key)
+        drop_cache(self.inner, key)
 
     def _there(self, key: str) -> bytes:
         try:
