@@ -65,14 +65,26 @@ def check_record(record: PlaceholderRecord) -> None:
     require(record.size <= _INT64_MAX and abs(record.mtime_ns) <= FILE_TIME_NS_END, "a number that no file has")
 
 
-class RecordTarget(Target):
+class _EnvelopeTarget(Target):
+    """One envelope, and nothing else that means anything."""
+
+    permitted: ClassVar[tuple[type[Exception], ...]] = (Damaged, NewerVersion)
+    tokens = JSON_TOKENS
+    bound = Bound(per_byte=200)
+    is_checked = True
+
+    def reseal(self, data: bytes) -> bytes:
+        return seal_envelope(data)
+
+    def edit_json(self, data: bytes, edit: Edit) -> bytes:
+        return edit_envelope(data, edit)
+
+
+class RecordTarget(_EnvelopeTarget):
     """The placeholder record in an extended attribute."""
 
     name = "record"
     permitted = (CorruptRecord, UnknownFormat)
-    tokens = JSON_TOKENS
-    bound = Bound(per_byte=200)
-    is_checked = True
 
     def seeds(self) -> list[bytes]:
         changes: tuple[dict[str, object], ...] = (
@@ -86,21 +98,11 @@ class RecordTarget(Target):
         require(decode_record(encode_record(record), label="disk") == record, "a record does not read back")
         return record
 
-    def reseal(self, data: bytes) -> bytes:
-        return seal_envelope(data)
 
-    def edit_json(self, data: bytes, edit: Edit) -> bytes:
-        return edit_envelope(data, edit)
-
-
-class ServingMarkTarget(Target):
+class ServingMarkTarget(_EnvelopeTarget):
     """The mark of the host that serves a backing directory, which another host reads."""
 
     name = "serving-mark"
-    permitted = (Damaged, NewerVersion)
-    tokens = JSON_TOKENS
-    bound = Bound(per_byte=200)
-    is_checked = True
 
     def seeds(self) -> list[bytes]:
         machine = Machine("0a" * 16, "1b" * 16, "host1")
@@ -118,21 +120,11 @@ class ServingMarkTarget(Target):
         require(decode_mark(encode_mark(mark)) == mark, "a mark does not read back")
         return mark
 
-    def reseal(self, data: bytes) -> bytes:
-        return seal_envelope(data)
 
-    def edit_json(self, data: bytes, edit: Edit) -> bytes:
-        return edit_envelope(data, edit)
-
-
-class DatastoreIdTarget(Target):
+class DatastoreIdTarget(_EnvelopeTarget):
     """The file that says which datastore this is."""
 
     name = "datastore-id"
-    permitted = (Damaged, NewerVersion)
-    tokens = JSON_TOKENS
-    bound = Bound(per_byte=200)
-    is_checked = True
 
     def seeds(self) -> list[bytes]:
         return [
@@ -146,12 +138,6 @@ class DatastoreIdTarget(Target):
         again = decode_datastore_id(encode_datastore_id(datastore_id, ino=ino, generation=generation))
         require(again == found, "an id does not read back")
         return found
-
-    def reseal(self, data: bytes) -> bytes:
-        return seal_envelope(data)
-
-    def edit_json(self, data: bytes, edit: Edit) -> bytes:
-        return edit_envelope(data, edit)
 
 
 class DurableMapTarget(Target):
