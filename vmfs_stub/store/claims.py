@@ -21,7 +21,7 @@ from vmfs_stub.core.ids import DatastoreId, PointId, VmId
 from vmfs_stub.core.times import time_text
 from vmfs_stub.store import documents
 from vmfs_stub.store.format import CLAIM_VERSION, DOCUMENT_SIZE_MAX, FEATURES_KNOWN
-from vmfs_stub.store.keys import CLAIMS, claim_key, claims_of, epoch_of, is_id
+from vmfs_stub.store.keys import CLAIMS, claim_key, claim_named, claims_of
 from vmfs_stub.store.objects import ObjectStore
 
 CLAIM_FORMAT = "vmfs-stub claim"
@@ -77,19 +77,19 @@ def newest_claim(objects: ObjectStore, vm_id: VmId) -> Claim | None:
 
 def newest_epoch(objects: ObjectStore, vm_id: VmId) -> int:
     """The highest listed epoch of a VM, 0 when it has none.  Raises: StoreUnavailable."""
-    return max((epoch for info in objects.list(claims_of(vm_id)) if (epoch := epoch_of(info.key))), default=0)
+    return max(_epochs(objects, claims_of(vm_id)).get(vm_id, ()), default=0)
 
 
 def claimed_vms(objects: ObjectStore) -> dict[VmId, int]:
     """The highest listed epoch of every VM that was ever claimed, from the names alone.  Raises: StoreUnavailable."""
-    return {vm_id: max(epochs) for vm_id, epochs in _all_epochs(objects).items()}
+    return {vm_id: max(epochs) for vm_id, epochs in _epochs(objects, CLAIMS).items()}
 
 
 def outdated_claims(objects: ObjectStore) -> frozenset[str]:
     """Names of all claims but the newest two of each VM.  Raises: StoreUnavailable."""
     return frozenset(
         claim_key(vm_id, epoch)
-        for vm_id, epochs in _all_epochs(objects).items()
+        for vm_id, epochs in _epochs(objects, CLAIMS).items()
         for epoch in sorted(epochs)[:-_CLAIMS_KEPT]
     )
 
@@ -184,13 +184,13 @@ def decode_claim(data: bytes, key: str) -> Claim:
     return claim
 
 
-def _all_epochs(objects: ObjectStore) -> dict[VmId, list[int]]:
+def _epochs(objects: ObjectStore, folder: str) -> dict[VmId, list[int]]:
+    """Those that are listed, of each VM that has any in that folder; epoch 0 is none."""
     found: dict[VmId, list[int]] = {}
-    for info in objects.list(CLAIMS):
-        parts = info.key.split("/")
-        epoch = epoch_of(info.key)
-        if len(parts) == 3 and is_id(parts[1]) and epoch:
-            found.setdefault(VmId(parts[1]), []).append(epoch)
+    for info in objects.list(folder):
+        named = claim_named(info.key)
+        if named is not None and named[1] > 0:
+            found.setdefault(named[0], []).append(named[1])
     return found
 
 

@@ -71,7 +71,7 @@ from vmfs_stub.store.keys import (
 )
 from vmfs_stub.store.leases import LEASE_DEAD_S, decode_lease
 from vmfs_stub.store.manifest import encode_void
-from vmfs_stub.store.objects import ObjectStore, exists
+from vmfs_stub.store.objects import ObjectStore, exists, put_mark
 from vmfs_stub.store.probe import probe
 from vmfs_stub.store.reachability import Reachability, committed_name
 from vmfs_stub.store.replica_mark import refuse_replica
@@ -215,8 +215,7 @@ class Collector:
         # One that has committed does nothing more; a host that may not delete leaves its lease all the same.
         over = {_pending_writer(key) for key in second.pending if exists(self._objects, committed_name(key))}
         for writer in sorted((dead & set(second.leases)) - over):
-            with suppress(ObjectExists):
-                self._objects.put(dead_key(writer), b"")
+            put_mark(self._objects, dead_key(writer))
         for key in sorted(first.pending & second.pending):
             if _pending_writer(key) not in alive:
                 with suppress(ObjectExists):  # it was committed

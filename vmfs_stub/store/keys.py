@@ -180,10 +180,10 @@ def claim_key(vm_id: VmId, epoch: int) -> str:
     return f"{claims_of(vm_id)}{epoch:012d}"
 
 
-def epoch_of(key: str) -> int | None:
-    """The epoch that a key in a folder of claims names; None for what is not ours."""
-    name = key.rpartition("/")[2]
-    return int(name) if _EPOCH.match(name) else None
+def claim_named(key: str) -> tuple[VmId, int] | None:
+    """VM and epoch of the claim that a key among them names; None for what is not ours."""
+    vm_id, _, epoch = key.removeprefix(CLAIMS).partition("/")
+    return (VmId(vm_id), int(epoch)) if is_id(vm_id) and _EPOCH.match(epoch) else None
 
 
 def quarantine_key(pack_id: PackId) -> str:

@@ -10,10 +10,11 @@ only replaced whole or deleted.  This module must not know what the objects mean
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias, runtime_checkable
 
-from vmfs_stub.core.errors import IntegrityError, ObjectMissing
+from vmfs_stub.core.errors import IntegrityError, ObjectExists, ObjectMissing
 from vmfs_stub.store.keys import damage
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -90,6 +91,15 @@ def exists(objects: ObjectStore, key: str) -> bool:
     except ObjectMissing:
         return False
     return True
+
+
+def put_mark(objects: ObjectStore, key: str) -> None:
+    """Put an empty object, of which only the name counts; one that is there is fine.
+
+    Raises: StoreUnavailable, StoreDenied, StoreFull.
+    """
+    with suppress(ObjectExists):
+        objects.put(key, b"")
 
 
 def drop_cache(objects: ObjectStore, key: str) -> None:

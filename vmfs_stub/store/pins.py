@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import secrets
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 
-from vmfs_stub.core.errors import ObjectExists, StoreDenied
+from vmfs_stub.core.errors import StoreDenied
 from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
 from vmfs_stub.store import documents
 from vmfs_stub.store.format import FEATURES_KNOWN, PIN_VERSION
 from vmfs_stub.store.keys import PINS, UNPINNED, pin_key, unpinned_key
-from vmfs_stub.store.objects import ObjectInfo, ObjectStore
+from vmfs_stub.store.objects import ObjectInfo, ObjectStore, put_mark
 
 PIN_FORMAT = "vmfs-stub pin"
 
@@ -43,8 +42,7 @@ def remove_pin(objects: ObjectStore, vm_id: VmId, point_id: PointId, placeholder
     try:
         objects.delete(pin_key(vm_id, point_id, placeholder_id))
     except StoreDenied:
-        with suppress(ObjectExists):
-            objects.put(unpinned_key(vm_id, point_id, placeholder_id), b"")
+        put_mark(objects, unpinned_key(vm_id, point_id, placeholder_id))
 
 
 def valid_pins(objects: ObjectStore, folder: str) -> list[ObjectInfo]:

@@ -6,17 +6,14 @@ need like what nobody does.  Who makes it the store takes the mark away.
 
 from __future__ import annotations
 
-from contextlib import suppress
-
-from vmfs_stub.core.errors import ObjectExists, Refused
+from vmfs_stub.core.errors import Refused
 from vmfs_stub.store.keys import REPLICA_KEY
-from vmfs_stub.store.objects import ObjectStore, exists
+from vmfs_stub.store.objects import ObjectStore, exists, put_mark
 
 
 def mark_replica(objects: ObjectStore) -> None:
     """From now on this is a replica.  Raises: StoreUnavailable, StoreDenied, StoreFull."""
-    with suppress(ObjectExists):
-        objects.put(REPLICA_KEY, b"")
+    put_mark(objects, REPLICA_KEY)
 
 
 def refuse_replica(objects: ObjectStore) -> None:

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from typing import Final
 
-from vmfs_stub.core.errors import ObjectExists, UnknownFormat
+from vmfs_stub.core.errors import UnknownFormat
 from vmfs_stub.store import format as store_format
 from vmfs_stub.store.format import StoreDescription
 from vmfs_stub.store.keys import version_key
-from vmfs_stub.store.objects import ObjectStore, exists
+from vmfs_stub.store.objects import ObjectStore, exists, put_mark
 
 NEWER: Final = "use a newer vmfs-stub on this host"
 
@@ -49,8 +49,5 @@ def raise_version(objects: ObjectStore, description: StoreDescription, to: int) 
     Raises: as `version_of`; StoreFull.
     """
     for version in range(version_of(objects, description) + 1, to + 1):
-        try:
-            objects.put(version_key(version), b"")
-        except ObjectExists:
-            continue  # somebody else does the same
+        put_mark(objects, version_key(version))  # which somebody else may do at the same time
     return version_of(objects, description)
