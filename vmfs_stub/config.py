@@ -16,7 +16,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vmfs_stub.core.errors import ConfigError
-from vmfs_stub.core.names import PRIVATE_DIR
+from vmfs_stub.core.names import LOCK_FILE, MAPS_DIR, PRIVATE_DIR
 from vmfs_stub.core.retention import Retention
 
 DEFAULT_CONFIG_PATH = Path("/etc/vmfs-stub/config.toml")
@@ -262,7 +262,7 @@ class Config(_Section):
     @property
     def lock_path(self) -> Path:
         """The flock that the serving daemon holds."""
-        return self.private_dir / "lock"
+        return self.private_dir / LOCK_FILE
 
     @property
     def mover_lock_path(self) -> Path:
@@ -288,6 +288,11 @@ class Config(_Section):
     def read_back_path(self) -> Path:
         """Which packs of the replica were read back; without it, they are read again when they are needed again."""
         return self.private_dir / "replica.sqlite"
+
+    @property
+    def maps_dir(self) -> Path:
+        """Durable residency maps: those of all placeholders that are not over."""
+        return self.private_dir / MAPS_DIR
 
     @property
     def hold_path(self) -> Path:

@@ -104,6 +104,11 @@ def store_and_config_of(
     return _opened(place.objects, place.at.url, place.source), place.config
 
 
+def has_maps(config: Config) -> bool:
+    """Whether the datastore has maps of placeholders that are not over.  Raises OSError."""
+    return config.maps_dir.exists() and any(config.maps_dir.iterdir())
+
+
 def cache_path_of(config: Config | None, path_of: Callable[[Config], Path]) -> Path | None:
     """Where a command keeps what it learns of a store for the next time; None where there is no place for that.
 

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 import typer
 
-from vmfs_stub.cli.context import config_path_of
+from vmfs_stub.cli.context import config_path_of, has_maps
 from vmfs_stub.cli.output import say, warn
 from vmfs_stub.cli.store_keys import key_to_be
 from vmfs_stub.core.errors import (
@@ -292,9 +292,8 @@ def _store_needed(config: Config) -> str | None:
     """The store that placeholders need which are here already, of a datastore that was moved, say; None if none do."""
     from vmfs_stub.store.keyring import decode_seen
 
-    maps = config.private_dir / "maps"
     try:
-        if not maps.exists() or not any(maps.iterdir()):
+        if not has_maps(config):
             return None
         return decode_seen(config.store_copy_path.read_bytes()).description.store_id
     except FileNotFoundError:

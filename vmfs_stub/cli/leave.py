@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
-from vmfs_stub.cli.context import client_of, load_config_of
+from vmfs_stub.cli.context import client_of, has_maps, load_config_of
 from vmfs_stub.cli.job_progress import follow_job
 from vmfs_stub.cli.output import bytes_text, say, warn
 from vmfs_stub.cli.unmount import end_daemon
 from vmfs_stub.core.errors import DaemonUnreachable, PrimaryIOError, Refused
-from vmfs_stub.core.names import PLACEHOLDER_XATTR, PRIVATE_DIR, TOP_MODE_XATTR, XATTR_PREFIX
+from vmfs_stub.core.names import CHANGES_DIR, MAPS_DIR, PLACEHOLDER_XATTR, PRIVATE_DIR, TOP_MODE_XATTR, XATTR_PREFIX
 
 if TYPE_CHECKING:
     from vmfs_stub.config import Config
@@ -40,7 +40,7 @@ def leave(ctx: typer.Context) -> None:
     try:
         client.status()
     except DaemonUnreachable:
-        if (config.private_dir / "maps").exists() and any((config.private_dir / "maps").iterdir()):
+        if has_maps(config):
             raise  # only a daemon can bring back what is away
     else:
         _recall_all(client, config)
@@ -80,11 +80,10 @@ def _alone(config: Config) -> Iterator[None]:
 
 
 def _refuse_placeholders(config: Config) -> None:
-    maps = config.private_dir / "maps"
-    if maps.exists() and any(maps.iterdir()):
+    if has_maps(config):
         raise Refused(
-            f"placeholders are not over yet (there are maps in {maps}): `vmfs-stub mount`, see that `vmfs-stub status` "
-            "has no findings and the store is there, then `vmfs-stub leave` again"
+            f"placeholders are not over yet (there are maps in {config.maps_dir}): `vmfs-stub mount`, see that "
+            "`vmfs-stub status` has no findings and the store is there, then `vmfs-stub leave` again"
         )
     for path in _all(config.datastore.backing):
         if PLACEHOLDER_XATTR in os.listxattr(path, follow_symlinks=False):
@@ -121,7 +120,7 @@ def _remove_the_rest(config: Config) -> None:
     except (OSError, ValueError):
         mode = _TOP_MODE
     shutil.rmtree(config.private_dir, ignore_errors=True)
-    for volatile in ("maps", "changes"):
+    for volatile in (MAPS_DIR, CHANGES_DIR):
         shutil.rmtree(config.datastore.runtime_dir / volatile, ignore_errors=True)
     try:
         backing.chmod(mode)

@@ -5,6 +5,12 @@ from __future__ import annotations
 PRIVATE_DIR = ".vmfs-stub"
 """Directory in the backing directory that holds private state; never shown, never a VM."""
 
+LOCK_FILE = "lock"
+"""File in it that the serving daemon has locked."""
+
+MAPS_DIR = "maps"
+"""Directory in it, and in the runtime directory, with the residency maps of placeholders."""
+
 ORPHANS_DIR = "orphans"
 """Directory in it with a link to each open file whose last name is gone."""
 

@@ -23,7 +23,10 @@ from vmfs_stub.store.sealing import StoreKey
 
 @dataclass(frozen=True, slots=True)
 class MoverSettings:
-    """What a mover needs of the configuration; times in seconds.  ``slot_bytes`` is the size of a slot."""
+    """What a mover needs of the configuration; times in seconds.  ``slot_bytes`` is the size of a slot.
+
+    With a ``replica``, ``read_back_path`` is where it notes which packs there were read back.
+    """
 
     store: StoreAt
     store_description: StoreDescription

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vmfs_stub.core.errors import CorruptMap, IdentityMismatch, MapFrozen, MapMissing, UnknownFormat
 from vmfs_stub.core.ids import DatastoreId, PlaceholderId
-from vmfs_stub.core.names import ADOPTING_DIR, CHANGES_DIR, CLAIMS_DIR, ORPHANS_DIR, PRIVATE_DIR, RESERVE_FILE
+from vmfs_stub.core.names import ADOPTING_DIR, CHANGES_DIR, CLAIMS_DIR, MAPS_DIR, ORPHANS_DIR, PRIVATE_DIR, RESERVE_FILE
 from vmfs_stub.core.sites import PLAIN
 from vmfs_stub.primary.claim_notes import ClaimNotes
 from vmfs_stub.primary.datastore_id import load_or_make_datastore_id
@@ -52,7 +52,7 @@ class PrivateState:
 
         Raises CorruptRecord, UnknownFormat (of the id), OSError.
         """
-        maps, volatile = backing / PRIVATE_DIR / "maps", runtime_dir / "maps"
+        maps, volatile = backing / PRIVATE_DIR / MAPS_DIR, runtime_dir / MAPS_DIR
         orphans, claims = backing / PRIVATE_DIR / ORPHANS_DIR, backing / PRIVATE_DIR / CLAIMS_DIR
         adopting = backing / PRIVATE_DIR / ADOPTING_DIR
         changes, volatile_changes = backing / PRIVATE_DIR / CHANGES_DIR, runtime_dir / CHANGES_DIR

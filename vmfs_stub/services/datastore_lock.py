@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from vmfs_stub.core.errors import DatastoreLocked, PrimaryIOError
+from vmfs_stub.core.names import LOCK_FILE
 from vmfs_stub.primary.file_lock import open_lock, try_lock
 from vmfs_stub.primary.serving_mark import MARK, PACE, Machine, Mark, ServingMark, mark_in
 
 log = logging.getLogger(__name__)
 
-LOCK_FILES = ("lock", MARK)
+LOCK_FILES = (LOCK_FILE, MARK)
 """In the private directory."""
 WATCHED_S = PACE.still_s
 """How long a start watches the mark of another host, in seconds, before it takes over."""
