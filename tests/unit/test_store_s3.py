@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -48,6 +51,25 @@ def test_a_secret_is_in_no_message_and_no_text_of_an_object() -> None:
     told = [str(failed.value), repr(failed.value.__cause__), repr(at), repr(CREDENTIALS), repr(objects)]
     assert not [text for text in told if SECRET in text]
     assert "s3://bucket/prefix" in told[0]
+
+
+def test_a_request_that_nobody_answers_is_sent_again_within_the_time_of_a_call() -> None:
+    def answer() -> None:
+        with listener.accept()[0] as _silent, listener.accept()[0] as answering:
+            answering.recv(10_000)
+            headers = b"content-length: 2\r\netag: x\r\nlast-modified: Thu, 01 Jan 2026 00:00:00 GMT"
+            answering.sendall(b"HTTP/1.1 200 OK\r\n" + headers + b"\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(20)
+        answering = threading.Thread(target=answer)
+        answering.start()
+        endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        objects = open_objects(StoreAt(f"s3://bucket?endpoint={endpoint}", credentials=CREDENTIALS, timeout_s=10))
+        begun = time.monotonic()
+        assert objects.size("pins/x") == 2
+        assert time.monotonic() - begun < 10
+        answering.join()
 
 
 def test_a_configured_secret_is_in_no_message() -> None:

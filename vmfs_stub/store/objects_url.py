@@ -42,7 +42,7 @@ class StoreSettings(ReplicaSettings, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StoreAt:
-    """Where a store is, and how it is asked: times in seconds, of one request and of one that moves much."""
+    """Where a store is, and how it is asked: times in seconds, of a short call, retries included, and of a transfer."""
 
     url: str
     retries_max: int = 3
@@ -82,7 +82,9 @@ def open_objects(at: StoreAt, *, create: bool = False) -> ObjectStore:
                 _memory[url] = RemoteObjects(MemoryStore(), name=url)
             return RetryingObjects(_memory[url], policy)
     if parts.scheme == "s3":
-        remote = open_s3(url, at.credentials, timeout_s=at.timeout_s, transfer_timeout_s=at.transfer_timeout_s)
+        # A request that nobody answers leaves time for another one.
+        request_s = at.timeout_s / 2
+        remote = open_s3(url, at.credentials, timeout_s=request_s, transfer_timeout_s=at.transfer_timeout_s)
         return RetryingObjects(remote, policy)
     msg = f"{url!r}: not a store URL; use file:///absolute/path or s3://bucket/prefix"
     raise ConfigError(msg)
