@@ -126,6 +126,7 @@ async def test_a_vm_that_was_used_and_deleted_here_is_free_when_it_was_adopted_a
             assert (newest(second).state, newest(second).point_id) == (ClaimState.FREE, report.point_id)
 
 
+@pytest.mark.xfail(strict=True, raises=BaseExceptionGroup, reason="a backup sets a free VM free at the point it made")
 async def test_an_adopted_vm_can_be_used_after_its_former_host_was_backed_up() -> None:
     with two_hosts() as (first, second):
         await archive(first)

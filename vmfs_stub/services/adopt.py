@@ -184,7 +184,10 @@ class Adopter:
         async with self._turn:
             vm, datastore_id = wanted.vm, self._private.datastore_id
             if vm.vm_id in await self._threads.files(self._inventory.ids):
-                raise AlreadyExists(f"VM {wanted.name} (id {vm.vm_id}) is here already")
+                raise AlreadyExists(
+                    f"VM {wanted.name} (id {vm.vm_id}) is here already; if its newest state is not here (`backup` says "
+                    "so), remove what is here of it, then adopt again"
+                )
             claim = await self._claims.newest(vm.vm_id)
             # After the claim: what that names may be newer than the list of VMs.
             stored = await self._threads.background(self._store.vm, vm.vm_id)
