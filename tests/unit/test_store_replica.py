@@ -134,7 +134,7 @@ def test_what_is_there_is_not_copied_again(pair: Pair) -> None:
     pair.there.calls.clear()
     pair.here.calls.clear()
     assert pair.run().points == 0
-    looks = {("get", STORE_KEY), ("get", "keys"), ("size", "versions")}
+    looks = {("get", STORE_KEY), ("get", "keys"), ("size", "versions"), ("size", REPLICA_KEY)}
     assert {(call, key.split("/")[0]) for call, key in pair.there.calls} <= looks
     assert calls(pair.here, "get", PACKS, SEGMENTS) == []
 
