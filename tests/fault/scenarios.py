@@ -746,11 +746,14 @@ async def keep_history(services: Services) -> None:
 
 
 async def serve_beside_others(services: Services) -> None:
-    """The mark of another host that stands still, and that of a daemon that was killed here, are followed."""
+    """The mark of another host that stands still, and that of a daemon that was killed here, are followed.
+
+    The first was set aside by a start that was cut short.
+    """
     place, files, pace = services.rig.base / "served", services.files, Pace(interval_s=0.01, held_s=60, still_s=0)
     place.mkdir(exist_ok=True)
     (place / "reserve").write_bytes(bytes(BLOCK))
-    (place / "serving").write_bytes(encode_mark(Mark(Machine("other", "ab" * 16, "other"), "cd" * 16, 0)))
+    (place / "serving.aside.over").write_bytes(encode_mark(Mark(Machine("other", "ab" * 16, "other"), "cd" * 16, 0)))
     (place / "serving.cut-short").touch()
     for machine in (Machine("ours", "ef" * 16, "host1"), killed := Machine("other", "ab" * 16, "other")):
         if machine is killed:

@@ -167,6 +167,16 @@ def test_one_that_was_replaced_knows_whenever_it_wakes_up(tmp_path: Path, number
     successor[0].end()
 
 
+def test_a_start_that_died_while_it_set_a_mark_aside_ends_nobody(tmp_path: Path) -> None:
+    with taken(tmp_path, pace=FAR) as mark:
+        (tmp_path / MARK).rename(tmp_path / f"{MARK}.{'ee' * 16}.over")
+        renewed = SteppedIn("serving.read", mark.renew, number=4)
+        with pytest.raises(DatastoreLocked, match="host1"):
+            take(tmp_path, OTHERS, files=renewed)
+        assert mark.renew()
+        assert not mark.is_overdue
+
+
 def test_who_was_replaced_is_told_and_calls_nothing_more(tmp_path: Path) -> None:
     lost: list[str] = []
     asleep = take(tmp_path, OTHERS)
@@ -223,6 +233,7 @@ def test_calls_wait_as_long_as_a_renewal_hangs_and_fail_when_it_fails(tmp_path: 
         assert hangs.wait(10)
         time.sleep(PACE.held_s)
         calls.call("read.cached", os.stat, tmp_path)
+        calls.call("hydrate.space", os.statvfs, tmp_path)  # which the event loop calls
         waiter = threading.Thread(target=call)
         waiter.start()
         waiter.join(0.3)

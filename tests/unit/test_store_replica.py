@@ -134,7 +134,7 @@ def test_what_is_there_is_not_copied_again(pair: Pair) -> None:
     pair.there.calls.clear()
     pair.here.calls.clear()
     assert pair.run().points == 0
-    looks = {("get", STORE_KEY), ("get", "keys"), ("size", "versions")}
+    looks = {("get", STORE_KEY), ("get", "keys"), ("size", "versions"), ("size", REPLICA_KEY)}
     assert {(call, key.split("/")[0]) for call, key in pair.there.calls} <= looks
     assert calls(pair.here, "get", PACKS, SEGMENTS) == []
 
@@ -312,6 +312,21 @@ def test_another_store_is_refused(pair: Pair) -> None:
     assert pair.there.contents == {}
     with pytest.raises(StoreUnavailable):
         check_replica(pair.there, pair.store.description)
+
+
+def test_the_store_itself_is_no_replica_of_it_nor_is_one_that_became_the_store(pair: Pair) -> None:
+    back_up(pair.store, {"disk.raw": DISK})
+    pair.run()
+    del pair.there.contents[REPLICA_KEY]  # as who makes it the store does, while a host goes on with the old one
+    for objects in (pair.there, pair.here):  # under another URL, say
+        pair.there, kept = objects, dict(objects.contents)
+        with pytest.raises(WrongStore, match="no mark of a replica"):
+            check_replica(objects, pair.store.description)
+        with pytest.raises(WrongStore, match="no mark of a replica"):
+            make_replica(pair.store, objects)
+        with pytest.raises(WrongStore, match="no mark of a replica"):
+            pair.run()
+        assert objects.contents == kept
 
 
 def test_a_store_that_was_replaced_changes_nothing_in_the_replica(pair: Pair) -> None:

@@ -53,6 +53,9 @@ SPARE: Final = "serving.spare"
 """What an orderly end leaves, so that the next start needs no room."""
 SINCE_S_MAX: Final = 10**11
 """Unix time in the year 5138: what is later is damage."""
+OVER_SUFFIX: Final = ".over"
+_ALWAYS_MADE: Final = ("read.", "hydrate.space")
+"""How sites begin of calls that change nothing and are made on the event loop, where nothing is waited for."""
 _SIZE: Final = 4096
 """Bytes of the file: one block, which it has for good."""
 _MACHINE_ID: Final = Path("/etc/machine-id")
@@ -175,6 +178,9 @@ class ServingMark:
 
     def _take(self) -> None:
         found = _read(self._files, self._path)
+        if found is None:
+            self._put_back()
+            found = _read(self._files, self._path)
         is_over = found is not None and self._is_over(found)
         if found is not None and not is_over:
             found = self._watch(found)
@@ -194,6 +200,13 @@ class ServingMark:
         finally:
             with suppress(OSError):
                 self._files.call("serving.clean", os.unlink, new)
+
+    def _put_back(self) -> None:
+        """Give a mark its name again that a start has set aside which was cut short: somebody may serve by it."""
+        for name in self._files.call("serving.put_back", os.listdir, self._directory_fd):
+            if name.startswith(f"{MARK}.") and name.endswith(OVER_SUFFIX):
+                with suppress(FileExistsError, FileNotFoundError):
+                    self._files.call("serving.put_back", os.link, self._path.with_name(name), self._path)
 
     def _write_new(self, path: Path) -> None:
         # Not synced: after a power loss nobody serves, and what is left of it stands still.
@@ -239,7 +252,7 @@ class ServingMark:
 
         One that is over for certain (``is_over``) becomes the spare one; into any other its holder may yet write.
         """
-        aside = self._path.with_name(f"{MARK}.{self._mark.session}.over")
+        aside = self._path.with_name(f"{MARK}.{self._mark.session}{OVER_SUFFIX}")
         try:
             self._files.call("serving.set_aside", os.rename, self._path, aside)
         except FileNotFoundError:
@@ -368,9 +381,9 @@ class OwnCalls(FileCalls):
     def call(self, site: str, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """As described in the base class; raises OSError (EIO) instead when the mark is overdue and stays so.
 
-        Guests' reads are made: they change nothing, and some are made where nothing may be waited for.
+        Guests' reads are made, and looks at free space: they change nothing, and the event loop makes them.
         """
-        if self._mark.is_overdue and not site.startswith("read."):
+        if self._mark.is_overdue and not site.startswith(_ALWAYS_MADE):
             self._mark.wait_held()
         return function(*args, **kwargs)
 

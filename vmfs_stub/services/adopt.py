@@ -27,7 +27,15 @@ from pathlib import Path
 
 import trio
 
-from vmfs_stub.core.errors import AlreadyExists, NoSpace, NotFound, PrimaryIOError, Refused, VmfsStubError
+from vmfs_stub.core.errors import (
+    AlreadyExists,
+    NoSpace,
+    NotFound,
+    PointNotFound,
+    PrimaryIOError,
+    Refused,
+    VmfsStubError,
+)
 from vmfs_stub.core.ids import PointId, VmId
 from vmfs_stub.core.names import printable
 from vmfs_stub.inventory.directory import NO_VMS, DirectoryInventory
@@ -100,6 +108,7 @@ class AdoptSettings:
 class Adopter:
     """Adopts single VMs; see the module for the order of steps.
 
+    What comes with its bytes is read from ``reading``: the store, or the store with its replica.
     ``appeared`` is called with a name at the top that is there from now on; the mount sets it.
     """
 
@@ -111,6 +120,7 @@ class Adopter:
         retirement: Retirement,
         disks: Disks,
         store: Store,
+        reading: Store,
         claims: Claims,
         private: PrivateState,
         backing: Path,
@@ -121,6 +131,7 @@ class Adopter:
         self._retirement = retirement
         self._disks = disks
         self._store = store
+        self._reading = reading
         self._claims = claims
         self._private = private
         self._backing = backing
@@ -173,10 +184,17 @@ class Adopter:
         async with self._turn:
             vm, datastore_id = wanted.vm, self._private.datastore_id
             if vm.vm_id in await self._threads.files(self._inventory.ids):
-                raise AlreadyExists(f"VM {wanted.name} (id {vm.vm_id}) is here already")
+                raise AlreadyExists(
+                    f"VM {wanted.name} (id {vm.vm_id}) is here already; if its newest state is not here (`backup` says "
+                    "so), remove what is here of it, then adopt again"
+                )
             claim = await self._claims.newest(vm.vm_id)
-            summary = chosen_point(vm, wanted.named, claim, here=datastore_id, told=told, now_s=time.time())
-            point = await self._threads.background(self._store.open_point, vm.vm_id, summary.point_id)
+            # After the claim: what that names may be newer than the list of VMs.
+            stored = await self._threads.background(self._store.vm, vm.vm_id)
+            if stored is None:
+                raise PointNotFound(f"VM {wanted.name} has no restore points any more")
+            summary = chosen_point(stored, wanted.named, claim, here=datastore_id, told=told, now_s=time.time())
+            point = await self._threads.background(self._reading.open_point, vm.vm_id, summary.point_id)
             top = top_of(point.manifest)
             await self._threads.files(self._check_place, top, point.manifest)
             return await self._claimed(claim, wanted.name, point, top, progress)
@@ -235,7 +253,7 @@ class Adopter:
         try:
             adoption = await self._threads.step(
                 Adoption,
-                self._store,
+                self._reading,
                 point,
                 top,
                 files=self._files,

@@ -5,7 +5,8 @@ Invariants:
 * what is held is known without the store, also after a restart: it is noted after the claim is there, and the note
   goes, durably, before the VM is given up;
 * without a note the next epoch is taken, though the newest be ours: a put that was given up may still arrive, and must
-  find its number taken.
+  find its number taken;
+* what is held and is not in the store any more is put there again, under its own number, at the next look.
 The files of a VM that are no placeholders are never asked about here.
 """
 
@@ -139,12 +140,12 @@ class Claims:
     async def survey(self) -> Mapping[VmId, int]:
         """The newest epoch of every VM, in one listing; what was taken over from here is not held any more.
 
-        Raises StoreError.
+        Raises StoreError, CorruptStoreObject, UnknownFormat.
         """
         listed = await self._threads.background(claimed_vms, self._store.objects)
-        for vm_id in [vm_id for vm_id, held in self._held.items() if listed.get(vm_id, 0) > held.epoch]:
+        for vm_id in [vm_id for vm_id, held in self._held.items() if listed.get(vm_id, 0) != held.epoch]:
             async with self._lock(vm_id):
-                await self._see(vm_id, listed[vm_id])
+                await self._see(vm_id, listed.get(vm_id, 0))
         return listed
 
     async def run(self) -> None:
@@ -206,12 +207,14 @@ class Claims:
 
         One that another datastore holds, or whose newest state is another restore point there, only with ``force``, or
         when its newest claim is the one that was ``seen`` by whoever has decided that it may be taken.
-        Returns whether it was not held here before: then `set_free` undoes it as long as nobody used the VM.
+        Returns whether it was not held here before: then `set_free` undoes it.  What a guest did before this does not
+        count as use of the VM any more.
         Raises ClaimedElsewhere, StoreError, CorruptStoreObject, UnknownFormat.
         """
         async with self._lock(vm_id):
             await self._look(vm_id)
             if vm_id in self._held:
+                self._held[vm_id].is_used = False
                 return False
             goes_on = self._goes_on_from(point_id)
 
@@ -233,10 +236,21 @@ class Claims:
             await self._see(vm_id, await self._threads.background(newest_epoch, self._store.objects, vm_id))
 
     async def _see(self, vm_id: VmId, epoch: int) -> None:
-        """The store has this epoch: a claim that is held here does not count any more when its own is lower."""
+        """The store has this epoch: a claim that is held here does not count any more when its own is lower.
+
+        When it is higher, the claim is not listed yet, or the store has lost it, as a replica that became the store
+        never had it: it is put again, so that others are told that the VM is in use here.
+        """
         held = self._held.get(vm_id)
-        if held is None or epoch <= held.epoch:
+        if held is None or epoch == held.epoch:
             return
+        if epoch < held.epoch:
+            again = self._claim(vm_id, ClaimState.HELD, held.epoch)
+            later = await self._threads.background(try_claim, self._store.objects, again)
+            if later is None:
+                log.warning("VM %s is in use here, and the store did not say so any more: it does again", vm_id)
+            if later is None or (later.epoch, later.datastore_id) == (held.epoch, self._datastore_id):
+                return
         log.warning("VM %s was taken over: what is absent of it here is not recalled any more", vm_id)
         del self._held[vm_id]
         try:

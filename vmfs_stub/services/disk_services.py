@@ -75,7 +75,7 @@ def connect_services(
 ) -> DiskServices:
     """Make the services; their background work runs in ``nursery``, and ends when that is cancelled.
 
-    What guests read comes from ``reading``: the store, or the store with its replica.
+    What guests read, and what is adopted, comes from ``reading``: the store, or the store with its replica.
     """
     failures = RecallFailures(findings)
     claims = Claims(
@@ -149,6 +149,7 @@ def connect_services(
         retirement=retirement,
         disks=disks,
         store=store,
+        reading=reading,
         claims=claims,
         private=private,
         backing=backing,

@@ -128,13 +128,13 @@ def claimed_elsewhere(claim: Claim) -> ClaimedElsewhere:
     if claim.state is ClaimState.HELD:
         return ClaimedElsewhere(
             f"VM {claim.vm_id} is in use in datastore {claim.datastore} of host {claim.host} since "
-            f"{time_text(claim.since_s)}: its newest state is there. Archive it there and adopt it here then, or, if "
-            "that state is to be given up, `vmfs-stub adopt --force --accept-loss`"
+            f"{time_text(claim.since_s)}: its newest state is there. Archive it there, remove what is here of it, and "
+            "adopt it here then; or, if that state is to be given up, `vmfs-stub adopt --force --accept-loss`"
         )
     return ClaimedElsewhere(
         f"VM {claim.vm_id} was last archived in datastore {claim.datastore} of host {claim.host}, at "
         f"{time_text(claim.since_s)}: its newest state is restore point {claim.point_id}. `vmfs-stub adopt` brings it "
-        "here"
+        "here, when what is here of it was removed"
     )
 
 

@@ -53,6 +53,7 @@ from vmfs_stub.store.keys import (
     MANIFESTS,
     MOVED,
     PACKS,
+    REPLICA_KEY,
     SEGMENTS,
     STORE_KEY,
     damage,
@@ -83,7 +84,7 @@ NAMES_KEPT: Final = 100_000
 
 
 def check_replica(objects: ObjectStore, description: StoreDescription) -> None:
-    """See that the replica of that store is where it is expected.
+    """See that the replica of that store is where it is expected, and not the store itself, or one that became it.
 
     Raises: StoreUnavailable, also when there is none; WrongStore; CorruptStoreObject, UnknownFormat, StoreDenied.
     """
@@ -98,6 +99,11 @@ def check_replica(objects: ObjectStore, description: StoreDescription) -> None:
         raise WrongStore(
             f"store {found.store_id} lies where the replica of {description.store_id} is expected; correct [replica] "
             "url, or mount what belongs there"
+        )
+    if not exists(objects, REPLICA_KEY):
+        raise WrongStore(
+            f"what lies where [replica] url leads has no mark of a replica: it is store {description.store_id} itself, "
+            "or a replica that became the store; correct both urls"
         )
 
 
