@@ -231,6 +231,7 @@ def test_guests_read_on_from_the_replica_while_the_store_hangs(
     datastore.start()
     disk = datastore.add_vm("vm", CONTENT)
     datastore.archive("vm")
+    assert block_of(disk, 200) == CONTENT[200 * CHUNK : 200 * CHUNK + BLOCK]  # the VM is claimed, which needs the store
     process.send_signal(signal.SIGSTOP)
     try:
         found = read_at_once(disk, range(60)).results(timeout_s=60)

@@ -176,3 +176,21 @@ async def test_what_the_store_lost_is_adopted_from_the_replica() -> None:
         async with second.running() as there:
             await adopt(there)
         assert (second.backing / DISK).read_bytes() == first_contents()[DISK]
+
+
+async def test_no_claim_is_made_where_the_store_is_not() -> None:
+    with two_hosts(with_replica=True) as (first, _):
+        await archive(first)
+        kept = dict(first.objects.contents)
+        first.objects.contents.clear()  # the url leads to an empty bucket, say, and the replica has all bytes
+        async with first.running() as services:
+            with pytest.raises(StoreUnavailable):
+                await services.bring_back(DISK)
+            assert first.objects.contents == {}
+            first.objects.contents.update(kept)
+            await services.bring_back(DISK)
+        first.objects.contents.clear()
+        async with first.running() as services:
+            with pytest.raises(StoreUnavailable):
+                await services.claims.survey()
+            assert first.objects.contents == {}

@@ -145,6 +145,9 @@ async def test_an_open_during_the_second_copy_wins(rig: Rig) -> None:
 async def test_guests_read_on_without_the_store(rig: Rig) -> None:
     async with rig.running() as services:
         await services.archive("vm")
+        disk = await services.open(DISK)
+        await disk.read(0, 1)  # from then on the VM is claimed here
+        await services.disks.release(disk)
         kept = dict(rig.objects.contents)
         rig.objects.contents.clear()
         assert await contents(services) == first_contents()[DISK]
