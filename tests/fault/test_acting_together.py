@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -126,15 +127,47 @@ async def test_a_vm_that_was_used_and_deleted_here_is_free_when_it_was_adopted_a
             assert (newest(second).state, newest(second).point_id) == (ClaimState.FREE, report.point_id)
 
 
-@pytest.mark.xfail(strict=True, raises=BaseExceptionGroup, reason="a backup sets a free VM free at the point it made")
 async def test_an_adopted_vm_can_be_used_after_its_former_host_was_backed_up() -> None:
     with two_hosts() as (first, second):
         await archive(first)
         async with second.running() as there:
             await adopt(there)
             async with first.running() as services:
-                await services.archive("vm", archive=False)  # in which nothing has changed
+                report = await services.archive("vm", archive=False)  # in which nothing has changed
+                assert newest(first).point_id == report.point_id
             await read_absent(there)
+            assert newest(first).datastore_id == there.private.datastore_id
+
+
+def changed_mode(first: Rig) -> None:
+    (first.backing / DISK).chmod(0o604)
+
+
+def one_more(first: Rig) -> None:
+    (first.backing / "vm/more").mkdir()
+
+
+def changed_bytes(first: Rig) -> None:
+    """A file that is no placeholder may change without a claim."""
+    times = (first.backing / SECOND).stat()
+    (first.backing / SECOND).write_bytes(b"x" * times.st_size)
+    os.utime(first.backing / SECOND, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [changed_mode, one_more, changed_bytes])
+async def test_an_adopted_vm_is_not_used_when_its_former_host_has_something_newer(
+    change: Callable[[Rig], None],
+) -> None:
+    with two_hosts() as (first, second):
+        first.settings = replace(first.settings, placeholder_bytes_min=(first.backing / SECOND).stat().st_size + 1)
+        await archive(first)
+        async with second.running() as there:
+            await adopt(there)
+            change(first)
+            async with first.running() as services:
+                await services.archive("vm", archive=False)
+            with pytest.raises(ClaimedElsewhere):
+                await read_absent(there)
 
 
 async def test_only_a_vm_in_use_goes_on_from_the_replica_without_the_store() -> None:

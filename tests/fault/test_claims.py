@@ -209,6 +209,7 @@ async def test_what_is_used_here_is_taken_by_another_host_only_when_it_is_told_t
 async def test_an_older_point_is_adopted_only_when_that_is_told() -> None:
     with two_hosts() as (first, second):
         older = await archive(first)
+        (first.backing / DISK).chmod(0o604)
         await archive(first)
         async with second.running() as there:
             with pytest.raises(ClaimedElsewhere, match="last archived"):

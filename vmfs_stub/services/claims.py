@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import trio
 
-from vmfs_stub.core.errors import ObjectMissing, StoreUnavailable, VmfsStubError, WrongStore
+from vmfs_stub.core.errors import DAMAGE, ObjectMissing, PointNotFound, StoreUnavailable, VmfsStubError, WrongStore
 from vmfs_stub.core.ids import PointId, VmId
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.primary.record import PlaceholderRecord
 from vmfs_stub.services.threads import Threads
+from vmfs_stub.store.chunk_table import holds_same
 from vmfs_stub.store.claims import (
     Claim,
     ClaimState,
@@ -124,7 +125,7 @@ class Claims:
                 raise WrongStore(f"VM {vm_id} is in store {record.store_id}, and [store] url leads to {self._store.id}")
             async with self._lock(vm_id):
                 if vm_id not in self._held:
-                    await self._take(vm_id, self._goes_on_from(record.point_id))
+                    await self._take(vm_id, {record.point_id})
             attempt.error = None
         except VmfsStubError as exc:
             attempt.error = exc
@@ -175,7 +176,7 @@ class Claims:
                 await self._see(vm_id, listed.get(vm_id, 0))
             before = None
             if vm_id not in self._held:
-                before = await self._take(vm_id, self._goes_on_from(*points), guest_waits=False)
+                before = await self._take(vm_id, set(points) - {None}, guest_waits=False)
             self._held[vm_id].is_used = False
         return None if before is None else before.point_id
 
@@ -216,12 +217,11 @@ class Claims:
             if vm_id in self._held:
                 self._held[vm_id].is_used = False
                 return False
-            goes_on = self._goes_on_from(point_id)
 
-            def may_follow(newest: Claim) -> bool:
-                return force or (seen is not None and newest.epoch == seen.epoch) or goes_on(newest)
+            def is_told(newest: Claim) -> bool:
+                return force or (seen is not None and newest.epoch == seen.epoch)
 
-            await self._take(vm_id, may_follow, guest_waits=False)
+            await self._take(vm_id, {point_id}, is_told=is_told, guest_waits=False)
             self._held[vm_id].is_used = False
             return True
 
@@ -260,10 +260,16 @@ class Claims:
             log.warning("the note that VM %s is claimed stays until the next start: %s", vm_id, exc.strerror)
 
     async def _take(
-        self, vm_id: VmId, may_follow: Callable[[Claim], bool], *, guest_waits: bool = True
+        self,
+        vm_id: VmId,
+        points: Set[PointId | None],
+        *,
+        is_told: Callable[[Claim], bool] = lambda newest: False,
+        guest_waits: bool = True,
     ) -> Claim | None:
         """Take the next epoch; returns the claim before it.  Raises ClaimedElsewhere when it may not follow that.
 
+        ``points`` are those that the placeholders here are of; ``is_told`` says that it may follow whatever they are.
         One put at a time: what is given up leaves no other one to come.
         """
         call = self._threads.store if guest_waits else self._threads.background
@@ -271,7 +277,7 @@ class Claims:
         if newest is None:
             await call(self._check_store)
         for _ in range(TRIES_MAX):
-            if newest is not None and not may_follow(newest):
+            if newest is not None and not (is_told(newest) or await call(self._may_follow, newest, points)):
                 raise claimed_elsewhere(newest)
             made = self._claim(vm_id, ClaimState.HELD, 1 if newest is None else newest.epoch + 1)
             later = await call(try_claim, self._store.objects, made)
@@ -299,10 +305,21 @@ class Claims:
     def _claim(self, vm_id: VmId, state: ClaimState, epoch: int, point_id: PointId | None = None) -> Claim:
         return Claim(vm_id, epoch, state, self._datastore_id, self._host, self._datastore, time.time(), point_id)
 
-    def _goes_on_from(self, *points: PointId | None) -> Callable[[Claim], bool]:
-        """Who has the state of this one point may follow what is our own, or free at that very point."""
-        wanted = set(points) - {None}
-        return lambda newest: newest.datastore_id == self._datastore_id or {newest.point_id} == wanted
+    def _may_follow(self, newest: Claim, points: Set[PointId | None]) -> bool:
+        """Who has the state of one point may follow what is our own, or free where nothing is newer.  Blocking."""
+        if newest.datastore_id == self._datastore_id or {newest.point_id} == points:
+            return True
+        if newest.point_id is None or len(points) != 1:
+            return False
+        (point_id,) = points
+        # A backup of a former host, in which nothing has changed, sets the VM free at a point of its own.
+        return point_id is not None and self._is_same(newest.vm_id, newest.point_id, point_id)
+
+    def _is_same(self, vm_id: VmId, one: PointId, other: PointId) -> bool:
+        try:
+            return holds_same(self._store.open_point(vm_id, one), self._store.open_point(vm_id, other))
+        except (PointNotFound, *DAMAGE):
+            return False
 
     @asynccontextmanager
     async def _lock(self, vm_id: VmId) -> AsyncIterator[None]:

@@ -11,17 +11,19 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from vmfs_stub.core.chunking import FrameRef, chunk_count, chunk_length
 from vmfs_stub.core.errors import CorruptSegment
-from vmfs_stub.core.ids import PackId, SegmentId
+from vmfs_stub.core.ids import ChunkId, PackId, SegmentId
 from vmfs_stub.store.format import SEGMENT_CHUNKS
 from vmfs_stub.store.keys import segment_key
 from vmfs_stub.store.manifest import Manifest, StoredFile
 from vmfs_stub.store.segments import Segment
 
+SEGMENTS_COMPARED_MAX: Final = 16
+"""Of two restore points: small files are stored afresh by each backup, and a guest may wait for the answer."""
 SEGMENTS_KEPT: Final = 32
 """Segments kept in memory per store: 32 of at most 340 KiB."""
 
@@ -127,3 +129,36 @@ class RestorePoint:
     def chunks(self, file_index: int) -> ChunkTable:
         """The chunks of file number ``file_index`` of the manifest."""
         return ChunkTable(self.manifest.files[file_index], self.manifest.chunk_size, self.segments)
+
+
+def holds_same(one: RestorePoint, other: RestorePoint) -> bool:
+    """Whether two restore points of a VM hold the same names, attributes and bytes; times of access do not count.
+
+    Where many segments differ in their names the bytes are not compared, and taken to differ.
+    Raises: as `ChunkTable.locate`.
+    """
+    numbers, others = ({f.path: at for at, f in enumerate(point.manifest.files)} for point in (one, other))
+    if numbers.keys() != others.keys() or _bare(one.manifest.top) != _bare(other.manifest.top):
+        return False
+    pairs = [(number, others[path]) for path, number in numbers.items()]
+    files, other_files = one.manifest.files, other.manifest.files
+    if any(_bare(files[number]) != _bare(other_files[at]) for number, at in pairs):
+        return False
+    looks = 0
+    for number, at in pairs:
+        for segment, names in enumerate(zip(files[number].segments, other_files[at].segments, strict=True)):
+            if names[0] != names[1]:
+                looks += 1
+                if looks > SEGMENTS_COMPARED_MAX or _ids(one, number, segment) != _ids(other, at, segment):
+                    return False
+    return True
+
+
+def _bare(stored: StoredFile | None) -> StoredFile | None:
+    return None if stored is None else replace(stored, atime_ns=0, segments=())
+
+
+def _ids(point: RestorePoint, file_index: int, segment: int) -> list[ChunkId | None]:
+    table, first = point.chunks(file_index), segment * SEGMENT_CHUNKS
+    refs = table.locate(first, min(table.chunk_count, first + SEGMENT_CHUNKS))
+    return [None if ref is None else ref.chunk_id for ref in refs]
