@@ -68,6 +68,7 @@ from vmfs_stub.store.keys import (
     MANIFESTS,
     MOVED,
     PACKS,
+    REPLICA_KEY,
     SEGMENTS,
     STORE_KEY,
     manifest_key,
@@ -591,7 +592,8 @@ async def replicate_store(services: Services) -> None:
     # The only pack is damaged everywhere, and repaired; of the second one the replica has a damaged copy.
     (key,) = [key for key in inner.contents if key.startswith(PACKS)]
     inner.contents[key] = b"?" + inner.contents[key][1:]
-    outer.contents = {name: data for name, data in outer.contents.items() if name.startswith(("keys/", STORE_KEY))}
+    left = ("keys/", STORE_KEY, REPLICA_KEY)
+    outer.contents = {name: data for name, data in outer.contents.items() if name.startswith(left)}
     _scrub(store)
     again = store_points.back_up(store, {"disk": content})
     _scrub(store)
@@ -607,7 +609,7 @@ async def replicate_store(services: Services) -> None:
     store.forget(again.vm_id, again.point_id, host="host1", why="by hand")
     _collect(store, MirroredDeletes(store.objects, replica.stored))
     kept = {name for name in inner.contents if name.startswith((MANIFESTS, PACKS, SEGMENTS, "keys/", STORE_KEY))}
-    have = {name for name in outer.contents if not name.startswith((MOVED, PACKS))}
+    have = {name for name in outer.contents if not name.startswith((MOVED, PACKS, REPLICA_KEY))}
     if not services.files.spoiled and (have != {name for name in kept if not name.startswith(PACKS)}):
         raise NotWhole(f"the replica has {sorted(have ^ kept)}")
     if not services.files.spoiled and verify.verify(Store.open(outer, KEY_SOURCE), workers=1).findings:

@@ -230,7 +230,7 @@ def test_a_file_of_another_store_is_not_used(store: Store, objects: FakeObjects,
 
 def test_the_rate_is_kept(store: Store) -> None:
     """All that is read takes as long as it has to, by a clock that only sleeping moves on."""
-    back_up(store, {"disk.raw": RANDOM.randbytes(150 * CHUNK)})
+    back_up(store, {"disk.raw": RANDOM.randbytes(300 * CHUNK)})
     now = 0.0
 
     def sleep(seconds: float) -> None:
