@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from vmfs_stub.control.client import ControlClient
 
 _TOP_MODE = 0o755
+_MAPS_GO_WITHIN_S = 15.0
+"""A disk that is back is an ordinary file, and its pin and maps go after that."""
 
 
 def leave(ctx: typer.Context) -> None:
@@ -44,6 +47,7 @@ def leave(ctx: typer.Context) -> None:
             raise  # only a daemon can bring back what is away
     else:
         _recall_all(client, config)
+        _wait_for_maps_to_go(config)
         end_daemon(client, config, force=False)
     with _alone(config):
         _refuse_placeholders(config)
@@ -64,6 +68,13 @@ def _recall_all(client: ControlClient, config: Config) -> None:
     left = [row.path for row in client.list_disks() if row.state != "resident"]
     if left:
         raise Refused(f"{left[0]} and {len(left) - 1} other disks are not back yet; run `vmfs-stub leave` again")
+
+
+def _wait_for_maps_to_go(config: Config) -> None:
+    """Those that do not go in time are told of when the daemon has ended."""
+    end_s = time.monotonic() + _MAPS_GO_WITHIN_S
+    while has_maps(config) and time.monotonic() < end_s:
+        time.sleep(0.05)
 
 
 @contextmanager
