@@ -44,6 +44,7 @@ from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.primary.tree import open_beneath
 from vmfs_stub.services.adoption import Absent, Adoption, needed_bytes, top_of
 from vmfs_stub.services.adoption_choice import Told, chosen_point
+from vmfs_stub.services.archive import ArchiveSettings
 from vmfs_stub.services.claims import Claims
 from vmfs_stub.services.disk_name import disk_label
 from vmfs_stub.services.disks import Disks
@@ -96,15 +97,6 @@ class AdoptReport:
     warnings: list[str]
 
 
-@dataclass(frozen=True, slots=True)
-class AdoptSettings:
-    """As for archives; ``host`` and ``datastore`` go into pins, sizes are bytes."""
-
-    placeholder_bytes_min: int
-    host: str
-    datastore: str
-
-
 class Adopter:
     """Adopts single VMs; see the module for the order of steps.
 
@@ -124,7 +116,7 @@ class Adopter:
         claims: Claims,
         private: PrivateState,
         backing: Path,
-        settings: AdoptSettings,
+        settings: ArchiveSettings,
     ) -> None:
         self._files = files
         self._threads = threads

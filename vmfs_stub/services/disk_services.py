@@ -9,7 +9,7 @@ import trio
 
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PrivateState
-from vmfs_stub.services.adopt import Adopter, AdoptSettings
+from vmfs_stub.services.adopt import Adopter
 from vmfs_stub.services.archive import Archiver, ArchiveSettings
 from vmfs_stub.services.changes import Changes
 from vmfs_stub.services.changes_left import ChangesLeft
@@ -153,10 +153,6 @@ def connect_services(
         claims=claims,
         private=private,
         backing=backing,
-        settings=AdoptSettings(
-            placeholder_bytes_min=settings.archive.placeholder_bytes_min,
-            host=settings.archive.host,
-            datastore=settings.archive.datastore,
-        ),
+        settings=settings.archive,
     )
     return DiskServices(files, claims, recall, retirement, disks, hydration, archiver, adopter)
