@@ -14,6 +14,8 @@ from typing import Any
 
 SIZE_MAX = 256 * 1024
 """No input grows beyond this."""
+GROWN_PLACES_MAX = 5_000
+"""A JSON document of more values than this is not made longer: the limit of memory is for what reads the input."""
 
 _WIDTHS = {1: "<B", 2: "<H", 4: "<I", 8: "<Q"}
 _DEPTHS = (10, 400, 1_500, 20_000)
@@ -37,6 +39,7 @@ class Mutator:
         self._chance = chance
         self._tokens = tokens
         self._raw: dict[str, str] = {}
+        self._may_grow = True
 
     def bytes_of(self, data: bytes, other: bytes | None) -> bytes:
         """``data`` after one to four changes; ``other`` is what pieces are taken from, None for none."""
@@ -57,6 +60,7 @@ class Mutator:
         try:
             tree = json.loads(text)
             self._raw.clear()
+            self._may_grow = True  # once: lists in lists would grow by fifty times fifty
             for _ in range(self._chance.choice((1, 1, 1, 2, 3))):
                 tree = self._json_change(tree)
             made = json.dumps(tree, separators=(",", ":"))
@@ -140,6 +144,7 @@ class Mutator:
 
     def _json_change(self, tree: Any) -> Any:
         places = list(_places(tree))
+        count = len(places)
         if not places:
             return self._value()
         if self._chance.random() < 0.5:  # each name as often as any other, however many objects have it
@@ -151,8 +156,9 @@ class Mutator:
             holder[key] = self._text(old)
         elif isinstance(old, int) and is_own_kind:
             holder[key] = old + self._chance.choice((-1, 1, 4096, -(2**40), 2**40, 2**63))
-        elif isinstance(old, list) and is_own_kind:
+        elif isinstance(old, list) and is_own_kind and self._may_grow and count <= GROWN_PLACES_MAX:
             holder[key] = old * self._chance.choice((2, 50))
+            self._may_grow = False
         else:
             self._change_any(places, holder, key)
         return tree
