@@ -51,6 +51,7 @@ from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.file_reads import FileReads, open_ring
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.guest_activity import GuestActivity
+from vmfs_stub.services.hydration import STEPS_AT_ONCE, STEPS_AT_ONCE_FAR
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recovery import Recovered, Recovery
 from vmfs_stub.services.replication import ReplicaService
@@ -385,6 +386,7 @@ def _service_settings(config: Config) -> ServiceSettings:
         fetch_bytes_max=_fetch_bytes_max(config),
         hydration_enabled=config.hydration.enabled,
         hydration_bytes_per_s_max=config.hydration.bytes_per_s_max,
+        hydration_steps=STEPS_AT_ONCE_FAR if _store_at(config).is_far else STEPS_AT_ONCE,
         free_floor_percent=config.primary.free_floor_percent,
         archive=ArchiveSettings(
             resident_head_bytes=archive.resident_head_bytes,
