@@ -395,9 +395,9 @@ class Datastore:
 
         return self._jobs.start("adopt", list(vms), work, peer=peer)
 
-    async def job(self, job_id: JobId) -> JobInfo:
-        """State of one job; raises NotFound."""
-        return self._jobs.get(job_id)
+    async def job(self, job_id: JobId, *, wait_s: float) -> JobInfo:
+        """State of one job when it has ended, or after so many seconds; raises NotFound."""
+        return await self._jobs.wait(job_id, wait_s=wait_s)
 
     async def jobs(self) -> list[JobInfo]:
         """Running and recent jobs, newest first."""

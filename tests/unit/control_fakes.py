@@ -118,8 +118,8 @@ class FakeTarget:
         self.calls.append(("adopt", tuple(vms), everything, told, peer))
         return self._jobs.start("adopt", vms, self._work(vms), peer=peer)
 
-    async def job(self, job_id: JobId) -> messages.JobInfo:
-        return self._jobs.get(job_id)
+    async def job(self, job_id: JobId, *, wait_s: float) -> messages.JobInfo:
+        return await self._jobs.wait(job_id, wait_s=wait_s)
 
     async def jobs(self) -> list[messages.JobInfo]:
         return self._jobs.list()
