@@ -148,7 +148,7 @@ class FakeTarget:
 @asynccontextmanager
 async def open_fake_daemon(socket_path: Path, *, backing: Path = BACKING) -> AsyncIterator[FakeTarget]:
     """A fake daemon that answers on ``socket_path``."""
-    async with open_jobs(FakeHistory(), running_max=4, kept=10) as jobs:
+    async with open_jobs(FakeHistory(), running_max=8, kept=10) as jobs:
         target = FakeTarget(jobs)
         async with open_control(
             target, Metrics(), backing=backing, socket_path=socket_path, connections_max=8, idle_s=0.2
