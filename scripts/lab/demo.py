@@ -1,7 +1,7 @@
 """The demo: two real VMs are archived, and boot again through the mount as if nothing had happened.
 
 Everything happens in one temporary directory and is gone at the end, but for the built guest.  Each claim is checked;
-the first that does not hold ends the demo with exit code 1.  ``demo_hosts`` is the same of several hosts.
+the first that does not hold ends the demo with exit code 1.  With --hosts it is about several hosts.
 """
 
 from __future__ import annotations

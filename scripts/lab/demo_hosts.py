@@ -121,11 +121,11 @@ def archive_all(first: Datastore, raw: Machine, qcow2: Machine) -> Known:
     known.originals = {path.relative_to(copies): path for path in sorted(copies.rglob("*")) if is_file(path)}
     known.originals |= {raw.disk.relative_to(top): raw.guest.raw, qcow2.disk.relative_to(top): qcow2.guest.qcow2}
     known.looks = appearance(top)
-    before = allocated_bytes(first.backing)
+    before = occupied_bytes(first)
     first.vmfs("archive", "--", *_ALL_VMS)
     console.print("[cyan]$ vmfs-stub ls[/]")
     console.print(first.vmfs("ls").rstrip(), markup=False)
-    tell(f"{mebibytes(before)} -> {mebibytes(allocated_bytes(first.backing))} on primary")
+    tell(f"what they occupy on primary: {mebibytes(before)} -> {mebibytes(occupied_bytes(first))}")
     check_placeholders(first, "every disk is a placeholder")
     return known
 
@@ -154,6 +154,11 @@ def add_small_vms(top: Path) -> None:
     os.truncate(blank, _DISK_BYTES)
     for number, path in enumerate([*sorted(vm.rglob("*"), reverse=True), vm, blank]):
         os.utime(path, ns=(10**18, 10**18 + number * 1_000_000_007), follow_symlinks=False)
+
+
+def occupied_bytes(datastore: Datastore) -> int:
+    """Bytes that the files of its VMs occupy on primary; what is kept beside them is not counted."""
+    return sum(allocated_bytes(path) for path in datastore.backing.iterdir() if path.name != PRIVATE_DIR)
 
 
 def is_file(path: Path) -> bool:
@@ -254,7 +259,7 @@ def adopt_all(third: Datastore, known: Known) -> None:
     third.vmfs("adopt", "--all", "--force", "--accept-loss")
     check_placeholders(third, "with --force --accept-loss every VM is back as a placeholder")
     known.check_looks(third.mountpoint, "names, sizes, owners, modes, times, attributes and links are what they were")
-    tell(f"{mebibytes(allocated_bytes(third.backing))} on primary")
+    tell(f"what they occupy on primary: {mebibytes(occupied_bytes(third))}")
 
 
 def boot_adopted(third: Datastore, machine: Machine, known: Known) -> None:
