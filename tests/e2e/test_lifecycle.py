@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -103,6 +104,23 @@ def test_force_unmounts_while_a_disk_is_open_and_loses_nothing(make_datastore: M
     datastore.start()
     assert disk.read_bytes() == content
     assert datastore.cli("status").code == 0
+
+
+def test_unmount_ends_the_daemon_though_another_mount_namespace_keeps_a_copy(make_datastore: MakeDatastore) -> None:
+    datastore = make_datastore(QUIET)
+    datastore.start()
+    disk = datastore.add_vm("web", noise(SIZE, seed=1))
+    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", "echo made; read line"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as elsewhere:
+        assert elsewhere.stdout is not None
+        assert elsewhere.stdout.readline() == b"made\n"
+        datastore.stop()
+        copy = Path(f"/proc/{elsewhere.pid}/root") / disk.relative_to("/")
+        assert errno_of(copy.read_bytes) == errno.ENOTCONN
+        datastore.start()
+        assert disk.read_bytes() == noise(SIZE, seed=1)
+        datastore.stop()
+        elsewhere.communicate()
 
 
 def test_hold_refuses_recalls_until_unhold(make_datastore: MakeDatastore) -> None:

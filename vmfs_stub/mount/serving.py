@@ -31,6 +31,8 @@ _log = logging.getLogger(__name__)
 _WORKERS_IDLE_MAX = 16
 """pyfuse3's tasks that wait for a request; each that ends frees a buffer of 1 MiB, which the next makes anew."""
 
+_KERNEL_ENDS_S = 5.0
+"""How long after it was unmounted the kernel may take to end the connection."""
 _RELIEF_INTERVAL_S = 0.1
 """Between two times that the kernel is made to forget what nobody uses."""
 
@@ -56,12 +58,19 @@ class Mount:
         return self.channel.mountpoint
 
     async def unmount(self, *, force: bool = False) -> None:
-        """Unmount; serving ends then.  InUse when something is open there and not ``force``."""
+        """Unmount, after which serving can end.  InUse when something is open there and not ``force``.
+
+        Another mount namespace (libvirt makes one for each guest) may have a copy of the mount, and keep it where no
+        unmounting reaches it: then the kernel ends nothing, and ending to serve makes every call on that copy fail.
+        """
         if force:
             await trio.to_thread.run_sync(lambda: mountpoints.detach(self.mountpoint, abort=True))
         else:
             await trio.to_thread.run_sync(mountpoints.unmount, self.mountpoint)
-        await self.ended.wait()
+        with trio.move_on_after(_KERNEL_ENDS_S):
+            await self.ended.wait()
+            return
+        _log.warning("%s is still mounted in another mount namespace; what uses it there will fail", self.mountpoint)
 
     def attributes_changed(self, ino: int) -> None:
         """Say that attributes or xattrs of an inode changed behind the mount; does not sleep."""
