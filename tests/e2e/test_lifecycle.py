@@ -28,6 +28,18 @@ from live_datastore import (
 from vmfs_stub.mount import mountpoint as mountpoints
 
 SIZE = 8 * MIB
+SLOW_UNMOUNT = """
+import time
+from vmfs_stub.cli.main import main
+from vmfs_stub.mount import mountpoint
+unmount = mountpoint.unmount
+def slow(path):
+    unmount(path)
+    time.sleep(5)
+mountpoint.unmount = slow
+main()
+"""
+"""A daemon whose mount has ended long before the kernel has let go of all pages of its large disks."""
 
 
 def errno_of(function, *args: object) -> int:  # type: ignore[no-untyped-def]
@@ -121,6 +133,12 @@ def test_unmount_ends_the_daemon_though_another_mount_namespace_keeps_a_copy(mak
         assert disk.read_bytes() == noise(SIZE, seed=1)
         datastore.stop()
         elsewhere.communicate()
+
+
+def test_unmount_has_its_answer_however_long_the_kernel_takes(make_datastore: MakeDatastore) -> None:
+    datastore = make_datastore(QUIET)
+    datastore.start(program=("-c", SLOW_UNMOUNT))
+    datastore.stop()
 
 
 def test_hold_refuses_recalls_until_unhold(make_datastore: MakeDatastore) -> None:

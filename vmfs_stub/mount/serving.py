@@ -51,6 +51,7 @@ class Mount:
         self.channel = channel
         self.faults = faults
         self.ended = trio.Event()
+        self._unmounting = trio.Lock()
 
     @property
     def mountpoint(self) -> Path:
@@ -63,14 +64,23 @@ class Mount:
         Another mount namespace (libvirt makes one for each guest) may have a copy of the mount, and keep it where no
         unmounting reaches it: then the kernel ends nothing, and ending to serve makes every call on that copy fail.
         """
-        if force:
-            await trio.to_thread.run_sync(lambda: mountpoints.detach(self.mountpoint, abort=True))
-        else:
-            await trio.to_thread.run_sync(mountpoints.unmount, self.mountpoint)
-        with trio.move_on_after(_KERNEL_ENDS_S):
-            await self.ended.wait()
-            return
-        _log.warning("%s is still mounted in another mount namespace; what uses it there will fail", self.mountpoint)
+        async with self._unmounting:
+            if force:
+                await trio.to_thread.run_sync(lambda: mountpoints.detach(self.mountpoint, abort=True))
+            else:
+                await trio.to_thread.run_sync(mountpoints.unmount, self.mountpoint)
+            with trio.move_on_after(_KERNEL_ENDS_S):
+                await self.ended.wait()
+                return
+            _log.warning(
+                "%s is still mounted in another mount namespace; what uses it there will fail", self.mountpoint
+            )
+
+    async def wait_over(self) -> None:
+        """Wait until it has ended, and whoever unmounts it knows: the kernel then lets go of pages for a while."""
+        await self.ended.wait()
+        async with self._unmounting:
+            pass
 
     def attributes_changed(self, ino: int) -> None:
         """Say that attributes or xattrs of an inode changed behind the mount; does not sleep."""
