@@ -196,7 +196,7 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
                 background.start_soon(services.claims.run)
                 background.start_soon(_sync_regularly, services.disks, config.primary.sync_interval_s)
                 background.start_soon(_end_on_signal, stop)
-                background.start_soon(_end_with_mount, mount.ended, stop)
+                background.start_soon(_end_with_mount, mount, stop)
                 background.start_soon(resume, recovered, backing, services)
                 await mover.wait_started()
                 with _closing(datastore):
@@ -326,8 +326,8 @@ async def _end_on_signal(stop: trio.Event) -> None:
             stop.set()
 
 
-async def _end_with_mount(ended: trio.Event, stop: trio.Event) -> None:
-    await ended.wait()
+async def _end_with_mount(mount: Mount, stop: trio.Event) -> None:
+    await mount.wait_over()
     log.warning("the mount has ended")
     stop.set()
 

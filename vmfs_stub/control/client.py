@@ -180,7 +180,7 @@ class ControlClient:
     def _send(self, method: str, path: str, body: BaseModel | None = None) -> _Reply:
         connection = _UnixConnection(self._path, timeout_s=self._timeout_s)
         try:
-            content = None if body is None else body.model_dump_json()
+            content = None if body is None else body.model_dump_json().encode()  # text it would send as Latin-1
             connection.request(method, path, body=content, headers=self._headers)
             with connection.getresponse() as response:
                 reply = _Reply(response.status, _content(response))
