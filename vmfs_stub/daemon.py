@@ -189,9 +189,9 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
                     reserve=partial(private.reserve.fill, files),
                     stop=stop,
                 )
-                background.start_soon(datastore.watch_store)
+                background.start_soon(datastore.health.watch_store)
                 background.start_soon(datastore.replicate)
-                background.start_soon(datastore.record_accesses)
+                background.start_soon(datastore.listing.record_accesses)
                 background.start_soon(services.retirement.run)
                 background.start_soon(services.claims.run)
                 background.start_soon(_sync_regularly, services.disks, config.primary.sync_interval_s)

@@ -851,7 +851,7 @@ async def _back_up_and_forget(datastore: Datastore, services: Services) -> None:
 
 async def _done(datastore: Datastore, job: JobId) -> JobInfo:
     """Wait for a job as a client does; raises what it failed with."""
-    while (info := await datastore.job(job)).state == "running":  # noqa: ASYNC110
+    while (info := await datastore.job(job, wait_s=0)).state == "running":  # noqa: ASYNC110
         await trio.sleep(0.001)
     if info.state == "interrupted":
         await trio.sleep_forever()  # killed, which ends this soon

@@ -564,7 +564,7 @@ async def test_a_job_of_many_vms_looks_once_and_one_of_another_host_fails_alone(
 
     async def back_up_all(datastore: Datastore, services: Services) -> None:
         job_id = await datastore.start_backup([], archive=False, peer=ROOT_PEER)
-        while (info := await datastore.job(job_id)).state == "running":  # noqa: ASYNC110
+        while (info := await datastore.job(job_id, wait_s=0)).state == "running":  # noqa: ASYNC110
             await trio.sleep(0.001)
         jobs.append(info)
 
