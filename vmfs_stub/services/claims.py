@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from vmfs_stub.core.errors import DAMAGE, ObjectMissing, PointNotFound, StoreUnavailable, VmfsStubError, WrongStore
+from vmfs_stub.core.errors import DAMAGE, PointNotFound, StoreUnavailable, VmfsStubError, WrongStore
 from vmfs_stub.core.ids import PointId, VmId
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.primary.record import PlaceholderRecord
@@ -245,7 +245,7 @@ class Claims:
         if held is None or epoch == held.epoch:
             return
         if epoch < held.epoch:
-            await self._threads.background(self._check_store)
+            await self._threads.background(self._store.check_there)
             again = self._claim(vm_id, ClaimState.HELD, held.epoch)
             later = await self._threads.background(try_claim, self._store.objects, again)
             if later is None:
@@ -274,8 +274,8 @@ class Claims:
         """
         call = self._threads.store if guest_waits else self._threads.background
         newest = await call(newest_claim, self._store.objects, vm_id)
-        if newest is None:
-            await call(self._check_store)
+        if newest is None:  # perhaps this is not the store, but an empty place to which its url leads by mistake
+            await call(self._store.check_there)
         for _ in range(TRIES_MAX):
             if newest is not None and not (is_told(newest) or await call(self._may_follow, newest, points)):
                 raise claimed_elsewhere(newest)
@@ -288,13 +288,6 @@ class Claims:
             # Lost, perhaps to a put of our own that was given up and came late.
             newest = later
         raise StoreUnavailable(f"the claims of VM {vm_id} change faster than one can be made")
-
-    def _check_store(self) -> None:
-        """See that it is the store which has no claim, and not an empty place where its url leads by mistake."""
-        try:
-            self._store.check()
-        except ObjectMissing as exc:
-            raise StoreUnavailable(str(exc)) from exc
 
     async def _note(self, vm_id: VmId, epoch: int) -> None:
         try:

@@ -63,7 +63,7 @@ class HydrationService:
         enabled: bool,
         bytes_per_s_max: int,
         free_floor_percent: float,
-        steps_at_once: int = STEPS_AT_ONCE,
+        steps_at_once: int,
     ) -> None:
         self._nursery = nursery
         self._files = files

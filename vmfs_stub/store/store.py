@@ -186,6 +186,13 @@ class Store:
             raise WrongStore(msg)
         version_of(self.objects, self.description)
 
+    def check_there(self) -> None:
+        """The same, where a place that has no store is one that is away (a mount that is missing): StoreUnavailable."""
+        try:
+            self.check()
+        except ObjectMissing as exc:
+            raise StoreUnavailable(str(exc)) from exc
+
     def vms(self) -> list[StoredVm]:
         """All VMs with committed restore points that are not forgotten, by name."""
         by_vm: dict[VmId, list[PointSummary]] = {}
