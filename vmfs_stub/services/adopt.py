@@ -182,7 +182,8 @@ class Adopter:
                 )
             claim = await self._claims.newest(vm.vm_id)
             # After the claim: what that names may be newer than the list of VMs.
-            stored = await self._threads.background(self._store.vm, vm.vm_id)
+            named = None if claim is None else claim.point_id
+            stored = await self._threads.background(self._store.vm, vm.vm_id, known=named)
             if stored is None:
                 raise PointNotFound(f"VM {wanted.name} has no restore points any more")
             summary = chosen_point(stored, wanted.named, claim, here=datastore_id, told=told, now_s=time.time())
