@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -204,6 +205,28 @@ async def test_a_forgotten_point_is_not_adopted_because_the_claim_names_it() -> 
         services.store.forget(stored.vm_id, new, host="h", why="")
         with pytest.raises(PointNotFound, match="is forgotten or gone"):
             await adopt(services)
+
+
+async def test_an_adopted_vm_stays_held_for_a_disk_that_was_moved_out_before() -> None:
+    with temporary_rig() as rig:
+        rig.settings = replace(rig.settings, placeholder_bytes_min=CHUNK)
+        rig.make_disk(DISK, CONTENT)
+        rig.make_disk("vm/other.img", CONTENT[::-1])
+        async with rig.running() as services:
+            await services.archive("vm")
+            (rig.backing / "other").mkdir()
+            (rig.backing / "vm/other.img").rename(rig.backing / "other/other.img")
+            await services.archive("vm")
+            vm_id = rig.vm("vm").id
+            shutil.rmtree(rig.backing / "vm")
+        async with rig.running() as services:
+            (wanted,), _ = await services.adopter.find(["vm"], everything=False)
+            report = await services.adopter.run(wanted, told=NOTHING, progress=lambda count: None)
+            assert any("was moved out of it" in warning for warning in report.warnings)
+            claim = newest_claim(services.store.objects, vm_id)
+            assert claim is not None
+            assert claim.state is ClaimState.HELD
+            assert await contents_of(services, "other/other.img") == CONTENT[::-1]
 
 
 async def test_names_that_lead_nowhere_are_told_of_one_by_one() -> None:

@@ -45,7 +45,7 @@ from vmfs_stub.primary.tree import open_beneath
 from vmfs_stub.services.adoption import Absent, Adoption, needed_bytes, top_of
 from vmfs_stub.services.adoption_choice import Told, chosen_point
 from vmfs_stub.services.archive import ArchiveSettings
-from vmfs_stub.services.claims import Claims
+from vmfs_stub.services.claims import Claims, kept_for
 from vmfs_stub.services.disk_name import disk_label
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.placeholder_index import KnownPlaceholder
@@ -200,10 +200,11 @@ class Adopter:
         free_at: PointId | None = None
         if await self._claims.take(vm_id, point_id, seen=before):
             free_at = (None if before is None else before.point_id) or point_id
-        still_held = ""
+        moved = self._disks.placeholders.moved_out(vm_id, (), point_id)
+        still_held = kept_for(moved)
         try:
             report = await self._make(name, point, top, progress)
-            free_at = point_id if report.placeholders else None
+            free_at = point_id if report.placeholders and not moved else None
         finally:
             if free_at is not None:
                 with trio.CancelScope(shield=True):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Set
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -24,6 +24,7 @@ from vmfs_stub.core.errors import DAMAGE, PointNotFound, StoreUnavailable, VmfsS
 from vmfs_stub.core.ids import PointId, VmId
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.primary.record import PlaceholderRecord
+from vmfs_stub.services.placeholder_index import KnownPlaceholder
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.chunk_table import holds_same
 from vmfs_stub.store.claims import (
@@ -321,3 +322,14 @@ class Claims:
             yield
         if not lock.locked():
             self._locks.pop(vm_id, None)
+
+
+def kept_for(moved: Sequence[KnownPlaceholder]) -> str:
+    """Why a VM is not set free while placeholders that were ``moved`` out of it need an earlier state; "" for none."""
+    if not moved:
+        return ""
+    more = f" (and {len(moved) - 1} more)" if moved[1:] else ""
+    return (
+        f"it stays claimed here: {moved[0].label}{more} was moved out of it, and needs an earlier restore point; "
+        "archive the VM that has it now, then this one again"
+    )
