@@ -14,7 +14,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
@@ -121,7 +121,7 @@ class MovedFrames:
         Raises: StoreUnavailable, StoreDenied.
         """
         for move in self._moves(ref.pack_id).get(ref.offset, ())[:PLACES_MAX] if hops else ():
-            moved = replace(ref, pack_id=move.pack_id, offset=move.offset, length=move.length)
+            moved = ref._replace(pack_id=move.pack_id, offset=move.offset, length=move.length)
             try:
                 return self._read([moved])[0]
             except UNREADABLE:
