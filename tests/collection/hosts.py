@@ -22,6 +22,7 @@ from vmfs_stub.store.leases import LEASE_INTERVAL_S
 from vmfs_stub.store.objects import ObjectStore
 from vmfs_stub.store.pins import Pin, encode_pin
 from vmfs_stub.store.reachability import Reachability
+from vmfs_stub.store.repacking import Repacking
 from vmfs_stub.store.retrying import RetryingObjects, RetryPolicy
 from vmfs_stub.store.store import Store
 
@@ -41,6 +42,7 @@ class Record:
     pinned: dict[Point, set[PlaceholderId]] = field(default_factory=dict)
     conflicts: int = 0
     runs: int = 0
+    repacked: int = 0
     running: dict[VmId, str] = field(default_factory=dict)
     """Which host uses the VM."""
     starts: int = 0
@@ -72,13 +74,21 @@ class Play:
         index = ChunkIndex(None, store.id)
         while True:
             self.world.pause(host, self._random.random() * 30)
-            vm_id, content = self._random.choice(VMS), b"".join(self._random.choices(POOL, k=3))
             try:
-                self._one_backup(host, store, index, vm_id, content)
+                self._one_backup(host, store, index, self._random.choice(VMS), self._new_content())
             except StoreConflict:
                 self.record.conflicts += 1
             except (StoreUnavailable, ObjectMissing):
                 continue
+
+    def _new_content(self) -> bytes:
+        """Of the pool, or little of what an earlier point has: of the packs of that one most may soon be garbage."""
+        if self._random.random() < 0.3:
+            return b"".join(self._random.choices(POOL, k=3))
+        earlier = self._random.choice(list(self.record.contents.values())[-8:] or [b""])
+        new = [self._random.randbytes(16) * (CHUNK // 16) for _ in range(6)]
+        at = self._random.randrange(6) * CHUNK
+        return b"".join([earlier[at : at + CHUNK], *new])
 
     def _one_backup(self, host: Host, store: Store, index: ChunkIndex, vm_id: VmId, content: bytes) -> None:
         writer = store.begin_backup(index=index)
@@ -127,7 +137,7 @@ class Play:
                 continue
             point = self._random.choice(list(record.contents))
             with suppress(StoreUnavailable, PointPinned):
-                match self._random.randrange(3):
+                match self._random.choices((0, 1, 2), (4, 2, 2))[0]:
                     case 0:
                         record.forgotten.add(point)
                         store.forget(*point, host=host.name, why="by hand")
@@ -194,10 +204,11 @@ class Play:
         while True:
             self.world.pause(host, self._random.random() * 100)
             with suppress(StoreUnavailable):
-                self._collector(host, objects, reachability).run()
+                self.record.repacked += self._collector(host, objects, reachability).run().repacked
                 self.record.runs += 1
 
     def _collector(self, host: Host, objects: ObjectStore, reachability: Reachability) -> Collector:
+        store = Store(objects, self.store.description)
         return Collector(
             objects,
             reachability,
@@ -205,6 +216,7 @@ class Play:
             sleep=lambda seconds: self.world.pause(host, seconds),
             say=lambda text: None,
             workers=1,
+            repacking=Repacking(store, clock=lambda: self.world.now_s),
         )
 
     # The end
@@ -229,7 +241,8 @@ class Play:
         left += [*self._keys(LEASES), *(key for key in keys if key.endswith(PENDING_SUFFIX))]
         for key in self._keys(CONDEMNED):
             listed = decode_condemned(self.world.data(key), key)
-            if not any(map(reachability.has_pack, listed.packs)) | any(map(reachability.has_segment, listed.segments)):
+            packs, segments = listed.packs | listed.retired, listed.segments
+            if not any(map(reachability.has_pack, packs)) | any(map(reachability.has_segment, segments)):
                 left.append(key)
         assert left == [], "garbage collection leaves what nothing needs"
 
@@ -238,7 +251,10 @@ class Play:
             self.world.now_s += seconds
 
         reachability = Reachability(None, store.id, store.objects, workers=1)
-        Collector(store.objects, reachability, lag_s=1, sleep=sleep, say=lambda text: None, workers=1).run()
+        repacking = Repacking(store, clock=lambda: self.world.now_s)
+        Collector(
+            store.objects, reachability, lag_s=1, sleep=sleep, say=lambda text: None, workers=1, repacking=repacking
+        ).run()
 
     def _check_points(self, store: Store) -> None:
         record = self.record

@@ -12,7 +12,8 @@ import pytest
 from tests.collection import hosts
 from tests.collection.hosts import play
 from vmfs_stub.core.errors import ObjectExists
-from vmfs_stub.store import backup_writer, collector
+from vmfs_stub.store import backup_writer, collector, reachability
+from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.claims import Claim, encode_claim
 from vmfs_stub.store.collector import Collector
 from vmfs_stub.store.condemned import Condemned
@@ -26,13 +27,14 @@ SEEDS_FOR_A_FAULT = 240
 
 
 def test_hosts_that_share_a_store_lose_nothing_and_leave_nothing() -> None:
-    conflicts = runs = points = starts = 0
+    conflicts = runs = points = starts = repacked = 0
     for seed in range(SEEDS):
         record = play(seed)
         conflicts, runs, points = conflicts + record.conflicts, runs + record.runs, points + len(record.contents)
-        starts += record.starts
+        starts, repacked = starts + record.starts, repacked + record.repacked
     # It has met what it is about.
     assert min(conflicts, runs, points, starts) > SEEDS
+    assert repacked > SEEDS // 4
 
 
 def test_a_seed_plays_the_same_again() -> None:
@@ -48,15 +50,7 @@ def no_look_whether_it_is_there(patch: Patch) -> None:
 
 
 def no_last_look(patch: Patch) -> None:
-    still = Collector._still
-
-    def first_only(self: Collector, packs: Any, found: Any) -> Any:
-        if self.__dict__.setdefault("looks", 0):
-            return collector._Doomed(dict(packs), dict(found))
-        self.__dict__["looks"] = 1
-        return still(self, packs, found)
-
-    patch.setattr(Collector, "_still", first_only)
+    patch.setattr(Collector, "_still", lambda self, doomed: doomed)
 
 
 def pending_does_not_count(patch: Patch) -> None:
@@ -90,6 +84,28 @@ def no_look_after_a_claim(patch: Patch) -> None:
     patch.setattr(hosts, "try_claim", put_only)
 
 
+def what_is_needed_now_does_not_count(patch: Patch) -> None:
+    patch.setattr(Collector, "_to_retire", lambda self, retiring: dict(retiring.sizes))
+
+
+def any_document_will_do(patch: Patch) -> None:
+    patch.setattr(BackupWriter, "_needs_only", lambda self, pack_id, offsets: True)
+
+
+def moved_and_moved_again(patch: Patch) -> None:
+    patch.setattr(reachability, "ALL_USED", 0)
+
+
+def not_all_is_moved(patch: Patch) -> None:
+    needed_of = Collector._needed_of
+
+    def but_one(self: Collector, half_empty: Any) -> Any:
+        segments, needed = needed_of(self, half_empty)
+        return segments, {pack_id: refs[:-1] or refs for pack_id, refs in needed.items()}
+
+    patch.setattr(Collector, "_needed_of", but_one)
+
+
 @pytest.mark.parametrize(
     "plant",
     [
@@ -101,6 +117,10 @@ def no_look_after_a_claim(patch: Patch) -> None:
         no_void_manifest,
         pins_do_not_count,
         no_look_after_a_claim,
+        what_is_needed_now_does_not_count,
+        any_document_will_do,
+        moved_and_moved_again,
+        not_all_is_moved,
     ],
 )
 def test_a_planted_mistake_is_found(plant: Callable[[Patch], None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -260,10 +260,10 @@ def test_what_is_committed_while_it_looks_for_the_last_time_stays(monkeypatch: p
         put(writer, key, data)
         objects.unlisted.add(key)
 
-    def condemned_since(self: Collector, doomed: Any, lists: list[str]) -> None:
+    def condemned_since(self: Collector, doomed: Any, retiring: Any, lists: list[str]) -> None:
         backup.start()
         assert stands_still.wait(10)
-        condemn(self, doomed, lists)
+        condemn(self, doomed, retiring, lists)
 
     def sleep(seconds: float) -> None:
         if go_on.is_set():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 def gc(
     ctx: typer.Context,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed, and how much.")] = False,
+    repack: Annotated[
+        bool, typer.Option(help="Copy what is needed of packs that are mostly garbage, so that they can go.")
+    ] = True,
     json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
     store: StoreOption = None,
     key: KeyOption = None,
@@ -36,21 +39,32 @@ def gc(
     from vmfs_stub.store.collector import Collector
     from vmfs_stub.store.mirrored_deletes import MirroredDeletes
     from vmfs_stub.store.reachability import Reachability
-    from vmfs_stub.store.replica import check_replica
+    from vmfs_stub.store.read_back import ReadBack
+    from vmfs_stub.store.repacking import Repacking
+    from vmfs_stub.store.replica import Replication, check_replica
 
     found, config = store_and_config_of(ctx, store, key=key, passphrase=passphrase)
     settings = StoreConfig(url=store or "-") if config is None else config.store
     cache = cache_path_of(config, lambda config: config.reachability_path)
     objects: ObjectStore = found.objects
     mirrored: MirroredDeletes | None = None
-    if config is not None and (both := replicated(config, found)) is not None:
-        objects = mirrored = MirroredDeletes(found.objects, both.replica.stored)
-        try:
-            check_replica(both.replica.stored, found.description)
-        except StoreError as exc:
-            mirrored.problem = exc
-    with closing(Reachability(cache, found.id, found.objects, sealing=found.sealing)) as reachability:
-        collector = Collector(objects, reachability, lag_s=settings.listing_lag_s, sleep=time.sleep, say=warn)
+    repacking = Repacking(found) if repack else None
+    with ExitStack() as stack:
+        if config is not None and (both := replicated(config, found)) is not None:
+            objects = mirrored = MirroredDeletes(found.objects, both.replica.stored)
+            path = cache_path_of(config, lambda config: config.read_back_path)
+            read_back = stack.enter_context(closing(ReadBack(path, found.id, config.replica.url)))
+            try:
+                check_replica(both.replica.stored, found.description)
+            except StoreError as exc:
+                mirrored.problem, repacking = exc, None
+            if repacking is not None:
+                repacking = Repacking(found, mirror=Replication(found, both.replica, read_back).copy_moves)
+        reachability = Reachability(cache, found.id, found.objects, sealing=found.sealing)
+        stack.enter_context(closing(reachability))
+        collector = Collector(
+            objects, reachability, lag_s=settings.listing_lag_s, sleep=time.sleep, say=warn, repacking=repacking
+        )
         collected = collector.survey() if dry_run else collector.run()
     if mirrored is not None and mirrored.problem is not None:
         warn(f"warning: {mirrored.left} objects stay in the replica: {mirrored.problem}")
@@ -58,6 +72,9 @@ def gc(
         say_json(dataclasses.asdict(collected))
         return
     say(_told(collected, "would be removed" if dry_run else "were removed"))
+    if collected.repacked:
+        copied = bytes_text(collected.copied_bytes)
+        say(f"{collected.repacked} of these packs were mostly garbage; {copied} of them are needed, and kept elsewhere")
     if collected.waiting_points:
         say(f"{collected.waiting_points} forgotten restore points stay until no placeholder depends on them")
 

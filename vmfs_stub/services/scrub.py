@@ -38,6 +38,7 @@ from vmfs_stub.store import frames
 from vmfs_stub.store.format import SEGMENT_CHUNKS, SEGMENT_SIZE_MAX
 from vmfs_stub.store.keys import PACKS, is_id, manifest_key, pack_key, segment_key
 from vmfs_stub.store.manifest import Manifest, StoredFile, decode_manifest
+from vmfs_stub.store.moved import read_moves
 from vmfs_stub.store.objects import drop_cache, exists
 from vmfs_stub.store.packs import read_footer
 from vmfs_stub.store.quarantine import Quarantine, put_quarantine, read_quarantine
@@ -284,7 +285,8 @@ class _Scrub:
     def _pass(self, pack_id: PackId, found: PackDamage | ObjectMissing | None, *, is_needed: bool) -> None:
         if isinstance(found, ObjectMissing):
             # One that is gone is damage to those alone who need it.
-            damage = PackDamage(pack_id, str(found), None) if is_needed else None
+            is_lost = is_needed and not self._is_retired(pack_id)
+            damage = PackDamage(pack_id, str(found), None) if is_lost else None
         else:
             damage = found
             self._pack_count += 1
@@ -317,6 +319,24 @@ class _Scrub:
         if not problems:
             return None
         return PackDamage(pack_id, next(iter(problems.values())), frozenset(problems))
+
+    def _is_retired(self, pack_id: PackId) -> bool:
+        """Whether a pack that is gone was repacked by garbage collection, and all that it has moved is sound."""
+        store = self._store
+        if read_quarantine(store.objects, pack_id) is not None:
+            return False
+        moves = read_moves(store.objects, pack_id)
+        sound: set[int] = set()
+        for new_id in sorted({move.pack_id for move in moves}):
+            try:
+                there = {ref.offset: ref for ref in read_footer(store.objects, new_id, store.sealing)}
+            except (ObjectMissing, IntegrityError):
+                continue
+            moved = {move.offset: move.old_offset for move in moves if move.pack_id == new_id and move.offset in there}
+            for run in _runs(there[offset] for offset in sorted(moved)):
+                problems = self._check_run(run)
+                sound |= {moved[ref.offset] for ref in run if ref.offset not in problems}
+        return bool(moves) and sound == {move.old_offset for move in moves}
 
     def _check_run(self, run: Sequence[FrameRef]) -> dict[int, str]:
         """What is wrong with neighbouring frames, by offset."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
@@ -32,7 +32,7 @@ from vmfs_stub.core.recall_plan import plan_fetches
 from vmfs_stub.store import frames
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.condemned import Condemned, read_condemned
-from vmfs_stub.store.format import FRAME_HEADER, INDEX_OBJECT_ENTRIES
+from vmfs_stub.store.format import FRAME_HEADER, INDEX_OBJECT_ENTRIES, SEGMENT_SIZE_MAX
 from vmfs_stub.store.frames import EncodedChunk
 from vmfs_stub.store.index_objects import PackEntries, encode_index
 from vmfs_stub.store.keys import (
@@ -136,7 +136,8 @@ class BackupWriter:
         """Chunks of this job that the index does not know yet; bounded by the packs that are not put."""
         self._own: set[PackId] = set()
         self._used: set[PackId] = set()
-        self._segments: set[SegmentId] = set()
+        self._segments: dict[SegmentId, frozenset[PackId]] = {}
+        """All of the restore point, with the packs that they refer to."""
         self._unpublished: list[PackEntries] = []
         self._unpublished_entries = 0
         self.counts = WriterCounts()
@@ -245,7 +246,7 @@ class BackupWriter:
                 return  # of an equal part of another file; once it was put, it is never put again
         self._objects.put(segment_key(segment.segment_id), segment.data)
         with self._lock:
-            self._segments.add(segment.segment_id)
+            self._segments[segment.segment_id] = segment.packs
             self._used.update(segment.packs)
 
     def reuse_segment(self, segment_id: SegmentId | None, segment: Segment | None, *, chunk_count: int) -> None:
@@ -259,7 +260,7 @@ class BackupWriter:
                 self.counts.zero_chunks += chunk_count
                 return
             self.counts.reused_chunks += chunk_count
-            self._segments.add(segment_id)
+            self._segments[segment_id] = frozenset(segment.packs)
             self._used.update(segment.packs)
 
     def renew_lease(self) -> None:
@@ -326,23 +327,16 @@ class BackupWriter:
         return manifest
 
     def commit_moves(self, moves: Mapping[PackId, Sequence[Move]]) -> None:
-        """Tell readers where frames of damaged packs are now; what this job put must have been read back.
+        """Tell readers where frames of these packs are now; what this job put must have been read back.
 
         Raises: StoreConflict when this job was taken for dead, so that its packs may go; StoreUnavailable,
-        StoreDenied, StoreFull.  What it told is taken back then, or leads nowhere, which readers bear.
+        StoreDenied, StoreFull.  What it told stays: it leads nowhere then, which readers bear, or else a backup may
+        count on it by now.
         """
-        keys: list[str] = []
-        try:
-            for pack_id, moved in sorted(moves.items()):
-                nonce = secrets.token_hex(16)
-                keys.append(moved_key(pack_id, nonce))
-                self._objects.put(keys[-1], encode_moved(moved, pack_id, nonce))
-            self._check_used()
-        except StoreError:
-            with suppress(StoreError):
-                for key in keys:
-                    self._objects.delete(key)
-            raise
+        for pack_id, moved in sorted(moves.items()):
+            nonce = secrets.token_hex(16)
+            self._objects.put(moved_key(pack_id, nonce), encode_moved(moved, pack_id, nonce))
+        self._check_used()
         self._publish_index()
         self._lease.end()
 
@@ -428,7 +422,8 @@ class BackupWriter:
     def _check_used(self) -> None:
         """See that nothing this job uses is condemned, gone, or found damaged meanwhile."""
         condemned = read_condemned(self._objects)
-        unusable = condemned.packs | (quarantined_packs(self._objects) - self._quarantined)
+        unusable = condemned.packs | (condemned.retired & self._own)
+        unusable |= quarantined_packs(self._objects) - self._quarantined
         lost_packs = {
             pack_id
             for pack_id in sorted(self._used)
@@ -455,13 +450,36 @@ class BackupWriter:
             raise _taken_for_dead()
 
     def _is_readable(self, pack_id: PackId, condemned: Condemned) -> bool:
-        """Whether a pack is there, or what was saved of it, which stays as long as the pack is needed."""
-        if exists(self._objects, pack_key(pack_id)):
+        """Whether a pack is there to stay, or what this job needs of it is elsewhere, for as long as it is needed.
+
+        Of one that was in quarantine before there is perhaps no more than what was saved.
+        """
+        is_staying = pack_id not in condemned.retired
+        if is_staying and exists(self._objects, pack_key(pack_id)):
             return True
-        if pack_id not in self._quarantined:
+        moves = read_moves(self._objects, pack_id)
+        saved = {move.pack_id for move in moves}
+        going = saved & (condemned.packs | condemned.retired)
+        there = {each for each in saved - going if exists(self._objects, pack_key(each))}
+        if is_staying and pack_id in self._quarantined:
+            return bool(there) and not going
+        return self._needs_only(pack_id, {move.old_offset for move in moves if move.pack_id in there})
+
+    def _needs_only(self, pack_id: PackId, offsets: Set[int]) -> bool:
+        """Whether all frames of a pack that this job's segments refer to begin at one of ``offsets``."""
+        naming = [segment_id for segment_id, packs in self._segments.items() if pack_id in packs]
+        if not (naming and offsets):
             return False
-        saved = {move.pack_id for move in read_moves(self._objects, pack_id)}
-        return condemned.packs.isdisjoint(saved) and any(exists(self._objects, pack_key(each)) for each in saved)
+        try:
+            return all(
+                ref.offset in offsets for segment_id in naming for ref in self._segment(segment_id).refs_to({pack_id})
+            )
+        except ObjectMissing:
+            return False
+
+    def _segment(self, segment_id: SegmentId) -> Segment:
+        data = self._objects.get(segment_key(segment_id), size_max=SEGMENT_SIZE_MAX)
+        return Segment(data, segment_id, self._sealing)
 
     def _put_manifest(self, key: str, data: bytes) -> None:
         try:

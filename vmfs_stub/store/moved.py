@@ -1,7 +1,8 @@
-"""Moved frames: where frames of a damaged pack can be read instead.
+"""Moved frames: where frames of a pack that is damaged, or was repacked, can be read instead.
 
-A pack never changes, and neither do the segments that refer to it.  So a frame that is repaired is written into another
-pack, and a checked document under ``moved/<pack id>/<id>`` says so.  A pack may have several: each repair adds one.
+A pack never changes, and neither do the segments that refer to it.  So a frame that is repaired, or saved from a pack
+that is mostly garbage, is written into another pack, and a checked document under ``moved/<pack id>/<id>`` says so.
+A pack may have several: each repair adds one.
 Readers look for them only when a frame cannot be read where it should be, and believe nothing they say: what is found
 there must be what the segment's reference expects.  Garbage collection keeps what they name as long as the pack they
 are about is needed, there or not.  This module must not know why a frame was moved.
@@ -115,6 +116,11 @@ class MovedFrames:
         with self._lock:
             self._known.clear()
 
+    def place(self, ref: FrameRef) -> FrameRef | None:
+        """Where a document says that a frame is now; there may be others.  Raises: StoreUnavailable, StoreDenied."""
+        moves = self._moves(ref.pack_id).get(ref.offset)
+        return replace(ref, pack_id=moves[0].pack_id, offset=moves[0].offset, length=moves[0].length) if moves else None
+
     def fetch(self, ref: FrameRef, *, hops: int = HOPS_MAX) -> bytes | None:
         """The verified raw bytes of a frame from where it is now; None when it can be read nowhere.
 
@@ -158,17 +164,3 @@ def read_moves(objects: ObjectStore, pack_id: PackId) -> list[Move]:
         except (CorruptStoreObject, UnknownFormat) as exc:
             log.warning("where frames of pack %s were moved cannot be told: %s", pack_id, exc)
     return moves
-
-
-def moved_packs(objects: ObjectStore, keys: Sequence[str]) -> set[PackId]:
-    """The packs that these documents name.
-
-    Raises: CorruptStoreObject, UnknownFormat: what is needed is then not known; StoreUnavailable, StoreDenied.
-    """
-    found: set[PackId] = set()
-    for key in keys:
-        try:
-            found |= {move.pack_id for move in decode_moved(objects.get(key, size_max=DOCUMENT_SIZE_MAX), key)}
-        except ObjectMissing:
-            continue  # deleted since the listing
-    return found

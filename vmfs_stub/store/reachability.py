@@ -9,45 +9,58 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+import struct
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from xxhash import xxh3_128_digest
 
+from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import CorruptStoreObject, ObjectMissing, PointNotFound, PrimaryIOError, UnknownFormat
 from vmfs_stub.core.ids import PackId, SegmentId, StoreId
 from vmfs_stub.store.cache_file import is_damage, open_or_remake, remove, unusable
-from vmfs_stub.store.format import INDEX_SIZE_MAX, MANIFEST_SIZE_MAX, SEGMENT_SIZE_MAX
+from vmfs_stub.store.format import DOCUMENT_SIZE_MAX, INDEX_SIZE_MAX, MANIFEST_SIZE_MAX, PACK_SIZE_MAX, SEGMENT_SIZE_MAX
 from vmfs_stub.store.index_objects import decode_index
-from vmfs_stub.store.keys import MOVED, PENDING_SUFFIX, is_id, segment_key
+from vmfs_stub.store.keys import MOVED, PENDING_SUFFIX, SEGMENTS, is_id, segment_key
 from vmfs_stub.store.manifest import decode_manifest
-from vmfs_stub.store.moved import moved_packs
+from vmfs_stub.store.moved import decode_moved
 from vmfs_stub.store.objects import ObjectStore, exists
 from vmfs_stub.store.sealing import PLAIN, Sealing
 from vmfs_stub.store.segments import Segment
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 _SCHEMA: Final = """
 CREATE TABLE objects (                      -- manifests, segments and index objects
     key TEXT PRIMARY KEY,
-    named BLOB NOT NULL,                    -- segments, or packs, one behind the other
+    named BLOB NOT NULL,                    -- segments, or packs, one behind the other; of a segment with their use
     digest BLOB NOT NULL                    -- of the key and these
 ) WITHOUT ROWID;
 """
 _LOOK: Final = """
 CREATE TEMP TABLE IF NOT EXISTS segments (id BLOB PRIMARY KEY) WITHOUT ROWID;
-CREATE TEMP TABLE IF NOT EXISTS packs (id BLOB PRIMARY KEY) WITHOUT ROWID;
+CREATE TEMP TABLE IF NOT EXISTS packs (
+    id BLOB PRIMARY KEY,
+    used INTEGER NOT NULL,                  -- bytes of it that one segment at least refers to
+    is_moved INTEGER NOT NULL DEFAULT 0     -- some of its frames are elsewhere
+) WITHOUT ROWID;
 DELETE FROM temp.segments;
 DELETE FROM temp.packs;
 """
 _SEGMENT_BYTES: Final = 40
 _PACK_BYTES: Final = 16
+_USE: Final = struct.Struct(">16sQ")
+"""A pack, and how many bytes of it a segment refers to."""
+ALL_USED: Final = PACK_SIZE_MAX
+"""The use of a pack that is not to be repacked, whatever points need of it: frames that were moved once are not moved
+again, since readers follow a few moves at most, and of many documents about one pack they read a few."""
+MOVED_BEFORE_MAX: Final = 1
+"""Documents about a pack that may be repacked: one of a run that was cut short."""
 _BATCH: Final = 256
 
 
@@ -85,7 +98,7 @@ class Reachability:
     def look(self, keys: Collection[str]) -> None:
         """Find out what the manifests of these keys need, pending ones included; one that is gone needs nothing.
 
-        Where frames of a needed pack were moved to is needed, too.  A file that fails is done without.
+        Where frames of a needed pack were moved to is needed, too, all of it.  A file that fails is done without.
         Raises: IntegrityError kinds (also of a document that says so), UnknownFormat, ObjectMissing (of a segment),
         StoreUnavailable, StoreDenied: what is needed is then not known.
         """
@@ -117,12 +130,13 @@ class Reachability:
     def _look(self, keys: Collection[str]) -> None:
         self._database.executescript(_LOOK)
         for _, named in self._named(iter(sorted(keys)), self._segments_of):
-            self._enter("segments", named, _SEGMENT_BYTES)
+            ids = ((an_id,) for an_id in _split(named or b"", _SEGMENT_BYTES))
+            self._database.executemany("INSERT OR IGNORE INTO temp.segments VALUES (?)", ids)
         missing = []
         for key, named in self._named(self._segment_keys(), self._packs_of):
             if named is None:
                 missing.append(key)
-            self._enter("packs", named, _PACK_BYTES)
+            self._enter_packs(_USE.iter_unpack(named or b""))
         self._enter_moved()
         if missing:
             self._check_gone(missing, keys)
@@ -136,8 +150,12 @@ class Reachability:
                 left.setdefault(pack_id, []).append(info.key)
         while found := [pack_id for pack_id in left if self.has_pack(pack_id)]:
             for pack_id in found:
-                packs = moved_packs(self._objects, left.pop(pack_id))
-                self._enter("packs", bytes.fromhex("".join(packs)), _PACK_BYTES)
+                documents = left.pop(pack_id)
+                for _, named in self._named(iter(sorted(documents)), self._moved_to):
+                    self._enter_packs((an_id, ALL_USED) for an_id in _split(named or b"", _PACK_BYTES))
+                used = ALL_USED if len(documents) > MOVED_BEFORE_MAX else 0
+                update = "UPDATE temp.packs SET is_moved = 1, used = max(used, ?) WHERE id = ?"
+                self._database.execute(update, (used, bytes.fromhex(pack_id)))
 
     def _check_gone(self, segments: Sequence[str], keys: Iterable[str]) -> None:
         """Another collector may have deleted these, after the manifests that name them.
@@ -163,33 +181,66 @@ class Reachability:
 
     def has_pack(self, pack_id: PackId) -> bool:
         """Whether what was looked at needs it."""
-        return self._has("packs", pack_id)
+        return self._row("packs", "1", pack_id) is not None
 
     def has_segment(self, segment_id: SegmentId) -> bool:
         """Whether what was looked at needs it."""
-        return self._has("segments", segment_id)
+        return self._row("segments", "1", segment_id) is not None
+
+    def is_moved(self, pack_id: PackId) -> bool:
+        """Whether what was looked at needs it, and frames of it are elsewhere."""
+        return self._row("packs", "is_moved", pack_id) == (1,)
+
+    def least_use(self, pack_id: PackId) -> int | None:
+        """Bytes of a needed pack that are needed at the least; None of one that is not needed.
+
+        As many as the segment that refers to most of it: what several refer to may be the same, or not.
+        """
+        row = self._row("packs", "used", pack_id)
+        return None if row is None else row[0]
+
+    def references(
+        self, packs: Set[PackId], *, but: Set[SegmentId] = frozenset()
+    ) -> Iterator[tuple[SegmentId, list[FrameRef]]]:
+        """The needed segments that refer to one of these packs, all ``but`` those, and to which frames of them.
+
+        Raises: ObjectMissing, CorruptSegment, UnknownFormat, StoreUnavailable, StoreDenied, PrimaryIOError.
+        """
+        wanted = {bytes.fromhex(pack_id) for pack_id in packs}
+        naming: list[SegmentId] = []
+        with self._translated():
+            for key in self._segment_keys():
+                segment_id = SegmentId(key.rpartition("/")[2])
+                named = _USE.iter_unpack(self._kept(key) or b"") if segment_id not in but else ()
+                if any(an_id in wanted for an_id, _ in named):
+                    naming.append(segment_id)
+        for segment_id in naming:
+            yield segment_id, self._segment(segment_key(segment_id)).refs_to(packs)
 
     def forget_all_but(self, keys: Collection[str]) -> None:
-        """Keep what is known of these objects, and of the segments that were last found to be needed.
+        """Keep what is known of these objects, and of the segments and moved documents that were last needed.
 
         Raises: PrimaryIOError.
         """
         with self._translated(), self._database:
             for (key,) in self._database.execute("SELECT key FROM objects").fetchall():
-                if key not in keys and not self._is_needed_segment(key):
+                if key not in keys and not self._is_of_use(key):
                     self._database.execute("DELETE FROM objects WHERE key = ?", (key,))
 
-    def _is_needed_segment(self, key: str) -> bool:
-        return key.startswith("segments/") and self.has_segment(SegmentId(key.rpartition("/")[2]))
+    def _is_of_use(self, key: str) -> bool:
+        if key.startswith(MOVED):
+            return self.has_pack(PackId(key.split("/")[1]))
+        return key.startswith(SEGMENTS) and self.has_segment(SegmentId(key.rpartition("/")[2]))
 
-    def _has(self, table: str, an_id: str) -> bool:
-        query = f"SELECT 1 FROM temp.{table} WHERE id = ?"
+    def _row(self, table: str, column: str, an_id: str) -> tuple[Any, ...] | None:
+        query = f"SELECT {column} FROM temp.{table} WHERE id = ?"
         with self._translated():
-            return self._database.execute(query, (bytes.fromhex(an_id),)).fetchone() is not None
+            found: tuple[Any, ...] | None = self._database.execute(query, (bytes.fromhex(an_id),)).fetchone()
+        return found
 
-    def _enter(self, table: str, named: bytes | None, size: int) -> None:
-        ids = ((an_id,) for an_id in _split(named or b"", size))
-        self._database.executemany(f"INSERT OR IGNORE INTO temp.{table} VALUES (?)", ids)
+    def _enter_packs(self, used: Iterable[tuple[bytes, int]]) -> None:
+        insert = "INSERT INTO temp.packs (id, used) VALUES (?, ?)"
+        self._database.executemany(f"{insert} ON CONFLICT DO UPDATE SET used = max(used, excluded.used)", used)
 
     def _segment_keys(self) -> Iterator[str]:
         last = b""
@@ -250,9 +301,15 @@ class Reachability:
         return bytes.fromhex("".join(pack_id for pack_id, _ in packs))
 
     def _packs_of(self, key: str) -> bytes:
+        return b"".join(_USE.pack(bytes.fromhex(pack_id), used) for pack_id, used in self._segment(key).use().items())
+
+    def _segment(self, key: str) -> Segment:
         segment_id = SegmentId(key.rpartition("/")[2])
-        segment = Segment(self._objects.get(key, size_max=SEGMENT_SIZE_MAX), segment_id, self._sealing)
-        return bytes.fromhex("".join(segment.packs))
+        return Segment(self._objects.get(key, size_max=SEGMENT_SIZE_MAX), segment_id, self._sealing)
+
+    def _moved_to(self, key: str) -> bytes:
+        moves = decode_moved(self._objects.get(key, size_max=DOCUMENT_SIZE_MAX), key)
+        return bytes.fromhex("".join(sorted({move.pack_id for move in moves})))
 
 
 def committed_name(key: str) -> str:

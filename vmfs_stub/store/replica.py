@@ -1,9 +1,9 @@
 """The replica: a second store that holds the same restore points, byte for byte, under the same names.
 
-It has the description, the key documents, packs, segments, committed manifests and, where a damaged pack needs them,
-moved documents; so whatever reads restore points reads them there as well.  It has nothing that hosts tell each other
-by: no pins, leases, claims or lists.  So it takes no backups, and no garbage is collected in it: a mark says that it is
-one (`replica_mark.py`).
+It has the description, the key documents, packs, segments, committed manifests and, where packs were damaged or
+repacked, moved documents; so whatever reads restore points reads them there as well.  It has nothing that hosts tell
+each other by: no pins, leases, claims or lists.  So it takes no backups, and no garbage is collected in it: a mark says
+that it is one (`replica_mark.py`).
 
 Order, which makes what is there say what was done before (must = a copy is counted that is none):
 - must: a segment is put when every pack that it names was read back from the replica, whole;
@@ -65,7 +65,7 @@ from vmfs_stub.store.keys import (
     segment_key,
 )
 from vmfs_stub.store.manifest import decode_manifest
-from vmfs_stub.store.moved import DOCUMENTS_MAX, HOPS_MAX, decode_moved
+from vmfs_stub.store.moved import DOCUMENTS_MAX, HOPS_MAX, decode_moved, read_moves
 from vmfs_stub.store.objects import OBJECT_SIZE_MAX, ObjectStore, drop_cache, exists
 from vmfs_stub.store.packs import check_pack
 from vmfs_stub.store.probe import probe
@@ -239,6 +239,20 @@ class Replication:
         Raises: CorruptPack when the replica does not keep what is put; StoreUnavailable, StoreDenied, StoreFull.
         """
         return self._copy_pack(pack_id, HOPS_MAX)
+
+    def copy_moves(self, pack_id: PackId) -> None:
+        """See that the replica has what was moved of a pack of the store, and the documents that say where.
+
+        Raises: as `copy_pack`; CorruptPack when it does not have all of it then.
+        """
+        self._copy_moved(pack_id, HOPS_MAX)
+        for info in self._store.stored.list(moved_of(pack_id)):
+            if not exists(self._replica.stored, info.key):
+                raise CorruptPack(f"{info.key} could not be copied to the replica")
+        with self._lock:
+            lacking = self._damaged & {move.pack_id for move in read_moves(self._replica.objects, pack_id)}
+        if lacking:
+            raise CorruptPack(f"{pack_key(min(lacking))} is damaged, and has no whole copy")
 
     def put_segment(self, copy: SegmentCopy) -> None:
         """All its packs were dealt with: put it.

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,6 +29,7 @@ from vmfs_stub.core.errors import (
     WrongStore,
 )
 from vmfs_stub.core.ids import PackId, PlaceholderId, PointId, SegmentId, StoreId, VmId
+from vmfs_stub.core.recall_plan import plan_fetches
 from vmfs_stub.store import frames
 from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.chunk_index import ChunkIndex
@@ -246,10 +248,24 @@ class Store:
         """
         try:
             return self.fetch_in_place(refs)
-        except UNREADABLE:
+        except UNREADABLE as exc:
             if not self.moved.has_moves(refs[0].pack_id):
                 raise
-            return [self._fetch_moved(ref) for ref in refs]
+            together = self._fetch_together(refs) if isinstance(exc, ObjectMissing) else {}
+            return [together[at] if at in together else self._fetch_moved(ref) for at, ref in enumerate(refs)]
+
+    def _fetch_together(self, refs: Sequence[FrameRef]) -> dict[int, bytes]:
+        """Frames of a pack that is gone, by their numbers: those that can be read where documents say.
+
+        Where they lie together they are read together: a recall is to take no longer for garbage collection.
+        """
+        places = [(at, self.moved.place(ref)) for at, ref in enumerate(refs)]
+        known = [(at, place) for at, place in places if place is not None]
+        found: dict[int, bytes] = {}
+        for fetch in plan_fetches(known, fetch_bytes_max=PACK_SIZE_MAX):
+            with suppress(*UNREADABLE):
+                found.update(zip(fetch.chunks, self.fetch_in_place(fetch.frames), strict=True))
+        return found
 
     def _fetch_moved(self, ref: FrameRef) -> bytes:
         try:
