@@ -23,7 +23,8 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final
+from functools import partial
+from typing import Final, TypeVar
 
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import IntegrityError, ObjectExists, ObjectMissing, StoreConflict, StoreDenied, StoreError
@@ -48,13 +49,15 @@ from vmfs_stub.store.keys import (
 from vmfs_stub.store.leases import Lease
 from vmfs_stub.store.manifest import Manifest, StoredFile, encode_checked
 from vmfs_stub.store.moved import Move, encode_moved, read_moves
-from vmfs_stub.store.objects import Buffer, ObjectStore, drop_cache, exists
+from vmfs_stub.store.objects import Buffer, ObjectStore, asked, drop_cache, exists
 from vmfs_stub.store.packs import OpenPack, SealedPack
 from vmfs_stub.store.pins import Pin, encode_pin, remove_pin
 from vmfs_stub.store.quarantine import quarantined_packs
 from vmfs_stub.store.sealing import Sealing
 from vmfs_stub.store.segments import SealedSegment, Segment, SegmentTable
 from vmfs_stub.store.versions import NEWER, is_known
+
+Name = TypeVar("Name", PackId, SegmentId)
 
 BUFFERS_KEPT: Final = 4
 """Buffers of packs, and of batches, kept for the next one: fresh memory costs more than the copy into it."""
@@ -416,24 +419,21 @@ class BackupWriter:
     def _forget_missing(self) -> None:
         """One pack that the index has is gone: garbage collection, which the index does not know of, takes many."""
         with self._lock:
-            used = sorted(self._used - self._own)
-        self._index.forget_packs(pack_id for pack_id in used if not exists(self._objects, pack_key(pack_id)))
+            used = self._used - self._own
+        self._index.forget_packs(self._absent(pack_key, used))
 
     def _check_used(self) -> None:
         """See that nothing this job uses is condemned, gone, or found damaged meanwhile."""
         condemned = read_condemned(self._objects)
         unusable = condemned.packs | (condemned.retired & self._own)
         unusable |= quarantined_packs(self._objects) - self._quarantined
-        lost_packs = {
-            pack_id
-            for pack_id in sorted(self._used)
-            if pack_id in unusable or not self._is_readable(pack_id, condemned)
-        }
-        lost_segments = {
-            segment_id
-            for segment_id in sorted(self._segments)
-            if segment_id in condemned.segments or not exists(self._objects, segment_key(segment_id))
-        }
+        going = self._used & condemned.retired - unusable
+        gone = sorted(going | self._absent(pack_key, self._used - unusable - going))
+        are_elsewhere = asked(partial(self._is_elsewhere, condemned=condemned), gone)
+        lost_packs = self._used & unusable
+        lost_packs |= {pack_id for pack_id, is_elsewhere in zip(gone, are_elsewhere, strict=True) if not is_elsewhere}
+        lost_segments = self._segments.keys() & condemned.segments
+        lost_segments |= self._absent(segment_key, self._segments.keys() - lost_segments)
         self._check_not_dead()
         if not is_known(self._objects):
             raise StoreConflict(f"the store was raised to a version that this program does not know; {NEWER}")
@@ -445,23 +445,26 @@ class BackupWriter:
             )
             raise StoreConflict(msg)
 
+    def _absent(self, key_of: Callable[[Name], str], names: Set[Name]) -> set[Name]:
+        """Those of these packs or segments that are not there."""
+        ordered = sorted(names)
+        are_there = asked(lambda name: exists(self._objects, key_of(name)), ordered)
+        return {name for name, is_there in zip(ordered, are_there, strict=True) if not is_there}
+
     def _check_not_dead(self) -> None:
         if exists(self._objects, dead_key(self.writer_id)):
             raise _taken_for_dead()
 
-    def _is_readable(self, pack_id: PackId, condemned: Condemned) -> bool:
-        """Whether a pack is there to stay, or what this job needs of it is elsewhere, for as long as it is needed.
+    def _is_elsewhere(self, pack_id: PackId, condemned: Condemned) -> bool:
+        """Whether what this job needs of a pack that is gone, or about to go, is elsewhere, as long as it is needed.
 
-        Of one that was in quarantine before there is perhaps no more than what was saved.
+        Of one that is gone, and was in quarantine before, there is perhaps no more than what was saved.
         """
-        is_staying = pack_id not in condemned.retired
-        if is_staying and exists(self._objects, pack_key(pack_id)):
-            return True
         moves = read_moves(self._objects, pack_id)
         saved = {move.pack_id for move in moves}
         going = saved & (condemned.packs | condemned.retired)
         there = {each for each in saved - going if exists(self._objects, pack_key(each))}
-        if is_staying and pack_id in self._quarantined:
+        if pack_id in self._quarantined - condemned.retired:
             return bool(there) and not going
         return self._needs_only(pack_id, {move.old_offset for move in moves if move.pack_id in there})
 
