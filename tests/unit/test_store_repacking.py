@@ -26,7 +26,7 @@ from vmfs_stub.store import moved
 from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.collector import Collected, Collector
-from vmfs_stub.store.condemned import decode_condemned
+from vmfs_stub.store.condemned import Condemned, decode_condemned, encode_condemned
 from vmfs_stub.store.key_sources import KeySource
 from vmfs_stub.store.keys import (
     CONDEMNED,
@@ -271,6 +271,8 @@ def test_where_nothing_can_be_stored_it_stays_and_garbage_goes(rig: Rig, error: 
 
 
 def test_one_that_was_taken_for_dead_retires_nothing(rig: Rig, tmp_path: Path) -> None:
+    """The next run goes on with its copies, where they are."""
+
     def take_for_dead(call: str, key: str) -> None:
         if call == "put" and key.startswith(MOVED):
             rig.objects.contents |= {lease.replace(LEASES, "dead/"): b"" for lease in rig.keys(LEASES)}
@@ -279,7 +281,32 @@ def test_one_that_was_taken_for_dead_retires_nothing(rig: Rig, tmp_path: Path) -
     assert rig.collect().repacked == 0
     rig.objects.before = lambda call, key: None
     assert rig.pack in rig.packs()
-    assert rig.collect().repacked == 1, "one document is no reason not to try again"
+    done = rig.collect()
+    assert (done.repacked, done.copied_bytes) == (1, 0)
+    assert len(rig.keys(MOVED)) == 1
+    rig.assert_whole(rig.kept, KEPT, tmp_path / "out")
+
+
+@pytest.mark.parametrize("why", ["gone", "condemned", "damaged"])
+def test_copies_that_do_not_count_are_made_again(rig: Rig, why: str, tmp_path: Path) -> None:
+    def die(seconds: float) -> None:
+        if rig.keys(MOVED):
+            raise StoreUnavailable("the host lost its power")
+
+    with pytest.raises(StoreUnavailable):
+        rig.collect(sleep=die)
+    (copy,) = set(rig.packs()) - {rig.pack}
+    if why == "gone":
+        del rig.objects.contents[pack_key(copy)]
+    elif why == "condemned":
+        rig.store.objects.put(CONDEMNED + new_id(), encode_condemned(Condemned(frozenset({copy})), "of another one"))
+    else:
+        put_quarantine(rig.store.objects, Quarantine(1.0, (), "seen"), copy)
+    done = rig.collect()
+    assert done.repacked == 1
+    assert done.copied_bytes > 0
+    assert rig.pack not in rig.packs()
+    rig.objects.contents.pop(pack_key(copy), None)
     rig.assert_whole(rig.kept, KEPT, tmp_path / "out")
 
 

@@ -16,8 +16,8 @@ listing may miss what was put.  The order, and why it is safe:
    So are the packs of step 4, as retired: a backup may go on to need of them what was moved, and nothing else.
 6. Wait.  A backup reads the lists after its pending manifest is there, so that it sees the list, or is seen:
 7. look at all manifests again, twice with the lag between, since one that is committed moves from one name to another;
-   delete what they still do not need, and the packs of step 4 if all that they need of them was moved by this run; then
-   what was noted of packs that were gone before, and that are not needed in either look; then the lists.
+   delete what they still do not need, and the packs of step 4 if all that they need of them was moved; then what was
+   noted of packs that were gone before, and that are not needed in either look; then the lists.
 
 A collector that stops anywhere leaves things that the next one takes up; one that wakes up late deletes only names that
 are never used again.  The list of another one stays until every name on it is gone, needed or not: as long as that one
@@ -85,7 +85,7 @@ from vmfs_stub.store.objects import ObjectStore, exists, put_mark
 from vmfs_stub.store.probe import probe
 from vmfs_stub.store.quarantine import quarantined_packs
 from vmfs_stub.store.reachability import Reachability, committed_name
-from vmfs_stub.store.repacking import Repacking
+from vmfs_stub.store.repacking import Moved, Repacking
 from vmfs_stub.store.replica_mark import refuse_replica
 
 log = logging.getLogger(__name__)
@@ -145,13 +145,13 @@ class _Doomed:
 
 @dataclass(frozen=True, slots=True)
 class _Retiring:
-    """Packs that are mostly garbage, with their sizes in bytes, and where in them frames were moved from.
+    """Packs that are mostly garbage, with their sizes in bytes, and where what is needed of them was moved.
 
     ``looked_into`` are the segments that refer to nothing else in them.
     """
 
     sizes: dict[PackId, int] = field(default_factory=dict)
-    moved: dict[PackId, frozenset[int]] = field(default_factory=dict)
+    moved: dict[PackId, Moved] = field(default_factory=dict)
     looked_into: frozenset[SegmentId] = frozenset()
 
 
@@ -404,13 +404,16 @@ class Collector:
 
     def _to_retire(self, retiring: _Retiring) -> dict[PackId, int]:
         """Those of which no more was needed in the last look than was moved, with their sizes."""
-        left = dict(retiring.sizes)
+        copies = {pack_id for moved in retiring.moved.values() for pack_id in moved.values()}
+        there = {pack_id for pack_id in copies if self._reachability.has_pack(pack_id)}
+        moved, sizes = retiring.moved, retiring.sizes
+        left = {pack_id: size for pack_id, size in sizes.items() if there.issuperset(moved[pack_id].values())}
         if not left:
             return left
         try:
-            for _, refs in self._reachability.references(retiring.sizes.keys(), but=retiring.looked_into):
+            for _, refs in self._reachability.references(sizes.keys(), but=retiring.looked_into):
                 for ref in refs:
-                    if ref.offset not in retiring.moved[ref.pack_id]:
+                    if ref.offset not in moved[ref.pack_id]:
                         left.pop(ref.pack_id, None)
         except (ObjectMissing, IntegrityError) as exc:  # another collector has deleted it since, perhaps
             log.warning("packs that were repacked stay for this time: %s", exc)

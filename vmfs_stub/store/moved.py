@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 MOVED_FORMAT: Final = "vmfs-stub moved"
 HOPS_MAX: Final = 3
 """How often a frame may have moved: a bound for a reader, whatever documents say of each other."""
-PLACES_MAX: Final = 4
+PLACES_MAX: Final = 16
 """Places of one frame that a reader tries, for the same reason."""
 DOCUMENTS_MAX: Final = 64
 """Documents about one pack that a reader looks at."""

@@ -59,8 +59,8 @@ _USE: Final = struct.Struct(">16sQ")
 ALL_USED: Final = PACK_SIZE_MAX
 """The use of a pack that is not to be repacked, whatever points need of it: frames that were moved once are not moved
 again, since readers follow a few moves at most, and of many documents about one pack they read a few."""
-MOVED_BEFORE_MAX: Final = 1
-"""Documents about a pack that may be repacked: one of a run that was cut short."""
+MOVED_BEFORE_MAX: Final = 8
+"""Documents about a pack that may be repacked: of runs that were cut short; fewer than a reader tries places."""
 _BATCH: Final = 256
 
 
