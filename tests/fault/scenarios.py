@@ -84,7 +84,7 @@ from vmfs_stub.store.packs import read_footer
 from vmfs_stub.store.probe import probe
 from vmfs_stub.store.reachability import Reachability
 from vmfs_stub.store.read_back import ReadBack
-from vmfs_stub.store.repacking import Repacking
+from vmfs_stub.store.repacking import Mirror, Repacking
 from vmfs_stub.store.replica import Replication, make_replica
 from vmfs_stub.store.store import Store
 from vmfs_stub.store.versions import raise_version
@@ -704,9 +704,7 @@ async def repack(services: Services) -> None:
     await back_up(services)
 
 
-def _collect(
-    store: Store, objects: ObjectStore | None = None, *, mirror: Callable[[PackId], None] = lambda pack_id: None
-) -> None:
+def _collect(store: Store, objects: ObjectStore | None = None, *, mirror: Mirror | None = None) -> None:
     with closing(Reachability(None, store.id, store.objects, sealing=store.sealing, workers=1)) as reachability:
         collector = Collector(
             objects or store.objects,

@@ -6,9 +6,11 @@ Beside collectors and backups of other hosts it is tried in tests/collection.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ from vmfs_stub.services.restore import restore_point
 from vmfs_stub.services.scrub import ScrubReport, scrub
 from vmfs_stub.services.scrub_progress import ScrubProgress
 from vmfs_stub.services.verify import verify
-from vmfs_stub.store import moved
+from vmfs_stub.store import moved, reachability, retirement
 from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.collector import Collected, Collector
@@ -33,20 +35,27 @@ from vmfs_stub.store.keys import (
     FORGOTTEN,
     INDEX,
     LEASES,
+    MANIFESTS,
     MOVED,
     PACKS,
+    PENDING_SUFFIX,
     QUARANTINED,
+    SEGMENTS,
     manifest_key,
+    moved_key,
     moved_of,
     pack_key,
+    segment_key,
 )
+from vmfs_stub.store.leases import LEASE_DEAD_S
 from vmfs_stub.store.manifest import Manifest
 from vmfs_stub.store.mirrored_deletes import MirroredDeletes
-from vmfs_stub.store.objects import ObjectStore
+from vmfs_stub.store.moved import Move, encode_moved
+from vmfs_stub.store.objects import Buffer, ObjectStore
 from vmfs_stub.store.quarantine import Quarantine, put_quarantine
 from vmfs_stub.store.reachability import Reachability
 from vmfs_stub.store.read_back import ReadBack
-from vmfs_stub.store.repacking import Repacking
+from vmfs_stub.store.repacking import Mirror, Repacking
 from vmfs_stub.store.replica import Replication, make_replica
 from vmfs_stub.store.store import Store
 
@@ -81,8 +90,9 @@ class Rig:
         self,
         *,
         sleep: Callable[[float], None] = lambda seconds: None,
-        mirror: Callable[[PackId], None] = lambda pack_id: None,
+        mirror: Mirror | None = None,
         objects: ObjectStore | None = None,
+        clock: Callable[[], float] = time.monotonic,
         is_dry: bool = False,
     ) -> Collected:
         store = Store.open(self.objects, self.source)
@@ -93,7 +103,7 @@ class Rig:
                 lag_s=1,
                 sleep=sleep,
                 workers=1,
-                repacking=Repacking(store, mirror=mirror),
+                repacking=Repacking(store, mirror=mirror, clock=clock),
             )
             return collector.survey() if is_dry else collector.run()
 
@@ -291,9 +301,9 @@ def test_one_that_was_taken_for_dead_retires_nothing(rig: Rig, tmp_path: Path) -
 def test_copies_that_do_not_count_are_made_again(rig: Rig, why: str, tmp_path: Path) -> None:
     def die(seconds: float) -> None:
         if rig.keys(MOVED):
-            raise StoreUnavailable("the host lost its power")
+            raise Killed
 
-    with pytest.raises(StoreUnavailable):
+    with pytest.raises(Killed):
         rig.collect(sleep=die)
     (copy,) = set(rig.packs()) - {rig.pack}
     if why == "gone":
@@ -387,6 +397,386 @@ def test_damage_of_a_copy_is_found_and_told(rig: Rig) -> None:
     assert not rig.scrub().is_whole
 
 
+# What others do meanwhile
+
+
+class Killed(BaseException):
+    """Whoever makes the call does nothing more."""
+
+
+def test_a_pack_that_frames_were_moved_to_is_not_retired(rig: Rig, tmp_path: Path) -> None:
+    """Little is needed of it when it is chosen, as far as listings show; by way of another pack all of it is."""
+    rig.collect()
+    (copy,) = rig.packs()
+    with closing(ChunkIndex(None, rig.store.id)) as index:
+        newest = back_up(rig.store, {"disk": KEPT[:CHUNK]}, index=index)
+    assert {ref.pack_id for ref in rig.refs(newest)} == {copy}
+    writer = takes_over(rig)
+    rig.store.forget(rig.kept.vm_id, rig.kept.point_id, host="host1", why="by hand")
+    made: list[Manifest] = []
+    lists: list[str] = []
+    plain_list = rig.objects.list
+    rig.objects.list = lambda prefix: iter(()) if prefix == MOVED and len(lists) < 2 else plain_list(prefix)  # type: ignore[method-assign]
+
+    def before(call: str, key: str) -> None:
+        if call == "put" and key.startswith(CONDEMNED):
+            lists.append(key)
+            if len(lists) == 1:
+                made.append(commit(writer, [rig.kept.files[0].segments[0]], len(KEPT)))
+
+    rig.objects.before = before
+    done = rig.collect(sleep=lambda seconds: writer.renew_lease())
+    assert (len(lists), done.repacked) == (2, 0)
+    assert done.copied_bytes > 0, "it was chosen"
+    rig.assert_whole(newest, KEPT[:CHUNK], tmp_path / "newest")
+    rig.assert_whole(made[0], KEPT, tmp_path / "made")
+
+
+def test_a_document_that_came_after_the_last_look_does_not_count(rig: Rig) -> None:
+    """A collector does not know of it, and is about to delete the pack that it names."""
+    other = DISK[5 * CHUNK : 6 * CHUNK]
+    late = back_up(rig.store, {"disk": other}, vm_name="late", index=rig.index)
+    refs = rig.refs(late)
+    with closing(ChunkIndex(None, rig.store.id)) as empty:
+        mover = rig.store.begin_repair(index=empty)
+        (new,) = write_chunks(mover, other)
+        finish(mover)
+    assert new is not None
+    writer = rig.store.begin_backup(index=rig.index)
+    entries = write_chunks(writer, other)
+    finish(writer)
+    segments = list(writer.add_file(entries))
+    rig.store.forget(late.vm_id, late.point_id, host="host1", why="by hand")
+
+    def both_live(seconds: float) -> None:
+        writer.renew_lease()
+        mover.renew_lease()
+
+    assert rig.collect(sleep=both_live).repacked == 1
+    assert rig.pack not in rig.packs() and new.pack_id in rig.packs()
+
+    def die(call: str, key: str) -> None:
+        if (call, key) == ("delete", pack_key(new.pack_id)):
+            raise Killed
+
+    def collector_was_quick(call: str, key: str) -> None:
+        if (call, key) == ("list", moved_of(rig.pack)):
+            rig.objects.before = die
+            with pytest.raises(Killed):
+                rig.collect(sleep=lambda seconds: writer.renew_lease())
+            rig.objects.before = lambda call, key: None
+            moves = [Move(refs[0].offset, new.pack_id, new.offset, new.length)]
+            rig.store.objects.put(moved_key(rig.pack, "ab" * 16), encode_moved(moves, rig.pack, "ab" * 16))
+
+    rig.objects.before = collector_was_quick
+    with pytest.raises(StoreConflict):
+        commit(writer, segments, CHUNK)
+
+
+def test_a_document_that_went_before_the_lists_were_read_does_not_count(rig: Rig) -> None:
+    rig.collect()
+    writer = takes_over(rig)
+    seen: list[str] = []
+
+    def before(call: str, key: str) -> None:
+        if (call, key) == ("list", moved_of(rig.pack)):
+            seen.append(key)
+        if (call, key) == ("list", CONDEMNED) and seen:
+            for document in rig.keys(MOVED):  # by one that took its last look before, and whose list has gone
+                del rig.objects.contents[document]
+
+    rig.objects.before = before
+    with pytest.raises(StoreConflict):
+        commit(writer, [rig.kept.files[0].segments[0]], len(KEPT))
+    assert rig.keys(MOVED) == []
+
+
+def test_a_list_stays_until_what_is_noted_of_its_packs_is_gone(rig: Rig) -> None:
+    """Its collector may yet delete that; another one sees that a backup needs it, which must not."""
+    writer = rig.store.begin_backup(index=rig.index)
+    entries = write_chunks(writer, KEPT)
+    finish(writer)
+    segments = list(writer.add_file(entries))
+    rig.collect(sleep=lambda seconds: writer.renew_lease())
+    rig.store.forget(rig.kept.vm_id, rig.kept.point_id, host="host1", why="by hand")
+    with closing(ChunkIndex(None, rig.store.id)) as index:
+        back_up(rig.store, {"disk": KEPT}, index=index)  # so that the copies stay
+
+    def die(call: str, key: str) -> None:
+        if call == "delete" and key.startswith(MOVED):
+            raise Killed
+
+    rig.objects.before = die
+    with pytest.raises(Killed):
+        rig.collect(sleep=lambda seconds: writer.renew_lease())
+    (listed,) = rig.keys(CONDEMNED)
+
+    def other_collector(call: str, key: str) -> None:
+        if (call, key) == ("list", CONDEMNED):
+            rig.objects.before = lambda call, key: None
+            rig.collect(sleep=lambda seconds: writer.renew_lease())
+            assert rig.keys(MOVED), "it has seen what is pending"
+
+    rig.objects.before = other_collector
+    with pytest.raises(StoreConflict):
+        commit(writer, segments, len(KEPT))
+    assert listed in rig.keys(CONDEMNED)
+    rig.collect()
+    assert rig.keys(MOVED) == rig.keys(CONDEMNED) == []
+
+
+def test_what_is_noted_after_the_list_was_put_is_for_the_next_run(rig: Rig) -> None:
+    """Another collector may have deleted the list, since nothing was noted then; so a backup may count on it."""
+    rig.collect()
+    rig.store.forget(rig.kept.vm_id, rig.kept.point_id, host="host1", why="by hand")
+    late = moved_key(rig.pack, "ab" * 16)
+
+    def before(call: str, key: str) -> None:
+        if call == "delete" and key.startswith(PACKS) and late not in rig.objects.contents:
+            rig.store.objects.put(late, encode_moved([Move(0, PackId("cd" * 16), 0, 100)], rig.pack, "ab" * 16))
+
+    rig.objects.before = before
+    rig.collect()
+    assert rig.keys(MOVED) == [late]
+    rig.objects.before = lambda call, key: None
+    rig.collect()
+    assert rig.keys(MOVED) == []
+
+
+def test_copies_that_have_gone_meanwhile_do_not_count(rig: Rig, tmp_path: Path) -> None:
+    """Another collector took its last look when nothing needed the pack; by now a backup does."""
+
+    def before(call: str, key: str) -> None:
+        if call == "put" and key.startswith(CONDEMNED) and rig.keys(MOVED):
+            (copy,) = set(rig.packs()) - {rig.pack}
+            del rig.objects.contents[pack_key(copy)]
+
+    rig.objects.before = before
+    assert rig.collect().repacked == 0
+    assert rig.packs() == [rig.pack]
+    rig.objects.before = lambda call, key: None
+    assert rig.collect().repacked == 1
+    rig.assert_whole(rig.kept, KEPT, tmp_path / "out")
+
+
+def test_a_damaged_segment_is_met_before_the_manifest(rig: Rig) -> None:
+    """What it needs of a pack that is gone cannot be told; nothing of the backup stays."""
+    rig.collect()
+    writer = takes_over(rig)
+    key = segment_key(rig.kept.files[0].segments[0])
+    rig.objects.contents[key] = rig.objects.contents[key][:-1] + b"\1"
+    with pytest.raises(StoreConflict):
+        commit(writer, [rig.kept.files[0].segments[0]], len(KEPT))
+    assert not [key for key in rig.objects.contents if key.endswith(PENDING_SUFFIX)]
+
+
+def test_a_commit_reads_each_segment_once(rig: Rig) -> None:
+    """However many packs are gone that it names."""
+    data = random.Random(5).randbytes(20 * 4 * CHUNK)
+    parts = [data[at : at + 4 * CHUNK] for at in range(0, len(data), 4 * CHUNK)]
+    with closing(ChunkIndex(None, rig.store.id)) as index:
+        olds = [back_up(rig.store, {"disk": part}, index=index) for part in parts]
+        newest = back_up(rig.store, {"disk": b"".join(part[:CHUNK] for part in parts)}, index=index)
+    for old in olds:
+        rig.store.forget(old.vm_id, old.point_id, host="host1", why="by hand")
+    assert rig.collect().repacked == 21
+    writer = rig.store.begin_backup(index=rig.index)
+    table = rig.store.open_point(newest.vm_id, newest.point_id).chunks(0)
+    writer.reuse_segment(*table.segment(0), chunk_count=table.chunk_count)
+    rig.objects.calls.clear()
+    commit(writer, list(newest.files[0].segments), 20 * CHUNK)
+    assert len([key for call, key in rig.objects.calls if call == "get" and key.startswith(SEGMENTS)]) == 1
+
+
+def test_a_pack_on_the_list_of_a_dead_collector_comes_first(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much is needed of it: as long as it is there the list stays, and fails backups."""
+    rig.store.objects.put(CONDEMNED + new_id(), encode_condemned(Condemned(retired=frozenset({rig.pack})), "dead"))
+    writer, segments = refers_to_garbage(rig)
+    (listed,) = rig.keys(CONDEMNED)
+    data = rig.objects.contents.pop(listed)
+    made = commit(writer, segments, len(DISK))
+    rig.objects.contents[listed] = data
+    monkeypatch.setattr(retirement, "CANDIDATES_MAX", 1)
+    assert rig.collect().repacked == 1
+    assert rig.keys(CONDEMNED) == []
+    writer = rig.store.begin_backup(index=rig.index)
+    table = rig.store.open_point(made.vm_id, made.point_id).chunks(0)
+    writer.reuse_segment(*table.segment(0), chunk_count=table.chunk_count)
+    commit(writer, list(made.files[0].segments), len(DISK))
+
+
+def test_the_lease_lives_as_long_as_the_copying_takes() -> None:
+    """Reading back, and a document for each pack, take long on a store that is far away."""
+    rig = Rig()
+    data = random.Random(5).randbytes(100 * 3 * CHUNK)
+    parts = [data[at : at + 3 * CHUNK] for at in range(0, len(data), 3 * CHUNK)]
+    with closing(ChunkIndex(None, rig.store.id)) as index:
+        for part in parts:
+            old = back_up(rig.store, {"disk": part}, index=index)
+            rig.store.forget(old.vm_id, old.point_id, host="host1", why="by hand")
+        back_up(rig.store, {"disk": b"".join(part[:CHUNK] for part in parts)}, index=index)
+    now_s, renewed_s = 0.0, [0.0]
+
+    def before(call: str, key: str) -> None:
+        nonlocal now_s
+        now_s += 0.5
+        if key.startswith(LEASES) and call in ("put", "delete"):
+            renewed_s.append(now_s)
+
+    rig.objects.before = before
+    assert rig.collect(clock=lambda: now_s).repacked == 101
+    gaps = [later - earlier for earlier, later in pairwise(renewed_s[1:])]
+    assert len(gaps) > 3
+    assert max(gaps) < LEASE_DEAD_S / 2
+
+
+# Many packs, and what is in the way of some
+
+
+def test_garbage_goes_before_anything_is_copied(rig: Rig) -> None:
+    garbage = "packs/ab/" + "ab" * 16
+    rig.objects.contents[garbage] = b"of nobody"
+
+    def before(call: str, key: str) -> None:
+        if call == "put" and key.startswith((PACKS, LEASES)):
+            assert garbage not in rig.objects.contents
+            raise StoreUnavailable("the store is away")
+
+    rig.objects.before = before
+    done = rig.collect()
+    assert (done.packs, done.repacked) == (1, 0)
+
+
+def test_a_segment_that_cannot_be_read_is_in_the_way_of_its_own_packs_alone(rig: Rig) -> None:
+    data = random.Random(6).randbytes(8 * CHUNK)
+    with closing(ChunkIndex(None, rig.store.id)) as index:
+        old = back_up(rig.store, {"disk": data}, index=index)
+        back_up(rig.store, {"disk": data[:CHUNK]}, index=index)
+    rig.store.forget(old.vm_id, old.point_id, host="host1", why="by hand")
+    key = segment_key(rig.kept.files[0].segments[0])
+
+    def sleep(seconds: float) -> None:
+        if seconds == 1 and not rig.keys(CONDEMNED):  # after the first look, which has kept what it names
+            rig.objects.contents[key] = rig.objects.contents[key][:-1] + b"\1"
+
+    assert rig.collect(sleep=sleep).repacked == 1
+    assert rig.pack in rig.packs()
+
+
+def test_what_is_not_held_in_memory_is_for_another_run(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = random.Random(6).randbytes(8 * CHUNK)
+    with closing(ChunkIndex(None, rig.store.id)) as index:
+        old = back_up(rig.store, {"disk": data}, index=index)
+        back_up(rig.store, {"disk": data[: 2 * CHUNK]}, index=index)
+    rig.store.forget(old.vm_id, old.point_id, host="host1", why="by hand")
+    monkeypatch.setattr(retirement, "FRAMES_AT_ONCE", 2)
+    assert [rig.collect().repacked for _ in range(3)] == [1, 1, 0]
+
+
+def test_likely_packs_are_dealt_with_batch_by_batch(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that are in doubt there is one batch in a run, of which each has the same chance."""
+    monkeypatch.setattr(retirement, "PACKS_AT_ONCE", 1)
+    monkeypatch.setattr(reachability, "PART_SIZE", CHUNK)
+    datas = [random.Random(seed).randbytes(8 * CHUNK) for seed in range(4)]
+    with closing(ChunkIndex(None, rig.store.id)) as index:
+        olds = [back_up(rig.store, {"disk": data}, index=index) for data in datas]
+        back_up(rig.store, {"disk": b"".join(data[:CHUNK] for data in datas[:2])}, index=index)
+        for data in datas[2:]:
+            for at in range(0, 8 * CHUNK, 2 * CHUNK):  # all of it is needed, by one segment a quarter
+                back_up(rig.store, {"disk": data[at : at + 2 * CHUNK]}, index=index)
+    for old in olds:
+        rig.store.forget(old.vm_id, old.point_id, host="host1", why="by hand")
+    assert rig.collect().repacked == 3, "the likely ones, and the first of the doubtful ones is not worth it"
+
+
+def test_a_row_that_was_damaged_after_the_look_is_read_again(rig: Rig) -> None:
+    """What a segment names is kept in a file: were it believed, less would seem to be needed than is."""
+    rig.collect()  # the first point goes
+    store = rig.store
+    with closing(Reachability(None, store.id, store.objects, sealing=store.sealing, workers=1)) as known:
+        known.look([key for key in rig.objects.contents if key.startswith(MANIFESTS)])
+        known._database.execute("UPDATE objects SET named = x'' WHERE key LIKE 'segments/%'")
+        found = [ref for _, refs in known.references({rig.pack}) for ref in refs or ()]
+    assert len(found) == 2
+
+
+# What scrub says of it
+
+
+def without_the_pack(rig: Rig) -> None:
+    """It was lost, not retired: of what is needed of it a part was moved."""
+
+    def away(pack_id: PackId, documents: object) -> None:
+        raise StoreUnavailable("away")
+
+    rig.collect(mirror=away)
+    assert rig.pack in rig.packs() and rig.keys(MOVED)
+    back_up(rig.store, {"disk": DISK}, index=rig.index)
+    del rig.objects.contents[pack_key(rig.pack)]
+
+
+def test_scrub_tells_a_lost_pack_from_a_retired_one(rig: Rig) -> None:
+    without_the_pack(rig)
+    report = rig.scrub()
+    assert not report.is_whole
+    (damage,) = report.damages
+    assert (damage.key, damage.frame_count, damage.repaired_count) == (pack_key(rig.pack), 6, 0)
+    assert rig.keys(QUARANTINED)
+
+
+def test_what_nothing_needs_of_a_retired_pack_may_lead_nowhere(rig: Rig) -> None:
+    moves = [Move(0, PackId("ab" * 16), 0, 100)]
+    rig.store.objects.put(moved_key(rig.pack, "cd" * 16), encode_moved(moves, rig.pack, "cd" * 16))
+    assert rig.collect().repacked == 1
+    assert rig.scrub().damages == ()
+    assert rig.keys(QUARANTINED) == []
+
+
+def damaged(pack: bytes) -> bytes:
+    return pack[:60] + bytes([pack[60] ^ 1]) + pack[61:]
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["the copy comes after it", "the copy comes before it"])
+def test_scrub_reads_copies_from_the_medium(is_first: bool) -> None:
+    """Who needs a copy is known by way of the pack that is gone, whichever is dealt with first."""
+    while True:
+        rig = Rig()
+        rig.collect()
+        (copy,) = rig.packs()
+        if (rig.pack[:2] < copy[:2]) is is_first:
+            break
+    bad = damaged(rig.objects.contents[pack_key(copy)])
+
+    def drop_cache(key: str) -> None:
+        if key == pack_key(copy):
+            rig.objects.contents[key] = bad
+
+    rig.objects.drop_cache = drop_cache  # type: ignore[attr-defined]
+    report = rig.scrub()
+    assert not report.is_whole
+    assert {need.point_id for damage in report.damages for need in damage.needs} == {rig.kept.point_id}
+
+
+def test_scrub_goes_back_to_what_was_moved_to_a_damaged_pack(rig: Rig) -> None:
+    """It was stopped after the pack that is gone, which was sound elsewhere then."""
+    rig.collect()
+    (copy,) = rig.packs()
+    with closing(ScrubProgress(None, rig.store.id)) as progress:
+        progress.passed(PackId("0" * 32) if copy < rig.pack else rig.pack, None)
+        rig.objects.contents[pack_key(copy)] = damaged(rig.objects.contents[pack_key(copy)])
+        assert not scrub(Store.open(rig.objects, rig.source), progress).is_whole
+
+
+def test_places_that_lead_nowhere_hide_no_good_one(rig: Rig, tmp_path: Path) -> None:
+    rig.collect()
+    for number in range(moved.PLACES_MAX + 1):
+        moves = [Move(ref.offset, PackId(f"{number:032x}"), 0, ref.length) for ref in rig.refs(rig.kept)]
+        key = moved_key(rig.pack, f"{number:032x}")
+        rig.store.objects.put(key, encode_moved(moves, rig.pack, f"{number:032x}"))
+    rig.objects.contents = dict(sorted(rig.objects.contents.items()))
+    rig.assert_whole(rig.kept, KEPT, tmp_path / "out")
+
+
 # With a replica
 
 
@@ -440,3 +830,73 @@ def test_a_replica_that_does_not_keep_the_copies_counts_as_none(
     assert rig.collect(mirror=replication.copy_moves).repacked == 0
     assert rig.pack in rig.packs()
     assert rig.keys(INDEX)
+
+
+def test_no_listing_decides_what_the_replica_gets(
+    rig: Rig, there: tuple[FakeObjects, Replication], tmp_path: Path
+) -> None:
+    """It may not show yet what was just put."""
+    objects, replication = there
+    hidden: set[str] = set()
+    plain_list, plain_put = rig.objects.list, rig.objects.put
+
+    def put(key: str, data: Buffer, *, if_absent: bool = True) -> None:
+        plain_put(key, data, if_absent=if_absent)
+        hidden.add(key)
+
+    rig.objects.put = put  # type: ignore[method-assign]
+    rig.objects.list = lambda prefix: (each for each in plain_list(prefix) if each.key not in hidden)  # type: ignore[method-assign]
+    mirrored = MirroredDeletes(rig.store.objects, objects)
+    done = rig.collect(mirror=replication.copy_moves, objects=mirrored, sleep=lambda seconds: hidden.clear())
+    assert done.repacked == 1
+    replica = Store.open(objects, rig.source)
+    restore_point(replica, replica.open_point(rig.kept.vm_id, rig.kept.point_id), tmp_path / "out")
+    assert (tmp_path / "out/disk").read_bytes() == KEPT
+
+
+def test_a_document_that_leads_nowhere_is_not_asked_of_the_replica(
+    rig: Rig, there: tuple[FakeObjects, Replication]
+) -> None:
+    objects, replication = there
+    moves = [Move(ref.offset, PackId("ab" * 16), 0, ref.length) for ref in rig.refs(rig.kept)]
+    rig.store.objects.put(moved_key(rig.pack, "cd" * 16), encode_moved(moves, rig.pack, "cd" * 16))
+    mirrored = MirroredDeletes(rig.store.objects, objects)
+    assert rig.collect(mirror=replication.copy_moves, objects=mirrored).repacked == 1
+
+
+def test_what_takes_the_place_of_the_replica_is_none(rig: Rig, there: tuple[FakeObjects, Replication]) -> None:
+    """Another medium is mounted there after the copies were made."""
+    objects, replication = there
+
+    def before(call: str, key: str) -> None:
+        if call == "put" and key.startswith(CONDEMNED):
+            objects.contents.clear()
+
+    rig.objects.before = before
+    assert rig.collect(mirror=replication.copy_moves).repacked == 0
+    assert rig.pack in rig.packs()
+
+
+def test_copies_do_not_pile_up_where_the_replica_is_away(rig: Rig) -> None:
+    def away(pack_id: PackId, documents: object) -> None:
+        raise StoreUnavailable("away")
+
+    counts = []
+    for _ in range(3):
+        assert rig.collect(mirror=away).repacked == 0
+        counts.append((len(rig.packs()), len(rig.keys(MOVED))))
+    assert counts == [(2, 1)] * 3
+    assert rig.collect().repacked == 1
+
+
+def test_a_copy_is_repaired_from_the_replica(rig: Rig, there: tuple[FakeObjects, Replication], tmp_path: Path) -> None:
+    objects, replication = there
+    mirrored = MirroredDeletes(rig.store.objects, objects)
+    assert rig.collect(mirror=replication.copy_moves, objects=mirrored).repacked == 1
+    (copy,) = rig.packs()
+    rig.objects.contents[pack_key(copy)] = damaged(rig.objects.contents[pack_key(copy)])
+    with closing(ScrubProgress(None, rig.store.id)) as progress:
+        report = scrub(Store.open(rig.objects, rig.source), progress, replica=Store.open(objects, rig.source))
+    assert report.is_whole
+    assert [damage.repaired_count for damage in report.damages if damage.frame_count] == [1]
+    rig.assert_whole(rig.kept, KEPT, tmp_path / "out")

@@ -68,13 +68,17 @@ def gc(
         collected = collector.survey() if dry_run else collector.run()
     if mirrored is not None and mirrored.problem is not None:
         warn(f"warning: {mirrored.left} objects stay in the replica: {mirrored.problem}")
+        if repack and repacking is None:
+            warn(
+                "warning: packs that are mostly garbage stay, since their replica could not have what is needed of them"
+            )
     if json:
         say_json(dataclasses.asdict(collected))
         return
     say(_told(collected, "would be removed" if dry_run else "were removed"))
-    if collected.repacked:
+    if collected.repacked or collected.copied_bytes:
         copied = bytes_text(collected.copied_bytes)
-        say(f"{collected.repacked} of these packs were mostly garbage; {copied} of them are needed, and kept elsewhere")
+        say(f"{collected.repacked} of these packs were mostly garbage; {copied} of such are needed, and kept elsewhere")
     if collected.waiting_points:
         say(f"{collected.waiting_points} forgotten restore points stay until no placeholder depends on them")
 

@@ -11,7 +11,6 @@ Blocking.  This module must not know how damage was found.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import Final
@@ -36,7 +35,6 @@ from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.format import INDEX_SIZE_MAX
 from vmfs_stub.store.index_objects import decode_index
 from vmfs_stub.store.keys import INDEX, PACKS, is_id, pack_key
-from vmfs_stub.store.leases import LEASE_INTERVAL_S
 from vmfs_stub.store.moved import Move
 from vmfs_stub.store.objects import drop_cache
 from vmfs_stub.store.packs import read_footer
@@ -59,7 +57,7 @@ def repair(store: Store, damaged: Mapping[Frame, FrameRef], replica: Store | Non
     Raises: UnknownFormat, StoreUnavailable.
     """
     store.moved.look_again()
-    left = {frame: ref for frame, ref in damaged.items() if not _was_moved(store, ref)}
+    left = {frame: ref for frame, ref in damaged.items() if not was_moved(store, ref)}
     earlier = frozenset(damaged) - frozenset(left)
     if not left:
         return earlier
@@ -89,7 +87,8 @@ def replace_damaged(store: Store, replica: Store, key: str, check: Callable[[byt
     return True
 
 
-def _was_moved(store: Store, ref: FrameRef) -> bool:
+def was_moved(store: Store, ref: FrameRef) -> bool:
+    """Whether a frame can be read where documents say that it is.  Raises: StoreUnavailable, StoreDenied."""
     try:
         raw = store.moved.fetch(ref)
         if raw is not None:
@@ -125,7 +124,6 @@ class _Repair:
     def __init__(self, store: Store, writer: BackupWriter) -> None:
         self._store = store
         self._writer = writer
-        self._renewed_s = time.monotonic()
         self._moves: dict[PackId, list[Move]] = {}
         self._new: list[FrameRef] = []
 
@@ -154,7 +152,7 @@ class _Repair:
 
     def listed_in_index(self) -> Iterator[FrameRef]:
         for info in list(self._store.objects.list(INDEX)):
-            self._stay_alive()
+            self._writer.stay_alive()
             try:
                 packs = decode_index(self._store.objects.get(info.key, size_max=INDEX_SIZE_MAX), info.key)
             except (ObjectMissing, CorruptStoreObject):
@@ -165,7 +163,7 @@ class _Repair:
     def listed_in_footers(self) -> Iterator[FrameRef]:
         """Slow, but it also finds what was never published."""
         for info in self._store.objects.list(PACKS):
-            self._stay_alive()
+            self._writer.stay_alive()
             pack_id = PackId(info.key.rpartition("/")[2])
             try:
                 yield from read_footer(self._store.objects, pack_id, self._store.sealing) if is_id(pack_id) else ()
@@ -187,7 +185,8 @@ class _Repair:
         for ref in copies:
             drop_cache(place.objects, pack_key(ref.pack_id))
             try:
-                (raw,) = place.fetch_in_place([ref])
+                # What has moved in the store was tried before; the replica may have nothing but what has moved there.
+                (raw,) = place.fetch_in_place([ref]) if place is self._store else place.fetch([ref])
                 frames.check_identity(raw, ref, place.sealing)
             except (ObjectMissing, IntegrityError):
                 continue
@@ -200,7 +199,7 @@ class _Repair:
         return None
 
     def _write(self, old: FrameRef, raw: bytes) -> bool:
-        self._stay_alive()
+        self._writer.stay_alive()
         appended = self._writer.append(self._writer.encode(raw))
         for pack in appended.sealed:
             self._writer.put_pack(pack)
@@ -210,9 +209,3 @@ class _Repair:
         self._new.append(new)
         self._moves.setdefault(old.pack_id, []).append(Move(old.offset, new.pack_id, new.offset, new.length))
         return True
-
-    def _stay_alive(self) -> None:
-        now = time.monotonic()
-        if now - self._renewed_s > LEASE_INTERVAL_S:
-            self._writer.renew_lease()
-            self._renewed_s = now

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Final
+from typing import Final, TypeAlias
 
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import CorruptFrame, CorruptPack, CorruptStoreObject, ObjectMissing, UnknownFormat
@@ -31,8 +31,8 @@ from vmfs_stub.store.format import (
     PACK_FRAMES_MAX,
     PACK_SIZE_MAX,
 )
-from vmfs_stub.store.keys import moved_of
-from vmfs_stub.store.objects import ObjectStore
+from vmfs_stub.store.keys import moved_of, pack_key
+from vmfs_stub.store.objects import CacheDropping, ObjectStore, drop_cache, exists
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ MOVED_FORMAT: Final = "vmfs-stub moved"
 HOPS_MAX: Final = 3
 """How often a frame may have moved: a bound for a reader, whatever documents say of each other."""
 PLACES_MAX: Final = 16
-"""Places of one frame that a reader tries, for the same reason."""
+"""Places of one frame that a reader tries, for the same reason; a pack that is not there is none."""
 DOCUMENTS_MAX: Final = 64
 """Documents about one pack that a reader looks at."""
 KNOWN_S: Final = 10.0
@@ -50,7 +50,7 @@ UNREADABLE: Final = (ObjectMissing, CorruptPack, CorruptFrame)
 """What is wrong with a frame that may be found elsewhere."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Move:
     """The frame at ``old_offset`` of the pack that a document is about is at ``offset`` of ``pack_id`` now (bytes)."""
 
@@ -58,6 +58,10 @@ class Move:
     pack_id: PackId
     offset: int
     length: int
+
+
+Documents: TypeAlias = dict[str, list[Move]]
+"""What documents about one pack say, by their keys."""
 
 
 def encode_moved(moves: Sequence[Move], pack_id: PackId, nonce: str) -> bytes:
@@ -126,14 +130,18 @@ class MovedFrames:
 
         Raises: StoreUnavailable, StoreDenied.
         """
-        for move in self._moves(ref.pack_id).get(ref.offset, ())[:PLACES_MAX] if hops else ():
+        tried = 0
+        for move in self._moves(ref.pack_id).get(ref.offset, ()) if hops else ():
+            if tried == PLACES_MAX:
+                break
             moved = replace(ref, pack_id=move.pack_id, offset=move.offset, length=move.length)
             try:
                 return self._read([moved])[0]
-            except UNREADABLE:
+            except UNREADABLE as exc:
                 raw = self.fetch(moved, hops=hops - 1)
                 if raw is not None:
                     return raw
+                tried += not isinstance(exc, ObjectMissing)  # documents of jobs that were taken for dead hide no other
         return None
 
     def _moves(self, pack_id: PackId) -> Mapping[int, list[Move]]:
@@ -155,12 +163,28 @@ class MovedFrames:
 
 def read_moves(objects: ObjectStore, pack_id: PackId) -> list[Move]:
     """What all readable documents about a pack say.  Raises: StoreUnavailable, StoreDenied."""
-    moves: list[Move] = []
+    return [move for moves in read_documents(objects, pack_id).values() for move in moves]
+
+
+def read_documents(objects: ObjectStore, pack_id: PackId) -> Documents:
+    """The readable documents about a pack.  Raises: StoreUnavailable, StoreDenied."""
+    found: Documents = {}
     for info in islice(objects.list(moved_of(pack_id)), DOCUMENTS_MAX):
         try:
-            moves += decode_moved(objects.get(info.key, size_max=DOCUMENT_SIZE_MAX), info.key)
+            found[info.key] = decode_moved(objects.get(info.key, size_max=DOCUMENT_SIZE_MAX), info.key)
         except ObjectMissing:
             continue  # deleted since the listing
         except (CorruptStoreObject, UnknownFormat) as exc:
             log.warning("where frames of pack %s were moved cannot be told: %s", pack_id, exc)
-    return moves
+    return found
+
+
+def drop_caches(objects: ObjectStore, pack_id: PackId) -> None:
+    """Make the next reads of a pack's frames come from the medium, where they have moved, too.
+
+    Raises: StoreUnavailable, StoreDenied.
+    """
+    drop_cache(objects, pack_key(pack_id))
+    if isinstance(objects, CacheDropping) and not exists(objects, pack_key(pack_id)):
+        for new_id in {move.pack_id for move in read_moves(objects, pack_id)}:
+            drop_cache(objects, pack_key(new_id))

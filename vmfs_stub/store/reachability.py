@@ -10,20 +10,28 @@ from __future__ import annotations
 import logging
 import sqlite3
 import struct
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from xxhash import xxh3_128_digest
 
 from vmfs_stub.core.chunking import FrameRef
-from vmfs_stub.core.errors import CorruptStoreObject, ObjectMissing, PointNotFound, PrimaryIOError, UnknownFormat
+from vmfs_stub.core.errors import (
+    CorruptStoreObject,
+    IntegrityError,
+    ObjectMissing,
+    PointNotFound,
+    PrimaryIOError,
+    UnknownFormat,
+)
 from vmfs_stub.core.ids import PackId, SegmentId, StoreId
 from vmfs_stub.store.cache_file import is_damage, open_or_remake, remove, unusable
-from vmfs_stub.store.format import DOCUMENT_SIZE_MAX, INDEX_SIZE_MAX, MANIFEST_SIZE_MAX, PACK_SIZE_MAX, SEGMENT_SIZE_MAX
+from vmfs_stub.store.format import DOCUMENT_SIZE_MAX, INDEX_SIZE_MAX, MANIFEST_SIZE_MAX, PACK_SIZE, SEGMENT_SIZE_MAX
 from vmfs_stub.store.index_objects import decode_index
 from vmfs_stub.store.keys import MOVED, PENDING_SUFFIX, SEGMENTS, is_id, segment_key
 from vmfs_stub.store.manifest import decode_manifest
@@ -32,9 +40,10 @@ from vmfs_stub.store.objects import ObjectStore, exists
 from vmfs_stub.store.sealing import PLAIN, Sealing
 from vmfs_stub.store.segments import Segment
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 _SCHEMA: Final = """
 CREATE TABLE objects (                      -- manifests, segments and index objects
     key TEXT PRIMARY KEY,
@@ -44,24 +53,51 @@ CREATE TABLE objects (                      -- manifests, segments and index obj
 """
 _LOOK: Final = """
 CREATE TEMP TABLE IF NOT EXISTS segments (id BLOB PRIMARY KEY) WITHOUT ROWID;
-CREATE TEMP TABLE IF NOT EXISTS packs (
+DROP TABLE IF EXISTS temp.former_segments;
+ALTER TABLE temp.segments RENAME TO former_segments;    -- those of the look before
+CREATE TEMP TABLE segments (id BLOB PRIMARY KEY) WITHOUT ROWID;
+DROP TABLE IF EXISTS temp.packs;
+CREATE TEMP TABLE packs (
     id BLOB PRIMARY KEY,
-    used INTEGER NOT NULL,                  -- bytes of it that one segment at least refers to
-    is_moved INTEGER NOT NULL DEFAULT 0     -- some of its frames are elsewhere
+    used INTEGER NOT NULL DEFAULT 0,        -- the most bytes of it that one segment refers to
+    parts INTEGER NOT NULL DEFAULT 0,       -- a bit for each part of it that any segment refers to
+    documents INTEGER NOT NULL DEFAULT 0,   -- about it
+    is_target INTEGER NOT NULL DEFAULT 0    -- a document of a needed pack names it
 ) WITHOUT ROWID;
-DELETE FROM temp.segments;
-DELETE FROM temp.packs;
+DROP TABLE IF EXISTS temp.documents;
+CREATE TEMP TABLE documents (               -- about packs that are not known to be needed
+    key TEXT PRIMARY KEY,
+    pack BLOB NOT NULL
+) WITHOUT ROWID;
 """
+PARTS: Final = 63
+"""As many as bits in a number of SQLite."""
+PART_SIZE: Final = PACK_SIZE // PARTS
 _SEGMENT_BYTES: Final = 40
 _PACK_BYTES: Final = 16
-_USE: Final = struct.Struct(">16sQ")
-"""A pack, and how many bytes of it a segment refers to."""
-ALL_USED: Final = PACK_SIZE_MAX
-"""The use of a pack that is not to be repacked, whatever points need of it: frames that were moved once are not moved
-again, since readers follow a few moves at most, and of many documents about one pack they read a few."""
+_USE: Final = struct.Struct(">16sQQ")
+"""A pack, how many bytes of it a segment refers to, and in which parts of it; see `Use`."""
+_SEGMENTS_AT_ONCE: Final = 64
+"""Segments that are held in memory together."""
 MOVED_BEFORE_MAX: Final = 8
 """Documents about a pack that may be repacked: of runs that were cut short; fewer than a reader tries places."""
 _BATCH: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What is known of the use of a pack: the most bytes that one segment refers to, and in which parts of it all do.
+
+    Bit *n* of ``parts`` is for frames that begin in the *n*-th part, of PARTS.
+    """
+
+    used: int
+    parts: int
+
+    @property
+    def guess(self) -> int:
+        """Bytes of those parts: about what is needed in all, or more where frames are small."""
+        return max(self.used, self.parts.bit_count() * PART_SIZE)
 
 
 class Reachability:
@@ -143,19 +179,19 @@ class Reachability:
 
     def _enter_moved(self) -> None:
         """What frames of a needed pack were moved to is needed, whatever there is of the pack itself."""
-        left: dict[PackId, list[str]] = {}
-        for info in self._objects.list(MOVED):
-            pack_id = PackId(info.key.split("/")[1])
-            if is_id(pack_id):
-                left.setdefault(pack_id, []).append(info.key)
-        while found := [pack_id for pack_id in left if self.has_pack(pack_id)]:
-            for pack_id in found:
-                documents = left.pop(pack_id)
-                for _, named in self._named(iter(sorted(documents)), self._moved_to):
-                    self._enter_packs((an_id, ALL_USED) for an_id in _split(named or b"", _PACK_BYTES))
-                used = ALL_USED if len(documents) > MOVED_BEFORE_MAX else 0
-                update = "UPDATE temp.packs SET is_moved = 1, used = max(used, ?) WHERE id = ?"
-                self._database.execute(update, (used, bytes.fromhex(pack_id)))
+        listed = ((info.key, info.key.split("/")[1]) for info in self._objects.list(MOVED))
+        rows = ((key, bytes.fromhex(pack_id)) for key, pack_id in listed if is_id(pack_id))
+        with self._database:
+            self._database.executemany("INSERT OR IGNORE INTO temp.documents VALUES (?, ?)", rows)
+        query = "SELECT key, pack FROM temp.documents JOIN temp.packs ON id = pack LIMIT ?"
+        while found := self._database.execute(query, (_BATCH,)).fetchall():
+            for _, named in self._named((key for key, _ in found), self._moved_to):
+                targets = [(an_id,) for an_id in _split(named or b"", _PACK_BYTES)]
+                insert = "INSERT INTO temp.packs (id, is_target) VALUES (?, 1) ON CONFLICT DO UPDATE SET is_target = 1"
+                self._database.executemany(insert, targets)
+            update = "UPDATE temp.packs SET documents = documents + 1 WHERE id = ?"
+            self._database.executemany(update, ((pack,) for _, pack in found))
+            self._database.executemany("DELETE FROM temp.documents WHERE key = ?", ((key,) for key, _ in found))
 
     def _check_gone(self, segments: Sequence[str], keys: Iterable[str]) -> None:
         """Another collector may have deleted these, after the manifests that name them.
@@ -189,33 +225,57 @@ class Reachability:
 
     def is_moved(self, pack_id: PackId) -> bool:
         """Whether what was looked at needs it, and frames of it are elsewhere."""
-        return self._row("packs", "is_moved", pack_id) == (1,)
+        row = self._row("packs", "documents", pack_id)
+        return row is not None and row[0] > 0
 
-    def least_use(self, pack_id: PackId) -> int | None:
-        """Bytes of a needed pack that are needed at the least; None of one that is not needed.
+    def is_target(self, pack_id: PackId) -> bool:
+        """Whether frames of a needed pack were moved there."""
+        return self._row("packs", "is_target", pack_id) == (1,)
 
-        As many as the segment that refers to most of it: what several refer to may be the same, or not.
-        """
-        row = self._row("packs", "used", pack_id)
-        return None if row is None else row[0]
+    def may_move(self, pack_id: PackId) -> bool:
+        """Whether readers find what is moved from there now: they follow a few moves, and read a few documents."""
+        row = self._row("packs", "documents", pack_id)
+        return not self.is_target(pack_id) and (row is None or row[0] <= MOVED_BEFORE_MAX)
+
+    def use(self, pack_id: PackId) -> Use | None:
+        """How much of a pack is needed, as far as that can be told without a look into segments; None: nothing is."""
+        row = self._row("packs", "used, parts", pack_id)
+        return None if row is None else Use(*row)
 
     def references(
-        self, packs: Set[PackId], *, but: Set[SegmentId] = frozenset()
-    ) -> Iterator[tuple[SegmentId, list[FrameRef]]]:
-        """The needed segments that refer to one of these packs, all ``but`` those, and to which frames of them.
+        self, packs: Set[PackId], *, only_new: bool = False
+    ) -> Iterator[tuple[Set[PackId], list[FrameRef] | None]]:
+        """Which of these packs a needed segment refers to, and to which frames of them, for each that refers to any.
 
-        Raises: ObjectMissing, CorruptSegment, UnknownFormat, StoreUnavailable, StoreDenied, PrimaryIOError.
+        With ``only_new`` those are left out that the look before the last one has shown, too.  None: the segment cannot
+        be read, so which frames is not known.  What the caller takes out of ``packs`` meanwhile is not looked for.
+        Raises: ObjectMissing, StoreUnavailable, StoreDenied, PrimaryIOError.
         """
-        wanted = {bytes.fromhex(pack_id) for pack_id in packs}
-        naming: list[SegmentId] = []
+        naming: dict[str, Set[PackId]] = {}
         with self._translated():
-            for key in self._segment_keys():
-                segment_id = SegmentId(key.rpartition("/")[2])
-                named = _USE.iter_unpack(self._kept(key) or b"") if segment_id not in but else ()
-                if any(an_id in wanted for an_id, _ in named):
-                    naming.append(segment_id)
-        for segment_id in naming:
-            yield segment_id, self._segment(segment_key(segment_id)).refs_to(packs)
+            for key, named in self._named(self._segment_keys(only_new=only_new), self._packs_of):
+                if named is None:
+                    raise ObjectMissing(f"{key} is not there any more")
+                if found := packs & {PackId(an_id.hex()) for an_id, _, _ in _USE.iter_unpack(named)}:
+                    naming[key] = found
+                if len(naming) == _SEGMENTS_AT_ONCE:
+                    yield from self._references_in(naming, packs)
+                    naming = {}
+        yield from self._references_in(naming, packs)
+
+    def _references_in(
+        self, naming: Mapping[str, Set[PackId]], packs: Set[PackId]
+    ) -> Iterator[tuple[Set[PackId], list[FrameRef] | None]]:
+        def attempt(key: str) -> list[FrameRef] | None:
+            try:
+                return self._segment(key).refs_to(naming[key])
+            except (IntegrityError, UnknownFormat) as exc:
+                log.warning("packs that it names stay as they are: %s", exc)
+                return None
+
+        keys = [key for key, named in naming.items() if named & packs]
+        for key, refs in zip(keys, self._mapped(attempt, keys), strict=True):
+            yield naming[key], refs
 
     def forget_all_but(self, keys: Collection[str]) -> None:
         """Keep what is known of these objects, and of the segments and moved documents that were last needed.
@@ -238,13 +298,15 @@ class Reachability:
             found: tuple[Any, ...] | None = self._database.execute(query, (bytes.fromhex(an_id),)).fetchone()
         return found
 
-    def _enter_packs(self, used: Iterable[tuple[bytes, int]]) -> None:
-        insert = "INSERT INTO temp.packs (id, used) VALUES (?, ?)"
-        self._database.executemany(f"{insert} ON CONFLICT DO UPDATE SET used = max(used, excluded.used)", used)
+    def _enter_packs(self, uses: Iterable[tuple[bytes, int, int]]) -> None:
+        insert = "INSERT INTO temp.packs (id, used, parts) VALUES (?, ?, ?)"
+        more = "used = max(used, excluded.used), parts = parts | excluded.parts"
+        self._database.executemany(f"{insert} ON CONFLICT DO UPDATE SET {more}", uses)
 
-    def _segment_keys(self) -> Iterator[str]:
+    def _segment_keys(self, *, only_new: bool = False) -> Iterator[str]:
         last = b""
-        query = "SELECT id FROM temp.segments WHERE id > ? ORDER BY id LIMIT ?"
+        but = "AND id NOT IN (SELECT id FROM temp.former_segments)" if only_new else ""
+        query = f"SELECT id FROM temp.segments WHERE id > ? {but} ORDER BY id LIMIT ?"
         while rows := self._database.execute(query, (last, _BATCH)).fetchall():
             yield from (segment_key(SegmentId(an_id.hex())) for (an_id,) in rows)
             last = rows[-1][0]
@@ -266,8 +328,8 @@ class Reachability:
         row = self._database.execute("SELECT named, digest FROM objects WHERE key = ?", (key,)).fetchone()
         return row[0] if row is not None and row[1] == _digest(key, row[0]) else None
 
-    def _mapped(self, read: Callable[[str], bytes], keys: list[str]) -> list[bytes | None]:
-        def attempt(key: str) -> bytes | None:
+    def _mapped(self, read: Callable[[str], T], keys: list[str]) -> list[T | None]:
+        def attempt(key: str) -> T | None:
             try:
                 return read(key)
             except ObjectMissing:
@@ -301,7 +363,8 @@ class Reachability:
         return bytes.fromhex("".join(pack_id for pack_id, _ in packs))
 
     def _packs_of(self, key: str) -> bytes:
-        return b"".join(_USE.pack(bytes.fromhex(pack_id), used) for pack_id, used in self._segment(key).use().items())
+        uses = self._segment(key).use(parts=PARTS, part_size=PART_SIZE)
+        return b"".join(_USE.pack(bytes.fromhex(pack_id), *use) for pack_id, use in uses.items())
 
     def _segment(self, key: str) -> Segment:
         segment_id = SegmentId(key.rpartition("/")[2])

@@ -2,15 +2,16 @@
 
 Packs and segments never change, so the segments go on naming the old pack, and moved documents say where each needed
 frame is now (`moved.py`).  Every copy is checked by identity and read back before a document names it.  Blocking.
-This module must not know which packs these are, nor delete anything: that is the collector's.
+This module must not know which packs these are, nor delete anything: that is for `retirement.py`.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Final, TypeAlias
 
 from vmfs_stub.core.chunking import FrameRef
@@ -20,18 +21,19 @@ from vmfs_stub.core.recall_plan import plan_fetches
 from vmfs_stub.store import frames
 from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.chunk_index import ChunkIndex
-from vmfs_stub.store.condemned import read_condemned
 from vmfs_stub.store.keys import pack_key
-from vmfs_stub.store.leases import LEASE_INTERVAL_S
-from vmfs_stub.store.moved import Move, read_moves
-from vmfs_stub.store.objects import exists
+from vmfs_stub.store.moved import Documents, Move
+from vmfs_stub.store.objects import drop_cache
 from vmfs_stub.store.quarantine import quarantined_packs
+from vmfs_stub.store.standing import standing_documents
 from vmfs_stub.store.store import Store
 
 log = logging.getLogger(__name__)
 
-Moved: TypeAlias = dict[int, PackId]
-"""Which packs frames of a pack are in now, by their offsets there in bytes."""
+Needed: TypeAlias = Mapping[int, FrameRef]
+"""The frames that are needed of one pack, by their offsets there in bytes."""
+Mirror: TypeAlias = Callable[[PackId, Documents], None]
+"""Sees to it that the replica has documents about a pack and the packs that they name, or raises a StoreError."""
 
 READ_BYTES: Final = 8 * 1024 * 1024
 """Raw bytes of frames that are read together."""
@@ -46,56 +48,98 @@ class Repacking:
         self,
         store: Store,
         *,
-        mirror: Callable[[PackId], None] = lambda pack_id: None,
+        mirror: Mirror | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``mirror`` sees to it that the replica has what was moved of a pack, or raises a StoreError."""
+        """``mirror`` is there when the store has a replica; ``clock`` tells when the lease is to be renewed."""
         self._store = store
         self._mirror = mirror
         self._clock = clock
         self.copied_bytes = 0
 
-    def move(self, needed: Mapping[PackId, Sequence[FrameRef]]) -> dict[PackId, Moved]:
-        """Copy these frames of each pack, if that was not done before, and tell readers; returns where they are now.
+    def move(self, needed: Mapping[PackId, Needed]) -> dict[PackId, Documents]:
+        """Copy these frames of each pack, if that was not done before, and tell readers; returns what tells them.
 
         A pack of which a frame is damaged is left out, and so are those of which anything was copied when this job was
-        taken for dead.
-        Raises: StoreUnavailable, StoreDenied, StoreFull.
+        taken for dead, and those that cannot be mirrored.
+        Raises: CorruptStoreObject, UnknownFormat (of a list), StoreUnavailable, StoreDenied, StoreFull.
         """
-        moved = self._moved_before(needed)
+        told = self._moved_before(needed)
         left = {
             pack_id: rest
             for pack_id, refs in needed.items()
-            if (rest := [ref for ref in refs if ref.offset not in moved[pack_id]])
+            if (rest := [refs[at] for at in sorted(refs.keys() - _offsets(told[pack_id]))])
         }
-        if left:
-            copied = self._copy(left)
-            for pack_id in left:
-                moved[pack_id].update(copied.get(pack_id, {}))
-            moved = {pack_id: places for pack_id, places in moved.items() if pack_id in copied or pack_id not in left}
-        return {pack_id: places for pack_id, places in moved.items() if self._is_mirrored(pack_id)}
+        copied = self._copy(left) if left else {}
+        for pack_id, documents in copied.items():
+            told[pack_id] |= documents
+        return self._mirrored(
+            {pack_id: found for pack_id, found in told.items() if pack_id in copied or pack_id not in left}
+        )
 
-    def _moved_before(self, packs: Iterable[PackId]) -> dict[PackId, Moved]:
-        """What an earlier run has copied that was cut short, or could not delete the pack.
+    def standing(self, told: Mapping[PackId, Documents]) -> dict[PackId, set[int]]:
+        """Of each pack the frames, by offset, for which these documents can be counted on now, here and in the replica.
 
-        First the documents, then the lists, then whether the copies are there: what is about to go does not count.
+        Raises: as `move`.
         """
+        found = standing_documents(self._store.objects, told.keys()).documents
+        kept = {
+            pack_id: {key: sorted(set(moves).intersection(found[pack_id].get(key, ()))) for key, moves in each.items()}
+            for pack_id, each in told.items()
+        }
+        return {pack_id: _offsets(documents) for pack_id, documents in self._mirrored(kept).items()}
+
+    def _mirrored(self, told: Mapping[PackId, Documents]) -> dict[PackId, Documents]:
+        """Those packs of which the replica has all of these; when it does not answer, none of the rest."""
+        done: dict[PackId, Documents] = {}
+        for pack_id, documents in told.items():
+            try:
+                if self._mirror is not None:
+                    self._mirror(pack_id, documents)
+            except (StoreError, IntegrityError) as exc:
+                log.warning("pack %s stays, the replica does not have what was moved of it: %s", pack_id, exc)
+                if not isinstance(exc, (IntegrityError, ObjectMissing)):
+                    break
+            else:
+                done[pack_id] = documents
+        return done
+
+    def _moved_before(self, needed: Mapping[PackId, Needed]) -> dict[PackId, Documents]:
+        """What an earlier run has copied that was cut short, or could not delete the pack, and is whole."""
         objects = self._store.objects
-        moves = {pack_id: read_moves(objects, pack_id) for pack_id in packs}
-        condemned = read_condemned(objects)
-        going = condemned.packs | condemned.retired | quarantined_packs(objects)
-        saved = {move.pack_id for found in moves.values() for move in found} - going
-        there = {pack_id for pack_id in saved if exists(objects, pack_key(pack_id))}
+        standing = standing_documents(objects, needed.keys(), but=quarantined_packs(objects))
         return {
-            pack_id: {move.old_offset: move.pack_id for move in found if move.pack_id in there}
-            for pack_id, found in moves.items()
+            pack_id: {
+                key: kept
+                for key, moves in standing.documents[pack_id].items()
+                if (kept := self._whole([move for move in moves if move.old_offset in refs], refs))
+            }
+            for pack_id, refs in needed.items()
         }
 
-    def _copy(self, left: Mapping[PackId, Sequence[FrameRef]]) -> dict[PackId, Moved]:
-        with closing(ChunkIndex(None, self._store.id)) as index:
-            writer = self._store.begin_repair(index=index)
+    def _whole(self, moves: Sequence[Move], refs: Needed) -> list[Move]:
+        """Those that lead to the frames that segments refer to, on the medium."""
+        places = [
+            replace(refs[move.old_offset], pack_id=move.pack_id, offset=move.offset, length=move.length)
+            for move in moves
+        ]
+        for pack_id in {place.pack_id for place in places}:
+            drop_cache(self._store.objects, pack_key(pack_id))
+        whole: list[Move] = []
+        for numbers, run in _fetches(places):
             try:
-                job = _Job(self._store, writer, self._clock)
+                _read_whole(self._store, run)
+            except (IntegrityError, ObjectMissing) as exc:
+                log.warning("what was moved is moved again: %s", exc)
+            else:
+                whole += [moves[number] for number in numbers]
+        return whole
+
+    def _copy(self, left: Mapping[PackId, Sequence[FrameRef]]) -> dict[PackId, Documents]:
+        with closing(ChunkIndex(None, self._store.id)) as index:
+            writer = self._store.begin_repair(index=index, clock=self._clock)
+            try:
+                job = _Job(self._store, writer)
                 for pack_id, refs in left.items():
                     job.copy(pack_id, refs)
                 return job.finish()
@@ -107,23 +151,13 @@ class Repacking:
                 writer.end_lease()
                 self.copied_bytes += writer.counts.stored_bytes
 
-    def _is_mirrored(self, pack_id: PackId) -> bool:
-        try:
-            self._mirror(pack_id)
-        except (StoreError, IntegrityError) as exc:
-            log.warning("pack %s stays as it is, the replica does not have what was moved of it: %s", pack_id, exc)
-            return False
-        return True
-
 
 class _Job:
     """Copies under one lease."""
 
-    def __init__(self, store: Store, writer: BackupWriter, clock: Callable[[], float]) -> None:
+    def __init__(self, store: Store, writer: BackupWriter) -> None:
         self._store = store
         self._writer = writer
-        self._clock = clock
-        self._renewed_s = clock()
         self._moves: dict[PackId, list[Move]] = {}
         self._new: list[FrameRef] = []
 
@@ -131,26 +165,25 @@ class _Job:
         """All of these frames of one pack, or none of them."""
         moves: list[Move] = []
         try:
-            for fetch in plan_fetches(enumerate(refs), fetch_bytes_max=READ_BYTES, gap_bytes_max=GAP_BYTES):
-                self._stay_alive()
-                for ref, raw in zip(fetch.frames, self._store.fetch_in_place(fetch.frames), strict=True):
-                    frames.check_identity(raw, ref, self._store.sealing)
-                    moves.append(self._write(ref, raw))
-        except (IntegrityError, ObjectMissing) as exc:
+            for _, run in _fetches(refs):
+                self._writer.stay_alive()
+                moves += [self._write(ref, raw) for ref, raw in zip(run, _read_whole(self._store, run), strict=True)]
+        except ObjectMissing:
+            log.info("pack %s is gone: another collector was quicker", pack_id)
+        except IntegrityError as exc:
             log.warning("pack %s is not repacked; run scrub: %s", pack_id, exc)
-            return
-        self._moves[pack_id] = moves
+        else:
+            self._moves[pack_id] = moves
 
-    def finish(self) -> dict[PackId, Moved]:
+    def finish(self) -> dict[PackId, Documents]:
         """Put what was copied, read it back, and tell readers.  Raises: StoreConflict."""
         last = self._writer.finish()
         if last is not None:
             self._writer.put_pack(last)
         self._writer.read_back(self._new)
-        self._stay_alive()
-        self._writer.commit_moves(self._moves)
+        told = self._writer.commit_moves(self._moves)
         self._store.moved.look_again()
-        return {pack_id: {move.old_offset: move.pack_id for move in moves} for pack_id, moves in self._moves.items()}
+        return told
 
     def _write(self, old: FrameRef, raw: bytes) -> Move:
         appended = self._writer.append(self._writer.encode(raw))
@@ -162,8 +195,23 @@ class _Job:
         self._new.append(new)
         return Move(old.offset, new.pack_id, new.offset, new.length)
 
-    def _stay_alive(self) -> None:
-        now = self._clock()
-        if now - self._renewed_s > LEASE_INTERVAL_S:
-            self._writer.renew_lease()
-            self._renewed_s = now
+
+def _fetches(refs: Sequence[FrameRef]) -> Iterator[tuple[Sequence[int], Sequence[FrameRef]]]:
+    """Frames that are read together, with their numbers."""
+    for fetch in plan_fetches(enumerate(refs), fetch_bytes_max=READ_BYTES, gap_bytes_max=GAP_BYTES):
+        yield fetch.chunks, fetch.frames
+
+
+def _read_whole(store: Store, refs: Sequence[FrameRef]) -> list[bytes]:
+    """The raw bytes of frames, from where the references say, checked by identity.
+
+    Raises: as `Store.fetch_in_place`.
+    """
+    found = store.fetch_in_place(refs)
+    for ref, raw in zip(refs, found, strict=True):
+        frames.check_identity(raw, ref, store.sealing)
+    return found
+
+
+def _offsets(documents: Documents) -> set[int]:
+    return {move.old_offset for moves in documents.values() for move in moves}

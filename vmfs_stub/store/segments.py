@@ -173,13 +173,17 @@ class Segment:
         numbers = {number for number, pack_id in enumerate(self.packs) if pack_id in packs}
         return [self._frame(row) for row in self._rows() if row[1] in numbers] if numbers else []
 
-    def use(self) -> dict[PackId, int]:
-        """How many bytes of each of its packs the frames have that it refers to."""
-        counts = [0] * len(self.packs)
-        for _, pack, _, length, _, _ in self._rows():
-            if pack < len(counts):
-                counts[pack] += length
-        return dict(zip(self.packs, counts, strict=True))
+    def use(self, *, parts: int, part_size: int) -> dict[PackId, tuple[int, int]]:
+        """Of each of its packs, how many bytes the frames have that it refers to, and in which parts they begin.
+
+        A bit for each of so many parts of ``part_size`` bytes; what lies behind them is in the last.
+        """
+        bytes_used, begins = [0] * len(self.packs), [0] * len(self.packs)
+        for _, pack, offset, length, _, _ in self._rows():
+            if pack < len(self.packs):
+                bytes_used[pack] += length
+                begins[pack] |= 1 << min(offset // part_size, parts - 1)
+        return dict(zip(self.packs, zip(bytes_used, begins, strict=True), strict=True))
 
     def _rows(self) -> Iterator[tuple[Any, ...]]:
         return SEGMENT_ENTRY.iter_unpack(memoryview(self._data)[self._entries_at :])

@@ -399,17 +399,22 @@ class Store:
         quarantined = index.sync(self.objects).quarantined
         return self._writer(self.fetch, index, quarantined)
 
-    def begin_repair(self, *, index: ChunkIndex) -> BackupWriter:
+    def begin_repair(self, *, index: ChunkIndex, clock: Callable[[], float] = time.monotonic) -> BackupWriter:
         """Start to write frames of damaged packs anew; an empty ``index`` knows none of them.
 
+        The job renews its lease by itself, see `BackupWriter.stay_alive`; ``clock`` gives seconds.
         Raises: as `begin_backup`.
         """
         self.check()
         refuse_replica(self.objects)
-        return self._writer(self.fetch_in_place, index, quarantined_packs(self.objects))
+        return self._writer(self.fetch_in_place, index, quarantined_packs(self.objects), clock)
 
     def _writer(
-        self, fetch: Callable[[Sequence[FrameRef]], list[bytes]], index: ChunkIndex, quarantined: frozenset[PackId]
+        self,
+        fetch: Callable[[Sequence[FrameRef]], list[bytes]],
+        index: ChunkIndex,
+        quarantined: frozenset[PackId],
+        lease_clock: Callable[[], float] | None = None,
     ) -> BackupWriter:
         return BackupWriter(
             self.objects,
@@ -419,6 +424,7 @@ class Store:
             sealing=self.sealing,
             clock=time.time,
             quarantined=quarantined,
+            lease_clock=lease_clock,
         )
 
     def _committed(self, vm_id: VmId | None = None) -> Iterator[tuple[VmId, PointId, int]]:
