@@ -19,6 +19,7 @@ from vmfs_stub.store.collector import Collector
 from vmfs_stub.store.condemned import decode_condemned
 from vmfs_stub.store.keys import CLAIMS, CONDEMNED, LEASES, MANIFESTS, PACKS, PENDING_SUFFIX, SEGMENTS, forgotten_key
 from vmfs_stub.store.leases import LEASE_INTERVAL_S
+from vmfs_stub.store.moved import Move
 from vmfs_stub.store.objects import ObjectStore
 from vmfs_stub.store.pins import Pin, encode_pin
 from vmfs_stub.store.reachability import Reachability
@@ -95,7 +96,9 @@ class Play:
         lease_s = self.world.now_s
         taken = self._random.choice([None, *self.record.contents])
         entries, segments = [], []
-        if taken is not None and self._random.random() < 0.5:
+        if self._random.random() < 0.3:  # one that may be gone at any moment
+            taken = self._random.choice([taken, *sorted(self.record.forgotten)[-8:]])
+        if taken in self.record.contents and self._random.random() < 0.5:
             content = self.record.contents[taken]
             with suppress(PointNotFound):
                 table = store.open_point(*taken).chunks(0)
@@ -108,7 +111,10 @@ class Play:
                 lease_s = self._keep(writer, lease_s)
             finish(writer)
             segments = list(writer.add_file(entries))
-        self._keep(writer, lease_s)
+        lease_s = self._keep(writer, lease_s)
+        for _ in range(self._random.randrange(60) if self._random.random() < 0.2 else 0):  # it has much else to do
+            self.world.pause(host, 10.0)
+            lease_s = self._keep(writer, lease_s)
         point_id = PointId(f"{self._random.getrandbits(128):032x}")
         files = [stored_file("disk", len(content), segments)]
         placeholder = PlaceholderId(secrets.token_hex(16))
@@ -123,6 +129,35 @@ class Play:
             return renewed_s
         writer.renew_lease()
         return self.world.now_s
+
+    # Repairs
+
+    def move_frames(self, host: Host) -> None:
+        """Copy what some point needs of a pack, as if it were damaged, take long, and tell where it is."""
+        store = Store(self.objects(host), self.store.description)
+        while True:
+            self.world.pause(host, self._random.random() * 100)
+            if self.record.contents:
+                with suppress(StoreConflict, StoreUnavailable, ObjectMissing, PointNotFound):
+                    self._move_frames(host, store, self._random.choice(list(self.record.contents)[-8:]))
+
+    def _move_frames(self, host: Host, store: Store, point: Point) -> None:
+        table = store.open_point(*point).chunks(0)
+        refs = {ref.offset: ref for ref in table.locate(0, table.chunk_count) if ref is not None}
+        pack_id = self._random.choice(sorted({ref.pack_id for ref in refs.values()}))
+        wanted = [ref for _, ref in sorted(refs.items()) if ref.pack_id == pack_id]
+        writer = store.begin_repair(index=ChunkIndex(None, store.id), clock=lambda: self.world.now_s)
+        moves = []
+        for ref in wanted:
+            writer.stay_alive()
+            (new,) = write_chunks(writer, store.fetch_in_place([ref])[0])
+            assert new is not None
+            moves.append(Move(ref.offset, new.pack_id, new.offset, new.length))
+        finish(writer)
+        for _ in range(self._random.randrange(60)):
+            self.world.pause(host, 10.0)
+            writer.stay_alive()
+        writer.commit_moves({pack_id: moves})
 
     # What becomes of points
 
@@ -282,14 +317,15 @@ class Play:
 def play(seed: int, *, hours: float = 1.5) -> Record:
     """Some hours with three hosts that back up, one that forgets and pins, and two that collect.
 
-    In every third play two run VMs: they take turns from the others, of which a mistake needs many to be met.
+    In every third play two run VMs, and in every second one repairs: they take turns from the others, of which a
+    mistake needs many to be met.
     """
     random = Random(seed)
     with mock.patch("secrets.token_hex", lambda size: f"{random.getrandbits(8 * size):0{2 * size}x}"):
-        return _play(Play(seed), hours, runners=0 if seed % 3 else 2)
+        return _play(Play(seed), hours, runners=0 if seed % 3 else 2, movers=seed % 2)
 
 
-def _play(game: Play, hours: float, *, runners: int) -> Record:
+def _play(game: Play, hours: float, *, runners: int, movers: int) -> Record:
     for number in range(3):
         game.world.start(f"host{number}", game.back_up)
     game.world.start("operator", game.forget)
@@ -297,6 +333,8 @@ def _play(game: Play, hours: float, *, runners: int) -> Record:
         game.world.start(f"collector{number}", game.collect)
     for number in range(runners):
         game.world.start(f"runner{number}", game.run_vms)
+    for number in range(movers):
+        game.world.start(f"mover{number}", game.move_frames)
     game.world.run(until=lambda: game.world.now_s > hours * 3600)
     game.world.stop()
     game.check()

@@ -12,13 +12,16 @@ import pytest
 from tests.collection import hosts
 from tests.collection.hosts import play
 from vmfs_stub.core.errors import ObjectExists
-from vmfs_stub.store import backup_writer, collector, reachability
+from vmfs_stub.store import backup_writer, collector
 from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.claims import Claim, encode_claim
 from vmfs_stub.store.collector import Collector
 from vmfs_stub.store.condemned import Condemned
+from vmfs_stub.store.condemning import Condemning
 from vmfs_stub.store.keys import DEAD, PENDING_SUFFIX, claim_key
 from vmfs_stub.store.objects import ObjectStore
+from vmfs_stub.store.reachability import Reachability
+from vmfs_stub.store.retirement import Retirement
 
 Patch = pytest.MonkeyPatch
 
@@ -54,14 +57,14 @@ def no_last_look(patch: Patch) -> None:
 
 
 def pending_does_not_count(patch: Patch) -> None:
-    manifests = Collector._manifests
+    manifests = Condemning.manifests
     patch.setattr(
-        Collector, "_manifests", lambda self: (key for key in manifests(self) if not key.endswith(PENDING_SUFFIX))
+        Condemning, "manifests", lambda self: (key for key in manifests(self) if not key.endswith(PENDING_SUFFIX))
     )
 
 
 def no_wait(patch: Patch) -> None:
-    patch.setattr(Collector, "_wait", lambda self, seconds, why: None)
+    patch.setattr(Condemning, "wait", lambda self, seconds, why: None)
 
 
 def no_void_manifest(patch: Patch) -> None:
@@ -85,25 +88,27 @@ def no_look_after_a_claim(patch: Patch) -> None:
 
 
 def what_is_needed_now_does_not_count(patch: Patch) -> None:
-    patch.setattr(Collector, "_to_retire", lambda self, retiring: dict(retiring.sizes))
+    patch.setattr(Retirement, "_may_go", lambda self, needed, told: frozenset(told))
 
 
 def any_document_will_do(patch: Patch) -> None:
-    patch.setattr(BackupWriter, "_needs_only", lambda self, pack_id, offsets: True)
+    patch.setattr(BackupWriter, "_is_kept", lambda self, pack_id, offsets, standing: True)
 
 
 def moved_and_moved_again(patch: Patch) -> None:
-    patch.setattr(reachability, "ALL_USED", 0)
+    patch.setattr(Reachability, "may_move", lambda self, pack_id: True)
+    patch.setattr(Reachability, "is_target", lambda self, pack_id: False)
 
 
 def not_all_is_moved(patch: Patch) -> None:
-    needed_of = Collector._needed_of
+    needed_of = Retirement._needed_of
 
-    def but_one(self: Collector, half_empty: Any) -> Any:
-        segments, needed = needed_of(self, half_empty)
-        return segments, {pack_id: refs[:-1] or refs for pack_id, refs in needed.items()}
+    def but_one(self: Retirement, batch: Any) -> Any:
+        return {
+            pack_id: dict([*refs.items()][: max(1, len(refs) - 1)]) for pack_id, refs in needed_of(self, batch).items()
+        }
 
-    patch.setattr(Collector, "_needed_of", but_one)
+    patch.setattr(Retirement, "_needed_of", but_one)
 
 
 @pytest.mark.parametrize(
