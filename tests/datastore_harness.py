@@ -49,6 +49,7 @@ from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.file_reads import FileReads, open_ring
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.guest_activity import GuestActivity
+from vmfs_stub.services.hydration import STEPS_AT_ONCE
 from vmfs_stub.services.local_mover import LocalMover
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recovery import Recovered, Recovery
@@ -504,6 +505,7 @@ class Rig:
             fetch_bytes_max=4 * CHUNK,
             hydration_enabled=hydrates,
             hydration_bytes_per_s_max=0,
+            hydration_steps=STEPS_AT_ONCE,
             free_floor_percent=0,
             archive=self.settings,
         )

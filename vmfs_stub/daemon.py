@@ -51,6 +51,7 @@ from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.file_reads import FileReads, open_ring
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.guest_activity import GuestActivity
+from vmfs_stub.services.hydration import STEPS_AT_ONCE, STEPS_AT_ONCE_FAR
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recovery import Recovered, Recovery
 from vmfs_stub.services.replication import ReplicaService
@@ -188,14 +189,14 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
                     reserve=partial(private.reserve.fill, files),
                     stop=stop,
                 )
-                background.start_soon(datastore.watch_store)
+                background.start_soon(datastore.health.watch_store)
                 background.start_soon(datastore.replicate)
-                background.start_soon(datastore.record_accesses)
+                background.start_soon(datastore.listing.record_accesses)
                 background.start_soon(services.retirement.run)
                 background.start_soon(services.claims.run)
                 background.start_soon(_sync_regularly, services.disks, config.primary.sync_interval_s)
                 background.start_soon(_end_on_signal, stop)
-                background.start_soon(_end_with_mount, mount.ended, stop)
+                background.start_soon(_end_with_mount, mount, stop)
                 background.start_soon(resume, recovered, backing, services)
                 await mover.wait_started()
                 with _closing(datastore):
@@ -325,8 +326,8 @@ async def _end_on_signal(stop: trio.Event) -> None:
             stop.set()
 
 
-async def _end_with_mount(ended: trio.Event, stop: trio.Event) -> None:
-    await ended.wait()
+async def _end_with_mount(mount: Mount, stop: trio.Event) -> None:
+    await mount.wait_over()
     log.warning("the mount has ended")
     stop.set()
 
@@ -385,6 +386,7 @@ def _service_settings(config: Config) -> ServiceSettings:
         fetch_bytes_max=_fetch_bytes_max(config),
         hydration_enabled=config.hydration.enabled,
         hydration_bytes_per_s_max=config.hydration.bytes_per_s_max,
+        hydration_steps=STEPS_AT_ONCE_FAR if _store_at(config).is_far else STEPS_AT_ONCE,
         free_floor_percent=config.primary.free_floor_percent,
         archive=ArchiveSettings(
             resident_head_bytes=archive.resident_head_bytes,

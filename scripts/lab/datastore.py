@@ -67,12 +67,15 @@ class Recalled:
 class Datastore:
     """Backing directory, mountpoint, store and configuration under ``home``; ``daemon_pid`` is 0 when not mounted.
 
-    With a ``bucket`` that is the store, and several datastores may share it.
+    With a ``bucket`` or a ``shared_store``, a directory, that is the store, and several datastores may share it.
+    With a ``host`` all commands, and so the daemon, run on a host of that name, as far as a name makes one.
     """
 
     home: Path
     daemon_pid: int = 0
     bucket: Bucket | None = None
+    shared_store: Path | None = None
+    host: str = ""
 
     @property
     def backing(self) -> Path:
@@ -87,7 +90,7 @@ class Datastore:
     @property
     def store(self) -> Path:
         """Secondary storage, where it is a directory."""
-        return self.home / "store"
+        return self.shared_store or self.home / "store"
 
     @property
     def store_url(self) -> str:
@@ -99,9 +102,20 @@ class Datastore:
         """The configuration file."""
         return self.home / "config.toml"
 
+    def backing_of(self, path: Path) -> Path:
+        """Where the file of this path in the mount lies."""
+        return self.backing / path.relative_to(self.mountpoint)
+
     def vmfs(self, *words: str) -> str:
         """Run ``vmfs-stub --config … WORDS`` and return its stdout; raises LabError."""
-        return run([PROGRAM, "--config", self.config, *words], deadline_s=COMMAND_DEADLINE_S)
+        return run(self._command(*words), deadline_s=COMMAND_DEADLINE_S)
+
+    def _command(self, *words: str | Path) -> list[str | Path]:
+        """The program with these words, on the datastore's host."""
+        command: list[str | Path] = [PROGRAM, "--config", self.config, *words]
+        if not self.host:
+            return command
+        return ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.host, *command]
 
     def init(self, settings: Settings) -> None:
         """Create it by ``vmfs-stub init``, then change the configuration's ``settings``."""
@@ -113,7 +127,7 @@ class Datastore:
             "--store",
             self.store_url,
         ]
-        command = [PROGRAM, "--config", self.config, "init", *where, "--runtime-dir", self.home / "run"]
+        command = self._command("init", *where, "--runtime-dir", self.home / "run")
         run(command, deadline_s=COMMAND_DEADLINE_S, env=os.environ | self._credentials(_ENVIRONMENT))
         text = with_settings(self.config.read_text(), {"store": self._credentials(_CONFIGURED)})
         self.config.write_text(with_settings(text, settings))
@@ -179,7 +193,7 @@ class Datastore:
                 self.daemon_pid = int(self.status()["daemon"]["pid"])
         if self.daemon_pid and not ended(self.daemon_pid, deadline_s=0):
             with suppress(LabError):
-                run([PROGRAM, "--config", self.config, "unmount", "--force"], deadline_s=_END_DEADLINE_S)
+                run(self._command("unmount", "--force"), deadline_s=_END_DEADLINE_S)
         while is_mounted(self.mountpoint):  # a dead mount may lie under another
             run(["umount", "-l", self.mountpoint], deadline_s=_END_DEADLINE_S)
         if self.daemon_pid and not ended(self.daemon_pid, deadline_s=_END_DEADLINE_S):
@@ -204,12 +218,19 @@ def temporary_datastore(settings: Settings | None = None) -> Iterator[Datastore]
 
 
 @contextmanager
-def datastore_in(home: Path, settings: Settings | None = None, *, bucket: Bucket | None = None) -> Iterator[Datastore]:
+def datastore_in(
+    home: Path,
+    settings: Settings | None = None,
+    *,
+    bucket: Bucket | None = None,
+    shared_store: Path | None = None,
+    host: str = "",
+) -> Iterator[Datastore]:
     """A datastore in the existing directory ``home``; unmounted at the end, the directory stays.
 
-    Its store is a directory in there, or a ``bucket``.
+    Its store is a directory in there, or a ``bucket``, or a ``shared_store``; see `Datastore`, also for ``host``.
     """
-    datastore = Datastore(home, bucket=bucket)
+    datastore = Datastore(home, bucket=bucket, shared_store=shared_store, host=host)
     try:
         datastore.init(settings or {})
         yield datastore

@@ -1,7 +1,7 @@
 """The demo: two real VMs are archived, and boot again through the mount as if nothing had happened.
 
 Everything happens in one temporary directory and is gone at the end, but for the built guest.  Each claim is checked;
-the first that does not hold ends the demo with exit code 1.
+the first that does not hold ends the demo with exit code 1.  With --hosts it is about several hosts.
 """
 
 from __future__ import annotations
@@ -10,38 +10,46 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from scripts.lab import demo_hosts
 from scripts.lab.datastore import (
     Datastore,
     Recalled,
-    Settings,
     allocated_bytes,
     copy_sparse,
     datastore_in,
-    drop_caches,
     end_on_signals,
     seconds,
     working_directory,
 )
-from scripts.lab.disktrace import Extent, differing, read_trace
+from scripts.lab.disktrace import Extent, differing
 from scripts.lab.failure import LabError, run
 from scripts.lab.guest import Guest, built_guest
-from scripts.lab.qemu import Machine, boot, usable_accelerator
-from scripts.lab.s3_server import Bucket, ceph_s3, new_bucket
-
-RAW_VM, QCOW2_VM = "debian-raw", "debian-qcow2"
-# Left on, hydration brings a disk this small back within a second or two: nobody would see what a boot alone needs.
-NO_HYDRATION: Settings = {"hydration": {"enabled": False}}
-NOTE_FILE, NOTE = "note.txt", "written-while-archived"
-
-console = Console(highlight=False, soft_wrap=True)
+from scripts.lab.qemu import Machine
+from scripts.lab.s3_server import Bucket
+from scripts.lab.stage import (
+    NO_HYDRATION,
+    NOTE,
+    NOTE_FILE,
+    QCOW2_VM,
+    RAW_VM,
+    ColdBoot,
+    boot_cold,
+    bucket_of,
+    check,
+    console,
+    mebibytes,
+    put_guests,
+    show,
+    step,
+    tell,
+)
 
 
 @dataclass(slots=True)
@@ -56,86 +64,32 @@ class Figures:
     archived_s: float = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Booted:
-    """Seconds to the marker, what was recalled until then, and the files that the guest was asked for."""
-
-    marker_s: float
-    recalled: Recalled
-    files: dict[str, str]
-
-
 class Demo:
     """The two VMs and what was measured; ``written`` is every extent that the raw VM's guest ever wrote."""
 
     def __init__(self, datastore: Datastore, guest: Guest) -> None:
         self.datastore = datastore
-        accelerator = usable_accelerator(guest)
-        self.raw = Machine(guest, datastore.mountpoint / RAW_VM / "disk.raw", "raw", accelerator)
-        self.qcow2 = Machine(guest, datastore.mountpoint / QCOW2_VM / "disk.qcow2", "qcow2", accelerator)
-        self.guest = guest
+        self.raw, self.qcow2 = put_guests(datastore, guest)
         self.figures = {RAW_VM: Figures(), QCOW2_VM: Figures()}
         self.written: list[Extent] = []
-        if accelerator == "tcg":
-            tell("KVM does not run guests here: they are emulated, and a full boot takes 20 seconds or more.")
 
     def backing_file(self, machine: Machine) -> Path:
         """Where the bytes of a machine's disk really lie."""
-        return self.datastore.backing / machine.disk.relative_to(self.datastore.mountpoint)
+        return self.datastore.backing_of(machine.disk)
 
-    def boot_cold(self, machine: Machine, *parameters: str, fast: bool = False) -> Booted:
+    def boot_cold(self, machine: Machine, *parameters: str, fast: bool = False) -> ColdBoot:
         """Boot with nothing cached on the host; remembers what the guest wrote."""
-        with suppress(LabError):  # a container may forbid it; then the boot is measured warm
-            drop_caches()
-        trace, before, at_marker = self.datastore.home / "trace", self.datastore.recalled(), list[Recalled]()
-
-        def look() -> None:
-            at_marker.append(self.datastore.recalled())
-
-        with console.status(f"booting {machine.disk.parent.name}"):
-            done = boot(machine, fast=fast, parameters=parameters, trace=trace, at_marker=look)
+        done = boot_cold(self.datastore, machine, *parameters, fast=fast)
         if machine is self.raw:
-            self.written += read_trace(trace).writes
-        return Booted(done.marker_s, at_marker[0].since(before), done.files)
-
-
-def tell(text: str) -> None:
-    """One line for whoever watches, with the time."""
-    console.print(f"[dim]{time.strftime('%H:%M:%S')}[/]  {text}")
-
-
-def step(text: str) -> None:
-    """A heading."""
-    console.print(f"\n[bold]{text}[/]")
-
-
-def check(holds: bool, claim: str) -> None:
-    """Show that a claim holds; raises LabError when it does not."""
-    if not holds:
-        raise LabError(f"NOT TRUE: {claim}")
-    tell(f"[green]checked[/]  {claim}")
-
-
-def mebibytes(size: float) -> str:
-    """Bytes as a person reads them."""
-    return f"{size / (1 << 20):,.1f} MiB"
-
-
-def show(command: list[str | Path]) -> None:
-    """Run a command as a person would, and show what it prints."""
-    console.print(f"[cyan]$ {' '.join(map(str, command))}[/]")
-    console.print(run(command, deadline_s=60).rstrip(), markup=False)
+            self.written += done.writes
+        return done
 
 
 def prepare(home: Path, datastore: Datastore, guest: Guest) -> Demo:
     """Put the two VMs on primary storage and start the daemon."""
     step("1. Two VMs on primary storage, seen through the mount")
-    demo = Demo(datastore, guest)
-    for machine, image in ((demo.raw, guest.raw), (demo.qcow2, guest.qcow2)):
-        target = demo.backing_file(machine)
-        target.parent.mkdir()
-        copy_sparse(image, target)
     tell(f"working in {home}")
+    demo = Demo(datastore, guest)
     datastore.mount()
     tell(f"vmfs-stub init, vmfs-stub mount --background: the daemon is process {datastore.daemon_pid}")
     return demo
@@ -239,16 +193,20 @@ def closing_table(demo: Demo, store_bytes: int) -> Table:
     return table
 
 
-@contextmanager
-def bucket_of(home: Path, store: str) -> Iterator[Bucket | None]:
-    """Where ``store`` is s3, a bucket of an S3 server of its own that runs in ``home``."""
-    if store != "s3":
-        yield None
-        return
-    tell("starting an S3 server: Ceph's gateway, with one monitor and one object store daemon")
-    (home / "s3").mkdir()
-    with ceph_s3(home / "s3") as server:
-        yield new_bucket(server.account)
+def play(home: Path, guest: Guest, bucket: Bucket | None) -> None:
+    """The demo of one host in ``home``; raises LabError at the first claim that does not hold."""
+    with datastore_in(home, NO_HYDRATION, bucket=bucket) as datastore:
+        demo = prepare(home, datastore, guest)
+        reference = boot_resident(demo)
+        archive(demo)
+        store_bytes = datastore.store_bytes()
+        boot_archived(demo)
+        recall(demo, reference)
+        recall_untouched(demo, reference)
+        datastore.unmount()
+        check(not any(datastore.mountpoint.iterdir()), "after 'unmount' the mountpoint is empty")
+        console.print()
+        console.print(closing_table(demo, store_bytes))
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -256,6 +214,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
     parser.add_argument(
         "--store", choices=["file", "s3"], default="file", help="a directory (default), or a bucket of a real S3 server"
+    )
+    parser.add_argument(
+        "--hosts", action="store_true", help="instead: hosts that share the store adopt VMs, one is lost, one leaves"
     )
     return parser.parse_args(arguments)
 
@@ -267,28 +228,14 @@ def main() -> None:
     started_s = time.monotonic()
     try:
         guest = built_guest(tell)
-        with (
-            working_directory() as home,
-            bucket_of(home, options.store) as bucket,
-            datastore_in(home, NO_HYDRATION, bucket=bucket) as datastore,
-        ):
-            demo = prepare(home, datastore, guest)
-            reference = boot_resident(demo)
-            archive(demo)
-            store_bytes = datastore.store_bytes()
-            boot_archived(demo)
-            recall(demo, reference)
-            recall_untouched(demo, reference)
-            datastore.unmount()
-            check(not any(datastore.mountpoint.iterdir()), "after 'unmount' the mountpoint is empty")
-            console.print()
-            console.print(closing_table(demo, store_bytes))
+        with working_directory() as home, bucket_of(home, options.store) as bucket:
+            (demo_hosts.play if options.hosts else play)(home, guest, bucket)
         took_s = time.monotonic() - started_s
         console.print(
             f"\nAll of it held. {took_s:.0f} seconds; nothing is left but the built guest, {guest.directory}."
         )
     except LabError as failure:
-        console.print(f"\n[bold red]demo failed:[/] {failure}")
+        console.print(f"\n[bold red]demo failed:[/] {escape(str(failure))}")
         sys.exit(1)
     except KeyboardInterrupt:
         console.print("\ninterrupted; everything was cleaned up")

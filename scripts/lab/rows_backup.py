@@ -170,7 +170,7 @@ def _clones(laboratory: Laboratory) -> Iterator[Measures]:
         with laboratory.datastore() as datastore:
             names = [f"vm{number}" for number in range(_CLONES + 1)]
             for number, name in enumerate(names):
-                disk = datastore.backing / _put_vm(datastore, image, name).relative_to(datastore.mountpoint)
+                disk = datastore.backing_of(_put_vm(datastore, image, name))
                 if number:
                     changed += change_extents(disk, chance, share=_CLONE_SHARE, extent_bytes=_CLONE_EXTENT)
             datastore.mount()

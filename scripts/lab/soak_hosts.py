@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,6 +56,7 @@ _OVERTAKEN: Final = "StoreConflict"
 """Garbage collection took a backup for dead, or a chunk that it was about to use: it is to be run again."""
 _UNANSWERED: Final = ("StoreUnavailable", f"exit code {ExitCode.STORE.value}")
 """The same of a request that the troubled store kept for too long."""
+_UNLISTED: Final = "the store has no restore points of a VM"
 _PATIENCE_S: Final = 10.0
 """How long the daemon waits for one request."""
 _SLOW_SHARE: Final = 0.002
@@ -259,7 +261,7 @@ class Hosts:
         """
         if not self._adopts or not self._try(source, Host.archive, vm, chance):
             return
-        target.datastore.vmfs("adopt", vm.name)
+        self._adopt(target, vm)
         target.compare(vm, 0, len(vm.content))
         target.write(vm, chance)
         _expect_refused(source, vm)
@@ -270,6 +272,17 @@ class Hosts:
         target.counts["adopt"] += 1
         if len(target.vms) > 2 * _VMS:
             target.delete(target.vms[0], chance)
+
+    def _adopt(self, target: Host, vm: Vm) -> None:
+        """Once more when its first restore point was not listed yet, or the store did not answer."""
+        try:
+            target.datastore.vmfs("adopt", vm.name)
+        except LabError as exc:
+            if not any(each in str(exc) for each in (_UNLISTED, *self._may_fail)):
+                raise
+            target.counts["adopt again"] += 1
+            time.sleep(LAG_S)
+            target.datastore.vmfs("adopt", vm.name)
 
     def check_end(self) -> None:
         """Every byte and every restore point is what it should be, and the store is whole."""

@@ -558,7 +558,7 @@ async def test_fetches_of_a_process_that_dies_leave_room_for_later_ones(tmp_path
             pid = mover.life().process.pid
             os.kill(pid, signal.SIGSTOP)
             async with trio.open_nursery() as nursery:
-                for _ in range(9):
+                for _ in range(2 * FETCHES_AT_ONCE + 1):
                     nursery.start_soon(fetch)
                 await trio.testing.wait_all_tasks_blocked()
                 os.kill(pid, signal.SIGKILL)

@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import struct
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from live_datastore import MIB, QUIET, LiveDatastore, MakeDatastore, forget_pages, noise
 
+from scripts.lab.appearance import appearance
 from vmfs_stub.cli.exit_codes import ExitCode
 
 SIZE = 6 * MIB
@@ -27,24 +29,6 @@ ACL = struct.pack("<I", 2) + b"".join(
     )
 )
 """An access list that lets one more user read."""
-
-
-def described(path: Path) -> dict[str, object]:
-    """All that a hypervisor can see of a name, but what is in it."""
-    st = path.lstat()
-    names = [] if path.is_symlink() else sorted(os.listxattr(path))
-    return {
-        "owner": (st.st_uid, st.st_gid),
-        "mode": oct(st.st_mode),
-        "size": 0 if path.is_dir() else st.st_size,
-        "mtime_ns": st.st_mtime_ns,
-        "links to": path.readlink() if path.is_symlink() else None,
-        "xattrs": {name: os.getxattr(path, name) for name in names},
-    }
-
-
-def tree(top: Path) -> dict[str, dict[str, object]]:
-    return {str(path.relative_to(top.parent)): described(path) for path in [top, *sorted(top.rglob("*"))]}
 
 
 def add_vms(datastore: LiveDatastore) -> None:
@@ -90,7 +74,7 @@ def test_a_lost_host_comes_back_from_the_store_alone(
     lost = make_datastore(QUIET, *(("--encrypt",) if is_encrypted else ()), *key)
     lost.start()
     add_vms(lost)
-    before = {**tree(lost.mountpoint / "web"), **tree(lost.mountpoint / "flat.img")}
+    before = appearance(lost.mountpoint)
     lost.archive("web", "flat")
     lose(lost)
     new = make_datastore(QUIET, *key, store=lost.store)
@@ -100,7 +84,7 @@ def test_a_lost_host_comes_back_from_the_store_alone(
     found = outcomes(new, "--all", check=0)
     assert {vm: each["outcome"] for vm, each in found.items()} == {"web": "adopted", "flat": "adopted"}
     assert sorted(found["web"]["placeholders"]) == ["web/disk.raw", "web/state/second.raw"]
-    assert {**tree(new.mountpoint / "web"), **tree(new.mountpoint / "flat.img")} == before
+    assert appearance(new.mountpoint) == before
     assert {row["disk"]: row["state"] for row in new.rows()} == {
         "disk.raw": "placeholder",
         "state/second.raw": "placeholder",
@@ -162,3 +146,29 @@ def test_one_vm_that_cannot_be_adopted_stops_no_other(make_datastore: MakeDatast
     assert new.cli("adopt", "db", check=0).out.startswith("db: adopted (as it was at ")
     assert (new.mountpoint / "db/disk.raw").read_bytes() == noise(SIZE, seed=0)
     assert new.cli("adopt", check=ExitCode.USAGE).err.endswith("name at least one VM, or give --all\n")
+
+
+def test_what_was_adopted_leaves_as_the_files_that_were_lost(make_datastore: MakeDatastore, base: Path) -> None:
+    lost = make_datastore(QUIET)
+    lost.start()
+    add_vms(lost)
+    originals = base / "originals"
+    subprocess.run(["cp", "-a", lost.mountpoint, originals], check=True)
+    before = appearance(lost.mountpoint)
+    assert appearance(originals) == before
+    lost.archive("web", "flat")
+    (lost.mountpoint / "flat.img").write_bytes(b"since then, and lost with the host")
+    lose(lost)
+    new = make_datastore(QUIET, store=lost.store)
+    new.start()
+    assert outcomes(new, "--all", check=ExitCode.REFUSED)["flat"]["outcome"] == "failed"
+    outcomes(new, "--all", "--force", "--accept-loss", check=0)
+    assert {row["state"] for row in new.rows() if row["disk"] != "state/vars.fd"} == {"placeholder"}
+    new.cli("leave", check=0)
+    for gone in (new.store, new.runtime, new.config):
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    assert appearance(new.mountpoint) == before  # with the attributes, of which none is ours
+    files = [path for path in originals.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert len(files) == 4
+    for path in files:
+        subprocess.run(["cmp", path, new.mountpoint / path.relative_to(originals)], check=True)

@@ -35,8 +35,12 @@ def test_a_vm_that_cannot_be_read_spoils_no_command_for_others(datastore: LiveDa
     assert [row["state"] for row in datastore.rows()] == ["placeholder"]
 
 
-@pytest.mark.parametrize("name", [b"\xff\xfe", b"\x1b]0;evil\x07\nline"])
-def test_names_that_are_not_text(datastore: LiveDatastore, name: bytes) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [b"\xff\xfe", b"\x1b]0;evil\x07\nline", "caf\u00e9".encode(), "\u4e8b\u52d9 \u6240".encode()],
+    ids=["no text", "not printable", "accent", "wide"],
+)
+def test_names_that_are_not_ascii_text(datastore: LiveDatastore, name: bytes) -> None:
     text = os.fsdecode(name)
     path = datastore.add_vm(f"vm{text}", CONTENT, disk=text)
     (row,) = (row for row in datastore.rows() if row["vm"] != "web")

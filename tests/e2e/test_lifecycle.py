@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -27,6 +28,18 @@ from live_datastore import (
 from vmfs_stub.mount import mountpoint as mountpoints
 
 SIZE = 8 * MIB
+SLOW_UNMOUNT = """
+import time
+from vmfs_stub.cli.main import main
+from vmfs_stub.mount import mountpoint
+unmount = mountpoint.unmount
+def slow(path):
+    unmount(path)
+    time.sleep(5)
+mountpoint.unmount = slow
+main()
+"""
+"""A daemon whose mount has ended long before the kernel has let go of all pages of its large disks."""
 
 
 def errno_of(function, *args: object) -> int:  # type: ignore[no-untyped-def]
@@ -103,6 +116,29 @@ def test_force_unmounts_while_a_disk_is_open_and_loses_nothing(make_datastore: M
     datastore.start()
     assert disk.read_bytes() == content
     assert datastore.cli("status").code == 0
+
+
+def test_unmount_ends_the_daemon_though_another_mount_namespace_keeps_a_copy(make_datastore: MakeDatastore) -> None:
+    datastore = make_datastore(QUIET)
+    datastore.start()
+    disk = datastore.add_vm("web", noise(SIZE, seed=1))
+    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", "echo made; read line"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as elsewhere:
+        assert elsewhere.stdout is not None
+        assert elsewhere.stdout.readline() == b"made\n"
+        datastore.stop()
+        copy = Path(f"/proc/{elsewhere.pid}/root") / disk.relative_to("/")
+        assert errno_of(copy.read_bytes) == errno.ENOTCONN
+        datastore.start()
+        assert disk.read_bytes() == noise(SIZE, seed=1)
+        datastore.stop()
+        elsewhere.communicate()
+
+
+def test_unmount_has_its_answer_however_long_the_kernel_takes(make_datastore: MakeDatastore) -> None:
+    datastore = make_datastore(QUIET)
+    datastore.start(program=("-c", SLOW_UNMOUNT))
+    datastore.stop()
 
 
 def test_hold_refuses_recalls_until_unhold(make_datastore: MakeDatastore) -> None:

@@ -8,7 +8,7 @@ import random
 import shutil
 import stat
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,7 @@ from vmfs_stub.mount.serving import Mount
 from vmfs_stub.mount.settings import MountSettings
 from vmfs_stub.primary.serving_mark import Machine, Mark, Pace, ServingMark, encode_mark
 from vmfs_stub.services import scrub, verify
+from vmfs_stub.services.adopt import Wanted
 from vmfs_stub.services.adoption_choice import Told
 from vmfs_stub.services.replication import catch_up
 from vmfs_stub.services.restore import STAGING, restore_point
@@ -352,10 +353,20 @@ async def adopt(services: Services) -> None:
                 await trio.sleep(0.1)  # the store's listings may lag
                 wanted, _ = await services.adopter.find([], everything=True)
             for each in wanted:
-                await services.adopter.run(each, told=TAKEN, progress=lambda count: None)
+                await _adopt_listed(services, each)
     link, second = backing / LINK, backing / SECOND
     if str(link.readlink()) != "nowhere" or os.getxattr(second, "user.note") != b"kept":
         raise NotWhole("a link or an attribute is not what it was")
+
+
+async def _adopt_listed(services: Services, wanted: Wanted) -> None:
+    """It is looked for again by each step, of which none need see what another one saw."""
+    for _ in range(LISTED_TRIES):
+        with suppress(PointNotFound):
+            await services.adopter.run(wanted, told=TAKEN, progress=lambda count: None)
+            return
+        await trio.sleep(0.1)
+    raise PointNotFound(f"{wanted.name} is not found in {LISTED_TRIES} tries")
 
 
 async def adopt_after_look(services: Services) -> None:
@@ -885,7 +896,7 @@ async def _back_up_and_forget(datastore: Datastore, services: Services) -> None:
 
 async def _done(datastore: Datastore, job: JobId) -> JobInfo:
     """Wait for a job as a client does; raises what it failed with."""
-    while (info := await datastore.job(job)).state == "running":  # noqa: ASYNC110
+    while (info := await datastore.job(job, wait_s=0)).state == "running":  # noqa: ASYNC110
         await trio.sleep(0.001)
     if info.state == "interrupted":
         await trio.sleep_forever()  # killed, which ends this soon

@@ -405,6 +405,40 @@ async def test_a_disk_of_another_vm_keeps_the_one_it_was_moved_to_held() -> None
         assert newest(rig).state is ClaimState.HELD
 
 
+async def test_a_disk_that_was_moved_out_keeps_the_vm_held_until_it_is_no_placeholder_of_it() -> None:
+    """Another host would go on from a point without it, and it could never be recalled again."""
+    with two_hosts() as (first, second):
+        await archive(first)
+        (first.backing / "other").mkdir()
+        (first.backing / SECOND).rename(first.backing / "other/disk.img")
+        async with first.running() as services:
+            for is_archive in (False, True):
+                report = await services.archive("vm", archive=is_archive)
+                assert "other/disk.img was moved out of it" in report.warning
+                assert newest(first).state is ClaimState.HELD
+            async with second.running() as there:
+                with pytest.raises(ClaimedElsewhere):
+                    await there.claims.take(the_vm(first), report.point_id)
+            assert await contents_of(services, "other/disk.img") == first_contents()[SECOND]
+            await services.archive("other")
+            report = await services.archive("vm")
+            assert report.warning == ""
+            assert (newest(first).state, newest(first).point_id) == (ClaimState.FREE, report.point_id)
+
+
+async def test_a_job_that_fails_leaves_a_vm_free_of_which_a_disk_was_moved_out() -> None:
+    with one_host() as rig:
+        point_id = await archive(rig)
+        (rig.backing / "other").mkdir()
+        (rig.backing / SECOND).rename(rig.backing / "other/disk.img")
+        files = RigFiles(rig.medium)
+        async with rig.running(files=files) as services:
+            files.fail("store.manifest.put", 1, StoreUnavailable("planted"))
+            with pytest.raises(StoreUnavailable):
+                await services.archive("vm", archive=False)
+        assert (newest(rig).state, newest(rig).point_id) == (ClaimState.FREE, point_id)
+
+
 async def test_one_that_could_not_be_set_free_stays_held_and_a_late_put_does_not_free_it() -> None:
     with two_hosts() as (first, second):
         late: list[tuple[str, bytes]] = []
@@ -564,7 +598,7 @@ async def test_a_job_of_many_vms_looks_once_and_one_of_another_host_fails_alone(
 
     async def back_up_all(datastore: Datastore, services: Services) -> None:
         job_id = await datastore.start_backup([], archive=False, peer=ROOT_PEER)
-        while (info := await datastore.job(job_id)).state == "running":  # noqa: ASYNC110
+        while (info := await datastore.job(job_id, wait_s=0)).state == "running":  # noqa: ASYNC110
             await trio.sleep(0.001)
         jobs.append(info)
 

@@ -118,8 +118,8 @@ class FakeTarget:
         self.calls.append(("adopt", tuple(vms), everything, told, peer))
         return self._jobs.start("adopt", vms, self._work(vms), peer=peer)
 
-    async def job(self, job_id: JobId) -> messages.JobInfo:
-        return self._jobs.get(job_id)
+    async def job(self, job_id: JobId, *, wait_s: float) -> messages.JobInfo:
+        return await self._jobs.wait(job_id, wait_s=wait_s)
 
     async def jobs(self) -> list[messages.JobInfo]:
         return self._jobs.list()
@@ -148,7 +148,7 @@ class FakeTarget:
 @asynccontextmanager
 async def open_fake_daemon(socket_path: Path, *, backing: Path = BACKING) -> AsyncIterator[FakeTarget]:
     """A fake daemon that answers on ``socket_path``."""
-    async with open_jobs(FakeHistory(), running_max=4, kept=10) as jobs:
+    async with open_jobs(FakeHistory(), running_max=8, kept=10) as jobs:
         target = FakeTarget(jobs)
         async with open_control(
             target, Metrics(), backing=backing, socket_path=socket_path, connections_max=8, idle_s=0.2

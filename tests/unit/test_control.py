@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import stat
@@ -213,6 +214,27 @@ async def test_jobs_report_progress_and_outcome(socket_path: Path) -> None:
         partly_failed = await ask(socket_path, lambda client: client.wait_job(partly, seen.append))
         assert (partly_failed.state, partly_failed.result is None) == ("failed", False)
         assert partly_failed.error == messages.ErrorInfo(error="StoreFull", message="no room")
+
+
+async def test_an_answer_waits_for_the_end_of_a_job(socket_path: Path) -> None:
+    async with open_fake_daemon(socket_path) as target:
+        target.may_finish = trio.Event()
+        job_id = await ask(socket_path, lambda client: client.start_backup(["db"], archive=True))
+        assert (await ask(socket_path, lambda client: client.job(job_id, wait_s=0.05))).state == "running"
+
+        async def finish() -> None:
+            await target.working.wait()
+            await trio.sleep(0.05)
+            target.may_finish.set()
+
+        with trio.fail_after(8):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(finish)
+                assert (await ask(socket_path, lambda client: client.job(job_id, wait_s=10))).state == "done"
+                assert (await ask(socket_path, lambda client: client.job(job_id, wait_s=10))).state == "done"
+        for wrong in (-1, 11, math.nan):
+            with pytest.raises(errors.ConfigError, match="from 0 to 10"):
+                await ask(socket_path, lambda client, wait_s=wrong: client.job(job_id, wait_s=wait_s))
 
 
 async def test_jobs_are_bounded_recorded_and_interrupted() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -31,7 +32,7 @@ from vmfs_stub.core.names import PRIVATE_DIR
 from vmfs_stub.services.adoption import top_of
 from vmfs_stub.services.adoption_choice import Told, chosen_point
 from vmfs_stub.store.claims import Claim, ClaimState, newest_claim, put_claim
-from vmfs_stub.store.keys import CLAIMS, FORGOTTEN, MANIFESTS, PINS, forgotten_key
+from vmfs_stub.store.keys import CLAIMS, FORGOTTEN, MANIFESTS, PINS, claim_key, forgotten_key, manifest_key
 from vmfs_stub.store.manifest import FileKind, StoredFile
 from vmfs_stub.store.store import PointSummary, StoredVm
 
@@ -174,6 +175,58 @@ async def test_an_adopted_vm_is_that_vm(source: Any) -> None:
         assert await contents_of(services, SMALL) == LITTLE
         await services.bring_back(DISK)
         assert left(rig) == (["vm"], 0, 0)
+
+
+@pytest.mark.parametrize("is_older_listed", [False, True])
+async def test_what_was_set_free_a_moment_ago_is_adopted_though_listings_lag(is_older_listed: bool) -> None:
+    async with another_host() as services:
+        objects = services.rig.objects
+        (stored,) = services.store.vms()
+        new = stored.points[-1].point_id
+        older = put_point(services.store, vm_id=stored.vm_id, name="vm", created_s=1.0)
+        if not is_older_listed:
+            services.store.forget(stored.vm_id, older, host="h", why="")
+        for epoch, made in enumerate([HELD, replace(FREE, point_id=new)], 1):
+            put_claim(objects, replace(made, vm_id=stored.vm_id, epoch=epoch))
+        (wanted,), _ = await services.adopter.find(["vm"], everything=False)
+        late = (manifest_key(stored.vm_id, new), claim_key(stored.vm_id, 2))
+        list_all = objects.list
+        objects.list = lambda prefix: (info for info in list_all(prefix) if info.key not in late)  # type: ignore[method-assign]
+        report = await services.adopter.run(wanted, told=NOTHING, progress=lambda count: None)
+        assert (report.point_id, report.placeholders) == (new, [DISK])
+
+
+async def test_a_forgotten_point_is_not_adopted_because_the_claim_names_it() -> None:
+    async with another_host() as services:
+        (stored,) = services.store.vms()
+        new = stored.points[-1].point_id
+        put_point(services.store, vm_id=stored.vm_id, name="vm", created_s=1.0)
+        put_claim(services.store.objects, replace(FREE, vm_id=stored.vm_id, epoch=1, point_id=new))
+        services.store.forget(stored.vm_id, new, host="h", why="")
+        with pytest.raises(PointNotFound, match="is forgotten or gone"):
+            await adopt(services)
+
+
+async def test_an_adopted_vm_stays_held_for_a_disk_that_was_moved_out_before() -> None:
+    with temporary_rig() as rig:
+        rig.settings = replace(rig.settings, placeholder_bytes_min=CHUNK)
+        rig.make_disk(DISK, CONTENT)
+        rig.make_disk("vm/other.img", CONTENT[::-1])
+        async with rig.running() as services:
+            await services.archive("vm")
+            (rig.backing / "other").mkdir()
+            (rig.backing / "vm/other.img").rename(rig.backing / "other/other.img")
+            await services.archive("vm")
+            vm_id = rig.vm("vm").id
+            shutil.rmtree(rig.backing / "vm")
+        async with rig.running() as services:
+            (wanted,), _ = await services.adopter.find(["vm"], everything=False)
+            report = await services.adopter.run(wanted, told=NOTHING, progress=lambda count: None)
+            assert any("was moved out of it" in warning for warning in report.warnings)
+            claim = newest_claim(services.store.objects, vm_id)
+            assert claim is not None
+            assert claim.state is ClaimState.HELD
+            assert await contents_of(services, "other/other.img") == CONTENT[::-1]
 
 
 async def test_names_that_lead_nowhere_are_told_of_one_by_one() -> None:

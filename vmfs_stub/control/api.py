@@ -10,6 +10,7 @@ Must not know sockets: the caller's Peer is in the request's scope, put there by
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
@@ -33,6 +34,7 @@ from vmfs_stub.services.adoption_choice import Told
 
 PEER_KEY = "vmfs_stub.peer"
 REQUEST_BYTES_MAX = 16 << 20
+WAIT_S_MAX = 10.0
 
 DISKS = TypeAdapter(list[messages.DiskRow])
 JOBS = TypeAdapter(list[messages.JobInfo])
@@ -156,10 +158,22 @@ class ControlApi:
         return Response(JOBS.dump_json(await self._target.jobs()), media_type="application/json")
 
     async def _job(self, request: Request) -> Response:
-        return _json(await self._target.job(JobId(request.path_params["job_id"])))
+        return _json(await self._target.job(JobId(request.path_params["job_id"]), wait_s=_wait_s(request)))
 
     async def _metrics_text(self, request: Request) -> Response:
         return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE})
+
+
+def _wait_s(request: Request) -> float:
+    """How long an answer may wait for the job's end, in seconds.  Raises ConfigError."""
+    text = request.query_params.get("wait_s", "0")
+    try:
+        wait_s = float(text)
+    except ValueError:
+        wait_s = math.nan
+    if not 0 <= wait_s <= WAIT_S_MAX:
+        raise ConfigError(f"wait_s must be a number from 0 to {WAIT_S_MAX:g}")
+    return wait_s
 
 
 def _logged(request: Request, command: str, vms: Sequence[str] = (), **options: bool) -> Peer:

@@ -145,9 +145,10 @@ class ControlClient:
         request = messages.AdoptRequest(vms=list(vms), everything=everything, force=force, accept_loss=accept_loss)
         return self._start("/v1/adopt", request)
 
-    def job(self, job_id: JobId) -> messages.JobInfo:
-        """State of one job."""
-        return self._parsed(TypeAdapter(messages.JobInfo), self._send("GET", f"/v1/jobs/{quote(job_id, safe='')}"))
+    def job(self, job_id: JobId, *, wait_s: float = 0) -> messages.JobInfo:
+        """State of one job when it has ended, or after so many seconds."""
+        path = f"/v1/jobs/{quote(job_id, safe='')}?{urlencode({'wait_s': wait_s})}"
+        return self._parsed(TypeAdapter(messages.JobInfo), self._send("GET", path))
 
     def jobs(self) -> list[messages.JobInfo]:
         """Running and recent jobs, newest first."""
@@ -158,14 +159,18 @@ class ControlClient:
         return self._send("GET", "/metrics").content.decode("utf-8", "replace")
 
     def wait_job(self, job_id: JobId, on_progress: Callable[[messages.JobInfo], None]) -> messages.JobInfo:
-        """Poll until the job is no longer running; ``on_progress`` sees every poll.  A failed job is returned."""
+        """Return when the job is no longer running; ``on_progress`` sees how far it is now and then.
+
+        A failed job is returned.
+        """
         poll_s = _POLL_S_MIN
         while True:
-            info = self.job(job_id)
+            asked_s = time.monotonic()
+            info = self.job(job_id, wait_s=poll_s)
             on_progress(info)
             if info.state != "running":
                 return info
-            self._sleep(poll_s)
+            self._sleep(max(0.0, asked_s + poll_s - time.monotonic()))  # of a daemon that does not know how to wait
             poll_s = min(poll_s * 1.5, _POLL_S_MAX)
 
     def _start(self, path: str, request: BaseModel) -> JobId:
@@ -175,7 +180,7 @@ class ControlClient:
     def _send(self, method: str, path: str, body: BaseModel | None = None) -> _Reply:
         connection = _UnixConnection(self._path, timeout_s=self._timeout_s)
         try:
-            content = None if body is None else body.model_dump_json()
+            content = None if body is None else body.model_dump_json().encode()  # text it would send as Latin-1
             connection.request(method, path, body=content, headers=self._headers)
             with connection.getresponse() as response:
                 reply = _Reply(response.status, _content(response))

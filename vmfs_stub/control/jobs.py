@@ -82,6 +82,7 @@ class Jobs:
         self._clock = clock
         self._jobs: dict[JobId, JobInfo] = {}  # oldest first
         self._progress: dict[JobId, JobProgress] = {}  # of running jobs only
+        self._ends: dict[JobId, trio.Event] = {}  # of these, too
         self._history_limiter = trio.CapacityLimiter(1)  # records of one job stay in order
 
     def start(self, kind: JobKind, vms: Sequence[str], work: JobWork, *, peer: Peer) -> JobId:
@@ -94,6 +95,7 @@ class Jobs:
         job_id = JobId(uuid.uuid4().hex)
         progress = JobProgress()
         self._progress[job_id] = progress
+        self._ends[job_id] = trio.Event()
         self._jobs[job_id] = JobInfo(
             id=job_id, kind=kind, state="running", vms=list(vms), caller_uid=peer.uid, started=self._clock()
         )
@@ -108,6 +110,13 @@ class Jobs:
             raise NotFound(f"no job {job_id} is known to this daemon; `vmfs-stub status` lists running ones")
         progress = self._progress.get(job_id)
         return info if progress is None else info.model_copy(update={"progress": progress.current})
+
+    async def wait(self, job_id: JobId, *, wait_s: float) -> JobInfo:
+        """The same, when the job has ended, or after so many seconds.  Raises NotFound."""
+        if (ended := self._ends.get(job_id)) is not None:
+            with trio.move_on_after(wait_s):
+                await ended.wait()
+        return self.get(job_id)
 
     def list(self) -> list[JobInfo]:
         """Running and recent jobs, newest first."""
@@ -132,6 +141,7 @@ class Jobs:
             ended = info.model_copy(update={**outcome, "ended": self._clock(), "progress": progress.current})
             self._jobs[job_id] = ended
             del self._progress[job_id]
+            self._ends.pop(job_id).set()
             await self._record(lambda: self._record_end(ended))
 
     def _record_end(self, info: JobInfo) -> None:

@@ -64,8 +64,8 @@ class JobTarget(Protocol):
         """
         ...
 
-    async def job(self, job_id: JobId) -> JobInfo:
-        """State of one job; raises NotFound."""
+    async def job(self, job_id: JobId, *, wait_s: float) -> JobInfo:
+        """State of one job when it has ended, or after so many seconds; raises NotFound."""
         ...
 
     async def jobs(self) -> list[JobInfo]:

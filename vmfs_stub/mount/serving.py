@@ -31,6 +31,8 @@ _log = logging.getLogger(__name__)
 _WORKERS_IDLE_MAX = 16
 """pyfuse3's tasks that wait for a request; each that ends frees a buffer of 1 MiB, which the next makes anew."""
 
+_KERNEL_ENDS_S = 5.0
+"""How long after it was unmounted the kernel may take to end the connection."""
 _RELIEF_INTERVAL_S = 0.1
 """Between two times that the kernel is made to forget what nobody uses."""
 
@@ -49,6 +51,7 @@ class Mount:
         self.channel = channel
         self.faults = faults
         self.ended = trio.Event()
+        self._unmounting = trio.Lock()
 
     @property
     def mountpoint(self) -> Path:
@@ -56,12 +59,28 @@ class Mount:
         return self.channel.mountpoint
 
     async def unmount(self, *, force: bool = False) -> None:
-        """Unmount; serving ends then.  InUse when something is open there and not ``force``."""
-        if force:
-            await trio.to_thread.run_sync(lambda: mountpoints.detach(self.mountpoint, abort=True))
-        else:
-            await trio.to_thread.run_sync(mountpoints.unmount, self.mountpoint)
+        """Unmount, after which serving can end.  InUse when something is open there and not ``force``.
+
+        Another mount namespace (libvirt makes one for each guest) may have a copy of the mount, and keep it where no
+        unmounting reaches it: then the kernel ends nothing, and ending to serve makes every call on that copy fail.
+        """
+        async with self._unmounting:
+            if force:
+                await trio.to_thread.run_sync(lambda: mountpoints.detach(self.mountpoint, abort=True))
+            else:
+                await trio.to_thread.run_sync(mountpoints.unmount, self.mountpoint)
+            with trio.move_on_after(_KERNEL_ENDS_S):
+                await self.ended.wait()
+                return
+            _log.warning(
+                "%s is still mounted in another mount namespace; what uses it there will fail", self.mountpoint
+            )
+
+    async def wait_over(self) -> None:
+        """Wait until it has ended, and whoever unmounts it knows: the kernel then lets go of pages for a while."""
         await self.ended.wait()
+        async with self._unmounting:
+            pass
 
     def attributes_changed(self, ino: int) -> None:
         """Say that attributes or xattrs of an inode changed behind the mount; does not sleep."""

@@ -45,7 +45,7 @@ from vmfs_stub.primary.tree import open_beneath
 from vmfs_stub.services.adoption import Absent, Adoption, needed_bytes, top_of
 from vmfs_stub.services.adoption_choice import Told, chosen_point
 from vmfs_stub.services.archive import ArchiveSettings
-from vmfs_stub.services.claims import Claims
+from vmfs_stub.services.claims import Claims, kept_for
 from vmfs_stub.services.disk_name import disk_label
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.placeholder_index import KnownPlaceholder
@@ -182,7 +182,8 @@ class Adopter:
                 )
             claim = await self._claims.newest(vm.vm_id)
             # After the claim: what that names may be newer than the list of VMs.
-            stored = await self._threads.background(self._store.vm, vm.vm_id)
+            named = None if claim is None else claim.point_id
+            stored = await self._threads.background(self._store.vm, vm.vm_id, known=named)
             if stored is None:
                 raise PointNotFound(f"VM {wanted.name} has no restore points any more")
             summary = chosen_point(stored, wanted.named, claim, here=datastore_id, told=told, now_s=time.time())
@@ -199,10 +200,11 @@ class Adopter:
         free_at: PointId | None = None
         if await self._claims.take(vm_id, point_id, seen=before):
             free_at = (None if before is None else before.point_id) or point_id
-        still_held = ""
+        moved = self._disks.placeholders.moved_out(vm_id, (), point_id)
+        still_held = kept_for(moved)
         try:
             report = await self._make(name, point, top, progress)
-            free_at = point_id if report.placeholders else None
+            free_at = point_id if report.placeholders and not moved else None
         finally:
             if free_at is not None:
                 with trio.CancelScope(shield=True):

@@ -45,7 +45,7 @@ from vmfs_stub.core.names import printable
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PrivateState
-from vmfs_stub.services.claims import Claims
+from vmfs_stub.services.claims import Claims, kept_for
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.disk_parts import DiskParts
 from vmfs_stub.services.disks import Disks
@@ -191,7 +191,9 @@ class Archiver:
                 # Whoever opened the VM does not wait for this: the reservations have ended.
                 await self._retire_unmade(vm, sources, report.point_id)
                 if free_at is not None and None not in self._points(vm, sources):
-                    report.warning = await self._claims.set_free(vm.id, free_at)
+                    inos = {source.disk.ino for source in sources}
+                    moved = self._disks.placeholders.moved_out(vm.id, inos, free_at)
+                    report.warning = kept_for(moved) or await self._claims.set_free(vm.id, free_at)
         if report.warning:
             log.warning("VM %s: %s", vm.name, report.warning)
         return report

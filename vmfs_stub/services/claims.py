@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Set
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import trio
 
-from vmfs_stub.core.errors import DAMAGE, ObjectMissing, PointNotFound, StoreUnavailable, VmfsStubError, WrongStore
+from vmfs_stub.core.errors import DAMAGE, PointNotFound, StoreUnavailable, VmfsStubError, WrongStore
 from vmfs_stub.core.ids import PointId, VmId
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.primary.record import PlaceholderRecord
+from vmfs_stub.services.placeholder_index import KnownPlaceholder
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.chunk_table import holds_same
 from vmfs_stub.store.claims import (
@@ -245,7 +246,7 @@ class Claims:
         if held is None or epoch == held.epoch:
             return
         if epoch < held.epoch:
-            await self._threads.background(self._check_store)
+            await self._threads.background(self._store.check_there)
             again = self._claim(vm_id, ClaimState.HELD, held.epoch)
             later = await self._threads.background(try_claim, self._store.objects, again)
             if later is None:
@@ -274,8 +275,8 @@ class Claims:
         """
         call = self._threads.store if guest_waits else self._threads.background
         newest = await call(newest_claim, self._store.objects, vm_id)
-        if newest is None:
-            await call(self._check_store)
+        if newest is None:  # perhaps this is not the store, but an empty place to which its url leads by mistake
+            await call(self._store.check_there)
         for _ in range(TRIES_MAX):
             if newest is not None and not (is_told(newest) or await call(self._may_follow, newest, points)):
                 raise claimed_elsewhere(newest)
@@ -288,13 +289,6 @@ class Claims:
             # Lost, perhaps to a put of our own that was given up and came late.
             newest = later
         raise StoreUnavailable(f"the claims of VM {vm_id} change faster than one can be made")
-
-    def _check_store(self) -> None:
-        """See that it is the store which has no claim, and not an empty place where its url leads by mistake."""
-        try:
-            self._store.check()
-        except ObjectMissing as exc:
-            raise StoreUnavailable(str(exc)) from exc
 
     async def _note(self, vm_id: VmId, epoch: int) -> None:
         try:
@@ -328,3 +322,14 @@ class Claims:
             yield
         if not lock.locked():
             self._locks.pop(vm_id, None)
+
+
+def kept_for(moved: Sequence[KnownPlaceholder]) -> str:
+    """Why a VM is not set free while placeholders that were ``moved`` out of it need an earlier state; "" for none."""
+    if not moved:
+        return ""
+    more = f" (and {len(moved) - 1} more)" if moved[1:] else ""
+    return (
+        f"it stays claimed here: {moved[0].label}{more} was moved out of it, and needs an earlier restore point; "
+        "archive the VM that has it now, then this one again"
+    )

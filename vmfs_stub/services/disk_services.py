@@ -30,7 +30,10 @@ from vmfs_stub.store.store import Store
 
 @dataclass(frozen=True, slots=True)
 class ServiceSettings:
-    """Limits; times in seconds, sizes in bytes.  ``fetch_bytes_max`` is of one range read."""
+    """Limits; times in seconds, sizes in bytes.  ``fetch_bytes_max`` is of one range read.
+
+    ``hydration_steps`` is how many steps of a hydration are under way at once; all of the datastore's are one more.
+    """
 
     recall_deadline_s: float
     recall_concurrency: int
@@ -38,6 +41,7 @@ class ServiceSettings:
     fetch_bytes_max: int
     hydration_enabled: bool
     hydration_bytes_per_s_max: int
+    hydration_steps: int
     free_floor_percent: float
     archive: ArchiveSettings
 
@@ -94,6 +98,7 @@ def connect_services(
         deadline_s=settings.recall_deadline_s,
         concurrency_max=settings.recall_concurrency,
         waiting_max=settings.recall_queue_max,
+        background_max=settings.hydration_steps + 1,
         fetch_bytes_max=settings.fetch_bytes_max,
         failures=failures,
         guests=guests,
@@ -128,6 +133,7 @@ def connect_services(
         enabled=settings.hydration_enabled,
         bytes_per_s_max=settings.hydration_bytes_per_s_max,
         free_floor_percent=settings.free_floor_percent,
+        steps_at_once=settings.hydration_steps,
     )
     disks.on_recall = hydration.after_read
     archiver = Archiver(

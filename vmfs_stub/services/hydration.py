@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 STEP_BYTES = 4 << 20
 """How much one step brings back: one range read where the frames lie together."""
 STEPS_AT_ONCE = 3
+STEPS_AT_ONCE_FAR = 12
+"""From a store across a network, of which each answer takes long, however much it can give at a time."""
 STEPS_BESIDE_GUESTS = 1
 """So many while guests use their disks."""
 RETRY_INTERVAL_S = 30.0
@@ -61,6 +63,7 @@ class HydrationService:
         enabled: bool,
         bytes_per_s_max: int,
         free_floor_percent: float,
+        steps_at_once: int,
     ) -> None:
         self._nursery = nursery
         self._files = files
@@ -70,6 +73,7 @@ class HydrationService:
         self._enabled = enabled
         self._bytes_per_s_max = bytes_per_s_max
         self._free_floor_percent = free_floor_percent
+        self._steps_at_once = steps_at_once
         self._courses: dict[int, Course] = {}
 
     def after_read(self, disk: Disk) -> None:
@@ -168,7 +172,7 @@ class HydrationService:
         self._recall.claims.use(placeholder.maps.record.vm_id)
         started, done, chunk = trio.current_time(), 0, 0
         step = max(1, STEP_BYTES // placeholder.chunk_size)
-        slots = trio.CapacityLimiter(STEPS_AT_ONCE)
+        slots = trio.CapacityLimiter(self._steps_at_once)
         with single_error():
             async with trio.open_nursery() as nursery:
                 while (found := placeholder.next_absent(chunk)) is not None and course.disk.has_name:
@@ -177,7 +181,8 @@ class HydrationService:
                     chunk = found + step
                     size = step * placeholder.chunk_size
                     token = object()
-                    slots.total_tokens = STEPS_BESIDE_GUESTS if self._recall.guests.is_recent else STEPS_AT_ONCE
+                    beside_guests = self._recall.guests.is_recent
+                    slots.total_tokens = STEPS_BESIDE_GUESTS if beside_guests else self._steps_at_once
                     await slots.acquire_on_behalf_of(token)
                     nursery.start_soon(self._step, placeholder, found * placeholder.chunk_size, size, slots, token)
                     done += size

@@ -22,8 +22,8 @@ from vmfs_stub.store.manifest import StoredFile
 from vmfs_stub.store.objects import Buffer
 from vmfs_stub.store.pins import Pin
 
-FETCHES_AT_ONCE = 4
-"""Background fetches at once, of the whole datastore; each is held in memory until it is on primary."""
+FETCHES_AT_ONCE = 16
+"""Background fetches at once, of the whole datastore, at the most; each is held in memory until it is on primary."""
 
 
 class Content(Enum):

@@ -7,11 +7,12 @@ truth is on the files, and an opening compares with it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from vmfs_stub.core.errors import VmfsStubError
-from vmfs_stub.core.ids import StoreId
+from vmfs_stub.core.ids import PointId, StoreId, VmId
 from vmfs_stub.primary.record import PlaceholderRecord
 
 
@@ -46,15 +47,24 @@ class PlaceholderIndex:
 
     def __init__(self) -> None:
         self._by_ino: dict[int, KnownPlaceholder] = {}
+        self._of_vm: defaultdict[VmId, set[int]] = defaultdict(set)
 
     def get(self, ino: int) -> KnownPlaceholder | None:
         return self._by_ino.get(ino)
 
     def add(self, ino: int, known: KnownPlaceholder) -> None:
+        self.remove(ino)
         self._by_ino[ino] = known
+        if known.record is not None:
+            self._of_vm[known.record.vm_id].add(ino)
 
     def remove(self, ino: int) -> None:
-        self._by_ino.pop(ino, None)
+        known = self._by_ino.pop(ino, None)
+        if known is not None and known.record is not None:
+            inos = self._of_vm[known.record.vm_id]
+            inos.remove(ino)
+            if not inos:
+                del self._of_vm[known.record.vm_id]
 
     def items(self) -> Iterator[tuple[int, KnownPlaceholder]]:
         yield from self._by_ino.items()
@@ -63,6 +73,11 @@ class PlaceholderIndex:
         """Those whose bytes are in another store than this one: nothing of them can be recalled."""
         known = self._by_ino.values()
         return [each for each in known if each.record is not None and each.record.store_id != store_id]
+
+    def moved_out(self, vm_id: VmId, inos: Collection[int], point_id: PointId) -> list[KnownPlaceholder]:
+        """Placeholders of a VM, but for its present files, that whoever goes on from this point does not have."""
+        known = [self._by_ino[ino] for ino in sorted(self._of_vm.get(vm_id, ())) if ino not in inos]
+        return [each for each in known if each.record is not None and each.record.point_id != point_id]
 
     def __len__(self) -> int:
         return len(self._by_ino)

@@ -38,7 +38,7 @@ from vmfs_stub.core.errors import (
 from vmfs_stub.core.recall_plan import Fetch, plan_fetches
 from vmfs_stub.services.claims import Claims
 from vmfs_stub.services.guest_activity import GuestActivity
-from vmfs_stub.services.mover import FETCHES_AT_ONCE, Mover
+from vmfs_stub.services.mover import Mover
 from vmfs_stub.services.origin import open_table
 from vmfs_stub.services.placeholder import Placeholder
 from vmfs_stub.services.recall_failures import RecallFailures
@@ -115,6 +115,7 @@ class RecallService:
         mover: Mover,
         deadline_s: float,
         concurrency_max: int,
+        background_max: int,
         waiting_max: int,
         fetch_bytes_max: int,
         failures: RecallFailures,
@@ -127,7 +128,7 @@ class RecallService:
         self._mover = mover
         self.deadline_s = deadline_s
         self._slots = trio.Semaphore(concurrency_max)
-        self._background_slots = trio.Semaphore(FETCHES_AT_ONCE)
+        self._background_slots = trio.Semaphore(background_max)
         self._waiting_max = waiting_max
         self._fetch_bytes_max = fetch_bytes_max
         self._failures = failures

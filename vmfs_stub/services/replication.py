@@ -16,7 +16,7 @@ from typing import Final, TypeVar
 
 import trio
 
-from vmfs_stub.core.errors import DAMAGE, ObjectMissing, PointNotFound, StoreUnavailable, VmfsStubError
+from vmfs_stub.core.errors import DAMAGE, PointNotFound, StoreUnavailable, VmfsStubError
 from vmfs_stub.core.ids import PointId, SegmentId, VmId
 from vmfs_stub.services.mover import Mover
 from vmfs_stub.services.single_error import single_error
@@ -214,10 +214,7 @@ class ReplicaService:
         await self.check()
         if self.away is not None:
             raise StoreUnavailable(str(self.away)) from self.away
-        try:
-            await self._threads.background(self._store.plain.check)
-        except ObjectMissing as exc:  # a store that is away is no damage of this VM
-            raise StoreUnavailable(str(exc)) from exc
+        await self._threads.background(self._store.plain.check_there)  # one that is away is no damage of this VM
         del self._due[vm_id]  # what becomes due while this runs is due again
         try:
             points = await self._threads.replica(lacking, self._store.plain, self._store.replica, vm_id)

@@ -61,17 +61,16 @@ class Claim:
 def newest_claim(objects: ObjectStore, vm_id: VmId) -> Claim | None:
     """The claim of a VM that counts; None when nobody ever claimed it.
 
-    One that was just made may not be listed yet: it is met when the next epoch is taken.
+    What was just made may not be listed yet: whether there is a next epoch is asked by its name.
     Raises: StoreUnavailable, StoreDenied; CorruptStoreObject, UnknownFormat: a claim that cannot be read is not none.
     """
     for _ in range(_LOOKS_MAX):
         epoch = newest_epoch(objects, vm_id)
-        if epoch == 0:
-            return None
         try:
-            return _read(objects, vm_id, epoch)
+            claim = _read(objects, vm_id, epoch) if epoch else None
         except ObjectMissing:
             continue
+        return _later(objects, vm_id, claim)
     raise _restless(vm_id)
 
 
@@ -114,12 +113,9 @@ def try_claim(objects: ObjectStore, claim: Claim) -> Claim | None:
         objects.put(claim_key(claim.vm_id, claim.epoch), encode_claim(replace(claim, nonce=secrets.token_hex(8))))
     except ObjectExists:
         newest = newest_claim(objects, claim.vm_id)
-        if newest is not None and newest.epoch >= claim.epoch:
-            return newest
-        try:
-            return _read(objects, claim.vm_id, claim.epoch)  # which is not listed yet
-        except ObjectMissing as exc:
-            raise _restless(claim.vm_id) from exc
+        if newest is None or newest.epoch < claim.epoch:
+            raise _restless(claim.vm_id) from None
+        return newest
     return newest_claim(objects, claim.vm_id) if newest_epoch(objects, claim.vm_id) > claim.epoch else None
 
 
@@ -197,6 +193,15 @@ def _epochs(objects: ObjectStore, folder: str) -> dict[VmId, list[int]]:
 def _read(objects: ObjectStore, vm_id: VmId, epoch: int) -> Claim:
     key = claim_key(vm_id, epoch)
     return decode_claim(objects.get(key, size_max=DOCUMENT_SIZE_MAX), key)
+
+
+def _later(objects: ObjectStore, vm_id: VmId, claim: Claim | None) -> Claim | None:
+    """The claim that has followed this one, or it itself.  They follow one another without gaps."""
+    while True:
+        try:
+            claim = _read(objects, vm_id, 1 if claim is None else claim.epoch + 1)
+        except ObjectMissing:
+            return claim
 
 
 def _restless(vm_id: VmId) -> StoreUnavailable:

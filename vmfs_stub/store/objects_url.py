@@ -50,6 +50,11 @@ class StoreAt:
     timeout_s: float = 10
     transfer_timeout_s: float = 60
 
+    @property
+    def is_far(self) -> bool:
+        """Whether it is asked across a network by this program itself, so that an answer takes long."""
+        return urlsplit(self.url).scheme == "s3"
+
     def replica(self, settings: ReplicaSettings) -> StoreAt | None:
         """The replica that is configured, asked like this store; None where there is none."""
         if not settings.url:

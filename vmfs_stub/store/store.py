@@ -188,6 +188,13 @@ class Store:
             raise WrongStore(msg)
         version_of(self.objects, self.description)
 
+    def check_there(self) -> None:
+        """The same, where a place that has no store is one that is away (a mount that is missing): StoreUnavailable."""
+        try:
+            self.check()
+        except ObjectMissing as exc:
+            raise StoreUnavailable(str(exc)) from exc
+
     def vms(self) -> list[StoredVm]:
         """All VMs with committed restore points that are not forgotten, by name."""
         by_vm: dict[VmId, list[PointSummary]] = {}
@@ -198,10 +205,20 @@ class Store:
         vms = [_stored_vm(vm_id, _oldest_first(found)) for vm_id, found in by_vm.items()]
         return sorted(vms, key=lambda vm: (vm.name, vm.vm_id))
 
-    def vm(self, vm_id: VmId) -> StoredVm | None:
-        """One VM as `vms` has it; None when it has no point."""
+    def vm(self, vm_id: VmId, *, known: PointId | None = None) -> StoredVm | None:
+        """One VM as `vms` has it; None when it has no point.
+
+        A point that is ``known`` to have been committed is asked for by its name where a listing, which may lag, does
+        not have it.
+        """
         points = self.points(vm_id, with_damaged=True)
-        return _stored_vm(vm_id, points) if points else None
+        if (
+            known is not None
+            and known not in {point.point_id for point in points}
+            and not self._is_forgotten(vm_id, known)
+        ):
+            points += filter(None, [self._summary(vm_id, known)])
+        return _stored_vm(vm_id, _oldest_first(points)) if points else None
 
     def point_counts(self) -> dict[VmId, int]:
         """Number of restore points of each VM as `vms` has them, from names and sizes.  Raises: StoreUnavailable."""
@@ -309,7 +326,7 @@ class Store:
         for pin in pins:
             self.objects.put(pin_key(vm_id, point_id, pin.placeholder_id), encode_pin(pin, vm_id, point_id))
         # In this order: garbage collection looks for pins after the mark, and removes the mark after the manifest.
-        if point_id in {forgotten for _, forgotten in _points_named(self.objects.list(forgotten_of(vm_id)))}:
+        if self._is_forgotten(vm_id, point_id):
             msg = f"restore point {point_id} of VM {vm_id} was forgotten meanwhile"
             raise PointNotFound(msg)
         self._manifest(vm_id, point_id)
@@ -426,6 +443,9 @@ class Store:
             quarantined=quarantined,
             lease_clock=lease_clock,
         )
+
+    def _is_forgotten(self, vm_id: VmId, point_id: PointId) -> bool:
+        return (vm_id, point_id) in _points_named(self.objects.list(forgotten_of(vm_id)))
 
     def _committed(self, vm_id: VmId | None = None) -> Iterator[tuple[VmId, PointId, int]]:
         """Points of a VM, or of all, that are not forgotten, with the sizes of their manifests; void ones included."""
