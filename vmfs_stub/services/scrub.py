@@ -26,6 +26,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -345,10 +346,11 @@ class _Scrub:
             (offset, place) for offset, ref in left.items() if (place := self._store.moved.place(ref)) is not None
         ]
         for fetch in plan_fetches(places, fetch_bytes_max=RUN_BYTES, gap_bytes_max=RUN_BYTES):
-            problems = self._check_run(fetch.frames)
-            for offset, place in zip(fetch.chunks, fetch.frames, strict=True):
-                if place.offset not in problems:
-                    del left[offset]
+            with suppress(ObjectMissing):
+                problems = self._check_run(fetch.frames)
+                for offset, place in zip(fetch.chunks, fetch.frames, strict=True):
+                    if place.offset not in problems:
+                        del left[offset]
         lost = frozenset(offset for offset, ref in left.items() if not was_moved(self._store, ref))
         return PackDamage(pack_id, problem, lost) if lost else None
 
