@@ -24,11 +24,17 @@ from vmfs_stub.services.restore import restore_point
 from vmfs_stub.services.scrub import ScrubReport, scrub
 from vmfs_stub.services.scrub_progress import ScrubProgress
 from vmfs_stub.services.verify import verify
-from vmfs_stub.store import moved, reachability, retirement
+from vmfs_stub.store import documents, moved, reachability, retirement
 from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.collector import Collected, Collector
-from vmfs_stub.store.condemned import Condemned, decode_condemned, encode_condemned
+from vmfs_stub.store.condemned import (
+    CONDEMNED_FORMAT,
+    CONDEMNED_VERSION,
+    Condemned,
+    decode_condemned,
+    encode_condemned,
+)
 from vmfs_stub.store.key_sources import KeySource
 from vmfs_stub.store.keys import (
     CONDEMNED,
@@ -265,22 +271,44 @@ def test_what_is_damaged_is_left_to_scrub(rig: Rig, kind: str, caplog: pytest.Lo
 
 
 @pytest.mark.parametrize("error", [StoreFull, StoreDenied])
-def test_where_nothing_can_be_stored_it_stays_and_garbage_goes(rig: Rig, error: type[Exception]) -> None:
+def test_where_nothing_can_be_stored_it_stays_and_garbage_goes(
+    rig: Rig, error: type[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
     garbage = "packs/ab/" + "ab" * 16
     rig.objects.contents[garbage] = b"of nobody"
 
     def refuse(call: str, key: str) -> None:
         if call == "put" and key.startswith(PACKS):
-            raise error("no")
+            raise error("there is no room")
 
     rig.objects.before = refuse
     done = rig.collect()
     assert (done.packs, done.repacked) == (1, 0)
     assert rig.packs() == [rig.pack]
     assert rig.keys(LEASES) == []
+    assert "packs that are mostly garbage stay as they are: there is no room" in caplog.text
 
 
-def test_one_that_was_taken_for_dead_retires_nothing(rig: Rig, tmp_path: Path) -> None:
+def test_a_list_that_cannot_be_read_is_in_the_way_of_repacking_alone(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a newer version, or damaged: which packs are about to go is not known."""
+    garbage, listed = "packs/ab/" + "ab" * 16, CONDEMNED + new_id()
+    rig.objects.contents[garbage] = b"of nobody"
+    for data in (b"?", documents.encode(CONDEMNED_FORMAT, CONDEMNED_VERSION + 1, {})):
+        rig.store.objects.put(listed, data, if_absent=False)
+        caplog.clear()
+        assert rig.collect(is_dry=True).packs == 1
+        assert "which packs are mostly garbage cannot be told" in caplog.text
+    assert rig.collect().repacked == 0
+    assert "packs that are mostly garbage stay as they are" in caplog.text
+    assert rig.packs() == [rig.pack]
+    assert listed in rig.keys(CONDEMNED)
+
+
+def test_one_that_was_taken_for_dead_retires_nothing(
+    rig: Rig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The next run goes on with its copies, where they are."""
 
     def take_for_dead(call: str, key: str) -> None:
@@ -289,6 +317,7 @@ def test_one_that_was_taken_for_dead_retires_nothing(rig: Rig, tmp_path: Path) -
 
     rig.objects.before = take_for_dead
     assert rig.collect().repacked == 0
+    assert "packs that are mostly garbage stay as they are: this backup stood still" in caplog.text
     rig.objects.before = lambda call, key: None
     assert rig.pack in rig.packs()
     done = rig.collect()
@@ -297,8 +326,24 @@ def test_one_that_was_taken_for_dead_retires_nothing(rig: Rig, tmp_path: Path) -
     rig.assert_whole(rig.kept, KEPT, tmp_path / "out")
 
 
-@pytest.mark.parametrize("why", ["gone", "condemned", "damaged"])
-def test_copies_that_do_not_count_are_made_again(rig: Rig, why: str, tmp_path: Path) -> None:
+def test_a_pack_that_another_collector_has_retired_is_no_damage(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+
+    def before(call: str, key: str) -> None:
+        if (call, key) == ("get_range", pack_key(rig.pack)):
+            rig.objects.before = lambda call, key: None
+            assert rig.collect().repacked == 1
+
+    rig.objects.before = before
+    assert rig.collect().repacked == 0
+    assert f"pack {rig.pack} is gone: another collector was quicker" in caplog.text
+    assert "run scrub" not in caplog.text
+
+
+@pytest.mark.parametrize("why", ["gone", "condemned", "quarantined", "damaged"])
+def test_copies_that_do_not_count_are_made_again(
+    rig: Rig, why: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def die(seconds: float) -> None:
         if rig.keys(MOVED):
             raise Killed
@@ -310,9 +355,12 @@ def test_copies_that_do_not_count_are_made_again(rig: Rig, why: str, tmp_path: P
         del rig.objects.contents[pack_key(copy)]
     elif why == "condemned":
         rig.store.objects.put(CONDEMNED + new_id(), encode_condemned(Condemned(frozenset({copy})), "of another one"))
-    else:
+    elif why == "quarantined":
         put_quarantine(rig.store.objects, Quarantine(1.0, (), "seen"), copy)
+    else:
+        rig.objects.contents[pack_key(copy)] = damaged(rig.objects.contents[pack_key(copy)])
     done = rig.collect()
+    assert ("what was moved is moved again" in caplog.text) == (why == "damaged")
     assert done.repacked == 1
     assert done.copied_bytes > 0
     assert rig.pack not in rig.packs()
@@ -806,7 +854,9 @@ def test_the_replica_has_the_copies_before_the_pack_goes(
     assert (tmp_path / "out/disk").read_bytes() == KEPT
 
 
-def test_without_the_replica_nothing_is_repacked(rig: Rig, there: tuple[FakeObjects, Replication]) -> None:
+def test_without_the_replica_nothing_is_repacked(
+    rig: Rig, there: tuple[FakeObjects, Replication], caplog: pytest.LogCaptureFixture
+) -> None:
     objects, replication = there
 
     def away(call: str, key: str) -> None:
@@ -815,6 +865,8 @@ def test_without_the_replica_nothing_is_repacked(rig: Rig, there: tuple[FakeObje
     objects.before = away
     assert rig.collect(mirror=replication.copy_moves).repacked == 0
     assert rig.pack in rig.packs()
+    told = f"pack {rig.pack} stays, the replica does not have what was moved of it: the replica is away"
+    assert told in caplog.text
 
 
 def test_a_replica_that_does_not_keep_the_copies_counts_as_none(

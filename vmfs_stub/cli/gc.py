@@ -77,8 +77,8 @@ def gc(
         return
     say(_told(collected, "would be removed" if dry_run else "were removed"))
     if collected.repacked or collected.copied_bytes:
-        copied = bytes_text(collected.copied_bytes)
-        say(f"{collected.repacked} of these packs were mostly garbage; {copied} of such are needed, and kept elsewhere")
+        copied = f"{bytes_text(collected.copied_bytes)} {'would be' if dry_run else 'were'} copied"
+        say(f"{collected.repacked} of these packs are mostly garbage; since such packs are still needed, {copied}")
     if collected.waiting_points:
         say(f"{collected.waiting_points} forgotten restore points stay until no placeholder depends on them")
 

@@ -32,7 +32,7 @@ from typing import Final
 from xxhash import xxh3_64_digest
 
 from vmfs_stub.core.chunking import FrameRef
-from vmfs_stub.core.errors import IntegrityError, ObjectMissing, StoreError
+from vmfs_stub.core.errors import IntegrityError, ObjectMissing, StoreError, UnknownFormat
 from vmfs_stub.core.ids import PackId
 from vmfs_stub.store.condemned import Condemned, decode_condemned
 from vmfs_stub.store.condemning import Condemning
@@ -98,7 +98,7 @@ class Retirement:
                 found.packs += len(needed)
                 found.bytes += sum(one.size for one in batch if one.pack_id in needed)
                 found.copied_bytes += sum(ref.length for refs in needed.values() for ref in refs.values())
-        except (ObjectMissing, IntegrityError) as exc:
+        except (ObjectMissing, IntegrityError, UnknownFormat) as exc:
             log.warning("which packs are mostly garbage cannot be told: %s", exc)
         return found
 
@@ -113,7 +113,7 @@ class Retirement:
                 if needed := self._needed_of(batch):
                     self._condemning.say(f"copying what is needed of {len(needed)} packs that are mostly garbage")
                     self._retire(batch, needed, self._repacking.move(needed), done)
-        except (StoreError, IntegrityError) as exc:
+        except (StoreError, IntegrityError, UnknownFormat) as exc:
             log.warning("packs that are mostly garbage stay as they are: %s", exc)
         done.copied_bytes = self._repacking.copied_bytes
         return done
