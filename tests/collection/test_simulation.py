@@ -95,9 +95,13 @@ def any_document_will_do(patch: Patch) -> None:
     patch.setattr(BackupWriter, "_is_kept", lambda self, pack_id, offsets, standing: True)
 
 
+def what_was_moved_there_does_not_count(patch: Patch) -> None:
+    patch.setattr(Reachability, "is_target", lambda self, pack_id: False)
+
+
 def moved_and_moved_again(patch: Patch) -> None:
     patch.setattr(Reachability, "may_move", lambda self, pack_id: True)
-    patch.setattr(Reachability, "is_target", lambda self, pack_id: False)
+    what_was_moved_there_does_not_count(patch)
 
 
 def not_all_is_moved(patch: Patch) -> None:
@@ -124,6 +128,7 @@ def not_all_is_moved(patch: Patch) -> None:
         no_look_after_a_claim,
         what_is_needed_now_does_not_count,
         any_document_will_do,
+        what_was_moved_there_does_not_count,
         moved_and_moved_again,
         not_all_is_moved,
     ],

@@ -573,14 +573,15 @@ def test_a_list_stays_until_what_is_noted_of_its_packs_is_gone(rig: Rig) -> None
     assert rig.keys(MOVED) == rig.keys(CONDEMNED) == []
 
 
-def test_what_is_noted_after_the_list_was_put_is_for_the_next_run(rig: Rig) -> None:
+@pytest.mark.parametrize("when", [("put", CONDEMNED), ("delete", PACKS)], ids=["before the last look", "after it"])
+def test_what_is_noted_after_the_list_was_made_is_for_the_next_run(rig: Rig, when: tuple[str, str]) -> None:
     """Another collector may have deleted the list, since nothing was noted then; so a backup may count on it."""
     rig.collect()
     rig.store.forget(rig.kept.vm_id, rig.kept.point_id, host="host1", why="by hand")
     late = moved_key(rig.pack, "ab" * 16)
 
     def before(call: str, key: str) -> None:
-        if call == "delete" and key.startswith(PACKS) and late not in rig.objects.contents:
+        if call == when[0] and key.startswith(when[1]) and late not in rig.objects.contents:
             rig.store.objects.put(late, encode_moved([Move(0, PackId("cd" * 16), 0, 100)], rig.pack, "ab" * 16))
 
     rig.objects.before = before

@@ -1,8 +1,8 @@
 """Repacking: what is still needed of packs that are mostly garbage is copied into new ones.
 
 Packs and segments never change, so the segments go on naming the old pack, and moved documents say where each needed
-frame is now (`moved.py`).  Every copy is checked by identity and read back before a document names it.  Blocking.
-This module must not know which packs these are, nor delete anything: that is for `retirement.py`.
+frame is now (`moved.py`).  Copies of a run that was cut short count, when they are whole.  Blocking.  This module must
+not know which packs these are, nor delete anything: that is for `retirement.py`.
 """
 
 from __future__ import annotations
@@ -10,19 +10,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from typing import Final, TypeAlias
 
 from vmfs_stub.core.chunking import FrameRef
-from vmfs_stub.core.errors import CorruptFrame, IntegrityError, ObjectMissing, StoreConflict, StoreError
+from vmfs_stub.core.errors import IntegrityError, ObjectMissing, StoreConflict, StoreError
 from vmfs_stub.core.ids import PackId
 from vmfs_stub.core.recall_plan import plan_fetches
 from vmfs_stub.store import frames
-from vmfs_stub.store.backup_writer import BackupWriter
-from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.keys import pack_key
 from vmfs_stub.store.moved import Documents, Move
+from vmfs_stub.store.moving import Moving, moving
 from vmfs_stub.store.objects import drop_cache
 from vmfs_stub.store.quarantine import quarantined_packs
 from vmfs_stub.store.standing import standing_documents
@@ -136,64 +134,30 @@ class Repacking:
         return whole
 
     def _copy(self, left: Mapping[PackId, Sequence[FrameRef]]) -> dict[PackId, Documents]:
-        with closing(ChunkIndex(None, self._store.id)) as index:
-            writer = self._store.begin_repair(index=index, clock=self._clock)
+        with moving(self._store, clock=self._clock) as job:
             try:
-                job = _Job(self._store, writer)
-                for pack_id, refs in left.items():
-                    job.copy(pack_id, refs)
-                return job.finish()
+                copied = {pack_id: self._copy_pack(job, pack_id, refs) for pack_id, refs in left.items()}
+                return job.finish({pack_id: moves for pack_id, moves in copied.items() if moves})
             except StoreConflict as exc:
                 log.warning("packs that are mostly garbage stay as they are: %s", exc)
                 return {}
             finally:
-                writer.abandon()
-                writer.end_lease()
-                self.copied_bytes += writer.counts.stored_bytes
+                self.copied_bytes += job.stored_bytes
 
-
-class _Job:
-    """Copies under one lease."""
-
-    def __init__(self, store: Store, writer: BackupWriter) -> None:
-        self._store = store
-        self._writer = writer
-        self._moves: dict[PackId, list[Move]] = {}
-        self._new: list[FrameRef] = []
-
-    def copy(self, pack_id: PackId, refs: Sequence[FrameRef]) -> None:
-        """All of these frames of one pack, or none of them."""
+    def _copy_pack(self, job: Moving, pack_id: PackId, refs: Sequence[FrameRef]) -> list[Move]:
+        """Copy all of these frames of one pack, or none."""
         moves: list[Move] = []
         try:
             for _, run in _fetches(refs):
-                self._writer.stay_alive()
-                moves += [self._write(ref, raw) for ref, raw in zip(run, _read_whole(self._store, run), strict=True)]
+                job.stay_alive()
+                moves += [job.write(ref, raw) for ref, raw in zip(run, _read_whole(self._store, run), strict=True)]
         except ObjectMissing:
             log.info("pack %s is gone: another collector was quicker", pack_id)
         except IntegrityError as exc:
             log.warning("pack %s is not repacked; run scrub: %s", pack_id, exc)
         else:
-            self._moves[pack_id] = moves
-
-    def finish(self) -> dict[PackId, Documents]:
-        """Put what was copied, read it back, and tell readers.  Raises: StoreConflict."""
-        last = self._writer.finish()
-        if last is not None:
-            self._writer.put_pack(last)
-        self._writer.read_back(self._new)
-        told = self._writer.commit_moves(self._moves)
-        self._store.moved.look_again()
-        return told
-
-    def _write(self, old: FrameRef, raw: bytes) -> Move:
-        appended = self._writer.append(self._writer.encode(raw))
-        for pack in appended.sealed:
-            self._writer.put_pack(pack)
-        (new,) = appended.entries
-        if new is None or (new.raw_length, new.checksum) != (old.raw_length, old.checksum):
-            raise CorruptFrame(f"{pack_key(old.pack_id)}: what is at {old.offset} is not what a segment says of it")
-        self._new.append(new)
-        return Move(old.offset, new.pack_id, new.offset, new.length)
+            return moves
+        return []
 
 
 def _fetches(refs: Sequence[FrameRef]) -> Iterator[tuple[Sequence[int], Sequence[FrameRef]]]:
