@@ -99,11 +99,6 @@ def what_was_moved_there_does_not_count(patch: Patch) -> None:
     patch.setattr(Reachability, "is_target", lambda self, pack_id: False)
 
 
-def moved_and_moved_again(patch: Patch) -> None:
-    patch.setattr(Reachability, "may_move", lambda self, pack_id: True)
-    what_was_moved_there_does_not_count(patch)
-
-
 def not_all_is_moved(patch: Patch) -> None:
     needed_of = Retirement._needed_of
 
@@ -129,7 +124,6 @@ def not_all_is_moved(patch: Patch) -> None:
         what_is_needed_now_does_not_count,
         any_document_will_do,
         what_was_moved_there_does_not_count,
-        moved_and_moved_again,
         not_all_is_moved,
     ],
 )
