@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -829,8 +829,9 @@ def test_places_that_lead_nowhere_hide_no_good_one(rig: Rig, tmp_path: Path) -> 
 # With a replica
 
 
-@pytest.fixture
-def there(rig: Rig, tmp_path: Path) -> Iterator[tuple[FakeObjects, Replication]]:
+@contextmanager
+def with_replica(rig: Rig, tmp_path: Path) -> Iterator[tuple[FakeObjects, Replication]]:
+    """A new one, which has the newer point."""
     objects = FakeObjects()
     make_replica(rig.store, objects)
     replica = Store.open(objects, rig.source)
@@ -841,6 +842,20 @@ def there(rig: Rig, tmp_path: Path) -> Iterator[tuple[FakeObjects, Replication]]
         replication.put_segment(replication.read(segment_id))
         replication.put_manifest(rig.kept.vm_id, rig.kept.point_id, manifest)
         yield objects, replication
+
+
+@pytest.fixture
+def there(rig: Rig, tmp_path: Path) -> Iterator[tuple[FakeObjects, Replication]]:
+    with with_replica(rig, tmp_path) as made:
+        yield made
+
+
+def test_a_replica_that_is_made_later_gets_the_copies(rig: Rig, tmp_path: Path) -> None:
+    rig.collect()
+    with with_replica(rig, tmp_path) as (objects, _):
+        replica = Store.open(objects, rig.source)
+        restore_point(replica, replica.open_point(rig.kept.vm_id, rig.kept.point_id), tmp_path / "out")
+    assert (tmp_path / "out/disk").read_bytes() == KEPT
 
 
 def test_the_replica_has_the_copies_before_the_pack_goes(

@@ -15,8 +15,12 @@ from vmfs_stub.cli.output import bytes_text, say, say_json, warn
 from vmfs_stub.core.errors import StoreError
 
 if TYPE_CHECKING:
+    from vmfs_stub.config import Config
     from vmfs_stub.store.collector import Collected
+    from vmfs_stub.store.fallback import ReplicatedStore
+    from vmfs_stub.store.mirrored_deletes import MirroredDeletes
     from vmfs_stub.store.objects import ObjectStore
+    from vmfs_stub.store.repacking import Repacking
 
 
 def gc(
@@ -37,33 +41,28 @@ def gc(
     """
     from vmfs_stub.config import StoreConfig
     from vmfs_stub.store.collector import Collector
-    from vmfs_stub.store.mirrored_deletes import MirroredDeletes
     from vmfs_stub.store.reachability import Reachability
-    from vmfs_stub.store.read_back import ReadBack
     from vmfs_stub.store.repacking import Repacking
-    from vmfs_stub.store.replica import Replication, check_replica
 
     found, config = store_and_config_of(ctx, store, key=key, passphrase=passphrase)
     settings = StoreConfig(url=store or "-") if config is None else config.store
     cache = cache_path_of(config, lambda config: config.reachability_path)
     objects: ObjectStore = found.objects
     mirrored: MirroredDeletes | None = None
-    repacking = Repacking(found) if repack else None
+    repacking: Repacking | None = Repacking(found)
     with ExitStack() as stack:
         if config is not None and (both := replicated(config, found)) is not None:
-            objects = mirrored = MirroredDeletes(found.objects, both.replica.stored)
-            path = cache_path_of(config, lambda config: config.read_back_path)
-            read_back = stack.enter_context(closing(ReadBack(path, found.id, config.replica.url)))
-            try:
-                check_replica(both.replica.stored, found.description)
-            except StoreError as exc:
-                mirrored.problem, repacking = exc, None
-            if repacking is not None:
-                repacking = Repacking(found, mirror=Replication(found, both.replica, read_back).copy_moves)
+            mirrored, repacking = _in_both(both, config, stack)
+            objects = mirrored
         reachability = Reachability(cache, found.id, found.objects, sealing=found.sealing)
         stack.enter_context(closing(reachability))
         collector = Collector(
-            objects, reachability, lag_s=settings.listing_lag_s, sleep=time.sleep, say=warn, repacking=repacking
+            objects,
+            reachability,
+            lag_s=settings.listing_lag_s,
+            sleep=time.sleep,
+            say=warn,
+            repacking=repacking if repack else None,
         )
         collected = collector.survey() if dry_run else collector.run()
     if mirrored is not None and mirrored.problem is not None:
@@ -81,6 +80,25 @@ def gc(
         say(f"{collected.repacked} of these packs are mostly garbage; since such packs are still needed, {copied}")
     if collected.waiting_points:
         say(f"{collected.waiting_points} forgotten restore points stay until no placeholder depends on them")
+
+
+def _in_both(both: ReplicatedStore, config: Config, stack: ExitStack) -> tuple[MirroredDeletes, Repacking | None]:
+    """What deletes in the replica, too, and what copies into it, too; nothing can be copied when it is away."""
+    from vmfs_stub.store.mirrored_deletes import MirroredDeletes
+    from vmfs_stub.store.read_back import ReadBack
+    from vmfs_stub.store.repacking import Repacking
+    from vmfs_stub.store.replica import Replication, check_replica
+
+    store, replica = both.plain, both.replica
+    mirrored = MirroredDeletes(store.objects, replica.stored)
+    try:
+        check_replica(replica.stored, store.description)
+    except StoreError as exc:
+        mirrored.problem = exc
+        return mirrored, None
+    path = cache_path_of(config, lambda config: config.read_back_path)
+    read_back = stack.enter_context(closing(ReadBack(path, store.id, config.replica.url)))
+    return mirrored, Repacking(store, mirror=Replication(store, replica, read_back).copy_moves)
 
 
 def _told(collected: Collected, what: str) -> str:
