@@ -108,7 +108,7 @@ def test_random_bytes_are_no_frame(data: st.DataObject) -> None:
     junk = data.draw(st.binary(max_size=300))
     if junk != frame:
         with pytest.raises(CorruptFrame):
-            frames.decode(memoryview(junk), replace(ref, length=max(len(junk), 1)))
+            frames.decode(memoryview(junk), ref._replace(length=max(len(junk), 1)))
 
 
 def test_a_frame_that_claims_a_huge_length_allocates_nothing() -> None:
@@ -116,7 +116,7 @@ def test_a_frame_that_claims_a_huge_length_allocates_nothing() -> None:
     damaged = bytearray(frame)
     damaged[8:12] = b"\xff\xff\xff\x7f"
     with pytest.raises(CorruptFrame):
-        frames.decode(memoryview(damaged), replace(ref, raw_length=0x7FFFFFFF))
+        frames.decode(memoryview(damaged), ref._replace(raw_length=0x7FFFFFFF))
 
 
 def test_identities_of_zeros_and_short_ends() -> None:
@@ -191,7 +191,7 @@ def test_a_segment_gives_its_entries_back(places: list[tuple[int, str] | None]) 
 def test_entries_of_one_place_that_differ_stay_apart() -> None:
     """A forged segment has such ones; the first stood for both when its entries were used again."""
     entry = _ref(1)
-    entries = [entry, replace(entry, checksum=bytes(16)), replace(entry, raw_length=entry.raw_length - 1), entry]
+    entries = [entry, entry._replace(checksum=bytes(16)), entry._replace(raw_length=entry.raw_length - 1), entry]
     sealed = seal_segment(entries, CHUNK, WRITER)
     assert sealed is not None
     segment = Segment(sealed.data, sealed.segment_id)

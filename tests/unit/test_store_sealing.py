@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,12 +89,12 @@ def test_a_frame_opens_as_its_own_chunk_only() -> None:
     with pytest.raises(CorruptFrame, match="another chunk"):
         _open(frame, other_ref)
     with pytest.raises(CorruptFrame, match="another chunk"):
-        _open(frame, replace(ref, chunk_id=other_ref.chunk_id))  # even where a checksum collides
+        _open(frame, ref._replace(chunk_id=other_ref.chunk_id))  # even where a checksum collides
     with pytest.raises(CorruptFrame, match="another chunk"):
         _open(frame, ref, job="0" * 16)
     with pytest.raises(CorruptFrame, match="another chunk"):
         _open(frame, ref, AesSealing(StoreKey(bytes(32))))
-    assert _open(frame, replace(ref, pack_id=PackId("0" * 16 + JOB), offset=70)) == raw  # moved within its job
+    assert _open(frame, ref._replace(pack_id=PackId("0" * 16 + JOB), offset=70)) == raw  # moved within its job
 
 
 def test_plain_and_encrypted_frames_are_told_apart() -> None:

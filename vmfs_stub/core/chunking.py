@@ -6,7 +6,7 @@ arithmetic only: no store, no file.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmfs_stub.core.ids import ChunkId, PackId
 
@@ -17,8 +17,7 @@ CHUNK_SIZE_MIN = 64 * 1024
 CHUNK_SIZE_MAX = 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class FrameRef:
+class FrameRef(NamedTuple):
     """Where one stored chunk lies and what it must decode to.
 
     ``offset`` and ``length`` (bytes) are those of the frame in its pack; ``raw_length`` is the chunk's length;

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -64,8 +65,9 @@ PING_INTERVAL_S = 2.0
 PINGS_UNANSWERED_MAX = 10
 """Then a mover is killed: below the usual recall deadline, since a guest may wait for it.  Time in which this process
 did not run either does not count.  After half of them it is hurried: it may only be short of the processor."""
-WINDOW_BYTES = 32 << 20
-"""Parts of a file that the mover knows and has not dealt with; one may be larger."""
+PARTS_AHEAD = 16
+"""Parts of a file that the mover knows and has not dealt with.  Not bytes: what is stored already is no work, and of a
+disk that has changed here and there several places are read at once."""
 EARLIER_WAIT_S = 5.0
 """How long after our start those of other daemons are waited for that were killed and have not gone."""
 FILES_AT_ONCE = 64
@@ -392,13 +394,13 @@ class ProcessBackup:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._tell, parts, window)
             while isinstance(answer := await self._life.answer(self._conversation), Copied):
-                window.shrink(answer.size)
+                window.dealt_with(answer.size)
                 progress(answer.size)
             nursery.cancel_scope.cancel()
 
     async def _tell(self, parts: AsyncIterable[Part], window: _Window) -> None:
         async for part in parts:
-            await window.grow(part.chunks.length * self._life.chunk_size)
+            await window.enter(part.chunks.length * self._life.chunk_size)
             self._post(part)
         self._post(AllParts())
 
@@ -417,21 +419,27 @@ class ProcessBackup:
 
 
 class _Window:
-    """How many bytes of a file the mover knows of and has not dealt with."""
+    """Which parts of a file the mover knows of and has not dealt with, in file order."""
 
     def __init__(self) -> None:
-        self._size = 0
-        self._waiting = trio.lowlevel.ParkingLot()
+        self._sizes: deque[int] = deque()
+        self._changed = trio.lowlevel.ParkingLot()
 
-    async def grow(self, size: int) -> None:
-        """Wait until there is room, then take it."""
-        while self._size >= WINDOW_BYTES:
-            await self._waiting.park()
-        self._size += size
+    async def enter(self, size: int) -> None:
+        """Wait until there is room, then let a part in."""
+        while len(self._sizes) >= PARTS_AHEAD:
+            await self._changed.park()
+        self._sizes.append(size)
 
-    def shrink(self, size: int) -> None:
-        self._size -= size
-        self._waiting.unpark_all()
+    def dealt_with(self, size: int) -> None:
+        """So many bytes more are; the last part of a file may have fewer than it was said to have."""
+        while size and self._sizes:
+            done = min(size, self._sizes[0])
+            self._sizes[0] -= done
+            size -= done
+            if not self._sizes[0]:
+                self._sizes.popleft()
+        self._changed.unpark_all()
 
 
 @asynccontextmanager

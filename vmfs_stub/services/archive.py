@@ -2,7 +2,8 @@
 
 Order, and what a crash between any two steps leaves:
 1. every file of the VM is reserved (nobody has it open), its data synced; the VM is claimed here, if it is not;
-2. copied, every frame read back from the store;                 — crash: the full files, some garbage in the store
+2. copied; where placeholders are to be, every frame is read back
+   from the store;                                               — crash: the full files, some garbage in the store
 3. for each disk: the durable map, *prepared*: from now on the next start knows which pins to remove;
    pins, then the manifest;                                      — crash: map and pin are removed at start-up
    then, with ``min_copies`` of 2, the copy in the replica;      — crash: the same

@@ -1,4 +1,4 @@
-"""Copying files into a backup: read, encode, append, put and read back, all at once.
+"""Copying files into a backup: read, encode, append, put and, where it is verified, read back, all at once.
 
 The stages run at the same time, on both cores, and are bounded: what is read waits for what is put, so memory does not
 grow with the file.  Chunks of zeros are not stored.  Knows nothing of placeholders: it is told which parts of a file
@@ -29,11 +29,13 @@ from vmfs_stub.store.backup_writer import BackupWriter, EncodedBatch
 from vmfs_stub.store.chunk_table import ChunkTable
 from vmfs_stub.store.format import SEGMENT_CHUNKS
 from vmfs_stub.store.packs import SealedPack
-from vmfs_stub.store.segments import Segment, SegmentTable
+from vmfs_stub.store.segments import SealedSegment, Segment, SegmentTable
 from vmfs_stub.store.store import Store
 
 BATCH_BYTES = 2 << 20
 """How much is read and encoded at once; large enough that the hops between threads do not count."""
+SLOTS_PER_WORKER = 4
+"""Batches on their way: as many as it takes to keep all workers reading where every other one is stored already."""
 REUSED_BATCH = 1024
 """Reused frames that are read back together."""
 
@@ -64,6 +66,7 @@ class Copier:
         store: Store,
         writer: BackupWriter,
         packs: trio.MemorySendChannel[SealedPack],
+        segments: trio.MemorySendChannel[SealedSegment],
         reused: trio.MemorySendChannel[list[FrameRef]] | None,
         workers: int,
     ) -> None:
@@ -72,6 +75,7 @@ class Copier:
         self._store = store
         self._writer = writer
         self._packs = packs
+        self._segments = segments
         self._reused = reused
         self._workers = workers
         self.copies: list[tuple[SegmentId | None, ...]] = []
@@ -81,7 +85,7 @@ class Copier:
     ) -> None:
         """See mover.Copying."""
         table = self._writer.begin_file()
-        send, receive = trio.open_memory_channel[_Slot](self._workers)
+        send, receive = trio.open_memory_channel[_Slot](SLOTS_PER_WORKER * self._workers)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._encode_all, fd, order, parts, send)
             async for slot in receive:
@@ -96,7 +100,7 @@ class Copier:
                     await self._append(table, slot.batch)
                 progress(slot.length)
         for segment in table.close():
-            await self._threads.transfer(self._writer.put_segment, segment)
+            await self._segments.send(segment)
         self.copies.append(tuple(table.ids))
 
     async def _encode_all(
@@ -136,7 +140,7 @@ class Copier:
     async def _append(self, table: SegmentTable, batch: EncodedBatch) -> None:
         appended = self._writer.append(batch)
         for segment in table.extend(appended.entries):
-            await self._threads.transfer(self._writer.put_segment, segment)
+            await self._segments.send(segment)
         for pack in appended.sealed:
             await self._packs.send(pack)
         if self._reused is not None:
@@ -199,13 +203,13 @@ class _Stored:
         # A segment is only taken over where it has as many chunks in the copy as in the origin.
         in_origin, in_copy = (self._segment(number, size) for size in (table.size, self._order.size))
         if self._takes_segments and piece == in_origin == in_copy:
-            return StoredSegment(*await self._threads.transfer(table.segment, number), piece.length)
-        return await self._threads.transfer(table.locate, piece.start, piece.end)
+            return StoredSegment(*await self._threads.background(table.segment, number), piece.length)
+        return await self._threads.background(table.locate, piece.start, piece.end)
 
     async def _table(self, origin: Origin | None) -> ChunkTable:
         assert origin is not None
         if origin not in self._tables:
-            self._tables[origin] = await self._threads.transfer(open_table, self._store, origin)
+            self._tables[origin] = await self._threads.background(open_table, self._store, origin)
         return self._tables[origin]
 
     def _segment(self, number: int, size: int) -> Extent:
@@ -218,24 +222,28 @@ class _Stored:
 async def open_copier(
     *, files: FileCalls, threads: Threads, store: Store, writer: BackupWriter, workers: int, verify: bool
 ) -> AsyncIterator[Copier]:
-    """Copy files within the block; at its end everything is put, durable and read back; see mover.Backup.copying.
+    """Copy files within the block; at its end everything is durable, with ``verify`` read back; see mover.Backup.
 
     Raises StoreError, IntegrityError.
     """
     packs_send, packs_receive = trio.open_memory_channel[SealedPack](0)
+    segments_send, segments_receive = trio.open_memory_channel[SealedSegment](0)
     reused_send, reused_receive = trio.open_memory_channel[list[FrameRef]](0)
     async with trio.open_nursery() as nursery:
         for _ in range(workers):
-            nursery.start_soon(_put_packs, threads, writer, packs_receive.clone())
+            nursery.start_soon(_put_packs, threads, writer, packs_receive.clone(), verify)
+            nursery.start_soon(_put_segments, threads, writer, segments_receive.clone())
         nursery.start_soon(_read_back_reused, threads, writer, reused_receive)
         packs_receive.close()
-        async with packs_send, reused_send:
+        segments_receive.close()
+        async with packs_send, segments_send, reused_send:
             yield Copier(
                 files=files,
                 threads=threads,
                 store=store,
                 writer=writer,
                 packs=packs_send,
+                segments=segments_send,
                 reused=reused_send if verify else None,
                 workers=workers,
             )
@@ -244,11 +252,22 @@ async def open_copier(
                 await packs_send.send(last)
 
 
-async def _put_packs(threads: Threads, writer: BackupWriter, packs: trio.MemoryReceiveChannel[SealedPack]) -> None:
+async def _put_packs(
+    threads: Threads, writer: BackupWriter, packs: trio.MemoryReceiveChannel[SealedPack], verify: bool
+) -> None:
     async with packs:
         async for pack in packs:
             await threads.transfer(writer.put_pack, pack)
-            await threads.transfer(writer.read_back, pack.refs)
+            if verify:
+                await threads.transfer(writer.read_back, pack.refs)
+
+
+async def _put_segments(
+    threads: Threads, writer: BackupWriter, segments: trio.MemoryReceiveChannel[SealedSegment]
+) -> None:
+    async with segments:
+        async for segment in segments:
+            await threads.transfer(writer.put_segment, segment)
 
 
 async def _read_back_reused(

@@ -90,9 +90,10 @@ class Backup(Protocol):
     """One backup job of one VM: first `copying`, once, then `commit`."""
 
     def copying(self, *, verify: bool) -> AbstractAsyncContextManager[Copying]:
-        """Copy files within the block; at its end everything is stored durably, and read back.
+        """Copy files within the block; at its end everything is stored durably.
 
-        With ``verify`` that goes for every frame that is referred to, reused ones included; else for new ones.
+        With ``verify``, as for what is to be released, every frame that is referred to was read back, too: reused
+        ones included.
         """
         ...
 

@@ -247,17 +247,16 @@ class BackupWriter:
             self._read_back_run(fetch.frames, dropped)
 
     def put_segment(self, segment: SealedSegment) -> None:
-        """Store a segment durably; one call at a time.
+        """Store a segment durably; from any thread.  When it fails, the job has.
 
         Raises: StoreUnavailable, StoreDenied, StoreFull.
         """
         with self._lock:
             if segment.segment_id in self._segments:
                 return  # of an equal part of another file; once it was put, it is never put again
-        self._objects.put(segment_key(segment.segment_id), segment.data)
-        with self._lock:
             self._segments[segment.segment_id] = segment.packs
             self._used.update(segment.packs)
+        self._objects.put(segment_key(segment.segment_id), segment.data)
 
     def reuse_segment(self, segment_id: SegmentId | None, segment: Segment | None, *, chunk_count: int) -> None:
         """A segment of another restore point, of ``chunk_count`` chunks, is part of this one as it is.

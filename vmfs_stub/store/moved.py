@@ -15,7 +15,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Final, TypeAlias
 
@@ -58,6 +58,10 @@ class Move:
     pack_id: PackId
     offset: int
     length: int
+
+    def applied_to(self, ref: FrameRef) -> FrameRef:
+        """The reference to that frame as it is where it has moved."""
+        return ref._replace(pack_id=self.pack_id, offset=self.offset, length=self.length)
 
 
 Documents: TypeAlias = dict[str, list[Move]]
@@ -123,7 +127,7 @@ class MovedFrames:
     def place(self, ref: FrameRef) -> FrameRef | None:
         """Where a document says that a frame is now; there may be others.  Raises: StoreUnavailable, StoreDenied."""
         moves = self._moves(ref.pack_id).get(ref.offset)
-        return replace(ref, pack_id=moves[0].pack_id, offset=moves[0].offset, length=moves[0].length) if moves else None
+        return moves[0].applied_to(ref) if moves else None
 
     def fetch(self, ref: FrameRef, *, hops: int = HOPS_MAX) -> bytes | None:
         """The verified raw bytes of a frame from where it is now; None when it can be read nowhere.
@@ -134,7 +138,7 @@ class MovedFrames:
         for move in self._moves(ref.pack_id).get(ref.offset, ()) if hops else ():
             if tried == PLACES_MAX:
                 break
-            moved = replace(ref, pack_id=move.pack_id, offset=move.offset, length=move.length)
+            moved = move.applied_to(ref)
             try:
                 return self._read([moved])[0]
             except UNREADABLE as exc:

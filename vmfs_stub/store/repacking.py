@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Final, TypeAlias
 
 from vmfs_stub.core.chunking import FrameRef
@@ -117,10 +116,7 @@ class Repacking:
 
     def _whole(self, moves: Sequence[Move], refs: Needed) -> list[Move]:
         """Those that lead to the frames that segments refer to, on the medium."""
-        places = [
-            replace(refs[move.old_offset], pack_id=move.pack_id, offset=move.offset, length=move.length)
-            for move in moves
-        ]
+        places = [move.applied_to(refs[move.old_offset]) for move in moves]
         for pack_id in {place.pack_id for place in places}:
             drop_cache(self._store.objects, pack_key(pack_id))
         whole: list[Move] = []
