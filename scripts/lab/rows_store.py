@@ -21,7 +21,7 @@ from vmfs_stub.core.ids import ChunkId, PackId, PointId, VmId, WriterId
 from vmfs_stub.store.format import SEGMENT_CHUNKS
 from vmfs_stub.store.keys import manifest_key, pack_key, segment_key
 from vmfs_stub.store.manifest import FileKind, Manifest, StoredFile, encode_manifest
-from vmfs_stub.store.segments import SealedSegment, seal_segment
+from vmfs_stub.store.segments import SealedSegment, entries_of, seal_segment
 
 _VMS: Final = 2_000
 _POINTS_OF_A_VM: Final = 30
@@ -43,7 +43,7 @@ def _segment(store: Path, number: int, slots: int) -> SealedSegment:
     writer = WriterId(f"{number:016x}")
     pack = PackId(f"{number % 256:02x}{number:014x}{writer}")
     ref = FrameRef(ChunkId(number.to_bytes(32, "little")), pack, 0, 100, _CHUNK, bytes(16))
-    segment = seal_segment([ref, *[None] * (slots - 1)], _CHUNK, writer)
+    segment = seal_segment([*entries_of([ref]), *[None] * (slots - 1)], _CHUNK, writer)
     assert segment is not None
     _put(store, pack_key(pack), b"made up")
     _put(store, segment_key(segment.segment_id), segment.data)

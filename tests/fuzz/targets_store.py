@@ -65,7 +65,7 @@ from vmfs_stub.store.moved import Move, decode_moved, encode_moved
 from vmfs_stub.store.packs import OpenPack, read_footer
 from vmfs_stub.store.pins import Pin, decode_pin, encode_pin
 from vmfs_stub.store.quarantine import Quarantine, decode_quarantine, encode_quarantine
-from vmfs_stub.store.segments import Segment, seal_segment
+from vmfs_stub.store.segments import Segment, entries_of, seal_segment
 from vmfs_stub.store.store import Store
 
 CHUNK = 64 * 1024
@@ -174,7 +174,7 @@ class SegmentTarget(Target):
         _, refs = sample_pack()
         _, others = sample_pack(PackId("5e" * 16))
         tables = ([*refs, None, *others, refs[0]], [None] * 400 + [refs[1]], [refs[0]] * 300, refs[:1])
-        sealed = [seal_segment(table, CHUNK, WRITER) for table in tables]
+        sealed = [seal_segment(entries_of(table), CHUNK, WRITER) for table in tables]
         return [bytes.fromhex(one.segment_id) + one.data for one in sealed if one is not None]
 
     def call(self, data: bytes) -> object:
@@ -184,7 +184,7 @@ class SegmentTarget(Target):
             if ref is not None:
                 check_types(ref)
         if any(ref is not None for ref in found):
-            again = seal_segment(found, segment.chunk_size, WRITER)
+            again = seal_segment(entries_of(found), segment.chunk_size, WRITER)
             require(again is not None, "a segment is lost when it is written again")
             assert again is not None
             reread = Segment(again.data, again.segment_id)
@@ -462,7 +462,7 @@ class RestoreTarget(ManifestTarget):
         raw = [(PLAIN * 7)[:CHUNK], bytes(reversed(PLAIN)) * 6 + bytes(CHUNK - 6 * len(PLAIN)), PLAIN[:100]]
         pack, refs = sample_pack(PACK, *raw)
         objects.contents[pack_key(PACK)] = pack
-        segment = seal_segment([refs[0], None, refs[1], refs[2]], CHUNK, WRITER)
+        segment = seal_segment(entries_of([refs[0], None, refs[1], refs[2]]), CHUNK, WRITER)
         assert segment is not None
         self._segment, self._content = segment.segment_id, raw[0] + bytes(CHUNK) + raw[1] + raw[2]
         objects.contents[segment_key(segment.segment_id)] = segment.data

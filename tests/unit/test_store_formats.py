@@ -51,7 +51,7 @@ from vmfs_stub.store.manifest import (
 )
 from vmfs_stub.store.packs import OpenPack, read_footer
 from vmfs_stub.store.pins import Pin, decode_pin, encode_pin
-from vmfs_stub.store.segments import Segment, seal_segment
+from vmfs_stub.store.segments import Segment, entries_of, seal_segment
 from vmfs_stub.store.store import Store
 
 CHUNK = 64 * 1024
@@ -179,7 +179,7 @@ PLACES = st.one_of(st.none(), st.tuples(st.integers(0, 20), st.sampled_from(["aa
 @given(st.lists(PLACES, min_size=1, max_size=60))
 def test_a_segment_gives_its_entries_back(places: list[tuple[int, str] | None]) -> None:
     entries = [None if place is None else _ref(place[0], place[1], place[0] * 100) for place in places]
-    sealed = seal_segment(entries, CHUNK, WRITER)
+    sealed = seal_segment(entries_of(entries), CHUNK, WRITER)
     if sealed is None:
         assert not any(entries)
         return
@@ -192,7 +192,7 @@ def test_entries_of_one_place_that_differ_stay_apart() -> None:
     """A forged segment has such ones; the first stood for both when its entries were used again."""
     entry = _ref(1)
     entries = [entry, entry._replace(checksum=bytes(16)), entry._replace(raw_length=entry.raw_length - 1), entry]
-    sealed = seal_segment(entries, CHUNK, WRITER)
+    sealed = seal_segment(entries_of(entries), CHUNK, WRITER)
     assert sealed is not None
     segment = Segment(sealed.data, sealed.segment_id)
     assert [segment.ref(slot) for slot in range(segment.slot_count)] == entries
@@ -200,14 +200,14 @@ def test_entries_of_one_place_that_differ_stay_apart() -> None:
 
 def test_a_full_segment() -> None:
     entries = [_ref(number, offset=number * 100) for number in range(SEGMENT_CHUNKS)]
-    sealed = seal_segment(entries, CHUNK, WRITER)
+    sealed = seal_segment(entries_of(entries), CHUNK, WRITER)
     assert sealed is not None
     segment = Segment(sealed.data, sealed.segment_id)
     assert [segment.ref(slot) for slot in range(SEGMENT_CHUNKS)] == entries
 
 
 def test_any_flipped_bit_or_cut_of_a_segment_is_found() -> None:
-    sealed = seal_segment([_ref(1), None, _ref(2, offset=100)], CHUNK, WRITER)
+    sealed = seal_segment(entries_of([_ref(1), None, _ref(2, offset=100)]), CHUNK, WRITER)
     assert sealed is not None
     for bit in range(len(sealed.data) * 8):
         damaged = bytearray(sealed.data)
@@ -221,7 +221,7 @@ def test_any_flipped_bit_or_cut_of_a_segment_is_found() -> None:
 
 @given(st.integers(0, 300), st.binary(min_size=1, max_size=8))
 def test_a_hostile_segment_that_matches_its_name_gives_a_typed_error_or_sane_refs(at: int, junk: bytes) -> None:
-    sealed = seal_segment([_ref(1), None, _ref(2, offset=100), _ref(3, "cd" * 16)], CHUNK, WRITER)
+    sealed = seal_segment(entries_of([_ref(1), None, _ref(2, offset=100), _ref(3, "cd" * 16)]), CHUNK, WRITER)
     assert sealed is not None
     data = bytearray(sealed.data)
     data[at : at + len(junk)] = junk

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -75,6 +74,8 @@ app.add_typer(store_keys.app, name="store")
 
 def _print_version(is_asked: bool) -> None:
     if is_asked:
+        from importlib import metadata
+
         typer.echo(f"vmfs-stub {metadata.version('vmfs-stub')}")
         raise typer.Exit
 

@@ -109,6 +109,8 @@ class Life:
     last_number: int = 0
     pings_unanswered: int = 0
     index_error: PrimaryError | None = None
+    beside_guests: bool | None = None
+    """What it was last told."""
     started: trio.Event = field(default_factory=trio.Event)
     _hurries: int = 0
 
@@ -133,6 +135,11 @@ class Life:
         if isinstance(answer, Failed):
             raise answer.error or RuntimeError("the data mover met a programming error; its traceback is in the log")
         return answer
+
+    def ping(self, *, beside_guests: bool) -> None:
+        """Ask whether it is alive, and say whether guests use their disks."""
+        self.beside_guests = beside_guests
+        self.channel.post(0, Ping(beside_guests))
 
     @contextmanager
     def hurried(self) -> Iterator[None]:
@@ -260,7 +267,7 @@ class ProcessMover:
         was_slow = False
         while True:
             self._lock.take()  # also when nobody here has waited: the next daemon will
-            life.channel.post(0, Ping(self._guests.is_recent))
+            life.ping(beside_guests=self._guests.is_recent)
             life.pings_unanswered += 1
             fetches = life.fetches
             await trio.sleep(PING_INTERVAL_S)
@@ -277,7 +284,7 @@ class ProcessMover:
     def _make_way(self) -> None:
         """Guests use their disks again: do not wait for the next ping to tell of it."""
         if self._life is not None:
-            self._life.channel.post(0, Ping(beside_guests=True))
+            self._life.ping(beside_guests=True)
 
     async def _give_back(self, life: Life) -> None:
         """Return the memory of the slots to the system, one at a time: each takes a while."""
@@ -320,7 +327,7 @@ class ProcessMover:
         conversation = life.begin(BeginBackup())
         try:
             await life.answer(conversation)
-            yield ProcessBackup(life, conversation)
+            yield ProcessBackup(life, conversation, self._guests)
         finally:
             await life.close(conversation)
 
@@ -370,9 +377,10 @@ class ProcessMover:
 class ProcessBackup:
     """Implements mover.Backup and mover.Copying."""
 
-    def __init__(self, life: Life, conversation: Conversation) -> None:
+    def __init__(self, life: Life, conversation: Conversation, guests: GuestActivity) -> None:
         self._life = life
         self._conversation = conversation
+        self._guests = guests
 
     @asynccontextmanager
     async def copying(self, *, verify: bool) -> AsyncIterator[ProcessBackup]:
@@ -401,6 +409,8 @@ class ProcessBackup:
     async def _tell(self, parts: AsyncIterable[Part], window: _Window) -> None:
         async for part in parts:
             await window.enter(part.chunks.length * self._life.chunk_size)
+            if self._life.beside_guests and not self._guests.is_recent:  # else it would learn that by the next ping
+                self._life.ping(beside_guests=False)
             self._post(part)
         self._post(AllParts())
 

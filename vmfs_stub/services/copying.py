@@ -8,7 +8,7 @@ are in it, and which the store has already.
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterable, AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -29,7 +29,7 @@ from vmfs_stub.store.backup_writer import BackupWriter, EncodedBatch
 from vmfs_stub.store.chunk_table import ChunkTable
 from vmfs_stub.store.format import SEGMENT_CHUNKS
 from vmfs_stub.store.packs import SealedPack
-from vmfs_stub.store.segments import SealedSegment, Segment, SegmentTable
+from vmfs_stub.store.segments import Entry, SealedSegment, Segment, SegmentTable, entries_of
 from vmfs_stub.store.store import Store
 
 BATCH_BYTES = 2 << 20
@@ -47,8 +47,8 @@ class _Slot:
     length: int
     done: trio.Event = field(default_factory=trio.Event)
     batch: EncodedBatch | None = None
-    segment: StoredSegment | None = None
-    """Instead of a batch: a whole segment that is taken over."""
+    stored: StoredSegment | list[Entry | None] | None = None
+    """Instead of a batch: what is taken over, a whole segment or chunks of one."""
 
 
 class Copier:
@@ -90,14 +90,11 @@ class Copier:
             nursery.start_soon(self._encode_all, fd, order, parts, send)
             async for slot in receive:
                 await slot.done.wait()
-                if slot.segment is not None:
-                    table.take_over(slot.segment.id)
-                    self._writer.reuse_segment(
-                        slot.segment.id, slot.segment.segment, chunk_count=slot.segment.chunk_count
-                    )
-                else:
+                if slot.stored is None:
                     assert slot.batch is not None
                     await self._append(table, slot.batch)
+                else:
+                    await self._take_over(table, slot.stored)
                 progress(slot.length)
         for segment in table.close():
             await self._segments.send(segment)
@@ -107,7 +104,7 @@ class Copier:
         self, fd: int, order: CopyOrder, parts: AsyncIterable[Part], slots: trio.MemorySendChannel[_Slot]
     ) -> None:
         # What is to be read back has to be known frame by frame.
-        stored = _Stored(self._threads, self._store, order, takes_segments=self._reused is None)
+        stored = _Stored(self._threads, self._store, order, as_it_is=self._reused is None)
         step = max(1, BATCH_BYTES // self._writer.chunk_size)
         async with slots, trio.open_nursery() as nursery:
             async for part in parts:
@@ -139,23 +136,33 @@ class Copier:
 
     async def _append(self, table: SegmentTable, batch: EncodedBatch) -> None:
         appended = self._writer.append(batch)
-        for segment in table.extend(appended.entries):
-            await self._segments.send(segment)
+        await self._extend(table, entries_of(appended.entries))
         for pack in appended.sealed:
             await self._packs.send(pack)
-        if self._reused is not None:
-            reused = [ref for ref in appended.entries if ref is not None and not self._writer.is_new(ref)]
-            if reused:
-                await self._reused.send(reused)
+        await self._prove(ref for ref in appended.entries if ref is not None and not self._writer.is_new(ref))
+
+    async def _take_over(self, table: SegmentTable, stored: StoredSegment | list[Entry | None]) -> None:
+        if isinstance(stored, StoredSegment):
+            table.take_over(stored.id)
+            self._writer.reuse_segment(stored.id, stored.segment, chunk_count=stored.chunk_count)
+        else:
+            self._writer.reuse(stored)
+            await self._extend(table, stored)
+            await self._prove(entry.ref for entry in stored if entry is not None)
+
+    async def _extend(self, table: SegmentTable, entries: Sequence[Entry | None]) -> None:
+        for segment in table.extend(entries):
+            await self._segments.send(segment)
+
+    async def _prove(self, reused: Iterable[FrameRef]) -> None:
+        """Have frames read back that were stored before."""
+        if self._reused is not None and (refs := list(reused)):
+            await self._reused.send(refs)
 
 
-def _ready(length: int, found: StoredSegment | list[FrameRef | None]) -> _Slot:
-    """A batch of which nothing has to be read."""
-    slot = _Slot(length)
-    if isinstance(found, StoredSegment):
-        slot.segment = found
-    else:
-        slot.batch = EncodedBatch(tuple(found))
+def _ready(length: int, stored: StoredSegment | list[Entry | None]) -> _Slot:
+    """Of which nothing has to be read."""
+    slot = _Slot(length, stored=stored)
     slot.done.set()
     return slot
 
@@ -171,17 +178,18 @@ class StoredSegment(NamedTuple):
 class _Stored:
     """Where the chunks of a file lie that are stored; the table of an origin is opened when it is first asked for.
 
-    With ``takes_segments`` a segment of which all is wanted is taken over as it is.
+    With ``as_it_is`` a segment of which all is wanted is taken over, and entries of others are not looked at; without,
+    each chunk is seen to be one that the file can have.
     """
 
-    def __init__(self, threads: Threads, store: Store, order: CopyOrder, *, takes_segments: bool) -> None:
+    def __init__(self, threads: Threads, store: Store, order: CopyOrder, *, as_it_is: bool) -> None:
         self._threads = threads
         self._store = store
         self._order = order
-        self._takes_segments = takes_segments
+        self._as_it_is = as_it_is
         self._tables: dict[Origin, ChunkTable] = {}
 
-    async def pieces(self, part: Part) -> AsyncIterator[tuple[Extent, StoredSegment | list[FrameRef | None]]]:
+    async def pieces(self, part: Part) -> AsyncIterator[tuple[Extent, StoredSegment | list[Entry | None]]]:
         """The chunks of a part that is not to be read, one segment or a part of one at a time."""
         at = part.chunks.start
         while at < part.chunks.end:
@@ -193,18 +201,20 @@ class _Stored:
                 yield piece, await self._found(await self._table(part.origin), number, piece)
             at = piece.end
 
-    def _zeros(self, number: int, piece: Extent) -> StoredSegment | list[FrameRef | None]:
+    def _zeros(self, number: int, piece: Extent) -> StoredSegment | list[Entry | None]:
         """A hole may be of many million chunks: whole segments of it are no lists."""
         if piece == self._segment(number, self._order.size):
             return StoredSegment(None, None, piece.length)
         return [None] * piece.length
 
-    async def _found(self, table: ChunkTable, number: int, piece: Extent) -> StoredSegment | list[FrameRef | None]:
+    async def _found(self, table: ChunkTable, number: int, piece: Extent) -> StoredSegment | list[Entry | None]:
         # A segment is only taken over where it has as many chunks in the copy as in the origin.
         in_origin, in_copy = (self._segment(number, size) for size in (table.size, self._order.size))
-        if self._takes_segments and piece == in_origin == in_copy:
+        if self._as_it_is and piece == in_origin == in_copy:
             return StoredSegment(*await self._threads.background(table.segment, number), piece.length)
-        return await self._threads.background(table.locate, piece.start, piece.end)
+        if self._as_it_is:
+            return await self._threads.background(table.entries, piece.start, piece.end)
+        return entries_of(await self._threads.background(table.locate, piece.start, piece.end))
 
     async def _table(self, origin: Origin | None) -> ChunkTable:
         assert origin is not None

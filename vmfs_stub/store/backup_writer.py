@@ -54,7 +54,7 @@ from vmfs_stub.store.packs import OpenPack, SealedPack
 from vmfs_stub.store.pins import Pin, encode_pin, remove_pin
 from vmfs_stub.store.quarantine import quarantined_packs
 from vmfs_stub.store.sealing import Sealing
-from vmfs_stub.store.segments import SealedSegment, Segment, SegmentTable
+from vmfs_stub.store.segments import Entry, SealedSegment, Segment, SegmentTable, entries_of
 from vmfs_stub.store.standing import Standing, standing_documents
 from vmfs_stub.store.versions import NEWER, is_known
 
@@ -258,6 +258,15 @@ class BackupWriter:
             self._used.update(segment.packs)
         self._objects.put(segment_key(segment.segment_id), segment.data)
 
+    def reuse(self, entries: Sequence[Entry | None]) -> None:
+        """Chunks of another restore point are part of this one; `commit` sees that their packs are there."""
+        with self._lock:
+            zeros = entries.count(None)
+            self.counts.chunks += len(entries)
+            self.counts.zero_chunks += zeros
+            self.counts.reused_chunks += len(entries) - zeros
+            self._used.update({entry.pack_id for entry in entries if entry is not None})
+
     def reuse_segment(self, segment_id: SegmentId | None, segment: Segment | None, *, chunk_count: int) -> None:
         """A segment of another restore point, of ``chunk_count`` chunks, is part of this one as it is.
 
@@ -293,7 +302,7 @@ class BackupWriter:
     def add_file(self, entries: Iterable[FrameRef | None]) -> tuple[SegmentId | None, ...]:
         """Turn a whole file's entries into segments and put them; for files small enough to hold their entries."""
         table = self.begin_file()
-        for segment in (*table.extend(entries), *table.close()):
+        for segment in (*table.extend(entries_of(entries)), *table.close()):
             self.put_segment(segment)
         return tuple(table.ids)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -20,7 +20,7 @@ from vmfs_stub.core.ids import ChunkId, PackId, SegmentId
 from vmfs_stub.store.format import SEGMENT_CHUNKS
 from vmfs_stub.store.keys import segment_key
 from vmfs_stub.store.manifest import Manifest, StoredFile
-from vmfs_stub.store.segments import Segment
+from vmfs_stub.store.segments import Entry, Segment
 
 SEGMENTS_COMPARED_MAX: Final = 16
 """Of two restore points: small files are stored afresh by each backup, and a guest may wait for the answer."""
@@ -70,23 +70,37 @@ class ChunkTable:
 
         Raises: ObjectMissing, CorruptSegment, UnknownFormat, StoreUnavailable.
         """
+        found: list[FrameRef | None] = []
+        for number, slots in self._pieces(first, end):
+            segment_id, segment = self.segment(number)
+            if segment_id is None or segment is None:
+                found += [None] * len(slots)
+            else:
+                base = number * SEGMENT_CHUNKS
+                found += [self._checked(segment.ref(slot), base + slot, segment_id) for slot in slots]
+        return found
+
+    def entries(self, first: int, end: int) -> list[Entry | None]:
+        """The same as segments have it, for another table.
+
+        Raises: as `locate`.
+        """
+        found: list[Entry | None] = []
+        for number, slots in self._pieces(first, end):
+            _, segment = self.segment(number)
+            found += [None] * len(slots) if segment is None else segment.entries(slots.start, slots.stop)
+        return found
+
+    def _pieces(self, first: int, end: int) -> Iterator[tuple[int, range]]:
+        """The segments that chunks ``first`` to ``end`` are in, and their slots there."""
         if not 0 <= first <= end <= self.chunk_count:
             msg = f"chunks {first} to {end} of a file that has {self.chunk_count}"
             raise ValueError(msg)
-        found: list[FrameRef | None] = []
-        at = first
-        while at < end:
-            number, slot = divmod(at, SEGMENT_CHUNKS)
-            stop = min(end, (number + 1) * SEGMENT_CHUNKS)
-            segment_id = self._ids[number]
-            if segment_id is None:
-                found.extend([None] * (stop - at))
-            else:
-                segment = self._load(segment_id, number)
-                for index in range(at, stop):
-                    found.append(self._checked(segment.ref(slot + index - at), index, segment_id))
-            at = stop
-        return found
+        while first < end:
+            number, slot = divmod(first, SEGMENT_CHUNKS)
+            count = min(end - first, SEGMENT_CHUNKS - slot)
+            yield number, range(slot, slot + count)
+            first += count
 
     def segment(self, number: int) -> tuple[SegmentId | None, Segment | None]:
         """Segment ``number`` of the file as a whole, seen to fit it; None for one of zeros.

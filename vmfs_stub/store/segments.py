@@ -15,7 +15,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 from blake3 import blake3
 
@@ -37,6 +37,29 @@ from vmfs_stub.store.format import (
 from vmfs_stub.store.keys import SEGMENTS, segment_digest, segment_id_of, segment_key
 from vmfs_stub.store.sealing import PLAIN, Sealing
 
+_ROW: Final = struct.Struct("<32sI28s")
+"""An entry as SEGMENT_ENTRY has it: chunk id, index in the pack table, and `Entry.place`."""
+_PLACE: Final = struct.Struct("<III16s")
+"""Offset, length, raw length, xxh3-128 of the raw bytes."""
+
+
+class Entry(NamedTuple):
+    """A chunk as segments have it, to be copied from one to another: ``place`` is not taken apart."""
+
+    chunk_id: ChunkId
+    pack_id: PackId
+    place: bytes
+
+    @property
+    def ref(self) -> FrameRef:
+        """Where the frame lies."""
+        return FrameRef(self.chunk_id, self.pack_id, *_PLACE.unpack(self.place))
+
+
+def entries_of(refs: Iterable[FrameRef | None]) -> list[Entry | None]:
+    """What segments say of these frames; None is zeros."""
+    return [None if ref is None else Entry(ref.chunk_id, ref.pack_id, _PLACE.pack(*ref[2:])) for ref in refs]
+
 
 @dataclass(frozen=True, slots=True)
 class SealedSegment:
@@ -48,26 +71,16 @@ class SealedSegment:
 
 
 def seal_segment(
-    entries: Sequence[FrameRef | None], chunk_size: int, writer_id: WriterId, sealing: Sealing = PLAIN
+    entries: Sequence[Entry | None], chunk_size: int, writer_id: WriterId, sealing: Sealing = PLAIN
 ) -> SealedSegment | None:
     """Make the segment of up to 4,096 chunks in file order; None when all of them are zeros."""
     assert 0 < len(entries) <= SEGMENT_CHUNKS
-    packs: dict[PackId, int] = {}
-    known: dict[FrameRef, int] = {}
-    slots: list[int] = []
-    rows: list[bytes] = []
-    for ref in entries:
-        if ref is None:
-            slots.append(SEGMENT_SLOT_ZERO)
-            continue
-        row = known.get(ref)
-        if row is None:
-            row = known[ref] = len(rows)
-            pack = packs.setdefault(ref.pack_id, len(packs))
-            rows.append(SEGMENT_ENTRY.pack(ref.chunk_id, pack, ref.offset, ref.length, ref.raw_length, ref.checksum))
-        slots.append(row)
-    if not rows:
+    numbers: dict[Entry, int] = {}
+    slots = [SEGMENT_SLOT_ZERO if entry is None else numbers.setdefault(entry, len(numbers)) for entry in entries]
+    if not numbers:
         return None
+    packs: dict[PackId, int] = {}
+    rows = [_ROW.pack(chunk_id, packs.setdefault(pack_id, len(packs)), place) for chunk_id, pack_id, place in numbers]
     header = SEGMENT_HEADER.pack(SEGMENT_MAGIC, SEGMENT_VERSION, 0, chunk_size, len(slots), len(rows), len(packs))
     table = b"".join(bytes.fromhex(pack_id) for pack_id in packs)
     data = sealing.seal(b"".join((header, table, struct.pack(f"<{len(slots)}H", *slots), *rows)), SEGMENTS)
@@ -85,9 +98,9 @@ class SegmentTable:
         self._chunk_size = chunk_size
         self._writer_id = writer_id
         self._sealing = sealing
-        self._open: list[FrameRef | None] = []
+        self._open: list[Entry | None] = []
 
-    def extend(self, entries: Iterable[FrameRef | None]) -> list[SealedSegment]:
+    def extend(self, entries: Iterable[Entry | None]) -> list[SealedSegment]:
         """Take the next chunks in file order; returns the segments that are full."""
         self._open.extend(entries)
         sealed = []
@@ -106,7 +119,7 @@ class SegmentTable:
         rest, self._open = self._open, []
         return self._seal(rest) if rest else []
 
-    def _seal(self, entries: list[FrameRef | None]) -> list[SealedSegment]:
+    def _seal(self, entries: list[Entry | None]) -> list[SealedSegment]:
         segment = seal_segment(entries, self._chunk_size, self._writer_id, self._sealing)
         self.ids.append(None if segment is None else segment.segment_id)
         return [] if segment is None else [segment]
@@ -198,6 +211,28 @@ class Segment:
         ):
             raise self._corrupt("has an entry that is impossible")
         return FrameRef(ChunkId(chunk_id), self.packs[pack], offset, length, raw_length, checksum)
+
+    def entries(self, first: int, end: int) -> list[Entry | None]:
+        """Chunks in slots ``first`` to ``end`` (half-open), for another segment; None for a chunk of zeros.
+
+        Only that the segment is whole in itself was seen; what entries say is checked by whoever reads the frames.
+        Raises: CorruptSegment.
+        """
+        slots = self._slots[first:end]
+        rows = set(slots) - {SEGMENT_SLOT_ZERO}
+        if not rows:
+            return [None] * len(slots)
+        low, high = min(rows), max(rows) + 1
+        if high > self._entry_count:
+            raise self._corrupt("has no entry for one of its chunks")
+        size = SEGMENT_ENTRY.size
+        found = self._data[self._entries_at + low * size : self._entries_at + high * size]
+        packs = self.packs
+        try:
+            known = [Entry(chunk_id, packs[pack], place) for chunk_id, pack, place in _ROW.iter_unpack(found)]
+        except IndexError:
+            raise self._corrupt("has an entry of no pack") from None
+        return [None if row == SEGMENT_SLOT_ZERO else known[row - low] for row in slots]
 
     def _corrupt(self, problem: str) -> CorruptSegment:
         return CorruptSegment(f"{self._key}: {problem}")
