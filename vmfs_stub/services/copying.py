@@ -34,7 +34,7 @@ from vmfs_stub.store.store import Store
 
 BATCH_BYTES = 2 << 20
 """How much is read and encoded at once; large enough that the hops between threads do not count."""
-SLOTS_PER_WORKER = 4
+SLOTS_PER_WORKER = 2
 """Batches on their way: as many as it takes to keep all workers reading where every other one is stored already."""
 REUSED_BATCH = 1024
 """Reused frames that are read back together."""
