@@ -19,9 +19,11 @@ from vmfs_stub.store.collector import Collector
 from vmfs_stub.store.condemned import decode_condemned
 from vmfs_stub.store.keys import CLAIMS, CONDEMNED, LEASES, MANIFESTS, PACKS, PENDING_SUFFIX, SEGMENTS, forgotten_key
 from vmfs_stub.store.leases import LEASE_INTERVAL_S
+from vmfs_stub.store.moved import Move
 from vmfs_stub.store.objects import ObjectStore
 from vmfs_stub.store.pins import Pin, encode_pin
 from vmfs_stub.store.reachability import Reachability
+from vmfs_stub.store.repacking import Repacking
 from vmfs_stub.store.retrying import RetryingObjects, RetryPolicy
 from vmfs_stub.store.store import Store
 
@@ -41,6 +43,7 @@ class Record:
     pinned: dict[Point, set[PlaceholderId]] = field(default_factory=dict)
     conflicts: int = 0
     runs: int = 0
+    repacked: int = 0
     running: dict[VmId, str] = field(default_factory=dict)
     """Which host uses the VM."""
     starts: int = 0
@@ -72,20 +75,30 @@ class Play:
         index = ChunkIndex(None, store.id)
         while True:
             self.world.pause(host, self._random.random() * 30)
-            vm_id, content = self._random.choice(VMS), b"".join(self._random.choices(POOL, k=3))
             try:
-                self._one_backup(host, store, index, vm_id, content)
+                self._one_backup(host, store, index, self._random.choice(VMS), self._new_content())
             except StoreConflict:
                 self.record.conflicts += 1
             except (StoreUnavailable, ObjectMissing):
                 continue
+
+    def _new_content(self) -> bytes:
+        """Of the pool, or little of what an earlier point has: of the packs of that one most may soon be garbage."""
+        if self._random.random() < 0.3:
+            return b"".join(self._random.choices(POOL, k=3))
+        earlier = self._random.choice(list(self.record.contents.values())[-8:] or [b""])
+        new = [self._random.randbytes(16) * (CHUNK // 16) for _ in range(6)]
+        at = self._random.randrange(6) * CHUNK
+        return b"".join([earlier[at : at + CHUNK], *new])
 
     def _one_backup(self, host: Host, store: Store, index: ChunkIndex, vm_id: VmId, content: bytes) -> None:
         writer = store.begin_backup(index=index)
         lease_s = self.world.now_s
         taken = self._random.choice([None, *self.record.contents])
         entries, segments = [], []
-        if taken is not None and self._random.random() < 0.5:
+        if self._random.random() < 0.3:  # one that may be gone at any moment
+            taken = self._random.choice([taken, *sorted(self.record.forgotten)[-8:]])
+        if taken in self.record.contents and self._random.random() < 0.5:
             content = self.record.contents[taken]
             with suppress(PointNotFound):
                 table = store.open_point(*taken).chunks(0)
@@ -98,7 +111,10 @@ class Play:
                 lease_s = self._keep(writer, lease_s)
             finish(writer)
             segments = list(writer.add_file(entries))
-        self._keep(writer, lease_s)
+        lease_s = self._keep(writer, lease_s)
+        for _ in range(self._random.randrange(60) if self._random.random() < 0.2 else 0):  # it has much else to do
+            self.world.pause(host, 10.0)
+            lease_s = self._keep(writer, lease_s)
         point_id = PointId(f"{self._random.getrandbits(128):032x}")
         files = [stored_file("disk", len(content), segments)]
         placeholder = PlaceholderId(secrets.token_hex(16))
@@ -114,6 +130,35 @@ class Play:
         writer.renew_lease()
         return self.world.now_s
 
+    # Repairs
+
+    def move_frames(self, host: Host) -> None:
+        """Copy what some point needs of a pack, as if it were damaged, take long, and tell where it is."""
+        store = Store(self.objects(host), self.store.description)
+        while True:
+            self.world.pause(host, self._random.random() * 100)
+            if self.record.contents:
+                with suppress(StoreConflict, StoreUnavailable, ObjectMissing, PointNotFound):
+                    self._move_frames(host, store, self._random.choice(list(self.record.contents)[-8:]))
+
+    def _move_frames(self, host: Host, store: Store, point: Point) -> None:
+        table = store.open_point(*point).chunks(0)
+        refs = {ref.offset: ref for ref in table.locate(0, table.chunk_count) if ref is not None}
+        pack_id = self._random.choice(sorted({ref.pack_id for ref in refs.values()}))
+        wanted = [ref for _, ref in sorted(refs.items()) if ref.pack_id == pack_id]
+        writer = store.begin_repair(index=ChunkIndex(None, store.id), clock=lambda: self.world.now_s)
+        moves = []
+        for ref in wanted:
+            writer.stay_alive()
+            (new,) = write_chunks(writer, store.fetch_in_place([ref])[0])
+            assert new is not None
+            moves.append(Move(ref.offset, new.pack_id, new.offset, new.length))
+        finish(writer)
+        for _ in range(self._random.randrange(60)):
+            self.world.pause(host, 10.0)
+            writer.stay_alive()
+        writer.commit_moves({pack_id: moves})
+
     # What becomes of points
 
     def forget(self, host: Host) -> None:
@@ -127,7 +172,7 @@ class Play:
                 continue
             point = self._random.choice(list(record.contents))
             with suppress(StoreUnavailable, PointPinned):
-                match self._random.randrange(3):
+                match self._random.choices((0, 1, 2), (4, 2, 2))[0]:
                     case 0:
                         record.forgotten.add(point)
                         store.forget(*point, host=host.name, why="by hand")
@@ -194,10 +239,11 @@ class Play:
         while True:
             self.world.pause(host, self._random.random() * 100)
             with suppress(StoreUnavailable):
-                self._collector(host, objects, reachability).run()
+                self.record.repacked += self._collector(host, objects, reachability).run().repacked
                 self.record.runs += 1
 
     def _collector(self, host: Host, objects: ObjectStore, reachability: Reachability) -> Collector:
+        store = Store(objects, self.store.description)
         return Collector(
             objects,
             reachability,
@@ -205,6 +251,7 @@ class Play:
             sleep=lambda seconds: self.world.pause(host, seconds),
             say=lambda text: None,
             workers=1,
+            repacking=Repacking(store, clock=lambda: self.world.now_s),
         )
 
     # The end
@@ -229,7 +276,8 @@ class Play:
         left += [*self._keys(LEASES), *(key for key in keys if key.endswith(PENDING_SUFFIX))]
         for key in self._keys(CONDEMNED):
             listed = decode_condemned(self.world.data(key), key)
-            if not any(map(reachability.has_pack, listed.packs)) | any(map(reachability.has_segment, listed.segments)):
+            packs, segments = listed.packs | listed.retired, listed.segments
+            if not any(map(reachability.has_pack, packs)) | any(map(reachability.has_segment, segments)):
                 left.append(key)
         assert left == [], "garbage collection leaves what nothing needs"
 
@@ -238,7 +286,10 @@ class Play:
             self.world.now_s += seconds
 
         reachability = Reachability(None, store.id, store.objects, workers=1)
-        Collector(store.objects, reachability, lag_s=1, sleep=sleep, say=lambda text: None, workers=1).run()
+        repacking = Repacking(store, clock=lambda: self.world.now_s)
+        Collector(
+            store.objects, reachability, lag_s=1, sleep=sleep, say=lambda text: None, workers=1, repacking=repacking
+        ).run()
 
     def _check_points(self, store: Store) -> None:
         record = self.record
@@ -266,14 +317,15 @@ class Play:
 def play(seed: int, *, hours: float = 1.5) -> Record:
     """Some hours with three hosts that back up, one that forgets and pins, and two that collect.
 
-    In every third play two run VMs: they take turns from the others, of which a mistake needs many to be met.
+    In every third play two run VMs, and in every second one repairs: they take turns from the others, of which a
+    mistake needs many to be met.
     """
     random = Random(seed)
     with mock.patch("secrets.token_hex", lambda size: f"{random.getrandbits(8 * size):0{2 * size}x}"):
-        return _play(Play(seed), hours, runners=0 if seed % 3 else 2)
+        return _play(Play(seed), hours, runners=0 if seed % 3 else 2, movers=seed % 2)
 
 
-def _play(game: Play, hours: float, *, runners: int) -> Record:
+def _play(game: Play, hours: float, *, runners: int, movers: int) -> Record:
     for number in range(3):
         game.world.start(f"host{number}", game.back_up)
     game.world.start("operator", game.forget)
@@ -281,6 +333,8 @@ def _play(game: Play, hours: float, *, runners: int) -> Record:
         game.world.start(f"collector{number}", game.collect)
     for number in range(runners):
         game.world.start(f"runner{number}", game.run_vms)
+    for number in range(movers):
+        game.world.start(f"mover{number}", game.move_frames)
     game.world.run(until=lambda: game.world.now_s > hours * 3600)
     game.world.stop()
     game.check()

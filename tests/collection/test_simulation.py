@@ -13,11 +13,15 @@ from tests.collection import hosts
 from tests.collection.hosts import play
 from vmfs_stub.core.errors import ObjectExists
 from vmfs_stub.store import backup_writer, collector
+from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.claims import Claim, encode_claim
 from vmfs_stub.store.collector import Collector
 from vmfs_stub.store.condemned import Condemned
+from vmfs_stub.store.condemning import Condemning
 from vmfs_stub.store.keys import DEAD, PENDING_SUFFIX, claim_key
 from vmfs_stub.store.objects import ObjectStore
+from vmfs_stub.store.reachability import Reachability
+from vmfs_stub.store.retirement import Retirement
 
 Patch = pytest.MonkeyPatch
 
@@ -26,13 +30,14 @@ SEEDS_FOR_A_FAULT = 240
 
 
 def test_hosts_that_share_a_store_lose_nothing_and_leave_nothing() -> None:
-    conflicts = runs = points = starts = 0
+    conflicts = runs = points = starts = repacked = 0
     for seed in range(SEEDS):
         record = play(seed)
         conflicts, runs, points = conflicts + record.conflicts, runs + record.runs, points + len(record.contents)
-        starts += record.starts
+        starts, repacked = starts + record.starts, repacked + record.repacked
     # It has met what it is about.
     assert min(conflicts, runs, points, starts) > SEEDS
+    assert repacked > SEEDS // 4
 
 
 def test_a_seed_plays_the_same_again() -> None:
@@ -48,26 +53,18 @@ def no_look_whether_it_is_there(patch: Patch) -> None:
 
 
 def no_last_look(patch: Patch) -> None:
-    still = Collector._still
-
-    def first_only(self: Collector, packs: Any, found: Any) -> Any:
-        if self.__dict__.setdefault("looks", 0):
-            return collector._Doomed(dict(packs), dict(found))
-        self.__dict__["looks"] = 1
-        return still(self, packs, found)
-
-    patch.setattr(Collector, "_still", first_only)
+    patch.setattr(Collector, "_still", lambda self, doomed: doomed)
 
 
 def pending_does_not_count(patch: Patch) -> None:
-    manifests = Collector._manifests
+    manifests = Condemning.manifests
     patch.setattr(
-        Collector, "_manifests", lambda self: (key for key in manifests(self) if not key.endswith(PENDING_SUFFIX))
+        Condemning, "manifests", lambda self: (key for key in manifests(self) if not key.endswith(PENDING_SUFFIX))
     )
 
 
 def no_wait(patch: Patch) -> None:
-    patch.setattr(Collector, "_wait", lambda self, seconds, why: None)
+    patch.setattr(Condemning, "wait", lambda self, seconds, why: None)
 
 
 def no_void_manifest(patch: Patch) -> None:
@@ -90,6 +87,29 @@ def no_look_after_a_claim(patch: Patch) -> None:
     patch.setattr(hosts, "try_claim", put_only)
 
 
+def what_is_needed_now_does_not_count(patch: Patch) -> None:
+    patch.setattr(Retirement, "_may_go", lambda self, needed, told: frozenset(told))
+
+
+def any_document_will_do(patch: Patch) -> None:
+    patch.setattr(BackupWriter, "_is_kept", lambda self, pack_id, offsets, standing: True)
+
+
+def what_was_moved_there_does_not_count(patch: Patch) -> None:
+    patch.setattr(Reachability, "is_target", lambda self, pack_id: False)
+
+
+def not_all_is_moved(patch: Patch) -> None:
+    needed_of = Retirement._needed_of
+
+    def but_one(self: Retirement, batch: Any) -> Any:
+        return {
+            pack_id: dict([*refs.items()][: max(1, len(refs) - 1)]) for pack_id, refs in needed_of(self, batch).items()
+        }
+
+    patch.setattr(Retirement, "_needed_of", but_one)
+
+
 @pytest.mark.parametrize(
     "plant",
     [
@@ -101,6 +121,10 @@ def no_look_after_a_claim(patch: Patch) -> None:
         no_void_manifest,
         pins_do_not_count,
         no_look_after_a_claim,
+        what_is_needed_now_does_not_count,
+        any_document_will_do,
+        what_was_moved_there_does_not_count,
+        not_all_is_moved,
     ],
 )
 def test_a_planted_mistake_is_found(plant: Callable[[Patch], None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,7 @@ from vmfs_stub.store.packs import read_footer
 from vmfs_stub.store.probe import probe
 from vmfs_stub.store.reachability import Reachability
 from vmfs_stub.store.read_back import ReadBack
+from vmfs_stub.store.repacking import Mirror, Repacking
 from vmfs_stub.store.replica import Replication, make_replica
 from vmfs_stub.store.store import Store
 from vmfs_stub.store.versions import raise_version
@@ -688,9 +689,42 @@ async def with_garbage(rig: Rig) -> None:
         await back_up(services)  # the third and fourth claim
 
 
-def _collect(store: Store, objects: ObjectStore | None = None) -> None:
+async def mostly_garbage(rig: Rig) -> None:
+    """A VM of which the store has what it needs in packs that are full of what it does not need any more."""
+    rig.add_replica()
+    former = rig.backing / "vm/former"
+    former.write_bytes(random.Random(6).randbytes(24 * CHUNK))
+    await backed_up(rig)
+    former.unlink()
+    contents = rig.objects.contents
+    (old,) = [key for key in contents if key.startswith(MANIFESTS)]
+    await archived(rig)
+    contents[old.replace(MANIFESTS, FORGOTTEN)] = b""
+
+
+async def repack(services: Services) -> None:
+    """Garbage collection copies what placeholders need, and those and a backup go on with the copies."""
+    store, there = services.store, services.rig.replica_objects
+    assert there is not None
+    replica = Store(SitedObjects(there, services.files, "replica"), store.description)
+    with closing(ReadBack(None, store.id, "replica")) as read_back:
+        mirror = Replication(store, replica, read_back).copy_moves
+        _collect(store, MirroredDeletes(store.objects, replica.stored), mirror=mirror)
+    if not services.files.spoiled and not any(key.startswith(MOVED) for key in services.rig.objects.contents):
+        raise NotWhole("garbage collection has repacked nothing")
+    await back_up(services)
+
+
+def _collect(store: Store, objects: ObjectStore | None = None, *, mirror: Mirror | None = None) -> None:
     with closing(Reachability(None, store.id, store.objects, sealing=store.sealing, workers=1)) as reachability:
-        collector = Collector(objects or store.objects, reachability, lag_s=0, sleep=lambda seconds: None, workers=1)
+        collector = Collector(
+            objects or store.objects,
+            reachability,
+            lag_s=0,
+            sleep=lambda seconds: None,
+            workers=1,
+            repacking=Repacking(store, mirror=mirror),
+        )
         collector.survey()
         collector.run()
 
@@ -986,6 +1020,7 @@ SCENARIOS = [
     Scenario("check_store", archived, check_store),
     Scenario("scrub_store", nothing, scrub_store),
     Scenario("collect", with_garbage, collect),
+    Scenario("repack", mostly_garbage, repack),
     Scenario("change_keys", archived, change_keys),
     Scenario("keep_history", archived, keep_history),
     Scenario("serve_beside_others", archived, serve_beside_others),

@@ -233,6 +233,73 @@ def test_gc_removes_what_was_forgotten_and_nothing_else(
     assert (tmp_path / "out/disk.raw").read_bytes() == CONTENT
 
 
+@pytest.fixture
+def mostly_garbage(url: str) -> bytes:
+    """In the store is a pack of which a quarter is needed, by the VM "small", which has this content."""
+    store, content = Store.open(open_objects(StoreAt(url))), random.Random(6).randbytes(8 * CHUNK)
+    with closing(ChunkIndex(None, store.id)) as index:
+        large = back_up(store, {"disk.raw": content}, vm_name="large", index=index)
+        back_up(store, {"disk.raw": content[: 2 * CHUNK]}, vm_name="small", index=index)
+    store.forget(large.vm_id, large.point_id, host="host1", why="by hand")
+    return content[: 2 * CHUNK]
+
+
+def test_gc_copies_what_is_needed_of_packs_that_are_mostly_garbage(
+    run: Run, url: str, mostly_garbage: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmfs_stub.cli.gc.time.sleep", lambda seconds: None)
+    packs = set((tmp_path / "store/packs").rglob("?" * 32))
+
+    def lines(*options: str) -> list[str]:
+        result = run("gc", "--store", url, *options)
+        assert result.code == 0, result
+        assert ("copying what is needed of 1 packs" in result.err) == (not options)
+        return result.out.splitlines()
+
+    assert lines("--dry-run", "--no-repack") == ["1 restore points, 0 packs and 1 segments of 572 B would be removed"]
+    assert lines("--dry-run")[1:] == [
+        "1 of these packs are mostly garbage; since such packs are still needed, 128.1 KiB would be copied"
+    ]
+    assert lines("--no-repack") == ["1 restore points, 0 packs and 1 segments of 572 B were removed"]
+    assert set((tmp_path / "store/packs").rglob("?" * 32)) == packs
+    assert lines()[1:] == [
+        "1 of these packs are mostly garbage; since such packs are still needed, 128.1 KiB were copied"
+    ]
+    again = json.loads(run("gc", "--store", url, "--json").out)
+    assert (again["packs"], again["repacked"], again["copied_bytes"]) == (0, 0, 0)
+    assert run("verify", "--store", url).code == 0
+    assert run("restore", "small", "--to", tmp_path / "out", "--store", url).code == 0
+    assert (tmp_path / "out/disk.raw").read_bytes() == mostly_garbage
+
+
+@pytest.mark.parametrize("is_away", [False, True], ids=["there", "away"])
+def test_gc_repacks_when_the_replica_has_the_copies(
+    run: Run, url: str, mostly_garbage: bytes, is_away: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmfs_stub.cli.gc.time.sleep", lambda seconds: None)
+    config = tmp_path / "config.toml"
+    config.write_text(f"""
+[datastore]
+name = "main"
+backing = "{tmp_path}/backing"
+mountpoint = "{tmp_path}/mount"
+[store]
+url = "{url}"
+[replica]
+url = "file://{tmp_path}/replica"
+""")
+    assert run("--config", config, "replicate", "--create").code == 0
+    if is_away:
+        (tmp_path / "replica").rename(tmp_path / "elsewhere")
+    result = run("--config", config, "gc")
+    assert result.code == 0, result
+    assert ("1 of these packs are mostly garbage" in result.out) == (not is_away)
+    assert ("packs that are mostly garbage stay, since their replica could not have" in result.err) == is_away
+    if not is_away:
+        assert run("restore", "small", "--to", tmp_path / "out", "--store", f"file://{tmp_path}/replica").code == 0
+        assert (tmp_path / "out/disk.raw").read_bytes() == mostly_garbage
+
+
 def test_gc_refuses_to_guess_what_a_damaged_point_needs(
     run: Run, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.claims import Claim, ClaimState, put_claim
 from vmfs_stub.store.collector import Collected, Collector
 from vmfs_stub.store.condemned import Condemned, encode_condemned
+from vmfs_stub.store.condemning import Condemning
 from vmfs_stub.store.format import SEAL_GROWTH
 from vmfs_stub.store.keys import pin_key
 from vmfs_stub.store.manifest import VOID_SIZE_MAX, Manifest, encode_void
@@ -250,7 +251,7 @@ def test_what_is_committed_while_it_looks_for_the_last_time_stays(monkeypatch: p
     go_on, stands_still, condemn, put = (
         threading.Event(),
         threading.Event(),
-        Collector._condemn,
+        Condemning.condemn,
         BackupWriter._put_manifest,
     )
 
@@ -260,10 +261,10 @@ def test_what_is_committed_while_it_looks_for_the_last_time_stays(monkeypatch: p
         put(writer, key, data)
         objects.unlisted.add(key)
 
-    def condemned_since(self: Collector, doomed: Any, lists: list[str]) -> None:
+    def condemned_since(self: Condemning, names: Condemned, keys: Any) -> Any:
         backup.start()
         assert stands_still.wait(10)
-        condemn(self, doomed, lists)
+        return condemn(self, names, keys)
 
     def sleep(seconds: float) -> None:
         if go_on.is_set():
@@ -273,7 +274,7 @@ def test_what_is_committed_while_it_looks_for_the_last_time_stays(monkeypatch: p
             backup.join()
 
     monkeypatch.setattr(BackupWriter, "_put_manifest", slowly)
-    monkeypatch.setattr(Collector, "_condemn", condemned_since)
+    monkeypatch.setattr(Condemning, "condemn", condemned_since)
     backup = threading.Thread(target=lambda: back_up(store, {"disk": content}, vm_id="5" * 32, index=index))
     collect(store, sleep=sleep)
     (point,) = store.points(VmId("5" * 32))

@@ -190,7 +190,7 @@ def test_a_repair_that_is_damaged_in_turn_is_repaired_again(store: Store, object
     assert verify(Store.open(objects)).findings == ()
 
 
-def test_one_that_was_taken_for_dead_tells_nobody(store: Store, objects: FakeObjects) -> None:
+def test_one_that_was_taken_for_dead_does_not_count_on_what_it_told(store: Store, objects: FakeObjects) -> None:
     damaged_with_copy(store, objects, lambda pack: b"?" + pack[1:])
 
     def take_for_dead(call: str, key: str) -> None:
@@ -200,7 +200,10 @@ def test_one_that_was_taken_for_dead_tells_nobody(store: Store, objects: FakeObj
 
     objects.before = take_for_dead
     assert not scrubbed(store).is_whole
-    assert keys(objects, "moved/") == keys(objects, "leases/") == []
+    assert keys(objects, "leases/") == []
+    objects.before = lambda call, key: None
+    assert keys(objects, "moved/"), "a backup may count on it by now"
+    assert scrubbed(store).is_whole
 
 
 def moved_chain(store: Store, objects: FakeObjects, hops: int) -> FrameRef:

@@ -34,6 +34,7 @@ from vmfs_stub.store.keys import STORE_KEY, dead_key, segment_key
 from vmfs_stub.store.leases import decode_lease
 from vmfs_stub.store.local import LocalObjects
 from vmfs_stub.store.manifest import encode_void
+from vmfs_stub.store.objects import ASKED_AT_ONCE, asked
 from vmfs_stub.store.pins import Pin
 from vmfs_stub.store.store import Store
 
@@ -520,3 +521,20 @@ def test_batches_of_references_and_zeros_reuse_and_are_checked(objects: FakeObje
     del objects.contents[f"packs/{pack_id[:2]}/{pack_id}"]
     with pytest.raises(StoreConflict):
         _commit(store, writer, entries)
+
+
+def test_many_are_asked_for_at_a_time() -> None:
+    """A commit asks for each pack of a disk; of a store that is far away every answer takes its time."""
+    together = threading.Barrier(ASKED_AT_ONCE, timeout=20)
+
+    def answer(number: int) -> int:
+        together.wait()
+        return number * 2
+
+    def fail(number: int) -> int:
+        raise StoreUnavailable("it is away")
+
+    assert asked(answer, range(2 * ASKED_AT_ONCE)) == [2 * number for number in range(2 * ASKED_AT_ONCE)]
+    assert asked(lambda number: number, range(3)) == [0, 1, 2]
+    with pytest.raises(StoreUnavailable):
+        asked(fail, range(ASKED_AT_ONCE + 1))

@@ -3,9 +3,12 @@
 Purpose: `verify` follows restore points, and reads what they share again for each run over some of them; this goes over
 the store's objects, each once, past any cache, at a limited rate, and takes up where it was stopped.
 
-1. Manifests, of forgotten points too (placeholders may need them), and segments: which packs are needed.
+1. Manifests, of forgotten points too (placeholders may need them), and segments: which packs are needed, and which
+   frames of those of which frames have moved.
 2. Packs by name: the footer, and every frame by checksum and by identity.  What is damaged is marked at once, so that
-   no backup refers to it any more (`store/quarantine.py`).  Progress is kept pack by pack.
+   no backup refers to it any more (`store/quarantine.py`).  Progress is kept pack by pack.  A pack that is missing is
+   retired (`store/retirement.py`), and no damage, when every frame that is needed of it is sound where it was moved to;
+   if packs were found damaged, that is looked at again for what was moved to them.
 3. Only when something is wrong: all points again, for what they need of it.  That is repaired where there is another
    copy (`scrub_repair.py`); of the rest those are named that need it.  What was deleted meanwhile, point and all, is
    nobody's then.
@@ -23,6 +26,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -33,11 +37,12 @@ from vmfs_stub.core.errors import CorruptManifest, IntegrityError, ObjectMissing
 from vmfs_stub.core.ids import PackId, PointId, SegmentId, VmId
 from vmfs_stub.core.recall_plan import plan_fetches
 from vmfs_stub.services.scrub_progress import PackDamage, ScrubProgress
-from vmfs_stub.services.scrub_repair import Frame, repair, replace_damaged
+from vmfs_stub.services.scrub_repair import Frame, repair, replace_damaged, was_moved
 from vmfs_stub.store import frames
 from vmfs_stub.store.format import SEGMENT_CHUNKS, SEGMENT_SIZE_MAX
-from vmfs_stub.store.keys import PACKS, is_id, manifest_key, pack_key, segment_key
+from vmfs_stub.store.keys import MOVED, PACKS, is_id, manifest_key, pack_key, segment_key
 from vmfs_stub.store.manifest import Manifest, StoredFile, decode_manifest
+from vmfs_stub.store.moved import read_moves
 from vmfs_stub.store.objects import drop_cache, exists
 from vmfs_stub.store.packs import read_footer
 from vmfs_stub.store.quarantine import Quarantine, put_quarantine, read_quarantine
@@ -49,6 +54,8 @@ RUN_BYTES: Final = 8 * 1024 * 1024
 """Raw bytes that are read and checked together."""
 DAMAGED_AT_ONCE: Final = 200
 """Damaged packs that are looked into together, which bounds the frames that are held in memory."""
+MOVED_TO_DAMAGED_MAX: Final = 100_000
+"""Damaged packs of which it is looked up what was moved to them."""
 DAMAGES_MAX: Final = 1000
 NEEDS_MAX: Final = 1000
 """Of each damage; more say nothing new."""
@@ -179,11 +186,14 @@ class _Scrub:
         self._slots: dict[SegmentId, tuple[Frame, ...]] = {}
         """Of a segment, the damaged frame of each chunk that has one."""
         self._others: dict[str, Damage] = {}
+        self._moved: frozenset[PackId] = frozenset()
+        """Packs of which frames had moved when the round began."""
         self._pack_count = 0
 
     def run(self) -> ScrubReport:
         point_count, segment_count, is_sound = self._look_at_points()
         self._look_at_packs()
+        self._look_at_copies()
         found: list[Damage] = []
         after = ""
         while batch := self._progress.damaged(after, DAMAGED_AT_ONCE):
@@ -203,6 +213,7 @@ class _Scrub:
     def _look_at_points(self) -> tuple[int, int, bool]:
         """Returns the number of points and segments, and whether all of them are sound."""
         seen: set[SegmentId] = set()
+        self._moved = frozenset(PackId(info.key.split("/")[1]) for info in self._store.objects.list(MOVED))
         point_count, is_sound = 0, True
         for _, manifest in self._points():
             point_count += 1
@@ -212,8 +223,9 @@ class _Scrub:
             new = {one for stored in manifest.files for one in stored.segments if one is not None} - seen
             seen |= new
             for part in _parts(sorted(new), SEGMENTS_AT_ONCE):
-                for packs in self._executor.map(self._check_segment, part):
+                for packs, moved in self._executor.map(self._check_segment, part):
                     self._progress.need(packs)
+                    self._progress.need_frames(moved)
         return point_count, len(seen), is_sound and not self._bad_segments
 
     def _points(self) -> Iterator[tuple[tuple[VmId, PointId], Manifest | str]]:
@@ -239,18 +251,19 @@ class _Scrub:
     def _is_replaced(self, key: str, check: Callable[[bytes], object]) -> bool:
         return self._replica is not None and replace_damaged(self._store, self._replica, key, check)
 
-    def _check_segment(self, segment_id: SegmentId) -> Sequence[PackId]:
+    def _check_segment(self, segment_id: SegmentId) -> tuple[Sequence[PackId], Sequence[FrameRef]]:
+        """Its packs, and all frames of those of which any have moved."""
         try:
             segment = self._segment(segment_id)
             for slot in range(segment.slot_count):
                 segment.ref(slot)
         except (IntegrityError, ObjectMissing) as exc:
             check = partial(Segment, segment_id=segment_id, sealing=self._store.sealing)
-            if self._is_replaced(segment_key(segment_id), check):
-                return self._segment(segment_id).packs
-            self._bad_segments[segment_id] = str(exc)
-            return ()
-        return segment.packs
+            if not self._is_replaced(segment_key(segment_id), check):
+                self._bad_segments[segment_id] = str(exc)
+                return (), ()
+            segment = self._segment(segment_id)
+        return segment.packs, segment.refs_to(self._moved)
 
     def _segment(self, segment_id: SegmentId) -> Segment:
         key = segment_key(segment_id)
@@ -284,7 +297,7 @@ class _Scrub:
     def _pass(self, pack_id: PackId, found: PackDamage | ObjectMissing | None, *, is_needed: bool) -> None:
         if isinstance(found, ObjectMissing):
             # One that is gone is damage to those alone who need it.
-            damage = PackDamage(pack_id, str(found), None) if is_needed else None
+            damage = self._missing(pack_id, str(found)) if is_needed else None
         else:
             damage = found
             self._pack_count += 1
@@ -317,6 +330,40 @@ class _Scrub:
         if not problems:
             return None
         return PackDamage(pack_id, next(iter(problems.values())), frozenset(problems))
+
+    def _missing(self, pack_id: PackId, problem: str) -> PackDamage | None:
+        """What is lost with a pack that is gone; nothing when all that is needed of it is sound elsewhere."""
+        moves = read_moves(self._store.objects, pack_id)
+        if not moves or read_quarantine(self._store.objects, pack_id) is not None:
+            return PackDamage(pack_id, problem, None)
+        if pack_id not in self._moved:
+            return None  # it was retired since the round began, after its copies were read back
+        for copy_id in {move.pack_id for move in moves}:
+            drop_cache(self._store.objects, pack_key(copy_id))
+        self._store.moved.look_again()
+        left = {ref.offset: ref for ref in self._progress.needed_frames(pack_id)}
+        places = [
+            (offset, place) for offset, ref in left.items() if (place := self._store.moved.place(ref)) is not None
+        ]
+        for fetch in plan_fetches(places, fetch_bytes_max=RUN_BYTES, gap_bytes_max=RUN_BYTES):
+            with suppress(ObjectMissing):
+                problems = self._check_run(fetch.frames)
+                for offset, place in zip(fetch.chunks, fetch.frames, strict=True):
+                    if place.offset not in problems:
+                        del left[offset]
+        lost = frozenset(offset for offset, ref in left.items() if not was_moved(self._store, ref))
+        return PackDamage(pack_id, problem, lost) if lost else None
+
+    def _look_at_copies(self) -> None:
+        """Packs that are gone, and were moved to what turned out to be damaged after they were dealt with."""
+        damaged = {damage.pack_id for damage in self._progress.damaged("", MOVED_TO_DAMAGED_MAX)}
+        for pack_id in sorted(self._moved - damaged) if damaged else ():
+            copies = {move.pack_id for move in read_moves(self._store.objects, pack_id)}
+            if copies & damaged and not exists(self._store.objects, pack_key(pack_id)):
+                damage = self._missing(pack_id, f"{pack_key(pack_id)} is gone, and what was moved of it is damaged")
+                if damage is not None:
+                    self._quarantine(damage)
+                    self._progress.found(damage)
 
     def _check_run(self, run: Sequence[FrameRef]) -> dict[int, str]:
         """What is wrong with neighbouring frames, by offset."""

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vmfs_stub.core.ids import PackId, StoreId
+from vmfs_stub.core.chunking import FrameRef
+from vmfs_stub.core.ids import ChunkId, PackId, StoreId
 from vmfs_stub.store.cache_file import open_or_remake, unusable
 
 SCHEMA_VERSION: Final = 1
@@ -26,7 +27,14 @@ CREATE TABLE damaged (
     problem TEXT NOT NULL,
     offsets TEXT) WITHOUT ROWID;                                -- JSON list of bytes; NULL: all of the pack
 """
-_NEEDED: Final = "CREATE TEMP TABLE needed (pack TEXT PRIMARY KEY) WITHOUT ROWID"
+_NEEDED: Final = (
+    "CREATE TEMP TABLE needed (pack TEXT PRIMARY KEY) WITHOUT ROWID",
+    """
+    CREATE TEMP TABLE needed_frames (       -- of packs of which frames have moved
+        pack TEXT, offset INTEGER, chunk BLOB, length INTEGER, raw_length INTEGER, checksum BLOB,
+        PRIMARY KEY (pack, offset)
+    ) WITHOUT ROWID""",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +57,8 @@ class ScrubProgress:
         self._path = path
         self._database = open_or_remake(path, store_id, schema=_SCHEMA, version=SCHEMA_VERSION)
         with self._transaction() as database:
-            database.execute(_NEEDED)
+            for table in _NEEDED:
+                database.execute(table)
         if restart:
             self.finish()
 
@@ -65,12 +74,17 @@ class ScrubProgress:
 
     def passed(self, pack_id: PackId, damage: PackDamage | None) -> None:
         """This pack, and all before it, were dealt with."""
+        if damage is not None:
+            self.found(damage)
         with self._transaction() as database:
-            if damage is not None:
-                offsets = None if damage.offsets is None else json.dumps(sorted(damage.offsets))
-                row = (damage.pack_id, damage.problem, offsets)
-                database.execute("INSERT OR REPLACE INTO damaged VALUES (?, ?, ?)", row)
             database.execute("UPDATE round SET after = ?", (pack_id,))
+
+    def found(self, damage: PackDamage) -> None:
+        """This pack is damaged."""
+        offsets = None if damage.offsets is None else json.dumps(sorted(damage.offsets))
+        with self._transaction() as database:
+            row = (damage.pack_id, damage.problem, offsets)
+            database.execute("INSERT OR REPLACE INTO damaged VALUES (?, ?, ?)", row)
 
     def damaged(self, after: str, count_max: int) -> list[PackDamage]:
         """Packs that this round found damaged, by name from behind ``after`` on, at most so many."""
@@ -97,6 +111,23 @@ class ScrubProgress:
         query = "SELECT pack FROM temp.needed WHERE pack >= ? AND pack < ?"
         with self._transaction() as database:
             return {PackId(pack) for (pack,) in database.execute(query, (first_digits, f"{first_digits}g"))}
+
+    def need_frames(self, refs: Iterable[FrameRef]) -> None:
+        """Restore points need these frames of packs of which frames have moved; not kept either."""
+        rows = ((ref.pack_id, ref.offset, ref.chunk_id, ref.length, ref.raw_length, ref.checksum) for ref in refs)
+        with self._transaction() as database:
+            database.executemany("INSERT OR IGNORE INTO temp.needed_frames VALUES (?, ?, ?, ?, ?, ?)", rows)
+
+    def needed_frames(self, pack_id: PackId) -> list[FrameRef]:
+        """What was said of this pack, in the order of offsets."""
+        query = (
+            "SELECT chunk, offset, length, raw_length, checksum FROM temp.needed_frames WHERE pack = ? ORDER BY offset"
+        )
+        with self._transaction() as database:
+            return [
+                FrameRef(ChunkId(chunk), pack_id, offset, length, raw_length, checksum)
+                for chunk, offset, length, raw_length, checksum in database.execute(query, (pack_id,))
+            ]
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

@@ -11,13 +11,12 @@ Blocking.  This module must not know how damage was found.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
 from typing import Final
 
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import (
+    CorruptFrame,
     CorruptStoreObject,
     IntegrityError,
     ObjectMissing,
@@ -31,13 +30,11 @@ from vmfs_stub.core.errors import (
 )
 from vmfs_stub.core.ids import ChunkId, PackId
 from vmfs_stub.store import frames
-from vmfs_stub.store.backup_writer import BackupWriter
-from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.format import INDEX_SIZE_MAX
 from vmfs_stub.store.index_objects import decode_index
 from vmfs_stub.store.keys import INDEX, PACKS, is_id, pack_key
-from vmfs_stub.store.leases import LEASE_INTERVAL_S
 from vmfs_stub.store.moved import Move
+from vmfs_stub.store.moving import Moving, moving
 from vmfs_stub.store.objects import drop_cache
 from vmfs_stub.store.packs import read_footer
 from vmfs_stub.store.store import Store
@@ -59,13 +56,13 @@ def repair(store: Store, damaged: Mapping[Frame, FrameRef], replica: Store | Non
     Raises: UnknownFormat, StoreUnavailable.
     """
     store.moved.look_again()
-    left = {frame: ref for frame, ref in damaged.items() if not _was_moved(store, ref)}
+    left = {frame: ref for frame, ref in damaged.items() if not was_moved(store, ref)}
     earlier = frozenset(damaged) - frozenset(left)
     if not left:
         return earlier
     try:
-        with closing(ChunkIndex(None, store.id)) as index:
-            return earlier | _repaired(store, store.begin_repair(index=index), left, replica)
+        with moving(store) as job:
+            return earlier | _repaired(store, job, left, replica)
     except (Refused, StoreConflict, StoreDenied, StoreFull) as exc:
         log.warning("nothing could be repaired: %s", exc)
         return earlier
@@ -89,7 +86,8 @@ def replace_damaged(store: Store, replica: Store, key: str, check: Callable[[byt
     return True
 
 
-def _was_moved(store: Store, ref: FrameRef) -> bool:
+def was_moved(store: Store, ref: FrameRef) -> bool:
+    """Whether a frame can be read where documents say that it is.  Raises: StoreUnavailable, StoreDenied."""
     try:
         raw = store.moved.fetch(ref)
         if raw is not None:
@@ -99,35 +97,25 @@ def _was_moved(store: Store, ref: FrameRef) -> bool:
     return raw is not None
 
 
-def _repaired(
-    store: Store, writer: BackupWriter, left: dict[Frame, FrameRef], replica: Store | None
-) -> frozenset[Frame]:
-    try:
-        run = _Repair(store, writer)
-        run.copy(left, ((ref.chunk_id, ref) for ref in list(left.values())), store)
-        if left and replica is not None:
-            run.copy(left, ((ref.chunk_id, ref) for ref in list(left.values())), replica)
-        for listed in (run.listed_in_index, run.listed_in_footers):
-            if left:
-                run.copy(left, run.copies_of(left, listed()), store)
-        run.finish()
-    except BaseException:
-        writer.abandon()
-        raise
-    finally:
-        writer.end_lease()
+def _repaired(store: Store, job: Moving, left: dict[Frame, FrameRef], replica: Store | None) -> frozenset[Frame]:
+    run = _Repair(store, job)
+    run.copy(left, ((ref.chunk_id, ref) for ref in list(left.values())), store)
+    if left and replica is not None:
+        run.copy(left, ((ref.chunk_id, ref) for ref in list(left.values())), replica)
+    for listed in (run.listed_in_index, run.listed_in_footers):
+        if left:
+            run.copy(left, run.copies_of(left, listed()), store)
+    run.finish()
     return run.done
 
 
 class _Repair:
     """``done`` are the frames that were copied."""
 
-    def __init__(self, store: Store, writer: BackupWriter) -> None:
+    def __init__(self, store: Store, job: Moving) -> None:
         self._store = store
-        self._writer = writer
-        self._renewed_s = time.monotonic()
+        self._job = job
         self._moves: dict[PackId, list[Move]] = {}
-        self._new: list[FrameRef] = []
 
     @property
     def done(self) -> frozenset[Frame]:
@@ -154,7 +142,7 @@ class _Repair:
 
     def listed_in_index(self) -> Iterator[FrameRef]:
         for info in list(self._store.objects.list(INDEX)):
-            self._stay_alive()
+            self._job.stay_alive()
             try:
                 packs = decode_index(self._store.objects.get(info.key, size_max=INDEX_SIZE_MAX), info.key)
             except (ObjectMissing, CorruptStoreObject):
@@ -165,7 +153,7 @@ class _Repair:
     def listed_in_footers(self) -> Iterator[FrameRef]:
         """Slow, but it also finds what was never published."""
         for info in self._store.objects.list(PACKS):
-            self._stay_alive()
+            self._job.stay_alive()
             pack_id = PackId(info.key.rpartition("/")[2])
             try:
                 yield from read_footer(self._store.objects, pack_id, self._store.sealing) if is_id(pack_id) else ()
@@ -173,21 +161,16 @@ class _Repair:
                 continue
 
     def finish(self) -> None:
-        """Put what was copied, read it back, and tell readers."""
-        if not self._moves:
-            return
-        last = self._writer.finish()
-        if last is not None:
-            self._writer.put_pack(last)
-        self._writer.read_back(self._new)
-        self._writer.commit_moves(self._moves)
-        self._store.moved.look_again()
+        """Put what was copied, and tell readers."""
+        if self._moves:
+            self._job.finish(self._moves)
 
     def _whole(self, copies: Iterable[FrameRef], place: Store) -> bytes | None:
         for ref in copies:
             drop_cache(place.objects, pack_key(ref.pack_id))
             try:
-                (raw,) = place.fetch_in_place([ref])
+                # What has moved in the store was tried before; the replica may have nothing but what has moved there.
+                (raw,) = place.fetch_in_place([ref]) if place is self._store else place.fetch([ref])
                 frames.check_identity(raw, ref, place.sealing)
             except (ObjectMissing, IntegrityError):
                 continue
@@ -200,19 +183,9 @@ class _Repair:
         return None
 
     def _write(self, old: FrameRef, raw: bytes) -> bool:
-        self._stay_alive()
-        appended = self._writer.append(self._writer.encode(raw))
-        for pack in appended.sealed:
-            self._writer.put_pack(pack)
-        (new,) = appended.entries
-        if new is None or new.raw_length != old.raw_length or new.checksum != old.checksum:
-            return False  # the segment expects what no chunk of this identity is
-        self._new.append(new)
-        self._moves.setdefault(old.pack_id, []).append(Move(old.offset, new.pack_id, new.offset, new.length))
+        try:
+            move = self._job.write(old, raw)
+        except CorruptFrame:
+            return False
+        self._moves.setdefault(old.pack_id, []).append(move)
         return True
-
-    def _stay_alive(self) -> None:
-        now = time.monotonic()
-        if now - self._renewed_s > LEASE_INTERVAL_S:
-            self._writer.renew_lease()
-            self._renewed_s = now

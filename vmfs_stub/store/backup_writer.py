@@ -20,10 +20,11 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final
+from functools import partial
+from typing import Final, TypeVar
 
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import IntegrityError, ObjectExists, ObjectMissing, StoreConflict, StoreDenied, StoreError
@@ -31,8 +32,8 @@ from vmfs_stub.core.ids import ChunkId, PackId, PointId, SegmentId, VmId, Writer
 from vmfs_stub.core.recall_plan import plan_fetches
 from vmfs_stub.store import frames
 from vmfs_stub.store.chunk_index import ChunkIndex
-from vmfs_stub.store.condemned import Condemned, read_condemned
-from vmfs_stub.store.format import FRAME_HEADER, INDEX_OBJECT_ENTRIES
+from vmfs_stub.store.condemned import read_condemned
+from vmfs_stub.store.format import FRAME_HEADER, INDEX_OBJECT_ENTRIES, SEGMENT_SIZE_MAX
 from vmfs_stub.store.frames import EncodedChunk
 from vmfs_stub.store.index_objects import PackEntries, encode_index
 from vmfs_stub.store.keys import (
@@ -45,22 +46,27 @@ from vmfs_stub.store.keys import (
     pin_key,
     segment_key,
 )
-from vmfs_stub.store.leases import Lease
+from vmfs_stub.store.leases import LEASE_INTERVAL_S, Lease
 from vmfs_stub.store.manifest import Manifest, StoredFile, encode_checked
-from vmfs_stub.store.moved import Move, encode_moved, read_moves
-from vmfs_stub.store.objects import Buffer, ObjectStore, drop_cache, exists
+from vmfs_stub.store.moved import Documents, Move, drop_caches, encode_moved
+from vmfs_stub.store.objects import Buffer, ObjectStore, asked, exists
 from vmfs_stub.store.packs import OpenPack, SealedPack
 from vmfs_stub.store.pins import Pin, encode_pin, remove_pin
 from vmfs_stub.store.quarantine import quarantined_packs
 from vmfs_stub.store.sealing import Sealing
 from vmfs_stub.store.segments import Entry, SealedSegment, Segment, SegmentTable, entries_of
+from vmfs_stub.store.standing import Standing, standing_documents
 from vmfs_stub.store.versions import NEWER, is_known
+
+Name = TypeVar("Name", PackId, SegmentId)
 
 BUFFERS_KEPT: Final = 4
 """Buffers of packs, and of batches, kept for the next one: fresh memory costs more than the copy into it."""
 READ_BACK_BYTES: Final = 8 * 1024 * 1024
 """Raw bytes per read of ``read_back``: large enough for a disk, small enough to hold decoded, however well a disk
 compresses."""
+SEGMENTS_AT_ONCE: Final = 64
+"""Segments of which the frames in packs that are gone are held in memory together."""
 READ_BACK_GAP: Final = 256 * 1024
 """Unwanted bytes that are read rather than starting another read."""
 
@@ -110,8 +116,9 @@ class BackupWriter:
         sealing: Sealing,
         clock: Callable[[], float],
         quarantined: frozenset[PackId] = frozenset(),
+        lease_clock: Callable[[], float] | None = None,
     ) -> None:
-        """Take out a lease.
+        """Take out a lease, which the job renews by itself if it has a ``lease_clock``; see `renew_lease`.
 
         ``quarantined`` are packs that ``index`` does not hand out.  Whoever takes over references to them does so
         because there is no other copy: the commit refuses only those that were put in quarantine since.
@@ -126,6 +133,8 @@ class BackupWriter:
         self._clock = clock
         self._quarantined = quarantined
         self._lease = Lease(objects, self.writer_id)
+        self._lease_clock = lease_clock
+        self._renewed_s = 0.0 if lease_clock is None else lease_clock()
         self._lock = threading.Lock()
         self._abandoned = False
         self._pack: OpenPack | None = None
@@ -136,7 +145,8 @@ class BackupWriter:
         """Chunks of this job that the index does not know yet; bounded by the packs that are not put."""
         self._own: set[PackId] = set()
         self._used: set[PackId] = set()
-        self._segments: set[SegmentId] = set()
+        self._segments: dict[SegmentId, frozenset[PackId]] = {}
+        """All of the restore point, with the packs that they refer to."""
         self._unpublished: list[PackEntries] = []
         self._unpublished_entries = 0
         self.counts = WriterCounts()
@@ -233,6 +243,7 @@ class BackupWriter:
         wanted = {(ref.pack_id, ref.offset): ref for ref in refs}.values()
         dropped: set[PackId] = set()
         for fetch in plan_fetches(enumerate(wanted), fetch_bytes_max=READ_BACK_BYTES, gap_bytes_max=READ_BACK_GAP):
+            self.stay_alive()
             self._read_back_run(fetch.frames, dropped)
 
     def put_segment(self, segment: SealedSegment) -> None:
@@ -243,7 +254,7 @@ class BackupWriter:
         with self._lock:
             if segment.segment_id in self._segments:
                 return  # of an equal part of another file; once it was put, it is never put again
-            self._segments.add(segment.segment_id)
+            self._segments[segment.segment_id] = segment.packs
             self._used.update(segment.packs)
         self._objects.put(segment_key(segment.segment_id), segment.data)
 
@@ -267,12 +278,18 @@ class BackupWriter:
                 self.counts.zero_chunks += chunk_count
                 return
             self.counts.reused_chunks += chunk_count
-            self._segments.add(segment_id)
+            self._segments[segment_id] = frozenset(segment.packs)
             self._used.update(segment.packs)
 
     def renew_lease(self) -> None:
         """To be called each LEASE_INTERVAL_S, from one thread at a time; never fails."""
         self._lease.renew()
+
+    def stay_alive(self) -> None:
+        """Renew the lease if it is time: of a job for which no other thread does that, between its requests."""
+        if self._lease_clock is not None and self._lease_clock() >= self._renewed_s + LEASE_INTERVAL_S:
+            self._renewed_s = self._lease_clock()
+            self._lease.renew()
 
     def end_lease(self) -> None:
         """After `abandon`; `commit` does it by itself.  Never fails."""
@@ -333,26 +350,24 @@ class BackupWriter:
         self._lease.end()
         return manifest
 
-    def commit_moves(self, moves: Mapping[PackId, Sequence[Move]]) -> None:
-        """Tell readers where frames of damaged packs are now; what this job put must have been read back.
+    def commit_moves(self, moves: Mapping[PackId, Sequence[Move]]) -> dict[PackId, Documents]:
+        """Tell readers where frames of these packs are now; what this job put must have been read back.
 
+        Returns what tells it, a document for each.
         Raises: StoreConflict when this job was taken for dead, so that its packs may go; StoreUnavailable,
-        StoreDenied, StoreFull.  What it told is taken back then, or leads nowhere, which readers bear.
+        StoreDenied, StoreFull.  What it told stays: it leads nowhere then, which readers bear, or else a backup may
+        count on it by now.
         """
-        keys: list[str] = []
-        try:
-            for pack_id, moved in sorted(moves.items()):
-                nonce = secrets.token_hex(16)
-                keys.append(moved_key(pack_id, nonce))
-                self._objects.put(keys[-1], encode_moved(moved, pack_id, nonce))
-            self._check_used()
-        except StoreError:
-            with suppress(StoreError):
-                for key in keys:
-                    self._objects.delete(key)
-            raise
+        documents: dict[PackId, Documents] = {}
+        for pack_id, moved in sorted(moves.items()):
+            self.stay_alive()
+            nonce = secrets.token_hex(16)
+            self._objects.put(moved_key(pack_id, nonce), encode_moved(moved, pack_id, nonce))
+            documents[pack_id] = {moved_key(pack_id, nonce): list(moved)}
+        self._check_used()
         self._publish_index()
         self._lease.end()
+        return documents
 
     def abandon(self) -> None:
         """End without a restore point; packs that were put stay until garbage collection.
@@ -414,7 +429,7 @@ class BackupWriter:
     def _read_back_run(self, run: Sequence[FrameRef], dropped: set[PackId]) -> None:
         pack_id = run[0].pack_id
         if pack_id not in dropped:
-            drop_cache(self._objects, pack_key(pack_id))
+            drop_caches(self._objects, pack_id)
             dropped.add(pack_id)
         try:
             for ref, raw in zip(run, self._fetch(run), strict=True):
@@ -430,23 +445,20 @@ class BackupWriter:
     def _forget_missing(self) -> None:
         """One pack that the index has is gone: garbage collection, which the index does not know of, takes many."""
         with self._lock:
-            used = sorted(self._used - self._own)
-        self._index.forget_packs(pack_id for pack_id in used if not exists(self._objects, pack_key(pack_id)))
+            used = self._used - self._own
+        self._index.forget_packs(self._absent(pack_key, used))
 
     def _check_used(self) -> None:
         """See that nothing this job uses is condemned, gone, or found damaged meanwhile."""
         condemned = read_condemned(self._objects)
-        unusable = condemned.packs | (quarantined_packs(self._objects) - self._quarantined)
-        lost_packs = {
-            pack_id
-            for pack_id in sorted(self._used)
-            if pack_id in unusable or not self._is_readable(pack_id, condemned)
-        }
-        lost_segments = {
-            segment_id
-            for segment_id in sorted(self._segments)
-            if segment_id in condemned.segments or not exists(self._objects, segment_key(segment_id))
-        }
+        unusable = condemned.packs | (condemned.retired & self._own)
+        unusable |= quarantined_packs(self._objects) - self._quarantined
+        going = self._used & condemned.retired - unusable
+        gone = going | self._absent(pack_key, self._used - unusable - going)
+        lost_packs, lost_segments = self._in_doubt(gone) if gone else (set(), set())
+        lost_packs |= self._used & unusable
+        lost_segments |= self._segments.keys() & condemned.segments
+        lost_segments |= self._absent(segment_key, self._segments.keys() - lost_segments)
         self._check_not_dead()
         if not is_known(self._objects):
             raise StoreConflict(f"the store was raised to a version that this program does not know; {NEWER}")
@@ -458,18 +470,53 @@ class BackupWriter:
             )
             raise StoreConflict(msg)
 
+    def _absent(self, key_of: Callable[[Name], str], names: Set[Name]) -> set[Name]:
+        """Those of these packs or segments that are not there."""
+        ordered = sorted(names)
+        are_there = asked(lambda name: exists(self._objects, key_of(name)), ordered)
+        return {name for name, is_there in zip(ordered, are_there, strict=True) if not is_there}
+
     def _check_not_dead(self) -> None:
         if exists(self._objects, dead_key(self.writer_id)):
             raise _taken_for_dead()
 
-    def _is_readable(self, pack_id: PackId, condemned: Condemned) -> bool:
-        """Whether a pack is there, or what was saved of it, which stays as long as the pack is needed."""
-        if exists(self._objects, pack_key(pack_id)):
-            return True
-        if pack_id not in self._quarantined:
+    def _in_doubt(self, packs: Set[PackId]) -> tuple[set[PackId], set[SegmentId]]:
+        """Of packs that are gone, or about to go, those that this job needs more of than is kept elsewhere.
+
+        Also segments that cannot be read to tell.
+        """
+        naming = sorted(segment_id for segment_id, named in self._segments.items() if not named.isdisjoint(packs))
+        lost = set(packs).difference(*(self._segments[segment_id] for segment_id in naming))
+        lost_segments: set[SegmentId] = set()
+        for part in (naming[at : at + SEGMENTS_AT_ONCE] for at in range(0, len(naming), SEGMENTS_AT_ONCE)):
+            needed: dict[PackId, set[int]] = {}
+            for segment_id, refs in zip(part, asked(partial(self._refs_of, packs=packs), part), strict=True):
+                if refs is None:
+                    lost_segments.add(segment_id)
+                for ref in refs or ():
+                    needed.setdefault(ref.pack_id, set()).add(ref.offset)
+            standing = standing_documents(self._objects, needed.keys())
+            lost |= {pack_id for pack_id, offsets in needed.items() if not self._is_kept(pack_id, offsets, standing)}
+        return lost, lost_segments
+
+    def _refs_of(self, segment_id: SegmentId, packs: Set[PackId]) -> list[FrameRef] | None:
+        try:
+            data = self._objects.get(segment_key(segment_id), size_max=SEGMENT_SIZE_MAX)
+            return Segment(data, segment_id, self._sealing).refs_to(packs)
+        except (ObjectMissing, IntegrityError):
+            return None
+
+    def _is_kept(self, pack_id: PackId, offsets: Set[int], standing: Standing) -> bool:
+        """Whether these frames are elsewhere, as long as they are needed.
+
+        Of a pack that is gone, and was in quarantine before, there is perhaps no more than what was saved.
+        """
+        if pack_id in standing.condemned.packs:
             return False
-        saved = {move.pack_id for move in read_moves(self._objects, pack_id)}
-        return condemned.packs.isdisjoint(saved) and any(exists(self._objects, pack_key(each)) for each in saved)
+        moved = standing.offsets(pack_id)
+        if pack_id in self._quarantined - standing.condemned.retired:
+            return bool(moved) and pack_id not in standing.leads_to_condemned
+        return offsets <= moved
 
     def _put_manifest(self, key: str, data: bytes) -> None:
         try:

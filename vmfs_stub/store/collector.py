@@ -13,44 +13,44 @@ listing may miss what was put.  The order, and why it is safe:
 4. Whatever no manifest needs, committed or pending, and no living writer has put, is condemned: its name is on a list.
 5. Wait.  A backup reads the lists after its pending manifest is there, so that it sees the list, or is seen:
 6. look at all manifests again, twice with the lag between, since one that is committed moves from one name to another;
-   delete what they still do not need, then the lists.
+   delete what they still do not need; then what is noted of packs that neither look needed, as far as it was there
+   before the list; then the list (`condemning.py`).
+7. Packs that are mostly garbage are retired in the same way, some at a time (`retirement.py`).
+8. Lists of others that are of no use any more are deleted.
 
 A collector that stops anywhere leaves things that the next one takes up; one that wakes up late deletes only names that
 are never used again.  The list of another one stays until every name on it is gone, needed or not: as long as that one
-may be about to delete a name, no backup may begin to need it.  (If a collector died, and something it had condemned was
-needed after all, that is stored afresh by later backups, and the list goes with the last restore point that needs it.)
+may be about to delete a name, or what is noted of it, no backup may begin to need it.  (If a collector died, and
+something it had condemned was needed after all, that is stored afresh by later backups, and the list goes with the last
+restore point that needs it.)
 """
 
 from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain
 
 from vmfs_stub.core.errors import (
     CorruptStoreObject,
     ObjectExists,
     ObjectMissing,
     StoreDenied,
-    StoreError,
     UnknownFormat,
 )
 from vmfs_stub.core.ids import PackId, PointId, SegmentId, VmId, WriterId
 from vmfs_stub.store.claims import outdated_claims
-from vmfs_stub.store.condemned import LIST_MAX, Condemned, decode_condemned, encode_condemned
-from vmfs_stub.store.format import DOCUMENT_SIZE_MAX, INDEX_SIZE_MAX
-from vmfs_stub.store.index_objects import decode_index, encode_index
+from vmfs_stub.store.condemned import Condemned, decode_condemned
+from vmfs_stub.store.condemning import Condemning
+from vmfs_stub.store.format import DOCUMENT_SIZE_MAX
 from vmfs_stub.store.keys import (
     CONDEMNED,
     DEAD,
     FORGOTTEN,
-    INDEX,
     LEASES,
-    MANIFESTS,
     MOVED,
     PACKS,
     PENDING_SUFFIX,
@@ -74,7 +74,9 @@ from vmfs_stub.store.manifest import encode_void
 from vmfs_stub.store.objects import ObjectStore, exists, put_mark
 from vmfs_stub.store.probe import probe
 from vmfs_stub.store.reachability import Reachability, committed_name
+from vmfs_stub.store.repacking import Repacking
 from vmfs_stub.store.replica_mark import refuse_replica
+from vmfs_stub.store.retirement import Retired, Retirement
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +87,8 @@ Point = tuple[VmId, PointId]
 class Collected:
     """What was removed, or would be; ``bytes`` are those of packs and segments.
 
-    ``waiting_points`` are forgotten, but a placeholder depends on them.
+    ``waiting_points`` are forgotten, but a placeholder depends on them.  Of the packs ``repacked`` were needed in part:
+    ``copied_bytes`` were stored for them.
     """
 
     points: int = 0
@@ -97,6 +100,8 @@ class Collected:
     leases: int = 0
     pins: int = 0
     claims: int = 0
+    repacked: int = 0
+    copied_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +124,12 @@ class _Doomed:
 
     packs: dict[PackId, int] = field(default_factory=dict)
     segments: dict[SegmentId, int] = field(default_factory=dict)
+    notes: dict[PackId, list[str]] = field(default_factory=dict)
+    """The marks and documents that there are about these packs, and about others that are gone already."""
+
+    def names(self) -> Condemned:
+        """What is to be on a list."""
+        return Condemned(frozenset(self.packs.keys() | self.notes.keys()), frozenset(self.segments))
 
 
 class Collector:
@@ -133,23 +144,26 @@ class Collector:
         sleep: Callable[[float], None],
         say: Callable[[str], None] = log.info,
         workers: int = 16,
+        repacking: Repacking | None = None,
     ) -> None:
+        """Without ``repacking`` packs stay as long as anything in them is needed."""
         self._objects = objects
         self._reachability = reachability
         self._lag_s = lag_s
-        self._sleep = sleep
-        self._say = say
-        self._workers = workers
+        self._condemning = Condemning(objects, reachability, lag_s=lag_s, sleep=sleep, say=say, workers=workers)
+        self._retirement = None if repacking is None else Retirement(self._condemning, repacking)
         self._collected = Collected()
 
     def survey(self) -> Collected:
         """What a run would remove, as far as one look can tell; changes nothing.  Raises as `run`."""
         look = self._look()
         going = (look.forgotten & look.points) - look.pinned
-        keys = [key for key in self._manifests() if _point_of(key) not in going]
-        doomed = self._unneeded(keys, set(look.leases), lag_s=0)
+        keys = [key for key in self._condemning.manifests() if _point_of(key) not in going]
         self._collected.points = len(going)
-        self._count(doomed, look)
+        self._collected.waiting_points = len(look.forgotten & look.pinned)
+        self._count(self._unneeded(keys, set(look.leases), lag_s=0))
+        if self._retirement is not None:
+            self._count_retired(self._retirement.survey())
         return self._collected
 
     def run(self) -> Collected:
@@ -165,43 +179,30 @@ class Collector:
             raise StoreDenied(msg)
         alive = self._clear_dead()
         earlier = {info.key for info in self._objects.list(CONDEMNED)}
-        keys = set(self._manifests())
+        keys = set(self._condemning.manifests())
         doomed = self._unneeded(keys, alive, lag_s=self._lag_s)
-        lists: list[str] = []
-        try:
-            self._condemn(doomed, lists)
-            if lists:
-                keys = self._look_again()
-        except BaseException:
-            with suppress(StoreError):  # nothing will be deleted, so backups may need all of it
-                self._each(self._objects.delete, lists)
-            raise
-        doomed = self._still(doomed.packs.items(), doomed.segments.items())
-        self._delete(doomed)
-        indexes = self._clear_index(doomed.packs.keys())
-        self._count(doomed, None)
-        self._each(self._objects.delete, lists)
+        lists, keys = self._condemning.condemn(doomed.names(), keys)
+        doomed = self._still(doomed)
+        self._condemning.delete([segment_key(name) for name in doomed.segments])
+        self._condemning.delete([pack_key(name) for name in doomed.packs])
+        keys |= self._condemning.clear_index(doomed.packs.keys())
+        self._count(doomed)
+        self._condemning.delete([key for notes in doomed.notes.values() for key in notes])
+        self._condemning.delete(lists)
+        if self._retirement is not None:
+            retired = self._retirement.run(earlier)
+            self._count_retired(retired)
+            keys |= retired.kept
         self._unlist(earlier)
-        self._delete_notes()
-        self._reachability.forget_all_but(keys | indexes)
+        self._reachability.forget_all_but(keys)
         return self._collected
-
-    def _look_again(self) -> set[str]:
-        """Steps 5 and 6; returns the manifests that are there."""
-        self._wait(2 * self._lag_s, "for backups that are about to finish")
-        keys = set(self._manifests())
-        # What is committed between two pages of a listing, or within the lag, is in neither of its places.
-        self._wait(self._lag_s, "for what they commit now")
-        keys |= set(self._manifests())
-        self._reachability.look(keys)
-        return keys
 
     # Who is alive, and which points stay
 
     def _clear_dead(self) -> set[WriterId]:
         """Steps 1 to 3; returns who is writing."""
         first = self._look()
-        self._wait(
+        self._condemning.wait(
             max(2 * self._lag_s, LEASE_DEAD_S if first.leases else 0), "to see which backups of other hosts are alive"
         )
         second = self._look()
@@ -244,7 +245,7 @@ class Collector:
                 if counter is not None:
                     leases[writer] = counter
         void = frozenset(PINS + info.key.removeprefix(UNPINNED) for info in self._objects.list(UNPINNED))
-        manifests = list(self._manifests())
+        manifests = list(self._condemning.manifests())
         return _Look(
             leases,
             void,
@@ -266,97 +267,66 @@ class Collector:
 
     # What nothing needs
 
-    def _manifests(self) -> Iterator[str]:
-        return (info.key for info in self._objects.list(MANIFESTS) if _is_manifest(info.key))
-
     def _unneeded(self, keys: Collection[str], alive: set[WriterId], *, lag_s: float) -> _Doomed:
-        self._reachability.look(keys)
-        packs = ((PackId(name), size) for name, size in self._stored(PACKS) if is_id(name))
-        segments = ((SegmentId(name), size) for name, size in self._stored(SEGMENTS) if is_segment_id(name))
-        doomed = self._still(packs, segments)
+        """What nothing needs, and no living writer has put."""
+        needs = self._reachability
+        needs.look(keys)
+        packs = {
+            PackId(name): size for name, size in self._stored(PACKS) if is_id(name) and not needs.has_pack(PackId(name))
+        }
+        segments = {
+            SegmentId(name): size
+            for name, size in self._stored(SEGMENTS)
+            if is_segment_id(name) and not needs.has_segment(SegmentId(name))
+        }
+        notes: dict[PackId, list[str]] = {}
+        for pack_id, key in self._noted():
+            if is_id(pack_id) and not needs.has_pack(pack_id):
+                notes.setdefault(pack_id, []).append(key)
         # So long after the listing: whoever has put one of these had a lease before.
-        self._wait(lag_s, "for leases of backups that have just begun")
+        self._condemning.wait(lag_s, "for leases of backups that have just begun")
         alive = alive | {WriterId(info.key.removeprefix(LEASES)) for info in self._objects.list(LEASES)}
+        doomed = {name: size for name, size in packs.items() if writer_of(name) not in alive}
         return _Doomed(
-            {name: size for name, size in doomed.packs.items() if writer_of(name) not in alive},
-            {name: size for name, size in doomed.segments.items() if writer_of(name) not in alive},
+            doomed,
+            {name: size for name, size in segments.items() if writer_of(name) not in alive},
+            {
+                name: keys
+                for name, keys in notes.items()
+                if name in doomed or (name not in packs and self._condemning.is_gone(name))
+            },
         )
 
-    def _still(self, packs: Iterable[tuple[PackId, int]], segments: Iterable[tuple[SegmentId, int]]) -> _Doomed:
-        """Those that were not needed in the last look."""
+    def _still(self, doomed: _Doomed) -> _Doomed:
+        """Of these, what was not needed in the last look either."""
         needs = self._reachability
         return _Doomed(
-            {name: size for name, size in packs if not needs.has_pack(name)},
-            {name: size for name, size in segments if not needs.has_segment(name)},
+            {name: size for name, size in doomed.packs.items() if not needs.has_pack(name)},
+            {name: size for name, size in doomed.segments.items() if not needs.has_segment(name)},
+            {name: keys for name, keys in doomed.notes.items() if not needs.has_pack(name)},
         )
 
     def _stored(self, prefix: str) -> Iterator[tuple[str, int]]:
         return ((info.key.rpartition("/")[2], info.size) for info in self._objects.list(prefix))
 
-    def _count(self, doomed: _Doomed, look: _Look | None) -> None:
+    def _count(self, doomed: _Doomed) -> None:
         collected = self._collected
         collected.packs, collected.segments = len(doomed.packs), len(doomed.segments)
         collected.bytes = sum(doomed.packs.values()) + sum(doomed.segments.values())
-        if look is not None:
-            collected.waiting_points = len(look.forgotten & look.pinned)
 
-    # Condemn and delete
+    def _count_retired(self, retired: Retired) -> None:
+        collected = self._collected
+        collected.packs += retired.packs
+        collected.bytes += retired.bytes
+        collected.repacked, collected.copied_bytes = retired.packs, retired.copied_bytes
 
-    def _condemn(self, doomed: _Doomed, lists: list[str]) -> None:
-        """Put lists; ``lists`` gets their keys, also when that fails."""
-        names = iter([*((True, name) for name in doomed.packs), *((False, name) for name in doomed.segments)])
-        while part := list(islice(names, LIST_MAX)):
-            condemned = Condemned(
-                frozenset(PackId(name) for is_pack, name in part if is_pack),
-                frozenset(SegmentId(name) for is_pack, name in part if not is_pack),
-            )
-            nonce = secrets.token_hex(16)
-            lists.append(f"{CONDEMNED}{nonce}")
-            self._objects.put(lists[-1], encode_condemned(condemned, nonce))
-
-    def _delete(self, doomed: _Doomed) -> None:
-        self._each(self._objects.delete, [segment_key(name) for name in doomed.segments])
-        self._each(self._objects.delete, [pack_key(name) for name in doomed.packs])
-
-    def _clear_index(self, deleted: Collection[PackId]) -> set[str]:
-        """Index objects that name what is gone are written again without, or hosts would go on referring to it.
-
-        What an earlier collector has deleted counts, too, which may have died before it came to this.  Returns the keys
-        of the others.
-        """
-        keys = {info.key for info in self._objects.list(INDEX)}
-        for key, packs in self._reachability.packs_of_index(keys):
-            gone = {pack_id for pack_id in packs if pack_id in deleted or self._is_gone(pack_id)}
-            if gone:
-                self._write_index_without(key, gone)
-                keys.remove(key)
-        return keys
-
-    def _is_gone(self, pack_id: PackId) -> bool:
-        """Whether a pack is not there, and nothing needs it."""
-        return not self._reachability.has_pack(pack_id) and not exists(self._objects, pack_key(pack_id))
-
-    def _write_index_without(self, key: str, gone: set[PackId]) -> None:
-        try:
-            packs = decode_index(self._objects.get(key, size_max=INDEX_SIZE_MAX), key)
-        except (ObjectMissing, CorruptStoreObject, UnknownFormat):
-            return  # another collector was quicker, or it is of no use, and no harm
-        left = [(pack_id, refs) for pack_id, refs in packs if pack_id not in gone]
-        if left:
-            self._objects.put(f"{INDEX}{secrets.token_hex(16)}", encode_index(left))
-        self._objects.delete(key)
-
-    def _delete_notes(self) -> None:
-        """Delete what was noted of damaged packs that are gone, and that nothing needs."""
-        gone = [
-            info.key
-            for info in (*self._objects.list(QUARANTINED), *self._objects.list(MOVED))
-            if is_id(pack_id := info.key.split("/")[1]) and self._is_gone(PackId(pack_id))
-        ]
-        self._each(self._objects.delete, gone)
+    def _noted(self) -> Iterator[tuple[PackId, str]]:
+        """Marks of quarantine, and moved documents, each with the pack that it is about."""
+        listed = chain(self._objects.list(QUARANTINED), self._objects.list(MOVED))
+        return ((PackId(info.key.split("/")[1]), info.key) for info in listed)
 
     def _unlist(self, lists: set[str]) -> None:
-        """Delete those of earlier lists of which every name is gone."""
+        """Delete those of earlier lists of which every name is gone, and the notes that go after a name."""
         for key in sorted(lists):
             try:
                 listed = decode_condemned(self._objects.get(key, size_max=DOCUMENT_SIZE_MAX), key)
@@ -367,38 +337,16 @@ class Collector:
                     "a list of garbage collection cannot be read, and fails backups until it is deleted: %s", exc
                 )
                 continue
-            names = [*map(pack_key, sorted(listed.packs)), *map(segment_key, sorted(listed.segments))]
-            if not any(exists(self._objects, name) for name in names):
+            names = [*map(pack_key, sorted(listed.packs | listed.retired)), *map(segment_key, sorted(listed.segments))]
+            is_over = not any(exists(self._objects, name) for name in names)
+            if is_over and not any(pack_id in listed.packs for pack_id, _ in self._noted()):
                 self._objects.delete(key)
-
-    def _each(self, call: Callable[[str], None], keys: list[str]) -> None:
-        if self._workers == 1:
-            for key in keys:
-                call(key)
-            return
-        with ThreadPoolExecutor(self._workers) as executor:
-            for _ in executor.map(call, keys):
-                pass
-
-    def _wait(self, seconds: float, why: str) -> None:
-        if seconds >= 1:
-            self._say(f"waiting {seconds:.0f} s {why}")
-        if seconds:
-            self._sleep(seconds)
 
 
 def _point_of(key: str) -> Point:
     """Of a manifest, a pin or a mark: ``kind/vm id/point id…``."""
     _, vm_id, point_id = (*key.split("/"), "", "")[:3]
     return VmId(vm_id), PointId(point_id.partition(".")[0])
-
-
-def _is_manifest(key: str) -> bool:
-    """Whether it is one of ours, committed or pending: anything else is left alone."""
-    _, vm_id, name = (*key.split("/"), "", "")[:3]
-    point_id, _, rest = name.partition(".")
-    is_ours = not rest or (rest.endswith(PENDING_SUFFIX) and is_writer_id(rest.removesuffix(PENDING_SUFFIX)))
-    return key.count("/") == 2 and is_id(vm_id) and is_id(point_id) and is_ours and name.count(".") in (0, 2)
 
 
 def _pending_writer(key: str) -> WriterId:

@@ -1,5 +1,7 @@
 """Condemned lists: packs and segments that garbage collection is about to delete, so that no backup refers to them.
 
+Packs on a list that are *retired* are still needed by restore points, but all that they need of them was moved.
+
 A list is a checked document under ``condemned/``, put before the collector looks for a last time whether anything needs
 what is on it, and deleted when all on it is gone or was spared.  Several collectors may have lists at the same time.
 """
@@ -27,14 +29,20 @@ class Condemned:
 
     packs: frozenset[PackId] = frozenset()
     segments: frozenset[SegmentId] = frozenset()
+    retired: frozenset[PackId] = frozenset()
 
     def __or__(self, other: Condemned) -> Condemned:
-        return Condemned(self.packs | other.packs, self.segments | other.segments)
+        return Condemned(self.packs | other.packs, self.segments | other.segments, self.retired | other.retired)
 
 
 def encode_condemned(condemned: Condemned, nonce: str) -> bytes:
     """The bytes of a list; ``nonce`` tells a retried put from somebody else's."""
-    body = {"packs": sorted(condemned.packs), "segments": sorted(condemned.segments), "nonce": nonce}
+    body = {
+        "packs": sorted(condemned.packs),
+        "segments": sorted(condemned.segments),
+        "retired": sorted(condemned.retired),
+        "nonce": nonce,
+    }
     return documents.encode(CONDEMNED_FORMAT, CONDEMNED_VERSION, body)
 
 
@@ -44,12 +52,15 @@ def decode_condemned(data: bytes, key: str) -> Condemned:
     Raises: CorruptStoreObject; UnknownFormat.
     """
     fields = documents.decode(data, key, CONDEMNED_FORMAT, version=CONDEMNED_VERSION, features=FEATURES_KNOWN)
-    packs, segments = fields.texts("packs"), fields.texts("segments")
-    if not all(map(is_id, packs)):
-        raise fields.error("packs", "holds something that is not a pack id")
+    packs, segments, retired = fields.texts("packs"), fields.texts("segments"), fields.texts("retired")
+    for name, found in (("packs", packs), ("retired", retired)):
+        if not all(map(is_id, found)):
+            raise fields.error(name, "holds something that is not a pack id")
     if not all(map(is_segment_id, segments)):
         raise fields.error("segments", "holds something that is not a segment id")
-    return Condemned(frozenset(map(PackId, packs)), frozenset(map(SegmentId, segments)))
+    return Condemned(
+        frozenset(map(PackId, packs)), frozenset(map(SegmentId, segments)), frozenset(map(PackId, retired))
+    )
 
 
 def read_condemned(objects: ObjectStore) -> Condemned:

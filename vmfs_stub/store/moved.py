@@ -1,7 +1,8 @@
-"""Moved frames: where frames of a damaged pack can be read instead.
+"""Moved frames: where frames of a pack that is damaged, or was repacked, can be read instead.
 
-A pack never changes, and neither do the segments that refer to it.  So a frame that is repaired is written into another
-pack, and a checked document under ``moved/<pack id>/<id>`` says so.  A pack may have several: each repair adds one.
+A pack never changes, and neither do the segments that refer to it.  So a frame that is repaired, or saved from a pack
+that is mostly garbage, is written into another pack, and a checked document under ``moved/<pack id>/<id>`` says so.
+A pack may have several: each repair adds one.
 Readers look for them only when a frame cannot be read where it should be, and believe nothing they say: what is found
 there must be what the segment's reference expects.  Garbage collection keeps what they name as long as the pack they
 are about is needed, there or not.  This module must not know why a frame was moved.
@@ -16,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Final
+from typing import Final, TypeAlias
 
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import CorruptFrame, CorruptPack, CorruptStoreObject, ObjectMissing, UnknownFormat
@@ -30,16 +31,16 @@ from vmfs_stub.store.format import (
     PACK_FRAMES_MAX,
     PACK_SIZE_MAX,
 )
-from vmfs_stub.store.keys import moved_of
-from vmfs_stub.store.objects import ObjectStore
+from vmfs_stub.store.keys import moved_of, pack_key
+from vmfs_stub.store.objects import CacheDropping, ObjectStore, drop_cache, exists
 
 log = logging.getLogger(__name__)
 
 MOVED_FORMAT: Final = "vmfs-stub moved"
 HOPS_MAX: Final = 3
 """How often a frame may have moved: a bound for a reader, whatever documents say of each other."""
-PLACES_MAX: Final = 4
-"""Places of one frame that a reader tries, for the same reason."""
+PLACES_MAX: Final = 16
+"""Places of one frame that a reader tries, for the same reason; a pack that is not there is none."""
 DOCUMENTS_MAX: Final = 64
 """Documents about one pack that a reader looks at."""
 KNOWN_S: Final = 10.0
@@ -49,7 +50,7 @@ UNREADABLE: Final = (ObjectMissing, CorruptPack, CorruptFrame)
 """What is wrong with a frame that may be found elsewhere."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Move:
     """The frame at ``old_offset`` of the pack that a document is about is at ``offset`` of ``pack_id`` now (bytes)."""
 
@@ -57,6 +58,14 @@ class Move:
     pack_id: PackId
     offset: int
     length: int
+
+    def applied_to(self, ref: FrameRef) -> FrameRef:
+        """The reference to that frame as it is where it has moved."""
+        return ref._replace(pack_id=self.pack_id, offset=self.offset, length=self.length)
+
+
+Documents: TypeAlias = dict[str, list[Move]]
+"""What documents about one pack say, by their keys."""
 
 
 def encode_moved(moves: Sequence[Move], pack_id: PackId, nonce: str) -> bytes:
@@ -115,19 +124,28 @@ class MovedFrames:
         with self._lock:
             self._known.clear()
 
+    def place(self, ref: FrameRef) -> FrameRef | None:
+        """Where a document says that a frame is now; there may be others.  Raises: StoreUnavailable, StoreDenied."""
+        moves = self._moves(ref.pack_id).get(ref.offset)
+        return moves[0].applied_to(ref) if moves else None
+
     def fetch(self, ref: FrameRef, *, hops: int = HOPS_MAX) -> bytes | None:
         """The verified raw bytes of a frame from where it is now; None when it can be read nowhere.
 
         Raises: StoreUnavailable, StoreDenied.
         """
-        for move in self._moves(ref.pack_id).get(ref.offset, ())[:PLACES_MAX] if hops else ():
-            moved = ref._replace(pack_id=move.pack_id, offset=move.offset, length=move.length)
+        tried = 0
+        for move in self._moves(ref.pack_id).get(ref.offset, ()) if hops else ():
+            if tried == PLACES_MAX:
+                break
+            moved = move.applied_to(ref)
             try:
                 return self._read([moved])[0]
-            except UNREADABLE:
+            except UNREADABLE as exc:
                 raw = self.fetch(moved, hops=hops - 1)
                 if raw is not None:
                     return raw
+                tried += not isinstance(exc, ObjectMissing)  # documents of jobs that were taken for dead hide no other
         return None
 
     def _moves(self, pack_id: PackId) -> Mapping[int, list[Move]]:
@@ -149,26 +167,28 @@ class MovedFrames:
 
 def read_moves(objects: ObjectStore, pack_id: PackId) -> list[Move]:
     """What all readable documents about a pack say.  Raises: StoreUnavailable, StoreDenied."""
-    moves: list[Move] = []
+    return [move for moves in read_documents(objects, pack_id).values() for move in moves]
+
+
+def read_documents(objects: ObjectStore, pack_id: PackId) -> Documents:
+    """The readable documents about a pack.  Raises: StoreUnavailable, StoreDenied."""
+    found: Documents = {}
     for info in islice(objects.list(moved_of(pack_id)), DOCUMENTS_MAX):
         try:
-            moves += decode_moved(objects.get(info.key, size_max=DOCUMENT_SIZE_MAX), info.key)
+            found[info.key] = decode_moved(objects.get(info.key, size_max=DOCUMENT_SIZE_MAX), info.key)
         except ObjectMissing:
             continue  # deleted since the listing
         except (CorruptStoreObject, UnknownFormat) as exc:
             log.warning("where frames of pack %s were moved cannot be told: %s", pack_id, exc)
-    return moves
-
-
-def moved_packs(objects: ObjectStore, keys: Sequence[str]) -> set[PackId]:
-    """The packs that these documents name.
-
-    Raises: CorruptStoreObject, UnknownFormat: what is needed is then not known; StoreUnavailable, StoreDenied.
-    """
-    found: set[PackId] = set()
-    for key in keys:
-        try:
-            found |= {move.pack_id for move in decode_moved(objects.get(key, size_max=DOCUMENT_SIZE_MAX), key)}
-        except ObjectMissing:
-            continue  # deleted since the listing
     return found
+
+
+def drop_caches(objects: ObjectStore, pack_id: PackId) -> None:
+    """Make the next reads of a pack's frames come from the medium, where they have moved, too.
+
+    Raises: StoreUnavailable, StoreDenied.
+    """
+    drop_cache(objects, pack_key(pack_id))
+    if isinstance(objects, CacheDropping) and not exists(objects, pack_key(pack_id)):
+        for new_id in {move.pack_id for move in read_moves(objects, pack_id)}:
+            drop_cache(objects, pack_key(new_id))

@@ -9,18 +9,23 @@ only replaced whole or deleted.  This module must not know what the objects mean
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeAlias, runtime_checkable
+from typing import Final, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from vmfs_stub.core.errors import IntegrityError, ObjectExists, ObjectMissing
 from vmfs_stub.store.keys import damage
 
+T = TypeVar("T")
+R = TypeVar("R")
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 OBJECT_SIZE_MAX: Final = 256 * 1024 * 1024
 """Default bound of a whole-object read, so that a damaged store cannot exhaust memory."""
+ASKED_AT_ONCE: Final = 16
+"""Requests at a time of one job that has many to make."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,17 @@ def exists(objects: ObjectStore, key: str) -> bool:
     except ObjectMissing:
         return False
     return True
+
+
+def asked(call: Callable[[T], R], of: Collection[T]) -> list[R]:
+    """What ``call``, which asks the store, gives of each; where they are many, several are asked for at a time.
+
+    A disk of 2 TiB has 30,000 packs, and a store that is far away may take 20 ms to tell whether one is there.
+    """
+    if len(of) <= ASKED_AT_ONCE:
+        return [call(each) for each in of]
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as executor:
+        return list(executor.map(call, of))
 
 
 def put_mark(objects: ObjectStore, key: str) -> None:

@@ -9,46 +9,95 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+import struct
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from xxhash import xxh3_128_digest
 
-from vmfs_stub.core.errors import CorruptStoreObject, ObjectMissing, PointNotFound, PrimaryIOError, UnknownFormat
+from vmfs_stub.core.chunking import FrameRef
+from vmfs_stub.core.errors import (
+    CorruptStoreObject,
+    IntegrityError,
+    ObjectMissing,
+    PointNotFound,
+    PrimaryIOError,
+    UnknownFormat,
+)
 from vmfs_stub.core.ids import PackId, SegmentId, StoreId
 from vmfs_stub.store.cache_file import is_damage, open_or_remake, remove, unusable
-from vmfs_stub.store.format import INDEX_SIZE_MAX, MANIFEST_SIZE_MAX, SEGMENT_SIZE_MAX
+from vmfs_stub.store.format import DOCUMENT_SIZE_MAX, INDEX_SIZE_MAX, MANIFEST_SIZE_MAX, PACK_SIZE, SEGMENT_SIZE_MAX
 from vmfs_stub.store.index_objects import decode_index
-from vmfs_stub.store.keys import MOVED, PENDING_SUFFIX, is_id, segment_key
+from vmfs_stub.store.keys import MOVED, PENDING_SUFFIX, SEGMENTS, is_id, segment_key
 from vmfs_stub.store.manifest import decode_manifest
-from vmfs_stub.store.moved import moved_packs
+from vmfs_stub.store.moved import decode_moved
 from vmfs_stub.store.objects import ObjectStore, exists
 from vmfs_stub.store.sealing import PLAIN, Sealing
 from vmfs_stub.store.segments import Segment
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 3
 _SCHEMA: Final = """
 CREATE TABLE objects (                      -- manifests, segments and index objects
     key TEXT PRIMARY KEY,
-    named BLOB NOT NULL,                    -- segments, or packs, one behind the other
+    named BLOB NOT NULL,                    -- segments, or packs, one behind the other; of a segment with their use
     digest BLOB NOT NULL                    -- of the key and these
 ) WITHOUT ROWID;
 """
 _LOOK: Final = """
 CREATE TEMP TABLE IF NOT EXISTS segments (id BLOB PRIMARY KEY) WITHOUT ROWID;
-CREATE TEMP TABLE IF NOT EXISTS packs (id BLOB PRIMARY KEY) WITHOUT ROWID;
-DELETE FROM temp.segments;
-DELETE FROM temp.packs;
+DROP TABLE IF EXISTS temp.former_segments;
+ALTER TABLE temp.segments RENAME TO former_segments;    -- those of the look before
+CREATE TEMP TABLE segments (id BLOB PRIMARY KEY) WITHOUT ROWID;
+DROP TABLE IF EXISTS temp.packs;
+CREATE TEMP TABLE packs (
+    id BLOB PRIMARY KEY,
+    used INTEGER NOT NULL DEFAULT 0,        -- the most bytes of it that one segment refers to
+    parts INTEGER NOT NULL DEFAULT 0,       -- a bit for each part of it that any segment refers to
+    documents INTEGER NOT NULL DEFAULT 0,   -- about it
+    is_target INTEGER NOT NULL DEFAULT 0    -- a document of a needed pack names it
+) WITHOUT ROWID;
+DROP TABLE IF EXISTS temp.documents;
+CREATE TEMP TABLE documents (               -- about packs that are not known to be needed
+    key TEXT PRIMARY KEY,
+    pack BLOB NOT NULL
+) WITHOUT ROWID;
 """
+PARTS: Final = 63
+"""As many as bits in a number of SQLite."""
+PART_SIZE: Final = PACK_SIZE // PARTS
 _SEGMENT_BYTES: Final = 40
 _PACK_BYTES: Final = 16
+_USE: Final = struct.Struct(">16sQQ")
+"""A pack, how many bytes of it a segment refers to, and in which parts of it; see `Use`."""
+_SEGMENTS_AT_ONCE: Final = 64
+"""Segments that are held in memory together."""
+MOVED_BEFORE_MAX: Final = 8
+"""Documents about a pack that may be repacked: of runs that were cut short; fewer than a reader tries places."""
 _BATCH: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What is known of the use of a pack: the most bytes that one segment refers to, and in which parts of it all do.
+
+    Bit *n* of ``parts`` is for frames that begin in the *n*-th part, of PARTS.
+    """
+
+    used: int
+    parts: int
+
+    @property
+    def guess(self) -> int:
+        """Bytes of those parts: about what is needed in all, or more where frames are small."""
+        return max(self.used, self.parts.bit_count() * PART_SIZE)
 
 
 class Reachability:
@@ -85,7 +134,7 @@ class Reachability:
     def look(self, keys: Collection[str]) -> None:
         """Find out what the manifests of these keys need, pending ones included; one that is gone needs nothing.
 
-        Where frames of a needed pack were moved to is needed, too.  A file that fails is done without.
+        Where frames of a needed pack were moved to is needed, too, all of it.  A file that fails is done without.
         Raises: IntegrityError kinds (also of a document that says so), UnknownFormat, ObjectMissing (of a segment),
         StoreUnavailable, StoreDenied: what is needed is then not known.
         """
@@ -117,27 +166,32 @@ class Reachability:
     def _look(self, keys: Collection[str]) -> None:
         self._database.executescript(_LOOK)
         for _, named in self._named(iter(sorted(keys)), self._segments_of):
-            self._enter("segments", named, _SEGMENT_BYTES)
+            ids = ((an_id,) for an_id in _split(named or b"", _SEGMENT_BYTES))
+            self._database.executemany("INSERT OR IGNORE INTO temp.segments VALUES (?)", ids)
         missing = []
         for key, named in self._named(self._segment_keys(), self._packs_of):
             if named is None:
                 missing.append(key)
-            self._enter("packs", named, _PACK_BYTES)
+            self._enter_packs(_USE.iter_unpack(named or b""))
         self._enter_moved()
         if missing:
             self._check_gone(missing, keys)
 
     def _enter_moved(self) -> None:
         """What frames of a needed pack were moved to is needed, whatever there is of the pack itself."""
-        left: dict[PackId, list[str]] = {}
-        for info in self._objects.list(MOVED):
-            pack_id = PackId(info.key.split("/")[1])
-            if is_id(pack_id):
-                left.setdefault(pack_id, []).append(info.key)
-        while found := [pack_id for pack_id in left if self.has_pack(pack_id)]:
-            for pack_id in found:
-                packs = moved_packs(self._objects, left.pop(pack_id))
-                self._enter("packs", bytes.fromhex("".join(packs)), _PACK_BYTES)
+        listed = ((info.key, info.key.split("/")[1]) for info in self._objects.list(MOVED))
+        rows = ((key, bytes.fromhex(pack_id)) for key, pack_id in listed if is_id(pack_id))
+        with self._database:
+            self._database.executemany("INSERT OR IGNORE INTO temp.documents VALUES (?, ?)", rows)
+        query = "SELECT key, pack FROM temp.documents JOIN temp.packs ON id = pack LIMIT ?"
+        while found := self._database.execute(query, (_BATCH,)).fetchall():
+            for _, named in self._named((key for key, _ in found), self._moved_to):
+                targets = [(an_id,) for an_id in _split(named or b"", _PACK_BYTES)]
+                insert = "INSERT INTO temp.packs (id, is_target) VALUES (?, 1) ON CONFLICT DO UPDATE SET is_target = 1"
+                self._database.executemany(insert, targets)
+            update = "UPDATE temp.packs SET documents = documents + 1 WHERE id = ?"
+            self._database.executemany(update, ((pack,) for _, pack in found))
+            self._database.executemany("DELETE FROM temp.documents WHERE key = ?", ((key,) for key, _ in found))
 
     def _check_gone(self, segments: Sequence[str], keys: Iterable[str]) -> None:
         """Another collector may have deleted these, after the manifests that name them.
@@ -163,37 +217,96 @@ class Reachability:
 
     def has_pack(self, pack_id: PackId) -> bool:
         """Whether what was looked at needs it."""
-        return self._has("packs", pack_id)
+        return self._row("packs", "1", pack_id) is not None
 
     def has_segment(self, segment_id: SegmentId) -> bool:
         """Whether what was looked at needs it."""
-        return self._has("segments", segment_id)
+        return self._row("segments", "1", segment_id) is not None
+
+    def is_moved(self, pack_id: PackId) -> bool:
+        """Whether what was looked at needs it, and frames of it are elsewhere."""
+        row = self._row("packs", "documents", pack_id)
+        return row is not None and row[0] > 0
+
+    def is_target(self, pack_id: PackId) -> bool:
+        """Whether frames of a needed pack were moved there."""
+        return self._row("packs", "is_target", pack_id) == (1,)
+
+    def may_move(self, pack_id: PackId) -> bool:
+        """Whether readers find what is moved from there now: they follow a few moves, and read a few documents."""
+        row = self._row("packs", "documents", pack_id)
+        return not self.is_target(pack_id) and (row is None or row[0] <= MOVED_BEFORE_MAX)
+
+    def use(self, pack_id: PackId) -> Use | None:
+        """How much of a pack is needed, as far as that can be told without a look into segments; None: nothing is."""
+        row = self._row("packs", "used, parts", pack_id)
+        return None if row is None else Use(*row)
+
+    def references(
+        self, packs: Set[PackId], *, only_new: bool = False
+    ) -> Iterator[tuple[Set[PackId], list[FrameRef] | None]]:
+        """Which of these packs a needed segment refers to, and to which frames of them, for each that refers to any.
+
+        With ``only_new`` those are left out that the look before the last one has shown, too.  None: the segment cannot
+        be read, so which frames is not known.  What the caller takes out of ``packs`` meanwhile is not looked for.
+        Raises: ObjectMissing, StoreUnavailable, StoreDenied, PrimaryIOError.
+        """
+        naming: dict[str, Set[PackId]] = {}
+        with self._translated():
+            for key, named in self._named(self._segment_keys(only_new=only_new), self._packs_of):
+                if named is None:
+                    raise ObjectMissing(f"{key} is not there any more")
+                if found := packs & {PackId(an_id.hex()) for an_id, _, _ in _USE.iter_unpack(named)}:
+                    naming[key] = found
+                if len(naming) == _SEGMENTS_AT_ONCE:
+                    yield from self._references_in(naming, packs)
+                    naming = {}
+        yield from self._references_in(naming, packs)
+
+    def _references_in(
+        self, naming: Mapping[str, Set[PackId]], packs: Set[PackId]
+    ) -> Iterator[tuple[Set[PackId], list[FrameRef] | None]]:
+        def attempt(key: str) -> list[FrameRef] | None:
+            try:
+                return self._segment(key).refs_to(naming[key])
+            except (IntegrityError, UnknownFormat) as exc:
+                log.warning("packs that it names stay as they are: %s", exc)
+                return None
+
+        keys = [key for key, named in naming.items() if named & packs]
+        for key, refs in zip(keys, self._mapped(attempt, keys), strict=True):
+            yield naming[key], refs
 
     def forget_all_but(self, keys: Collection[str]) -> None:
-        """Keep what is known of these objects, and of the segments that were last found to be needed.
+        """Keep what is known of these objects, and of the segments and moved documents that were last needed.
 
         Raises: PrimaryIOError.
         """
         with self._translated(), self._database:
             for (key,) in self._database.execute("SELECT key FROM objects").fetchall():
-                if key not in keys and not self._is_needed_segment(key):
+                if key not in keys and not self._is_of_use(key):
                     self._database.execute("DELETE FROM objects WHERE key = ?", (key,))
 
-    def _is_needed_segment(self, key: str) -> bool:
-        return key.startswith("segments/") and self.has_segment(SegmentId(key.rpartition("/")[2]))
+    def _is_of_use(self, key: str) -> bool:
+        if key.startswith(MOVED):
+            return self.has_pack(PackId(key.split("/")[1]))
+        return key.startswith(SEGMENTS) and self.has_segment(SegmentId(key.rpartition("/")[2]))
 
-    def _has(self, table: str, an_id: str) -> bool:
-        query = f"SELECT 1 FROM temp.{table} WHERE id = ?"
+    def _row(self, table: str, column: str, an_id: str) -> tuple[Any, ...] | None:
+        query = f"SELECT {column} FROM temp.{table} WHERE id = ?"
         with self._translated():
-            return self._database.execute(query, (bytes.fromhex(an_id),)).fetchone() is not None
+            found: tuple[Any, ...] | None = self._database.execute(query, (bytes.fromhex(an_id),)).fetchone()
+        return found
 
-    def _enter(self, table: str, named: bytes | None, size: int) -> None:
-        ids = ((an_id,) for an_id in _split(named or b"", size))
-        self._database.executemany(f"INSERT OR IGNORE INTO temp.{table} VALUES (?)", ids)
+    def _enter_packs(self, uses: Iterable[tuple[bytes, int, int]]) -> None:
+        insert = "INSERT INTO temp.packs (id, used, parts) VALUES (?, ?, ?)"
+        more = "used = max(used, excluded.used), parts = parts | excluded.parts"
+        self._database.executemany(f"{insert} ON CONFLICT DO UPDATE SET {more}", uses)
 
-    def _segment_keys(self) -> Iterator[str]:
+    def _segment_keys(self, *, only_new: bool = False) -> Iterator[str]:
         last = b""
-        query = "SELECT id FROM temp.segments WHERE id > ? ORDER BY id LIMIT ?"
+        but = "AND id NOT IN (SELECT id FROM temp.former_segments)" if only_new else ""
+        query = f"SELECT id FROM temp.segments WHERE id > ? {but} ORDER BY id LIMIT ?"
         while rows := self._database.execute(query, (last, _BATCH)).fetchall():
             yield from (segment_key(SegmentId(an_id.hex())) for (an_id,) in rows)
             last = rows[-1][0]
@@ -215,8 +328,8 @@ class Reachability:
         row = self._database.execute("SELECT named, digest FROM objects WHERE key = ?", (key,)).fetchone()
         return row[0] if row is not None and row[1] == _digest(key, row[0]) else None
 
-    def _mapped(self, read: Callable[[str], bytes], keys: list[str]) -> list[bytes | None]:
-        def attempt(key: str) -> bytes | None:
+    def _mapped(self, read: Callable[[str], T], keys: list[str]) -> list[T | None]:
+        def attempt(key: str) -> T | None:
             try:
                 return read(key)
             except ObjectMissing:
@@ -250,9 +363,16 @@ class Reachability:
         return bytes.fromhex("".join(pack_id for pack_id, _ in packs))
 
     def _packs_of(self, key: str) -> bytes:
+        uses = self._segment(key).use(parts=PARTS, part_size=PART_SIZE)
+        return b"".join(_USE.pack(bytes.fromhex(pack_id), *use) for pack_id, use in uses.items())
+
+    def _segment(self, key: str) -> Segment:
         segment_id = SegmentId(key.rpartition("/")[2])
-        segment = Segment(self._objects.get(key, size_max=SEGMENT_SIZE_MAX), segment_id, self._sealing)
-        return bytes.fromhex("".join(segment.packs))
+        return Segment(self._objects.get(key, size_max=SEGMENT_SIZE_MAX), segment_id, self._sealing)
+
+    def _moved_to(self, key: str) -> bytes:
+        moves = decode_moved(self._objects.get(key, size_max=DOCUMENT_SIZE_MAX), key)
+        return bytes.fromhex("".join(sorted({move.pack_id for move in moves})))
 
 
 def committed_name(key: str) -> str:

@@ -1,9 +1,9 @@
 """The replica: a second store that holds the same restore points, byte for byte, under the same names.
 
-It has the description, the key documents, packs, segments, committed manifests and, where a damaged pack needs them,
-moved documents; so whatever reads restore points reads them there as well.  It has nothing that hosts tell each other
-by: no pins, leases, claims or lists.  So it takes no backups, and no garbage is collected in it: a mark says that it is
-one (`replica_mark.py`).
+It has the description, the key documents, packs, segments, committed manifests and, where packs were damaged or
+repacked, moved documents; so whatever reads restore points reads them there as well.  It has nothing that hosts tell
+each other by: no pins, leases, claims or lists.  So it takes no backups, and no garbage is collected in it: a mark says
+that it is one (`replica_mark.py`).
 
 Order, which makes what is there say what was done before (must = a copy is counted that is none):
 - must: a segment is put when every pack that it names was read back from the replica, whole;
@@ -25,7 +25,6 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 from typing import Final
 
 from vmfs_stub.core.errors import (
@@ -60,12 +59,11 @@ from vmfs_stub.store.keys import (
     is_id,
     manifest_key,
     manifests_of,
-    moved_of,
     pack_key,
     segment_key,
 )
 from vmfs_stub.store.manifest import decode_manifest
-from vmfs_stub.store.moved import DOCUMENTS_MAX, HOPS_MAX, decode_moved
+from vmfs_stub.store.moved import HOPS_MAX, Documents, decode_moved, read_documents
 from vmfs_stub.store.objects import OBJECT_SIZE_MAX, ObjectStore, drop_cache, exists
 from vmfs_stub.store.packs import check_pack
 from vmfs_stub.store.probe import probe
@@ -240,6 +238,26 @@ class Replication:
         """
         return self._copy_pack(pack_id, HOPS_MAX)
 
+    def copy_moves(self, pack_id: PackId, documents: Documents) -> None:
+        """See that the replica has these documents about a pack of the store, and the packs that they name, whole.
+
+        They are asked for by name: a listing may not show yet what was just put.
+        Raises: as `copy_pack` and `check_replica`; CorruptPack when it does not have all of it then; ObjectMissing when
+        the store does not have a document any more.
+        """
+        check_replica(self._replica.stored, self._store.description)
+        saved = {move.pack_id for moves in documents.values() for move in moves}
+        for saved_id in sorted(saved):
+            self._copy_pack(saved_id, HOPS_MAX)
+        with self._lock:
+            lacking = self._damaged & saved
+        if lacking:
+            raise CorruptPack(f"{pack_key(min(lacking))} is damaged, and has no whole copy")
+        for key in sorted(documents):
+            self._copy_document(key)
+        self._replica.moved.look_again()
+        check_replica(self._replica.stored, self._store.description)  # or else it went to another place
+
     def put_segment(self, copy: SegmentCopy) -> None:
         """All its packs were dealt with: put it.
 
@@ -302,17 +320,19 @@ class Replication:
 
     def _copy_moved(self, pack_id: PackId, hops: int) -> None:
         """What was saved of a damaged pack, and where it says that it is."""
-        for info in islice(self._store.stored.list(moved_of(pack_id)), DOCUMENTS_MAX if hops else 0):
-            try:
-                data = self._store.stored.get(info.key, size_max=OBJECT_SIZE_MAX)
-                moves = decode_moved(self._store.sealing.open(data, info.key), info.key)
-            except DAMAGE as exc:
-                log.warning("%s is not copied to the replica: %s", info.key, exc)
-                continue
+        for key, moves in (read_documents(self._store.objects, pack_id) if hops else {}).items():
             for saved in sorted({move.pack_id for move in moves}):
                 self._copy_pack(saved, hops - 1)
-            _put(self._replica.stored, info.key, data)
+            try:
+                self._copy_document(key)
+            except DAMAGE as exc:
+                log.warning("%s is not copied to the replica: %s", key, exc)
         self._replica.moved.look_again()
+
+    def _copy_document(self, key: str) -> None:
+        data = self._store.stored.get(key, size_max=OBJECT_SIZE_MAX)
+        decode_moved(self._store.sealing.open(data, key), key)
+        _put(self._replica.stored, key, data)
 
     def _check_frames(self, segment: Segment, damaged: Collection[PackId]) -> None:
         for slot in range(segment.slot_count):

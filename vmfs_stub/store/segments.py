@@ -13,9 +13,9 @@ Layout: docs/FORMAT.md.  This module must not know how segments are transported.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from blake3 import blake3
 
@@ -176,16 +176,40 @@ class Segment:
             return None
         if row >= self._entry_count:
             raise self._corrupt(f"has no entry for its chunk {slot}")
-        chunk_id, pack, offset, length, raw_length, checksum = SEGMENT_ENTRY.unpack_from(
-            self._data, self._entries_at + row * SEGMENT_ENTRY.size
-        )
+        return self._frame(SEGMENT_ENTRY.unpack_from(self._data, self._entries_at + row * SEGMENT_ENTRY.size))
+
+    def refs_to(self, packs: Set[PackId]) -> list[FrameRef]:
+        """All frames of these packs that it refers to, each once.
+
+        Raises: CorruptSegment.
+        """
+        numbers = {number for number, pack_id in enumerate(self.packs) if pack_id in packs}
+        return [self._frame(row) for row in self._rows() if row[1] in numbers] if numbers else []
+
+    def use(self, *, parts: int, part_size: int) -> dict[PackId, tuple[int, int]]:
+        """Of each of its packs, how many bytes the frames have that it refers to, and in which parts they begin.
+
+        A bit for each of so many parts of ``part_size`` bytes; what lies behind them is in the last.
+        """
+        bytes_used, begins = [0] * len(self.packs), [0] * len(self.packs)
+        for _, pack, offset, length, _, _ in self._rows():
+            if pack < len(self.packs):
+                bytes_used[pack] += length
+                begins[pack] |= 1 << min(offset // part_size, parts - 1)
+        return dict(zip(self.packs, zip(bytes_used, begins, strict=True), strict=True))
+
+    def _rows(self) -> Iterator[tuple[Any, ...]]:
+        return SEGMENT_ENTRY.iter_unpack(memoryview(self._data)[self._entries_at :])
+
+    def _frame(self, row: tuple[Any, ...]) -> FrameRef:
+        chunk_id, pack, offset, length, raw_length, checksum = row
         if (
             pack >= len(self.packs)
             or not FRAME_HEADER.size < length <= FRAME_LENGTH_MAX
             or offset + length > PACK_SIZE_MAX
             or not 0 < raw_length <= self.chunk_size
         ):
-            raise self._corrupt(f"has an impossible entry for its chunk {slot}")
+            raise self._corrupt("has an entry that is impossible")
         return FrameRef(ChunkId(chunk_id), self.packs[pack], offset, length, raw_length, checksum)
 
     def entries(self, first: int, end: int) -> list[Entry | None]:

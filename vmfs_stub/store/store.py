@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,6 +29,7 @@ from vmfs_stub.core.errors import (
     WrongStore,
 )
 from vmfs_stub.core.ids import PackId, PlaceholderId, PointId, SegmentId, StoreId, VmId
+from vmfs_stub.core.recall_plan import plan_fetches
 from vmfs_stub.store import frames
 from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.chunk_index import ChunkIndex
@@ -263,10 +265,24 @@ class Store:
         """
         try:
             return self.fetch_in_place(refs)
-        except UNREADABLE:
+        except UNREADABLE as exc:
             if not self.moved.has_moves(refs[0].pack_id):
                 raise
-            return [self._fetch_moved(ref) for ref in refs]
+            together = self._fetch_together(refs) if isinstance(exc, ObjectMissing) else {}
+            return [together[at] if at in together else self._fetch_moved(ref) for at, ref in enumerate(refs)]
+
+    def _fetch_together(self, refs: Sequence[FrameRef]) -> dict[int, bytes]:
+        """Frames of a pack that is gone, by their numbers: those that can be read where documents say.
+
+        Where they lie together they are read together: a recall is to take no longer for garbage collection.
+        """
+        places = [(at, self.moved.place(ref)) for at, ref in enumerate(refs)]
+        known = [(at, place) for at, place in places if place is not None]
+        found: dict[int, bytes] = {}
+        for fetch in plan_fetches(known, fetch_bytes_max=PACK_SIZE_MAX):
+            with suppress(*UNREADABLE):
+                found.update(zip(fetch.chunks, self.fetch_in_place(fetch.frames), strict=True))
+        return found
 
     def _fetch_moved(self, ref: FrameRef) -> bytes:
         try:
@@ -400,17 +416,22 @@ class Store:
         quarantined = index.sync(self.objects).quarantined
         return self._writer(self.fetch, index, quarantined)
 
-    def begin_repair(self, *, index: ChunkIndex) -> BackupWriter:
+    def begin_repair(self, *, index: ChunkIndex, clock: Callable[[], float] = time.monotonic) -> BackupWriter:
         """Start to write frames of damaged packs anew; an empty ``index`` knows none of them.
 
+        The job renews its lease by itself, see `BackupWriter.stay_alive`; ``clock`` gives seconds.
         Raises: as `begin_backup`.
         """
         self.check()
         refuse_replica(self.objects)
-        return self._writer(self.fetch_in_place, index, quarantined_packs(self.objects))
+        return self._writer(self.fetch_in_place, index, quarantined_packs(self.objects), clock)
 
     def _writer(
-        self, fetch: Callable[[Sequence[FrameRef]], list[bytes]], index: ChunkIndex, quarantined: frozenset[PackId]
+        self,
+        fetch: Callable[[Sequence[FrameRef]], list[bytes]],
+        index: ChunkIndex,
+        quarantined: frozenset[PackId],
+        lease_clock: Callable[[], float] | None = None,
     ) -> BackupWriter:
         return BackupWriter(
             self.objects,
@@ -420,6 +441,7 @@ class Store:
             sealing=self.sealing,
             clock=time.time,
             quarantined=quarantined,
+            lease_clock=lease_clock,
         )
 
     def _is_forgotten(self, vm_id: VmId, point_id: PointId) -> bool:

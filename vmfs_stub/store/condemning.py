@@ -1,0 +1,151 @@
+"""What garbage collection does around each deletion: names on lists, a wait, last looks, and the index.
+
+Must (or needed data is lost): what is to be deleted is on a list before manifests are listed for the last time, with
+twice the lag between the two; they are listed twice, the lag apart, and both count.  A list goes last, when all on it
+is gone or was spared.  Blocking.  This module must not know what is deleted, nor why.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Set
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import chain, islice
+from typing import Final
+
+from vmfs_stub.core.errors import CorruptStoreObject, ObjectMissing, StoreError, UnknownFormat
+from vmfs_stub.core.ids import PackId, SegmentId
+from vmfs_stub.store.condemned import LIST_MAX, Condemned, encode_condemned
+from vmfs_stub.store.format import INDEX_SIZE_MAX
+from vmfs_stub.store.index_objects import decode_index, encode_index
+from vmfs_stub.store.keys import CONDEMNED, INDEX, MANIFESTS, PENDING_SUFFIX, is_id, is_writer_id, pack_key
+from vmfs_stub.store.objects import ObjectStore, exists
+from vmfs_stub.store.reachability import Reachability
+
+WORKERS: Final = 16
+
+
+class Condemning:
+    """Of one run; ``sleep`` gets seconds, ``say`` what to tell whoever waits."""
+
+    def __init__(
+        self,
+        objects: ObjectStore,
+        reachability: Reachability,
+        *,
+        lag_s: float,
+        sleep: Callable[[float], None],
+        say: Callable[[str], None],
+        workers: int = WORKERS,
+    ) -> None:
+        self.objects = objects
+        self.reachability = reachability
+        self.say = say
+        self._lag_s = lag_s
+        self._sleep = sleep
+        self._workers = workers
+
+    def manifests(self) -> Iterator[str]:
+        """The keys of all manifests, committed and pending."""
+        return (info.key for info in self.objects.list(MANIFESTS) if _is_manifest(info.key))
+
+    def condemn(self, names: Condemned, keys: Set[str]) -> tuple[list[str], set[str]]:
+        """Put lists of these names, and look at all manifests once more; returns the lists, and the manifests.
+
+        Without names nothing is done, and there are ``keys``.  When anything fails there is no list.
+        Raises: as `Reachability.look`; StoreUnavailable, StoreDenied, StoreFull.
+        """
+        lists: list[str] = []
+        try:
+            for part in _parts(names):
+                nonce = secrets.token_hex(16)
+                lists.append(f"{CONDEMNED}{nonce}")
+                self.objects.put(lists[-1], encode_condemned(part, nonce))
+            return lists, self._look_again() if lists else set(keys)
+        except BaseException:
+            with suppress(StoreError):  # nothing will be deleted, so backups may need all of it
+                self.delete(lists)
+            raise
+
+    def delete(self, keys: list[str]) -> None:
+        """Delete objects, several at a time."""
+        if self._workers == 1:
+            for key in keys:
+                self.objects.delete(key)
+            return
+        with ThreadPoolExecutor(self._workers) as executor:
+            for _ in executor.map(self.objects.delete, keys):
+                pass
+
+    def clear_index(self, deleted: Set[PackId]) -> set[str]:
+        """Index objects that name what is gone are written again without, or hosts would go on referring to it.
+
+        What an earlier collector has deleted counts, too, which may have died before it came to this.  Returns the keys
+        of the others.
+        """
+        keys = {info.key for info in self.objects.list(INDEX)}
+        for key, packs in self.reachability.packs_of_index(keys):
+            gone = {pack_id for pack_id in packs if pack_id in deleted or self._is_missing(pack_id)}
+            if gone:
+                self._write_index_without(key, gone)
+                keys.remove(key)
+        return keys
+
+    def is_gone(self, pack_id: PackId) -> bool:
+        """Whether a pack is not there, and nothing needs it."""
+        return not self.reachability.has_pack(pack_id) and not exists(self.objects, pack_key(pack_id))
+
+    def wait(self, seconds: float, why: str) -> None:
+        """Let so much time pass."""
+        if seconds >= 1:
+            self.say(f"waiting {seconds:.0f} s {why}")
+        if seconds:
+            self._sleep(seconds)
+
+    def _look_again(self) -> set[str]:
+        self.wait(2 * self._lag_s, "for backups that are about to finish")
+        keys = set(self.manifests())
+        # What is committed between two pages of a listing, or within the lag, is in neither of its places.
+        self.wait(self._lag_s, "for what they commit now")
+        keys |= set(self.manifests())
+        self.reachability.look(keys)
+        return keys
+
+    def _is_missing(self, pack_id: PackId) -> bool:
+        """Whether a pack is not there, and not needed, or retired."""
+        is_retired = self.reachability.is_moved(pack_id) and not exists(self.objects, pack_key(pack_id))
+        return is_retired or self.is_gone(pack_id)
+
+    def _write_index_without(self, key: str, gone: set[PackId]) -> None:
+        try:
+            packs = decode_index(self.objects.get(key, size_max=INDEX_SIZE_MAX), key)
+        except (ObjectMissing, CorruptStoreObject, UnknownFormat):
+            return  # another collector was quicker, or it is of no use, and no harm
+        left = [(pack_id, refs) for pack_id, refs in packs if pack_id not in gone]
+        if left:
+            self.objects.put(f"{INDEX}{secrets.token_hex(16)}", encode_index(left))
+        self.objects.delete(key)
+
+
+def _parts(names: Condemned) -> Iterator[Condemned]:
+    """These names, as many as one list may hold at a time."""
+    kinds = chain(
+        (("pack", name) for name in sorted(names.packs)),
+        (("segment", name) for name in sorted(names.segments)),
+        (("retired", name) for name in sorted(names.retired)),
+    )
+    while part := list(islice(kinds, LIST_MAX)):
+        yield Condemned(
+            frozenset(PackId(name) for kind, name in part if kind == "pack"),
+            frozenset(SegmentId(name) for kind, name in part if kind == "segment"),
+            frozenset(PackId(name) for kind, name in part if kind == "retired"),
+        )
+
+
+def _is_manifest(key: str) -> bool:
+    """Whether it is one of ours, committed or pending: anything else is left alone."""
+    _, vm_id, name = (*key.split("/"), "", "")[:3]
+    point_id, _, rest = name.partition(".")
+    is_ours = not rest or (rest.endswith(PENDING_SUFFIX) and is_writer_id(rest.removesuffix(PENDING_SUFFIX)))
+    return key.count("/") == 2 and is_id(vm_id) and is_id(point_id) and is_ours and name.count(".") in (0, 2)
