@@ -9,7 +9,7 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
 from vmfs_stub.core.origin import Origin
 from vmfs_stub.mover import client
-from vmfs_stub.mover.client import ProcessMover, open_mover
+from vmfs_stub.mover.client import PARTS_AHEAD, ProcessMover, _Window, open_mover
 from vmfs_stub.mover.lock import MoverLock
 from vmfs_stub.mover.messages import MoverSettings
 from vmfs_stub.mover.priority import NICE, NICEST
@@ -36,6 +36,7 @@ from vmfs_stub.services.local_mover import LocalMover
 from vmfs_stub.services.mover import FETCHES_AT_ONCE, Content, CopyOrder, Mover, Part, PointFile, PointOrder
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.threads import Threads
+from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.fallback import Fallback, ReplicatedStore
 from vmfs_stub.store.key_sources import KeySource
@@ -163,13 +164,13 @@ def data(first: int, end: int) -> Part:
     return Part(Extent(first, end), Content.DATA)
 
 
-async def back_up(place: Place, mover: Mover, number: int, *parts: Part) -> list[int]:
+async def back_up(place: Place, mover: Mover, number: int, *parts: Part, verify: bool = True) -> list[int]:
     """A whole backup of the file; returns what was told of progress."""
     size, told_bytes = place.path.stat().st_size, list[int]()
     fd = os.open(place.path, os.O_RDWR)
     try:
         async with mover.backup() as backup:
-            async with backup.copying(verify=True) as copying:
+            async with backup.copying(verify=verify) as copying:
                 await copying.copy(fd, CopyOrder(size, "disk"), told(*parts), told_bytes.append)
             counts = await backup.commit(order(number), [entry(size)])
             assert counts.chunks == chunk_count(size, CHUNK)
@@ -233,15 +234,48 @@ async def test_replicating_can_be_given_up(place: Place) -> None:
         assert content_of(replica, 1) == NOISE
 
 
-async def test_what_the_store_has_already_is_taken_over(place: Place) -> None:
+@pytest.mark.parametrize("verify", [False, True])
+async def test_what_the_store_has_already_is_taken_over(place: Place, verify: bool) -> None:
     place.path.write_bytes(NOISE)
     size = len(NOISE)
     async with place.mover() as mover:
         await back_up(place, mover, 1, data(0, 6))
         place.path.write_bytes(b"x" * CHUNK + bytes(size - CHUNK))  # as in a placeholder: the rest is absent
         origin = Origin(place.store.id, VM, point_id(1), 0, size, CHUNK)
-        await back_up(place, mover, 2, data(0, 1), Part(Extent(1, 6), Content.STORED, origin))
+        await back_up(place, mover, 2, data(0, 1), Part(Extent(1, 6), Content.STORED, origin), verify=verify)
     assert content_of(place.store, 2) == b"x" * CHUNK + NOISE[CHUNK:]
+    assert refs_of(place.store, 2)[1:] == refs_of(place.store, 1)[1:]
+
+
+async def test_parts_that_are_stored_do_not_hold_up_those_that_are_to_be_read() -> None:
+    """Of a disk that has changed here and there several places are read at once; but the mover is not told of all."""
+    window = _Window()
+    with trio.fail_after(5):
+        for _ in range(PARTS_AHEAD // 2):
+            await window.enter(100 << 30)
+            await window.enter(CHUNK)
+    for dealt_with, is_room in ((1, False), (100 << 30, True), (CHUNK - 2, False), (1, True), (1 << 40, True)):
+        window.dealt_with(dealt_with)
+        with trio.move_on_after(0.01) as scope:
+            await window.enter(CHUNK)
+        assert scope.cancelled_caught != is_room
+
+
+async def test_only_what_is_to_be_released_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = make_place(tmp_path, "local")
+    place.path.write_bytes(NOISE)
+    read: list[int] = []
+    read_back = BackupWriter.read_back
+
+    def noted(self: BackupWriter, refs: Sequence[FrameRef]) -> None:
+        read.append(len(refs))
+        read_back(self, refs)
+
+    monkeypatch.setattr(BackupWriter, "read_back", noted)
+    async with place.mover() as mover:
+        for number, verify in enumerate((False, True, True)):
+            await back_up(place, mover, number, data(0, 6), verify=verify)
+    assert read == [6, 6]  # stored by the first of them, and met again by both
 
 
 async def test_several_files_and_entries_without_contents(place: Place) -> None:

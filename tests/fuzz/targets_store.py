@@ -179,7 +179,9 @@ class SegmentTarget(Target):
 
     def call(self, data: bytes) -> object:
         segment = Segment(data[40:], SegmentId(data[:40].hex()))
+        entries = segment.entries(0, segment.slot_count)
         found = [segment.ref(slot) for slot in range(segment.slot_count)]
+        require(entries == entries_of(found), "entries are not what they are when taken apart")
         for ref in found:
             if ref is not None:
                 check_types(ref)

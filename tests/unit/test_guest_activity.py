@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import cast
 
@@ -10,14 +11,17 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from tests.contract.test_movers import make_place
+from tests.contract.test_movers import NOISE, make_place
+from vmfs_stub.core.extents import Extent
+from vmfs_stub.mover import client
 from vmfs_stub.mover.channel import Channel
 from vmfs_stub.mover.messages import Message, Ping, Pong
 from vmfs_stub.mover.server import Server
 from vmfs_stub.mover.shared_slots import SharedSlots
 from vmfs_stub.paced_io import pace
+from vmfs_stub.services import guest_activity
 from vmfs_stub.services.guest_activity import RECENT_S, GuestActivity
-from vmfs_stub.services.mover import Mover
+from vmfs_stub.services.mover import Content, CopyOrder, Mover, Part
 
 
 async def test_a_stream_of_requests_is_told_of_once_and_again_after_a_pause(autojump_clock: MockClock) -> None:
@@ -53,6 +57,30 @@ async def test_the_mover_is_told_at_once_when_guests_return(tmp_path: Path, monk
         place.guests.note()
         assert posted.count(Ping(beside_guests=True)) == 1
     place.guests.note()  # nobody is there to be told any more
+
+
+async def test_a_backup_is_told_at_once_that_guests_have_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not with the next ping: it would go on in small steps until then."""
+    monkeypatch.setattr(client, "PING_INTERVAL_S", 60.0)
+    monkeypatch.setattr(guest_activity, "RECENT_S", 0.3)
+    place = make_place(tmp_path, "process")
+    place.path.write_bytes(NOISE)
+    paces = []
+
+    async def parts() -> AsyncIterator[Part]:
+        for at in (0, 1):
+            yield Part(Extent(at, at + 1), Content.DATA)
+            paces.append(mover.life().beside_guests)
+            await trio.sleep(2 * guest_activity.RECENT_S)
+
+    with trio.fail_after(30), place.path.open("r+b") as file:
+        async with place.process() as mover, mover.backup() as backup, backup.copying(verify=False) as copying:
+            order = CopyOrder(len(NOISE), "disk")
+            place.guests.note()
+            await copying.copy(file.fileno(), order, parts(), lambda count: None)
+    assert paces == [True, False]
 
 
 @pytest.mark.parametrize("beside_guests", [True, False])

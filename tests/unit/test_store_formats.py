@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from blake3 import blake3
@@ -188,6 +189,19 @@ def test_a_segment_gives_its_entries_back(places: list[tuple[int, str] | None]) 
     assert set(segment.packs) == sealed.packs == {ref.pack_id for ref in entries if ref}
 
 
+@given(st.lists(PLACES, min_size=1, max_size=60), st.data())
+def test_chunks_go_from_one_segment_to_another_as_they_are(places: list[tuple[int, str] | None], draw: Any) -> None:
+    refs = [None if place is None else _ref(place[0], place[1], place[0] * 100) for place in places]
+    first = draw.draw(st.integers(0, len(refs)))
+    end = draw.draw(st.integers(first, len(refs)))
+    sealed = seal_segment(entries_of(refs), CHUNK, WRITER)
+    if sealed is None:
+        return
+    found = Segment(sealed.data, sealed.segment_id).entries(first, end)
+    assert found == entries_of(refs[first:end])
+    assert [entry and entry.ref for entry in found] == refs[first:end]
+
+
 def test_entries_of_one_place_that_differ_stay_apart() -> None:
     """A forged segment has such ones; the first stood for both when its entries were used again."""
     entry = _ref(1)
@@ -227,9 +241,11 @@ def test_a_hostile_segment_that_matches_its_name_gives_a_typed_error_or_sane_ref
     data[at : at + len(junk)] = junk
     try:
         segment = Segment(bytes(data), segment_id_of(blake3(data).hexdigest(), WRITER))
+        entries = segment.entries(0, segment.slot_count)
         refs = [segment.ref(slot) for slot in range(segment.slot_count)]
     except (CorruptSegment, UnknownFormat):
         return
+    assert entries == entries_of(refs)
     for ref in refs:
         assert ref is None or (ref.raw_length <= segment.chunk_size and ref.end <= 2**26 and len(ref.pack_id) == 32)
 
