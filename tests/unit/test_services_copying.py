@@ -16,13 +16,13 @@ CHUNK = 64 << 10
 CHUNKS = 5 * SEGMENT_CHUNKS + 100
 
 
-@pytest.mark.parametrize("takes_segments", [False, True])
+@pytest.mark.parametrize("as_it_is", [False, True])
 @pytest.mark.parametrize(
     ("start", "end"), [(0, CHUNKS), (10, CHUNKS), (0, CHUNKS - 1), (10, 20), (SEGMENT_CHUNKS, CHUNKS)]
 )
-async def test_zeros_are_segments_where_they_are_whole_ones(start: int, end: int, takes_segments: bool) -> None:
+async def test_zeros_are_segments_where_they_are_whole_ones(start: int, end: int, as_it_is: bool) -> None:
     nothing: Any = SimpleNamespace(chunk_size=CHUNK)
-    stored = _Stored(nothing, nothing, CopyOrder(CHUNKS * CHUNK - 1, "disk"), takes_segments=takes_segments)
+    stored = _Stored(nothing, nothing, CopyOrder(CHUNKS * CHUNK - 1, "disk"), as_it_is=as_it_is)
     at, lists = start, 0
     async for piece, found in stored.pieces(Part(Extent(start, end), Content.ZEROS)):
         assert piece.start == at
