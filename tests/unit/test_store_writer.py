@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -310,6 +311,19 @@ def test_two_jobs_at_once(tmp_path: Path) -> None:
         assert _read(store, vm_id, point_id) == content
     index.close()
     objects.close()
+
+
+def test_what_a_dead_writer_puts_is_not_used_by_the_next_job(objects: FakeObjects, store: Store) -> None:
+    """It may be a late try, of a pack that one collector has deleted by now and another one is about to."""
+    with closing(ChunkIndex(None, store.id)) as index:
+        writer = store.begin_backup(index=index)
+        objects.put(dead_key(writer.writer_id), b"")
+        write_chunks(writer, bytes(range(256)) * 1024)
+        with pytest.raises(StoreConflict, match="taken for dead"):
+            finish(writer)
+        again = store.begin_backup(index=index)
+        write_chunks(again, bytes(range(256)) * 1024)
+        assert again.counts.new_chunks > 0
 
 
 def test_read_back_finds_what_the_medium_lost(tmp_path: Path) -> None:

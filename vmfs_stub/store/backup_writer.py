@@ -10,6 +10,8 @@ Ordering invariants (must = data loss otherwise):
   dead, before the manifest is committed: what a dead one puts again may be deleted at any time;
 - must: the committed manifest is put where none is: a collector that took this job for dead has put a void one there,
   before it deleted the pending one and stopped counting what that names;
+- must: nobody else refers to a pack of this job before it was seen, after the put was done, not to have been taken for
+  dead: of one that is dead a late try may put again what collectors delete;
 - should: index objects come last (without them the chunks are merely stored again).
 
 A writer that ends without ``commit`` leaves packs that nothing names; garbage collection takes them.
@@ -219,6 +221,9 @@ class BackupWriter:
         taken for dead, so that it will not commit.
         """
         self._objects.put(pack_key(pack.pack_id), pack.data)
+        # A late try of a writer that was taken for dead puts again what was deleted since, and another collector may be
+        # about to delete it.  From here on jobs of this host refer to it, and soon those of others.
+        self._check_not_dead()
         self._index.add(pack.pack_id, pack.refs)
         with self._lock:
             del self._unput[pack.pack_id]
@@ -230,8 +235,6 @@ class BackupWriter:
             self._unpublished_entries += len(pack.refs)
             full = self._unpublished_entries >= INDEX_OBJECT_ENTRIES
         if full:
-            # Of a writer that was taken for dead these packs may be gone soon, and others would refer to them.
-            self._check_not_dead()
             self._publish_index()
 
     def read_back(self, refs: Sequence[FrameRef]) -> None:
