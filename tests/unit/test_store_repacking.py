@@ -608,6 +608,24 @@ def test_copies_that_have_gone_meanwhile_do_not_count(rig: Rig, tmp_path: Path) 
     rig.assert_whole(rig.kept, KEPT, tmp_path / "out")
 
 
+def test_copies_that_were_found_damaged_meanwhile_do_not_count(rig: Rig, tmp_path: Path) -> None:
+    """Scrub has put them in quarantine; the pack is the only place where the frames are sound."""
+
+    def before(call: str, key: str) -> None:
+        if call == "put" and key.startswith(CONDEMNED) and rig.keys(MOVED):
+            (copy,) = set(rig.packs()) - {rig.pack}
+            rig.objects.contents[pack_key(copy)] = damaged(rig.objects.contents[pack_key(copy)])
+            rig.scrub()
+            assert rig.keys(QUARANTINED)
+
+    rig.objects.before = before
+    assert rig.collect().repacked == 0
+    rig.objects.before = lambda call, key: None
+    assert rig.pack in rig.packs()
+    assert rig.collect().repacked == 1
+    rig.assert_whole(rig.kept, KEPT, tmp_path / "out")
+
+
 def test_a_damaged_segment_is_met_before_the_manifest(rig: Rig) -> None:
     """What it needs of a pack that is gone cannot be told; nothing of the backup stays."""
     rig.collect()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Final, TypeAlias
 
 from vmfs_stub.core.chunking import FrameRef
@@ -79,7 +79,7 @@ class Repacking:
 
         Raises: as `move`.
         """
-        found = standing_documents(self._store.objects, told.keys()).documents
+        found = self._standing(told.keys())
         kept = {
             pack_id: {key: sorted(set(moves).intersection(found[pack_id].get(key, ()))) for key, moves in each.items()}
             for pack_id, each in told.items()
@@ -103,16 +103,20 @@ class Repacking:
 
     def _moved_before(self, needed: Mapping[PackId, Needed]) -> dict[PackId, Documents]:
         """What an earlier run has copied that was cut short, or could not delete the pack, and is whole."""
-        objects = self._store.objects
-        standing = standing_documents(objects, needed.keys(), but=quarantined_packs(objects))
+        standing = self._standing(needed.keys())
         return {
             pack_id: {
                 key: kept
-                for key, moves in standing.documents[pack_id].items()
+                for key, moves in standing[pack_id].items()
                 if (kept := self._whole([move for move in moves if move.old_offset in refs], refs))
             }
             for pack_id, refs in needed.items()
         }
+
+    def _standing(self, packs: Set[PackId]) -> Mapping[PackId, Documents]:
+        """What can be counted on, and is not known to be damaged: a pack is never given up for a copy that is."""
+        objects = self._store.objects
+        return standing_documents(objects, packs, but=quarantined_packs(objects)).documents
 
     def _whole(self, moves: Sequence[Move], refs: Needed) -> list[Move]:
         """Those that lead to the frames that segments refer to, on the medium."""
