@@ -57,12 +57,14 @@ from vmfs_stub.store.leases import LEASE_DEAD_S
 from vmfs_stub.store.manifest import Manifest
 from vmfs_stub.store.mirrored_deletes import MirroredDeletes
 from vmfs_stub.store.moved import Move, encode_moved
+from vmfs_stub.store.moving import moving
 from vmfs_stub.store.objects import Buffer, ObjectStore
 from vmfs_stub.store.quarantine import Quarantine, put_quarantine
 from vmfs_stub.store.reachability import Reachability
 from vmfs_stub.store.read_back import ReadBack
 from vmfs_stub.store.repacking import Mirror, Repacking
 from vmfs_stub.store.replica import Replication, make_replica
+from vmfs_stub.store.retrying import RetryingObjects
 from vmfs_stub.store.store import Store
 
 CHUNK = 64 * 1024
@@ -623,6 +625,33 @@ def test_copies_that_were_found_damaged_meanwhile_do_not_count(rig: Rig, tmp_pat
     rig.objects.before = lambda call, key: None
     assert rig.pack in rig.packs()
     assert rig.collect().repacked == 1
+    rig.assert_whole(rig.kept, KEPT, tmp_path / "out")
+
+
+def test_no_document_is_put_again_that_collectors_have_deleted(rig: Rig, tmp_path: Path) -> None:
+    """The answer is lost, and the mover taken for dead; another collector, which stood still, has yet to delete it."""
+    deleted: list[str] = []
+
+    def put(key: str, data: Buffer, *, if_absent: bool = True) -> None:
+        plain_put(key, data, if_absent=if_absent)
+        if key.startswith(MOVED) and not deleted:
+            raise StoreUnavailable("the answer was lost")
+
+    def collectors(seconds: float) -> None:
+        deleted.extend(rig.keys(MOVED))
+        for key in deleted:
+            del rig.objects.contents[key]
+
+    plain_put = rig.objects.put
+    rig.objects.put = put  # type: ignore[method-assign]
+    refs = rig.refs(rig.kept)
+    store = Store.open(RetryingObjects(rig.objects, sleep=collectors), rig.source)
+    with moving(store) as job:
+        told = job.finish({rig.pack: [job.write(ref, raw) for ref, raw in zip(refs, store.fetch(refs), strict=True)]})
+    assert len(deleted) == 1
+    assert [*told[rig.pack]] == rig.keys(MOVED)
+    assert not set(deleted) & set(rig.keys(MOVED))
+    del rig.objects.contents[pack_key(rig.pack)]
     rig.assert_whole(rig.kept, KEPT, tmp_path / "out")
 
 

@@ -6,6 +6,7 @@ import pytest
 from store_fakes import FakeObjects
 
 from vmfs_stub.core.errors import ConfigError, ObjectExists, StoreDenied, StoreError, StoreUnavailable
+from vmfs_stub.store.objects import put_anew
 from vmfs_stub.store.objects_url import StoreAt, open_objects
 from vmfs_stub.store.retrying import RetryingObjects, RetryPolicy
 
@@ -69,6 +70,14 @@ class LosesAnswers(FakeObjects):
         super().put(key, data, if_absent=if_absent)
         if fresh:
             raise StoreUnavailable(key)
+
+
+def test_each_try_to_put_anew_has_its_own_name() -> None:
+    objects, _ = _retrying(inner := FakeObjects(Failing(2)))
+    names = iter(["a", "b", "c"])
+    assert put_anew(objects, lambda: (next(names), b"")) == "c"
+    assert inner.calls == [("put", "a"), ("put", "b"), ("put", "c")]
+    assert put_anew(inner, lambda: ("d", b"")) == "d"
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])

@@ -10,7 +10,7 @@ This module must not know where keys come from, nor log or show any.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from blake3 import blake3
@@ -30,7 +30,7 @@ from vmfs_stub.store.format import (
     SEAL_VERSION,
 )
 from vmfs_stub.store.keys import CONDEMNED, KEYS, PACKS, PROBES, SEGMENTS, STORE_KEY, damage
-from vmfs_stub.store.objects import OBJECT_SIZE_MAX, Buffer, ObjectInfo, ObjectStore, drop_cache
+from vmfs_stub.store.objects import OBJECT_SIZE_MAX, Buffer, ObjectInfo, ObjectStore, drop_cache, put_anew
 from vmfs_stub.store.sealing import FrameSeal, SealBroken, Sealing, StoreKey
 
 _CONTEXT: Final = "vmfs-stub 2026 store key: "
@@ -147,8 +147,16 @@ class _SealedObjects:
 
     def put(self, key: str, data: Buffer, *, if_absent: bool = True) -> None:
         """Store an object."""
-        sealed = data if key.startswith(_NOT_SEALED_BY_NAME) else self._sealing.seal(bytes(data), key)
-        self._inner.put(key, sealed, if_absent=if_absent)
+        self._inner.put(key, self._sealed(key, data), if_absent=if_absent)
+
+    def put_anew(self, make: Callable[[], tuple[str, Buffer]]) -> str:
+        """Pass on, where the inner store makes calls again."""
+
+        def sealed() -> tuple[str, Buffer]:
+            key, data = make()
+            return key, self._sealed(key, data)
+
+        return put_anew(self._inner, sealed)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """All objects under a folder, with their sizes as stored."""
@@ -165,3 +173,6 @@ class _SealedObjects:
     def drop_cache(self, key: str) -> None:
         """Pass on, where the inner store has a cache to drop."""
         drop_cache(self._inner, key)
+
+    def _sealed(self, key: str, data: Buffer) -> Buffer:
+        return data if key.startswith(_NOT_SEALED_BY_NAME) else self._sealing.seal(bytes(data), key)

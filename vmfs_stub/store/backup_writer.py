@@ -10,6 +10,7 @@ Ordering invariants (must = data loss otherwise):
   dead, before the manifest is committed: what a dead one puts again may be deleted at any time;
 - must: the committed manifest is put where none is: a collector that took this job for dead has put a void one there,
   before it deleted the pending one and stopped counting what that names;
+- must: a moved document has a name of its own in each try to put it, for the same reason: others count on it at once;
 - must: nobody else refers to a pack of this job before it was seen, after the put was done, not to have been taken for
   dead: of one that is dead a late try may put again what collectors delete;
 - should: index objects come last (without them the chunks are merely stored again).
@@ -42,7 +43,6 @@ from vmfs_stub.store.keys import (
     INDEX,
     dead_key,
     manifest_key,
-    moved_key,
     pack_key,
     pending_key,
     pin_key,
@@ -50,8 +50,8 @@ from vmfs_stub.store.keys import (
 )
 from vmfs_stub.store.leases import LEASE_INTERVAL_S, Lease
 from vmfs_stub.store.manifest import Manifest, StoredFile, encode_checked
-from vmfs_stub.store.moved import Documents, Move, drop_caches, encode_moved
-from vmfs_stub.store.objects import Buffer, ObjectStore, asked, exists
+from vmfs_stub.store.moved import Documents, Move, drop_caches, new_moved
+from vmfs_stub.store.objects import Buffer, ObjectStore, asked, exists, put_anew
 from vmfs_stub.store.packs import OpenPack, SealedPack
 from vmfs_stub.store.pins import Pin, encode_pin, remove_pin
 from vmfs_stub.store.quarantine import quarantined_packs
@@ -364,9 +364,9 @@ class BackupWriter:
         documents: dict[PackId, Documents] = {}
         for pack_id, moved in sorted(moves.items()):
             self.stay_alive()
-            nonce = secrets.token_hex(16)
-            self._objects.put(moved_key(pack_id, nonce), encode_moved(moved, pack_id, nonce))
-            documents[pack_id] = {moved_key(pack_id, nonce): list(moved)}
+            # A late try under the same name would put again what collectors have deleted, or are about to.
+            key = put_anew(self._objects, partial(new_moved, moved, pack_id))
+            documents[pack_id] = {key: list(moved)}
         self._check_used()
         self._publish_index()
         self._lease.end()

@@ -11,6 +11,7 @@ are about is needed, there or not.  This module must not know why a frame was mo
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections import OrderedDict
@@ -31,7 +32,7 @@ from vmfs_stub.store.format import (
     PACK_FRAMES_MAX,
     PACK_SIZE_MAX,
 )
-from vmfs_stub.store.keys import moved_of, pack_key
+from vmfs_stub.store.keys import moved_key, moved_of, pack_key
 from vmfs_stub.store.objects import CacheDropping, ObjectStore, drop_cache, exists
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,12 @@ def encode_moved(moves: Sequence[Move], pack_id: PackId, nonce: str) -> bytes:
     """The bytes of a document; ``nonce`` tells a retried put from somebody else's."""
     frames = [{"at": m.old_offset, "pack": m.pack_id, "offset": m.offset, "length": m.length} for m in moves]
     return documents.encode(MOVED_FORMAT, MOVED_VERSION, {"pack_id": pack_id, "frames": frames, "nonce": nonce})
+
+
+def new_moved(moves: Sequence[Move], pack_id: PackId) -> tuple[str, bytes]:
+    """A document and its name, which no other one has, nor had."""
+    nonce = secrets.token_hex(16)
+    return moved_key(pack_id, nonce), encode_moved(moves, pack_id, nonce)
 
 
 def decode_moved(data: bytes, key: str) -> list[Move]:

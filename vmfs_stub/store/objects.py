@@ -89,6 +89,28 @@ class CacheDropping(Protocol):
         ...
 
 
+@runtime_checkable
+class Retrying(Protocol):
+    """A store that makes calls again which failed, and puts nothing twice by `put_anew`."""
+
+    def put_anew(self, make: Callable[[], tuple[str, Buffer]]) -> str:
+        """See the function."""
+        ...
+
+
+def put_anew(objects: ObjectStore, make: Callable[[], tuple[str, Buffer]]) -> str:
+    """Put an object under a name of which there is one put alone: each try has what ``make`` gives then, a fresh one.
+
+    So no late try puts again what was deleted meanwhile.  Returns the name; failed tries may have left others.
+    Raises: StoreUnavailable, StoreDenied, StoreFull.
+    """
+    if isinstance(objects, Retrying):
+        return objects.put_anew(make)
+    key, data = make()
+    objects.put(key, data)
+    return key
+
+
 def exists(objects: ObjectStore, key: str) -> bool:
     """Whether there is such an object.  Raises: StoreUnavailable, StoreDenied."""
     try:

@@ -65,6 +65,16 @@ class RetryingObjects:
 
         self._retried(attempt)
 
+    def put_anew(self, make: Callable[[], tuple[str, Buffer]]) -> str:
+        """Put what ``make`` gives, another name each time; returns the one that was acknowledged."""
+
+        def attempt(_: int) -> str:
+            key, data = make()
+            self.inner.put(key, data)
+            return key
+
+        return self._retried(attempt)
+
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """All objects under a folder; a listing that fails midway starts again and skips what was handed out."""
         handed: set[str] = set()
