@@ -59,6 +59,7 @@ from vmfs_stub.store.mirrored_deletes import MirroredDeletes
 from vmfs_stub.store.moved import Move, encode_moved
 from vmfs_stub.store.moving import moving
 from vmfs_stub.store.objects import Buffer, ObjectStore
+from vmfs_stub.store.packs import read_footer
 from vmfs_stub.store.quarantine import Quarantine, put_quarantine
 from vmfs_stub.store.reachability import Reachability
 from vmfs_stub.store.read_back import ReadBack
@@ -270,6 +271,29 @@ def test_what_is_damaged_is_left_to_scrub(rig: Rig, kind: str, caplog: pytest.Lo
     assert rig.packs() == [rig.pack]
     assert rig.keys(MOVED) == []
     assert ("run scrub" in caplog.text) == (kind == "damaged")
+
+
+def test_what_is_sound_of_a_damaged_pack_is_copied_once() -> None:
+    """However many runs meet the damage before scrub does: copies are in packs of which all counts as needed."""
+    data = random.Random(1).randbytes(16 * CHUNK)
+    rig = Rig()
+    with closing(ChunkIndex(None, rig.store.id)) as index:
+        old = back_up(rig.store, {"disk": data}, index=index)
+        keeps = back_up(rig.store, {"disk": data[:CHUNK] + data[9 * CHUNK : 10 * CHUNK]}, index=index)
+    rig.store.forget(old.vm_id, old.point_id, host="host1", why="by hand")
+    sound, bad = rig.refs(keeps)
+    pack, at = rig.objects.contents[pack_key(bad.pack_id)], bad.offset + 50
+    rig.objects.contents[pack_key(bad.pack_id)] = pack[:at] + bytes([pack[at] ^ 1]) + pack[at + 1 :]
+    for day in range(3):
+        other = random.Random(100 + day).randbytes(8 * CHUNK)
+        with closing(ChunkIndex(None, rig.store.id)) as index:
+            gone = back_up(rig.store, {"disk": other}, index=index)
+            back_up(rig.store, {"disk": other[:CHUNK]}, index=index)
+        rig.store.forget(gone.vm_id, gone.point_id, host="host1", why="by hand")
+        assert rig.collect().repacked == (2 if day == 0 else 1)
+        footers = [ref for name in rig.packs() for ref in read_footer(rig.store.objects, name)]
+        assert sum(ref.chunk_id == sound.chunk_id for ref in footers) == 2
+    assert bad.pack_id in rig.packs()
 
 
 @pytest.mark.parametrize("error", [StoreFull, StoreDenied])

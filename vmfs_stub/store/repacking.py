@@ -67,11 +67,10 @@ class Repacking:
             for pack_id, refs in needed.items()
             if (rest := [refs[at] for at in sorted(refs.keys() - _offsets(told[pack_id]))])
         }
-        copied = self._copy(left) if left else {}
-        for pack_id, documents in copied.items():
+        for pack_id, documents in (self._copy(left) if left else {}).items():
             told[pack_id] |= documents
         return self._mirrored(
-            {pack_id: found for pack_id, found in told.items() if pack_id in copied or pack_id not in left}
+            {pack_id: found for pack_id, found in told.items() if needed[pack_id].keys() <= _offsets(found)}
         )
 
     def standing(self, told: Mapping[PackId, Documents]) -> dict[PackId, set[int]]:
@@ -145,19 +144,21 @@ class Repacking:
                 self.copied_bytes += job.stored_bytes
 
     def _copy_pack(self, job: Moving, pack_id: PackId, refs: Sequence[FrameRef]) -> list[Move]:
-        """Copy all of these frames of one pack, or none."""
+        """Copy these frames of one pack up to those that are read together with one that is damaged.
+
+        What was copied is told all the same, or each run would copy it once more, and meet the same damage.
+        """
         moves: list[Move] = []
         try:
             for _, run in _fetches(refs):
                 job.stay_alive()
-                moves += [job.write(ref, raw) for ref, raw in zip(run, _read_whole(self._store, run), strict=True)]
+                for ref, raw in zip(run, _read_whole(self._store, run), strict=True):
+                    moves.append(job.write(ref, raw))
         except ObjectMissing:
             log.info("pack %s is gone: another collector was quicker", pack_id)
         except IntegrityError as exc:
             log.warning("pack %s is not repacked; run scrub: %s", pack_id, exc)
-        else:
-            return moves
-        return []
+        return moves
 
 
 def _fetches(refs: Sequence[FrameRef]) -> Iterator[tuple[Sequence[int], Sequence[FrameRef]]]:
