@@ -823,14 +823,19 @@ def test_a_row_that_was_damaged_after_the_look_is_read_again(rig: Rig) -> None:
 # What scrub says of it
 
 
-def without_the_pack(rig: Rig) -> None:
-    """It was lost, not retired: of what is needed of it a part was moved."""
+def copy_only(rig: Rig) -> None:
+    """What is needed of the pack is moved, and the pack stays, since the replica is away."""
 
     def away(pack_id: PackId, documents: object) -> None:
         raise StoreUnavailable("away")
 
     rig.collect(mirror=away)
     assert rig.pack in rig.packs() and rig.keys(MOVED)
+
+
+def without_the_pack(rig: Rig) -> None:
+    """It was lost, not retired: of what is needed of it a part was moved."""
+    copy_only(rig)
     back_up(rig.store, {"disk": DISK}, index=rig.index)
     del rig.objects.contents[pack_key(rig.pack)]
 
@@ -842,6 +847,23 @@ def test_scrub_tells_a_lost_pack_from_a_retired_one(rig: Rig) -> None:
     (damage,) = report.damages
     assert (damage.key, damage.frame_count, damage.repaired_count) == (pack_key(rig.pack), 6, 0)
     assert rig.keys(QUARANTINED)
+
+
+def test_a_pack_that_was_retired_when_a_point_had_gone_is_not_marked(rig: Rig) -> None:
+    """Some of it was moved when the round began, and the point needed more of it."""
+    copy_only(rig)
+    more = back_up(rig.store, {"disk": DISK}, index=rig.index)
+
+    def before(call: str, key: str) -> None:
+        if (call, key) == ("list", PACKS):  # it has been over manifests and segments
+            rig.objects.before = lambda call, key: None
+            rig.store.forget(more.vm_id, more.point_id, host="host1", why="by hand")
+            assert rig.collect().repacked == 1
+
+    rig.objects.before = before
+    assert rig.scrub().damages == ()
+    assert rig.pack not in rig.packs()
+    assert rig.keys(QUARANTINED) == []
 
 
 def test_what_nothing_needs_of_a_retired_pack_may_lead_nowhere(rig: Rig) -> None:

@@ -8,7 +8,8 @@ the store's objects, each once, past any cache, at a limited rate, and takes up 
 2. Packs by name: the footer, and every frame by checksum and by identity.  What is damaged is marked at once, so that
    no backup refers to it any more (`store/quarantine.py`).  Progress is kept pack by pack.  A pack that is missing is
    retired (`store/retirement.py`), and no damage, when every frame that is needed of it is sound where it was moved to;
-   if packs were found damaged, that is looked at again for what was moved to them.
+   if packs were found damaged, that is looked at again for what was moved to them.  One of which a frame seems to be
+   lost is marked in 3, when it is: of what needed it garbage collection may have taken as much as was not moved.
 3. Only when something is wrong: all points again, for what they need of it.  That is repaired where there is another
    copy (`scrub_repair.py`); of the rest those are named that need it.  What was deleted meanwhile, point and all, is
    nobody's then.
@@ -301,8 +302,8 @@ class _Scrub:
         else:
             damage = found
             self._pack_count += 1
-        if damage is not None:
-            self._quarantine(damage)
+            if damage is not None:
+                self._quarantine(damage)
         self._progress.passed(pack_id, damage)
 
     def _quarantine(self, damage: PackDamage) -> None:
@@ -362,7 +363,6 @@ class _Scrub:
             if copies & damaged and not exists(self._store.objects, pack_key(pack_id)):
                 damage = self._missing(pack_id, f"{pack_key(pack_id)} is gone, and what was moved of it is damaged")
                 if damage is not None:
-                    self._quarantine(damage)
                     self._progress.found(damage)
 
     def _check_run(self, run: Sequence[FrameRef]) -> dict[int, str]:
@@ -394,7 +394,10 @@ class _Scrub:
         found = []
         for pack_id, damage in damaged.items():
             key, frame_count = pack_key(pack_id), needed_counts[pack_id]
-            if frame_count or exists(self._store.objects, key):  # or else it was deleted, together with what needed it
+            is_there = exists(self._store.objects, key)
+            if frame_count or is_there:  # or else it was deleted, together with what needed it
+                if not is_there:
+                    self._quarantine(damage)
                 mark = read_quarantine(self._store.objects, pack_id)
                 found.append(
                     replace(
