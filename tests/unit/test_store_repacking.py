@@ -18,13 +18,13 @@ from store_fakes import FakeObjects
 from store_points import KEY_SOURCE, back_up, finish, new_id, stored_file, write_chunks
 
 from vmfs_stub.core.chunking import FrameRef
-from vmfs_stub.core.errors import StoreConflict, StoreDenied, StoreFull, StoreUnavailable
+from vmfs_stub.core.errors import StoreConflict, StoreDenied, StoreFull, StoreUnavailable, UnknownFormat
 from vmfs_stub.core.ids import PackId, PointId, VmId
 from vmfs_stub.services.restore import restore_point
 from vmfs_stub.services.scrub import ScrubReport, scrub
 from vmfs_stub.services.scrub_progress import ScrubProgress
 from vmfs_stub.services.verify import verify
-from vmfs_stub.store import documents, moved, reachability, retirement
+from vmfs_stub.store import condemned, documents, moved, reachability, retirement
 from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.collector import Collected, Collector
@@ -251,6 +251,25 @@ def test_a_backup_that_needs_what_was_not_moved_has_to_run_again(rig: Rig) -> No
     assert rig.collect(sleep=sleep).repacked == 1
     assert len(begun) == 2
     back_up(rig.store, {"disk": DISK}, index=rig.index)  # again, and stored afresh
+
+
+def test_a_writer_that_does_not_know_of_retired_packs_refuses(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would refer to all of them; any other list it reads as before."""
+    writer, segments = refers_to_garbage(rig)
+    lists: list[str] = []
+
+    def before(call: str, key: str) -> None:
+        if (call, key) == ("delete", pack_key(rig.pack)):
+            rig.objects.before = lambda call, key: None
+            lists.extend(rig.keys(CONDEMNED))
+            with monkeypatch.context() as patch, pytest.raises(UnknownFormat, match="use a newer vmfs-stub"):
+                patch.setattr(condemned, "LIST_FEATURES_KNOWN", frozenset())
+                commit(writer, segments, len(DISK))
+
+    rig.objects.before = before
+    rig.collect(sleep=lambda seconds: writer.renew_lease())
+    assert len(lists) == 1
+    assert b"retired" not in encode_condemned(Condemned(frozenset({rig.pack})), "nonce")
 
 
 def test_what_is_gone_is_met_by_a_backup_that_began_before(rig: Rig) -> None:

@@ -1,6 +1,7 @@
 """Condemned lists: packs and segments that garbage collection is about to delete, so that no backup refers to them.
 
-Packs on a list that are *retired* are still needed by restore points, but all that they need of them was moved.
+Packs on a list that are *retired* are still needed by restore points, but all that they need of them was moved.  Such a
+list requires a feature: a writer that does not know it refuses, rather than refer to what is about to go.
 
 A list is a checked document under ``condemned/``, put before the collector looks for a last time whether anything needs
 what is on it, and deleted when all on it is gone or was spared.  Several collectors may have lists at the same time.
@@ -14,11 +15,12 @@ from typing import Final
 from vmfs_stub.core.errors import ObjectMissing
 from vmfs_stub.core.ids import PackId, SegmentId
 from vmfs_stub.store import documents
-from vmfs_stub.store.format import CONDEMNED_VERSION, DOCUMENT_SIZE_MAX, FEATURES_KNOWN
+from vmfs_stub.store.format import CONDEMNED_VERSION, DOCUMENT_SIZE_MAX, FEATURE_RETIRED, FEATURES_KNOWN
 from vmfs_stub.store.keys import CONDEMNED, is_id, is_segment_id
 from vmfs_stub.store.objects import ObjectStore
 
 CONDEMNED_FORMAT: Final = "vmfs-stub condemned"
+LIST_FEATURES_KNOWN: Final = FEATURES_KNOWN | {FEATURE_RETIRED}
 LIST_MAX: Final = 10_000
 """Names in one list, so that it stays a small document."""
 
@@ -37,12 +39,13 @@ class Condemned:
 
 def encode_condemned(condemned: Condemned, nonce: str) -> bytes:
     """The bytes of a list; ``nonce`` tells a retried put from somebody else's."""
-    body = {
+    body: dict[str, object] = {
         "packs": sorted(condemned.packs),
         "segments": sorted(condemned.segments),
-        "retired": sorted(condemned.retired),
         "nonce": nonce,
     }
+    if condemned.retired:
+        body |= {"required": [FEATURE_RETIRED], "retired": sorted(condemned.retired)}
     return documents.encode(CONDEMNED_FORMAT, CONDEMNED_VERSION, body)
 
 
@@ -51,7 +54,7 @@ def decode_condemned(data: bytes, key: str) -> Condemned:
 
     Raises: CorruptStoreObject; UnknownFormat.
     """
-    fields = documents.decode(data, key, CONDEMNED_FORMAT, version=CONDEMNED_VERSION, features=FEATURES_KNOWN)
+    fields = documents.decode(data, key, CONDEMNED_FORMAT, version=CONDEMNED_VERSION, features=LIST_FEATURES_KNOWN)
     packs, segments, retired = fields.texts("packs"), fields.texts("segments"), fields.texts("retired")
     for name, found in (("packs", packs), ("retired", retired)):
         if not all(map(is_id, found)):

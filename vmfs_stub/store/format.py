@@ -41,6 +41,8 @@ FEATURES_KNOWN: Final[frozenset[str]] = frozenset()
 """Required features that this reader understands; a document that needs another is refused."""
 FEATURE_ENCRYPTION: Final = "encryption"
 """Of the store's description only: see sealing.py."""
+FEATURE_RETIRED: Final = "retired"
+"""Of condemned lists only: see condemned.py."""
 
 DEFAULT_CHUNK_SIZE: Final = 64 * 1024
 SEGMENT_CHUNKS: Final = 4096
