@@ -293,7 +293,7 @@ class CondemnedTarget(DocumentTarget):
 
     def seeds(self) -> list[bytes]:
         packs = frozenset(PackId(digit * 32) for digit in "123")
-        some = Condemned(packs, frozenset([SegmentId("6f" * 40)]))
+        some = Condemned(packs, frozenset([SegmentId("6f" * 40)]), frozenset([PackId("4" * 32)]))
         return [encode_condemned(each, "nonce") for each in (some, Condemned())]
 
     def call(self, data: bytes) -> object:

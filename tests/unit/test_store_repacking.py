@@ -744,6 +744,24 @@ def test_a_pack_on_the_list_of_a_dead_collector_comes_first(rig: Rig, monkeypatc
     commit(writer, list(made.files[0].segments), len(DISK))
 
 
+@pytest.mark.parametrize("why", ["quarantined", "many documents"])
+def test_what_is_in_the_way_of_others_is_none_of_a_pack_on_an_old_list(rig: Rig, why: str, tmp_path: Path) -> None:
+    """The list would stay for ever: a backup has needed what is on it, and all others would fail."""
+    if why == "quarantined":
+        put_quarantine(rig.store.objects, Quarantine(1.0, (), "seen"), rig.pack)
+    else:
+        for number in range(retirement.MOVED_BEFORE_MAX + 1):
+            key = moved_key(rig.pack, f"{number:032x}")
+            rig.store.objects.put(key, encode_moved([Move(0, PackId("ab" * 16), 0, 9)], rig.pack, f"{number:032x}"))
+    assert rig.collect().repacked == 0
+    rig.store.objects.put(CONDEMNED + new_id(), encode_condemned(Condemned(retired=frozenset({rig.pack})), "dead"))
+    assert rig.collect().repacked == 1
+    assert rig.keys(CONDEMNED) == []
+    rig.assert_whole(rig.kept, KEPT, tmp_path / "before")
+    again = commit(takes_over(rig), [rig.kept.files[0].segments[0]], len(KEPT))
+    rig.assert_whole(again, KEPT, tmp_path / "after")
+
+
 def test_the_lease_lives_as_long_as_the_copying_takes() -> None:
     """Reading back, and a document for each pack, take long on a store that is far away."""
     rig = Rig()

@@ -79,8 +79,6 @@ _USE: Final = struct.Struct(">16sQQ")
 """A pack, how many bytes of it a segment refers to, and in which parts of it; see `Use`."""
 _SEGMENTS_AT_ONCE: Final = 64
 """Segments that are held in memory together."""
-MOVED_BEFORE_MAX: Final = 8
-"""Documents about a pack that may be repacked: of runs that were cut short; fewer than a reader tries places."""
 _BATCH: Final = 256
 
 
@@ -232,10 +230,13 @@ class Reachability:
         """Whether frames of a needed pack were moved there."""
         return self._row("packs", "is_target", pack_id) == (1,)
 
-    def may_move(self, pack_id: PackId) -> bool:
-        """Whether readers find what is moved from there now: they follow a few moves, and read a few documents."""
+    def may_move(self, pack_id: PackId, documents_max: int) -> bool:
+        """Whether readers find what is moved from there now: they follow a few moves, and read a few documents.
+
+        ``documents_max`` of them may be there already.
+        """
         row = self._row("packs", "documents", pack_id)
-        return not self.is_target(pack_id) and (row is None or row[0] <= MOVED_BEFORE_MAX)
+        return not self.is_target(pack_id) and (row is None or row[0] <= documents_max)
 
     def use(self, pack_id: PackId) -> Use | None:
         """How much of a pack is needed, as far as that can be told without a look into segments; None: nothing is."""

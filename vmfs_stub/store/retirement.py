@@ -38,7 +38,7 @@ from vmfs_stub.store.condemned import Condemned, decode_condemned
 from vmfs_stub.store.condemning import Condemning
 from vmfs_stub.store.format import DOCUMENT_SIZE_MAX
 from vmfs_stub.store.keys import CONDEMNED, LEASES, PACKS, is_id, pack_key, writer_of
-from vmfs_stub.store.moved import Documents
+from vmfs_stub.store.moved import PLACES_MAX, Documents
 from vmfs_stub.store.quarantine import quarantined_packs
 from vmfs_stub.store.repacking import Repacking
 
@@ -48,6 +48,9 @@ RETIRED_BELOW: Final = 0.5
 """Share of a pack's bytes: what less is needed of is copied elsewhere."""
 CANDIDATES_MAX: Final = 16_384
 """Packs of one run; bounds its memory, and how long it takes."""
+MOVED_BEFORE_MAX: Final = 8
+"""Documents about a pack that may be retired: of runs that were cut short; half of the places that a reader tries."""
+STUCK_MOVED_BEFORE_MAX: Final = PLACES_MAX - 1
 PACKS_AT_ONCE: Final = 512
 FRAMES_AT_ONCE: Final = 262_144
 """Of all packs that are dealt with together; bounds the memory that they take."""
@@ -129,9 +132,12 @@ class Retirement:
                 return
 
     def _candidates(self, earlier: Set[str]) -> list[_Candidate]:
-        """The most worthwhile first.  Packs of a living writer, and what others are about to delete, are left out."""
+        """The most worthwhile first.  Packs of a living writer, and what others are about to delete, are left out.
+
+        Those that are damaged are left to scrub, unless they are stuck: then what can be read of them counts.
+        """
         stuck, going = self._on_lists(earlier)
-        but = going | quarantined_packs(self._objects)
+        but = going | (quarantined_packs(self._objects) - stuck)
         alive = {info.key.removeprefix(LEASES) for info in self._objects.list(LEASES)}
         best = _Best(CANDIDATES_MAX)
         for info in self._objects.list(PACKS):
@@ -140,7 +146,9 @@ class Retirement:
             half = info.size * RETIRED_BELOW
             if use is None or not (use.used < half or pack_id in stuck):
                 continue
-            if pack_id not in but and writer_of(pack_id) not in alive and self._reachability.may_move(pack_id):
+            documents_max = STUCK_MOVED_BEFORE_MAX if pack_id in stuck else MOVED_BEFORE_MAX
+            may_move = self._reachability.may_move(pack_id, documents_max)
+            if pack_id not in but and writer_of(pack_id) not in alive and may_move:
                 rank = _Rank.LIKELY if use.guess < half else _Rank.DOUBTFUL
                 best.add(_Candidate(_Rank.STUCK if pack_id in stuck else rank, pack_id, info.size))
         return best.ordered()
