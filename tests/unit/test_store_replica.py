@@ -506,6 +506,44 @@ def test_scrub_replaces_a_damaged_manifest(pair: Pair) -> None:
     assert pair.here.contents == before
 
 
+@pytest.mark.parametrize("when", ["size", "put"], ids=["before it is looked for", "before it is put"])
+def test_scrub_brings_back_no_manifest_that_was_deleted(pair: Pair, when: str) -> None:
+    """It would name what is gone, and no garbage could be collected any more."""
+    manifest = back_up(pair.store, {"disk": DISK})
+    pair.run()
+    key = manifest_key(manifest.vm_id, manifest.point_id)
+    pair.here.contents[key] = altered(pair.here.contents[key])
+
+    def before(call: str, name: str) -> None:
+        if (call, name) == (when, key):
+            pair.here.before = lambda call, name: None
+            forget(pair, manifest)
+            collect(pair)
+            assert pair.names(MANIFESTS) == pair.names(PACKS) == {}
+
+    pair.here.before = before
+    assert scrubbed(pair)
+    assert pair.names(MANIFESTS) == {}
+    collect(pair)
+
+
+def test_a_replica_that_goes_takes_no_manifest_with_it(pair: Pair) -> None:
+    """Another medium is mounted there: that tells nothing of what was deleted."""
+    manifest = back_up(pair.store, {"disk": DISK})
+    pair.run()
+    before = dict(pair.here.contents)
+    key = manifest_key(manifest.vm_id, manifest.point_id)
+    pair.here.contents[key] = altered(pair.here.contents[key])
+
+    def gone(call: str, name: str) -> None:
+        if (call, name) == ("size", key):
+            pair.there.contents.clear()
+
+    pair.there.before = gone
+    scrubbed(pair)
+    assert pair.here.contents == before
+
+
 def test_scrub_believes_no_copy_unseen(pair: Pair) -> None:
     back_up(pair.store, {"disk": DISK})
     pair.run()

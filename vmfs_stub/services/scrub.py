@@ -34,15 +34,15 @@ from itertools import islice
 from typing import Final, TypeVar
 
 from vmfs_stub.core.chunking import FrameRef, chunk_count
-from vmfs_stub.core.errors import CorruptManifest, IntegrityError, ObjectMissing, PointNotFound, StoreDenied, StoreFull
+from vmfs_stub.core.errors import IntegrityError, ObjectMissing, PointNotFound, StoreDenied, StoreFull
 from vmfs_stub.core.ids import PackId, PointId, SegmentId, VmId
 from vmfs_stub.core.recall_plan import plan_fetches
 from vmfs_stub.services.scrub_progress import PackDamage, ScrubProgress
-from vmfs_stub.services.scrub_repair import Frame, repair, replace_damaged, was_moved
+from vmfs_stub.services.scrub_repair import Frame, repair, replace_damaged, replace_manifest, was_moved
 from vmfs_stub.store import frames
 from vmfs_stub.store.format import SEGMENT_CHUNKS, SEGMENT_SIZE_MAX
 from vmfs_stub.store.keys import MOVED, PACKS, is_id, manifest_key, pack_key, segment_key
-from vmfs_stub.store.manifest import Manifest, StoredFile, decode_manifest
+from vmfs_stub.store.manifest import Manifest, StoredFile
 from vmfs_stub.store.moved import read_moves
 from vmfs_stub.store.objects import drop_cache, exists
 from vmfs_stub.store.packs import read_footer
@@ -239,18 +239,10 @@ class _Scrub:
                 continue  # deleted since the listing, or void
             except IntegrityError as exc:
                 key = manifest_key(vm_id, point_id)
-                if self._is_replaced(key, partial(self._check_manifest, key)):
+                if self._replica is not None and replace_manifest(self._store, self._replica, key):
                     yield (vm_id, point_id), self._store.open_point(vm_id, point_id).manifest
                 else:
                     yield (vm_id, point_id), str(exc)
-
-    def _check_manifest(self, key: str, data: bytes) -> None:
-        manifest = decode_manifest(self._store.sealing.open(data, key), key)
-        if manifest_key(manifest.vm_id, manifest.point_id) != key:
-            raise CorruptManifest(f"{key}: is the manifest of another restore point")
-
-    def _is_replaced(self, key: str, check: Callable[[bytes], object]) -> bool:
-        return self._replica is not None and replace_damaged(self._store, self._replica, key, check)
 
     def _check_segment(self, segment_id: SegmentId) -> tuple[Sequence[PackId], Sequence[FrameRef]]:
         """Its packs, and all frames of those of which any have moved."""
@@ -259,8 +251,8 @@ class _Scrub:
             for slot in range(segment.slot_count):
                 segment.ref(slot)
         except (IntegrityError, ObjectMissing) as exc:
-            check = partial(Segment, segment_id=segment_id, sealing=self._store.sealing)
-            if not self._is_replaced(segment_key(segment_id), check):
+            key, check = segment_key(segment_id), partial(Segment, segment_id=segment_id, sealing=self._store.sealing)
+            if self._replica is None or not replace_damaged(self._store, self._replica, key, check):
                 self._bad_segments[segment_id] = str(exc)
                 return (), ()
             segment = self._segment(segment_id)

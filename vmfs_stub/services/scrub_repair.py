@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Final
 
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import (
     CorruptFrame,
+    CorruptManifest,
     CorruptStoreObject,
     IntegrityError,
     ObjectMissing,
@@ -32,11 +34,13 @@ from vmfs_stub.core.ids import ChunkId, PackId
 from vmfs_stub.store import frames
 from vmfs_stub.store.format import INDEX_SIZE_MAX
 from vmfs_stub.store.index_objects import decode_index
-from vmfs_stub.store.keys import INDEX, PACKS, is_id, pack_key
+from vmfs_stub.store.keys import INDEX, PACKS, is_id, manifest_key, pack_key
+from vmfs_stub.store.manifest import decode_manifest
 from vmfs_stub.store.moved import Move
 from vmfs_stub.store.moving import Moving, moving
-from vmfs_stub.store.objects import drop_cache
+from vmfs_stub.store.objects import drop_cache, exists
 from vmfs_stub.store.packs import read_footer
+from vmfs_stub.store.replica import check_replica
 from vmfs_stub.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -84,6 +88,31 @@ def replace_damaged(store: Store, replica: Store, key: str, check: Callable[[byt
         return False
     log.warning("%s was damaged, and is replaced by the replica's copy", key)
     return True
+
+
+def replace_manifest(store: Store, replica: Store, key: str) -> bool:
+    """The same of the manifest of a restore point, which garbage collection may delete meanwhile; never fails.
+
+    It deletes it in the store, then in the replica.  One that is put after that names what is gone, and goes again.
+    """
+    try:
+        if not exists(store.stored, key) or not replace_damaged(
+            store, replica, key, partial(_check_manifest, store, key)
+        ):
+            return False
+        if exists(replica.stored, key):
+            return True
+        check_replica(replica.stored, store.description)  # or else it is the replica that has gone
+        store.stored.delete(key)
+    except (StoreError, IntegrityError, UnknownFormat) as exc:
+        log.warning("whether %s was deleted meanwhile cannot be told: %s", key, exc)
+    return False
+
+
+def _check_manifest(store: Store, key: str, data: bytes) -> None:
+    manifest = decode_manifest(store.sealing.open(data, key), key)
+    if manifest_key(manifest.vm_id, manifest.point_id) != key:
+        raise CorruptManifest(f"{key}: is the manifest of another restore point")
 
 
 def was_moved(store: Store, ref: FrameRef) -> bool:
