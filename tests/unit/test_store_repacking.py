@@ -18,7 +18,7 @@ from store_fakes import FakeObjects
 from store_points import KEY_SOURCE, back_up, finish, new_id, stored_file, write_chunks
 
 from vmfs_stub.core.chunking import FrameRef
-from vmfs_stub.core.errors import StoreConflict, StoreDenied, StoreFull, StoreUnavailable, UnknownFormat
+from vmfs_stub.core.errors import CorruptPack, StoreConflict, StoreDenied, StoreFull, StoreUnavailable, UnknownFormat
 from vmfs_stub.core.ids import PackId, PointId, VmId
 from vmfs_stub.services.restore import restore_point
 from vmfs_stub.services.scrub import ScrubReport, scrub
@@ -959,6 +959,17 @@ def test_places_that_lead_nowhere_hide_no_good_one(rig: Rig, tmp_path: Path) -> 
 # With a replica
 
 
+def replicated(replication: Replication, made: Manifest) -> None:
+    """What a run does with one point."""
+    manifest, segments = replication.look(made.vm_id, made.point_id)
+    for segment_id in replication.missing(segments):
+        copy = replication.read(segment_id)
+        for pack_id in replication.lacks(copy.segment.packs):
+            replication.copy_pack(pack_id)
+        replication.put_segment(copy)
+    replication.put_manifest(made.vm_id, made.point_id, manifest)
+
+
 @contextmanager
 def with_replica(rig: Rig, tmp_path: Path) -> Iterator[tuple[FakeObjects, Replication]]:
     """A new one, which has the newer point."""
@@ -967,10 +978,7 @@ def with_replica(rig: Rig, tmp_path: Path) -> Iterator[tuple[FakeObjects, Replic
     replica = Store.open(objects, rig.source)
     with closing(ReadBack(tmp_path / "read-back", rig.store.id, "file:///there")) as read_back:
         replication = Replication(rig.store, replica, read_back)
-        manifest, (segment_id,) = replication.look(rig.kept.vm_id, rig.kept.point_id)
-        replication.copy_pack(rig.pack)
-        replication.put_segment(replication.read(segment_id))
-        replication.put_manifest(rig.kept.vm_id, rig.kept.point_id, manifest)
+        replicated(replication, rig.kept)
         yield objects, replication
 
 
@@ -1050,6 +1058,65 @@ def test_no_listing_decides_what_the_replica_gets(
     replica = Store.open(objects, rig.source)
     restore_point(replica, replica.open_point(rig.kept.vm_id, rig.kept.point_id), tmp_path / "out")
     assert (tmp_path / "out/disk").read_bytes() == KEPT
+
+
+@pytest.mark.parametrize("is_there", [True, False], ids=["and is about to go", "and has gone"])
+def test_a_point_that_needs_more_than_the_collector_saw_is_whole_in_the_replica(
+    rig: Rig, there: tuple[FakeObjects, Replication], is_there: bool, tmp_path: Path
+) -> None:
+    """It counts on what another one has moved.  The replica was seen to have the pack, which goes from there, too."""
+    objects, replication = there
+    begun, segments = refers_to_garbage(rig)
+    refs = rig.refs(rig.going)
+    made: list[Manifest] = []
+    moved_by: list[str] = []
+
+    def sleep(seconds: float) -> None:
+        begun.renew_lease()
+        if rig.keys(CONDEMNED) and rig.keys(MOVED) and not moved_by:
+            moved_by.append("another one")
+            with moving(rig.store) as job:
+                raws = rig.store.fetch(refs)
+                job.finish({rig.pack: [job.write(ref, raw) for ref, raw in zip(refs, raws, strict=True)]})
+
+    def before(call: str, key: str) -> None:
+        if (call, key) == ("delete", pack_key(rig.pack)):
+            rig.objects.before = lambda call, key: None
+            made.append(commit(begun, segments, len(DISK)))
+            if is_there:
+                replicated(replication, made[0])
+
+    rig.objects.before = before
+    mirrored = MirroredDeletes(rig.store.objects, objects)
+    assert rig.collect(mirror=replication.copy_moves, objects=mirrored, sleep=sleep).repacked == 1
+    if not is_there:
+        replicated(replication, made[0])
+    rig.assert_whole(made[0], DISK, tmp_path / "store")
+    replica = Store.open(objects, rig.source)
+    restore_point(replica, replica.open_point(made[0].vm_id, made[0].point_id), tmp_path / "replica")
+    assert (tmp_path / "replica/disk").read_bytes() == DISK
+
+
+def test_what_was_moved_in_the_store_and_not_in_the_replica_does_not_count_there(
+    rig: Rig, there: tuple[FakeObjects, Replication]
+) -> None:
+    """The pack is on a list; that the replica has it yet says nothing."""
+    objects, replication = there
+    copy_only(rig)
+    segment = replication.read(rig.kept.files[0].segments[0])
+    rig.store.objects.put(
+        CONDEMNED + new_id(), encode_condemned(Condemned(retired=frozenset({rig.pack})), "of another")
+    )
+    plain_put = objects.put
+
+    def put(key: str, data: Buffer, *, if_absent: bool = True) -> None:
+        plain_put(key, b"?" if key.startswith(MOVED) else data, if_absent=if_absent)
+
+    objects.put = put  # type: ignore[method-assign]
+    with pytest.raises(CorruptPack, match="what was moved of it is not in the replica"):
+        replication.put_segment(segment)
+    objects.put = plain_put  # type: ignore[method-assign]
+    replication.put_segment(segment)
 
 
 def test_a_document_that_leads_nowhere_is_not_asked_of_the_replica(

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final
 
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import IntegrityError, ObjectExists, ObjectMissing, StoreConflict, StoreDenied, StoreError
@@ -51,7 +51,7 @@ from vmfs_stub.store.keys import (
 from vmfs_stub.store.leases import LEASE_INTERVAL_S, Lease
 from vmfs_stub.store.manifest import Manifest, StoredFile, encode_checked
 from vmfs_stub.store.moved import Documents, Move, drop_caches, new_moved
-from vmfs_stub.store.objects import Buffer, ObjectStore, asked, exists, put_anew
+from vmfs_stub.store.objects import Buffer, ObjectStore, absent, asked, exists, put_anew
 from vmfs_stub.store.packs import OpenPack, SealedPack
 from vmfs_stub.store.pins import Pin, encode_pin, remove_pin
 from vmfs_stub.store.quarantine import quarantined_packs
@@ -59,8 +59,6 @@ from vmfs_stub.store.sealing import Sealing
 from vmfs_stub.store.segments import Entry, SealedSegment, Segment, SegmentTable, entries_of
 from vmfs_stub.store.standing import Standing, standing_documents
 from vmfs_stub.store.versions import NEWER, is_known
-
-Name = TypeVar("Name", PackId, SegmentId)
 
 BUFFERS_KEPT: Final = 4
 """Buffers of packs, and of batches, kept for the next one: fresh memory costs more than the copy into it."""
@@ -449,7 +447,7 @@ class BackupWriter:
         """One pack that the index has is gone: garbage collection, which the index does not know of, takes many."""
         with self._lock:
             used = self._used - self._own
-        self._index.forget_packs(self._absent(pack_key, used))
+        self._index.forget_packs(absent(self._objects, used, pack_key))
 
     def _check_used(self) -> None:
         """See that nothing this job uses is condemned, gone, or found damaged meanwhile."""
@@ -457,11 +455,11 @@ class BackupWriter:
         unusable = condemned.packs | (condemned.retired & self._own)
         unusable |= quarantined_packs(self._objects) - self._quarantined
         going = self._used & condemned.retired - unusable
-        gone = going | self._absent(pack_key, self._used - unusable - going)
+        gone = going | absent(self._objects, self._used - unusable - going, pack_key)
         lost_packs, lost_segments = self._in_doubt(gone) if gone else (set(), set())
         lost_packs |= self._used & unusable
         lost_segments |= self._segments.keys() & condemned.segments
-        lost_segments |= self._absent(segment_key, self._segments.keys() - lost_segments)
+        lost_segments |= absent(self._objects, self._segments.keys() - lost_segments, segment_key)
         self._check_not_dead()
         if not is_known(self._objects):
             raise StoreConflict(f"the store was raised to a version that this program does not know; {NEWER}")
@@ -472,12 +470,6 @@ class BackupWriter:
                 "damaged, or are being removed by garbage collection; run the backup again"
             )
             raise StoreConflict(msg)
-
-    def _absent(self, key_of: Callable[[Name], str], names: Set[Name]) -> set[Name]:
-        """Those of these packs or segments that are not there."""
-        ordered = sorted(names)
-        are_there = asked(lambda name: exists(self._objects, key_of(name)), ordered)
-        return {name for name, is_there in zip(ordered, are_there, strict=True) if not is_there}
 
     def _check_not_dead(self) -> None:
         if exists(self._objects, dead_key(self.writer_id)):

@@ -9,7 +9,7 @@ only replaced whole or deleted.  This module must not know what the objects mean
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from vmfs_stub.store.keys import damage
 
 T = TypeVar("T")
 R = TypeVar("R")
+Name = TypeVar("Name", bound=str)
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 OBJECT_SIZE_MAX: Final = 256 * 1024 * 1024
@@ -129,6 +130,13 @@ def asked(call: Callable[[T], R], of: Collection[T]) -> list[R]:
         return [call(each) for each in of]
     with ThreadPoolExecutor(ASKED_AT_ONCE) as executor:
         return list(executor.map(call, of))
+
+
+def absent(objects: ObjectStore, names: Iterable[Name], key_of: Callable[[Name], str]) -> set[Name]:
+    """Those of these names of which there is no object.  Raises: StoreUnavailable, StoreDenied."""
+    ordered = sorted(names)
+    are_there = asked(lambda name: exists(objects, key_of(name)), ordered)
+    return {name for name, is_there in zip(ordered, are_there, strict=True) if not is_there}
 
 
 def put_mark(objects: ObjectStore, key: str) -> None:

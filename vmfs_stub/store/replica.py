@@ -6,7 +6,8 @@ each other by: no pins, leases, claims or lists.  So it takes no backups, and no
 that it is one (`replica_mark.py`).
 
 Order, which makes what is there say what was done before (must = a copy is counted that is none):
-- must: a segment is put when every pack that it names was read back from the replica, whole;
+- must: a segment is put when every pack that it names was read back from the replica, whole; of one that may go though
+  it is needed, since it is retired in the store, what the segment needs was read where documents say;
 - must: the manifest is put when all its segments are there; it is read back like everything that is put.
 So a run that is cut short goes on where it was, a point whose segments are there needs no look at its packs, and
 nothing is known of a replica that is not in it.
@@ -22,13 +23,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
+from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import (
     DAMAGE,
+    CorruptFrame,
     CorruptPack,
     IntegrityError,
     ObjectExists,
@@ -38,6 +41,7 @@ from vmfs_stub.core.errors import (
     WrongStore,
 )
 from vmfs_stub.core.ids import PackId, PointId, SegmentId, VmId
+from vmfs_stub.store.condemned import read_condemned
 from vmfs_stub.store.format import (
     DOCUMENT_SIZE_MAX,
     MANIFEST_SIZE_MAX,
@@ -64,7 +68,7 @@ from vmfs_stub.store.keys import (
 )
 from vmfs_stub.store.manifest import decode_manifest
 from vmfs_stub.store.moved import HOPS_MAX, Documents, decode_moved, read_documents
-from vmfs_stub.store.objects import OBJECT_SIZE_MAX, ObjectStore, drop_cache, exists
+from vmfs_stub.store.objects import OBJECT_SIZE_MAX, ObjectStore, absent, drop_cache, exists
 from vmfs_stub.store.packs import check_pack
 from vmfs_stub.store.probe import probe
 from vmfs_stub.store.read_back import ReadBack
@@ -261,12 +265,16 @@ class Replication:
     def put_segment(self, copy: SegmentCopy) -> None:
         """All its packs were dealt with: put it.
 
-        Raises: CorruptPack when a frame that it needs can be read neither in the store nor in the replica.
+        Raises: CorruptPack when a frame that it needs can be read neither in the store nor in the replica;
+        CorruptStoreObject, UnknownFormat (of a list).
         """
+        packs = frozenset(copy.segment.packs)
+        retired = self._retired(packs)
+        for pack_id in sorted(retired):
+            self._copy_moved(pack_id, HOPS_MAX)
         with self._lock:
-            damaged = self._damaged.intersection(copy.segment.packs)
-        if damaged:
-            self._check_frames(copy.segment, damaged)
+            damaged = self._damaged & packs
+        self._check_frames(copy.segment, damaged, retired)
         key = segment_key(copy.segment_id)
         _put(self._replica.stored, key, copy.data)
         self._remember(key)
@@ -319,7 +327,7 @@ class Replication:
         self._remember(pack_key(pack_id))
 
     def _copy_moved(self, pack_id: PackId, hops: int) -> None:
-        """What was saved of a damaged pack, and where it says that it is."""
+        """What was moved of a pack that is damaged or retired, and where it says that it is."""
         for key, moves in (read_documents(self._store.objects, pack_id) if hops else {}).items():
             for saved in sorted({move.pack_id for move in moves}):
                 self._copy_pack(saved, hops - 1)
@@ -327,6 +335,7 @@ class Replication:
                 self._copy_document(key)
             except DAMAGE as exc:
                 log.warning("%s is not copied to the replica: %s", key, exc)
+        self._store.moved.look_again()
         self._replica.moved.look_again()
 
     def _copy_document(self, key: str) -> None:
@@ -334,17 +343,36 @@ class Replication:
         decode_moved(self._store.sealing.open(data, key), key)
         _put(self._replica.stored, key, data)
 
-    def _check_frames(self, segment: Segment, damaged: Collection[PackId]) -> None:
-        for slot in range(segment.slot_count):
-            ref = segment.ref(slot)
-            if ref is not None and ref.pack_id in damaged:
-                try:
+    def _retired(self, packs: Set[PackId]) -> Set[PackId]:
+        """Packs that may go from the replica though this point needs them, whatever was seen of them before.
+
+        They have gone from the store, or are on a list as retired.  Of any other one a collector that has yet to look
+        sees that the point needs it.  The lists come first: one that goes has its packs deleted before.
+        """
+        listed = packs & read_condemned(self._store.objects).retired
+        return listed | absent(self._store.objects, packs - listed, pack_key)
+
+    def _check_frames(self, segment: Segment, damaged: Set[PackId], retired: Set[PackId]) -> None:
+        for ref in segment.refs_to(damaged | retired):
+            try:
+                if ref.pack_id not in retired or not self._is_moved(ref):
                     self._replica.fetch([ref])
-                except (ObjectMissing, IntegrityError) as exc:
-                    raise CorruptPack(
-                        f"pack {ref.pack_id} is damaged in the store, so that the replica cannot have what restore "
-                        f"points need of it ({exc}); run `vmfs-stub scrub`"
-                    ) from exc
+            except (ObjectMissing, IntegrityError) as exc:
+                raise CorruptPack(
+                    f"pack {ref.pack_id} is damaged in the store, so that the replica cannot have what restore "
+                    f"points need of it ({exc}); run `vmfs-stub scrub`"
+                ) from exc
+
+    def _is_moved(self, ref: FrameRef) -> bool:
+        """Whether a frame can be read where documents say, here if so in the store: what is in its place may go.
+
+        Raises: CorruptFrame when that is so in the store alone.
+        """
+        if self._replica.moved.fetch(ref) is not None:
+            return True
+        if self._store.moved.fetch(ref) is None:
+            return False
+        raise CorruptFrame(f"{pack_key(ref.pack_id)}: what was moved of it is not in the replica")
 
     def _is_there(self, key: str) -> bool:
         if self._is_known(key):

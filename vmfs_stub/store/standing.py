@@ -19,7 +19,7 @@ from vmfs_stub.core.ids import PackId
 from vmfs_stub.store.condemned import Condemned, read_condemned
 from vmfs_stub.store.keys import pack_key
 from vmfs_stub.store.moved import Documents, read_documents
-from vmfs_stub.store.objects import ObjectStore, asked, exists
+from vmfs_stub.store.objects import ObjectStore, absent, asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +48,16 @@ def standing_documents(objects: ObjectStore, packs: Collection[PackId], *, but: 
     condemned = read_condemned(objects)
     going = condemned.packs | condemned.retired
     named = {move.pack_id for documents in found.values() for moves in documents.values() for move in moves}
-    keys = sorted(key for documents in found.values() for key in documents)
-    stay = _there(objects, keys)
-    there = _there(objects, sorted(map(pack_key, named - going - but)))
+    keys = [key for documents in found.values() for key in documents]
+    gone_keys = absent(objects, keys, str)
+    gone = absent(objects, named - going - but, pack_key)
+    usable = named - going - but - gone
     return Standing(
         {
             pack_id: {
                 key: kept
                 for key, moves in documents.items()
-                if key in stay and (kept := [move for move in moves if pack_key(move.pack_id) in there])
+                if key not in gone_keys and (kept := [move for move in moves if move.pack_id in usable])
             }
             for pack_id, documents in found.items()
         },
@@ -67,8 +68,3 @@ def standing_documents(objects: ObjectStore, packs: Collection[PackId], *, but: 
             if any(move.pack_id in going for moves in documents.values() for move in moves)
         ),
     )
-
-
-def _there(objects: ObjectStore, keys: list[str]) -> set[str]:
-    are_there = asked(lambda key: exists(objects, key), keys)
-    return {key for key, is_there in zip(keys, are_there, strict=True) if is_there}
