@@ -20,7 +20,7 @@ import trio.testing
 from store_points import KEY_SOURCE
 
 from vmfs_stub.core.chunking import FrameRef, chunk_count
-from vmfs_stub.core.errors import CorruptFrame, MoverLost, PointNotFound, PrimaryIOError, StoreError
+from vmfs_stub.core.errors import CorruptFrame, MoverLost, PointNotFound, PrimaryIOError, StoreConflict, StoreError
 from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
 from vmfs_stub.core.origin import Origin
@@ -38,8 +38,10 @@ from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.condemned import Condemned, encode_condemned
 from vmfs_stub.store.fallback import Fallback, ReplicatedStore
 from vmfs_stub.store.key_sources import KeySource
+from vmfs_stub.store.keys import CONDEMNED
 from vmfs_stub.store.manifest import FileKind, StoredFile
 from vmfs_stub.store.objects_url import StoreAt, open_objects
 from vmfs_stub.store.pins import Pin
@@ -245,6 +247,27 @@ async def test_what_the_store_has_already_is_taken_over(place: Place, verify: bo
         await back_up(place, mover, 2, data(0, 1), Part(Extent(1, 6), Content.STORED, origin), verify=verify)
     assert content_of(place.store, 2) == b"x" * CHUNK + NOISE[CHUNK:]
     assert refs_of(place.store, 2)[1:] == refs_of(place.store, 1)[1:]
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("first", [0, 1], ids=["a whole segment", "a part of one"])
+async def test_what_is_condemned_and_nowhere_else_is_stored_afresh(place: Place, verify: bool, first: int) -> None:
+    """The list of a collector that died stays as long as what is on it is needed, here by the first point."""
+    place.path.write_bytes(NOISE)
+    size = len(NOISE)
+    async with place.mover() as mover:
+        await back_up(place, mover, 1, data(0, 6))
+        packs = frozenset(ref.pack_id for ref in refs_of(place.store, 1) if ref is not None)
+        place.store.objects.put(CONDEMNED + "c" * 32, encode_condemned(Condemned(packs), "nonce"))
+        place.path.write_bytes(b"x" * CHUNK * first + bytes(size - CHUNK * first))
+        origin = Origin(place.store.id, VM, point_id(1), 0, size, CHUNK)
+        parts = [*([data(0, first)] if first else []), Part(Extent(first, 6), Content.STORED, origin)]
+        with pytest.raises(StoreConflict):  # it is known by deduplication as yet
+            await back_up(place, mover, 2, *parts, verify=verify)
+        progress = await back_up(place, mover, 2, *parts, verify=verify)
+        assert sum(progress) == size
+    assert content_of(place.store, 2) == b"x" * CHUNK * first + NOISE[CHUNK * first :]
+    assert packs.isdisjoint(ref.pack_id for ref in refs_of(place.store, 2) if ref is not None)
 
 
 async def test_parts_that_are_stored_do_not_hold_up_those_that_are_to_be_read() -> None:

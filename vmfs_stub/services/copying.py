@@ -8,7 +8,7 @@ are in it, and which the store has already.
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -18,8 +18,9 @@ import trio
 from vmfs_stub.core.chunking import FrameRef, chunk_count
 from vmfs_stub.core.errors import PrimaryIOError
 from vmfs_stub.core.extents import Extent
-from vmfs_stub.core.ids import SegmentId
+from vmfs_stub.core.ids import PackId, SegmentId
 from vmfs_stub.core.origin import Origin
+from vmfs_stub.core.recall_plan import plan_fetches
 from vmfs_stub.paced_io import read_into
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.services.mover import Content, CopyOrder, Part
@@ -27,7 +28,9 @@ from vmfs_stub.services.origin import open_table
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.backup_writer import BackupWriter, EncodedBatch
 from vmfs_stub.store.chunk_table import ChunkTable
+from vmfs_stub.store.condemned import read_condemned
 from vmfs_stub.store.format import SEGMENT_CHUNKS
+from vmfs_stub.store.frames import check_identity
 from vmfs_stub.store.packs import SealedPack
 from vmfs_stub.store.segments import Entry, SealedSegment, Segment, SegmentTable, entries_of
 from vmfs_stub.store.store import Store
@@ -105,12 +108,17 @@ class Copier:
     ) -> None:
         # What is to be read back has to be known frame by frame.
         stored = _Stored(self._threads, self._store, order, as_it_is=self._reused is None)
-        step = max(1, BATCH_BYTES // self._writer.chunk_size)
+        step = _step(self._writer.chunk_size)
         async with slots, trio.open_nursery() as nursery:
             async for part in parts:
                 if part.content is not Content.DATA:
                     async for chunks, found in stored.pieces(part):
-                        await slots.send(_ready(self._length(chunks, order), found))
+                        length = self._length(chunks, order)
+                        if isinstance(found, Afresh):
+                            await slots.send(slot := _Slot(length))
+                            nursery.start_soon(self._encode_stored, found, slot)
+                        else:
+                            await slots.send(_ready(length, found))
                     continue
                 for start in range(part.chunks.start, part.chunks.end, step):
                     slot = _Slot(self._length(Extent(start, min(part.chunks.end, start + step)), order))
@@ -132,6 +140,21 @@ class Copier:
                 raise OSError(errno.EIO, f"{count} of {length} bytes at {start} could be read")
         except OSError as exc:
             raise PrimaryIOError(f"{order.label}: reading it for the backup failed: {exc.strerror}") from exc
+        return self._writer.encode(buffer)
+
+    async def _encode_stored(self, chunks: Afresh, slot: _Slot) -> None:
+        slot.batch = await self._threads.transfer(self._fetch_and_encode, chunks.refs, slot.length)
+        slot.done.set()
+
+    def _fetch_and_encode(self, refs: Sequence[FrameRef | None], length: int) -> EncodedBatch:
+        buffer = bytearray(length)
+        wanted = ((at, ref) for at, ref in enumerate(refs) if ref is not None)
+        for fetch in plan_fetches(wanted, fetch_bytes_max=BATCH_BYTES):
+            raws = self._store.fetch(fetch.frames)
+            for at, ref, raw in zip(fetch.chunks, fetch.frames, raws, strict=True):
+                check_identity(raw, ref, self._store.sealing)
+                start = at * self._writer.chunk_size
+                buffer[start : start + len(raw)] = raw
         return self._writer.encode(buffer)
 
     async def _append(self, table: SegmentTable, batch: EncodedBatch) -> None:
@@ -175,9 +198,16 @@ class StoredSegment(NamedTuple):
     chunk_count: int
 
 
+class Afresh(NamedTuple):
+    """Chunks of the file's origin that are stored once more, from the store: what they lie in is not to be used."""
+
+    refs: list[FrameRef | None]
+
+
 class _Stored:
     """Where the chunks of a file lie that are stored; the table of an origin is opened when it is first asked for.
 
+    What a collector has condemned is not taken over: if that one died, its list stays though all on it is needed.
     With ``as_it_is`` a segment of which all is wanted is taken over, and entries of others are not looked at; without,
     each chunk is seen to be one that the file can have.
     """
@@ -187,9 +217,12 @@ class _Stored:
         self._store = store
         self._order = order
         self._as_it_is = as_it_is
+        self._step = _step(store.chunk_size)
         self._tables: dict[Origin, ChunkTable] = {}
+        self._condemned: Set[PackId] = frozenset()
+        """What was on lists when the last of these tables was opened."""
 
-    async def pieces(self, part: Part) -> AsyncIterator[tuple[Extent, StoredSegment | list[Entry | None]]]:
+    async def pieces(self, part: Part) -> AsyncIterator[tuple[Extent, StoredSegment | list[Entry | None] | Afresh]]:
         """The chunks of a part that is not to be read, one segment or a part of one at a time."""
         at = part.chunks.start
         while at < part.chunks.end:
@@ -198,7 +231,14 @@ class _Stored:
             if part.content is Content.ZEROS:
                 yield piece, self._zeros(number, piece)
             else:
-                yield piece, await self._found(await self._table(part.origin), number, piece)
+                table = await self._table(part.origin)
+                found = await self._found(table, number, piece)
+                if self._condemned.isdisjoint(_packs_of(found)):
+                    yield piece, found
+                else:
+                    for start in range(piece.start, piece.end, self._step):
+                        chunks = Extent(start, min(piece.end, start + self._step))
+                        yield chunks, Afresh(await self._threads.background(table.locate, chunks.start, chunks.end))
             at = piece.end
 
     def _zeros(self, number: int, piece: Extent) -> StoredSegment | list[Entry | None]:
@@ -220,12 +260,24 @@ class _Stored:
         assert origin is not None
         if origin not in self._tables:
             self._tables[origin] = await self._threads.background(open_table, self._store, origin)
+            self._condemned = (await self._threads.background(read_condemned, self._store.objects)).packs
         return self._tables[origin]
 
     def _segment(self, number: int, size: int) -> Extent:
         """The chunks of a segment of a file of this size."""
         end = min(chunk_count(size, self._store.chunk_size), (number + 1) * SEGMENT_CHUNKS)
         return Extent(number * SEGMENT_CHUNKS, end)
+
+
+def _packs_of(stored: StoredSegment | list[Entry | None]) -> Iterable[PackId]:
+    if isinstance(stored, StoredSegment):
+        return stored.segment.packs if stored.segment is not None else ()
+    return {entry.pack_id for entry in stored if entry is not None}
+
+
+def _step(chunk_size: int) -> int:
+    """Chunks that are read and encoded at once."""
+    return max(1, BATCH_BYTES // chunk_size)
 
 
 @asynccontextmanager

@@ -21,8 +21,8 @@ listing may miss what was put.  The order, and why it is safe:
 A collector that stops anywhere leaves things that the next one takes up; one that wakes up late deletes only names that
 are never used again.  The list of another one stays until every name on it is gone, needed or not: as long as that one
 may be about to delete a name, or what is noted of it, no backup may begin to need it.  (If a collector died, and
-something it had condemned was needed after all, that is stored afresh by later backups, and the list goes with the last
-restore point that needs it.)
+something it had condemned was needed after all, that is stored afresh by later backups, read from the store where it is
+nowhere else, and the list goes with the last restore point that needs it.)
 """
 
 from __future__ import annotations
