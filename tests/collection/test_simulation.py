@@ -18,7 +18,7 @@ from vmfs_stub.store.claims import Claim, encode_claim
 from vmfs_stub.store.collector import Collector
 from vmfs_stub.store.condemned import Condemned
 from vmfs_stub.store.condemning import Condemning
-from vmfs_stub.store.keys import DEAD, PENDING_SUFFIX, claim_key
+from vmfs_stub.store.keys import PENDING_SUFFIX, claim_key
 from vmfs_stub.store.objects import ObjectStore
 from vmfs_stub.store.reachability import Reachability
 from vmfs_stub.store.retirement import Retirement
@@ -49,7 +49,8 @@ def no_look_at_lists(patch: Patch) -> None:
 
 
 def no_look_whether_it_is_there(patch: Patch) -> None:
-    patch.setattr(backup_writer, "exists", lambda objects, key: not key.startswith(DEAD))
+    patch.setattr(backup_writer, "absent", lambda objects, names, key_of: set())
+    patch.setattr(backup_writer, "exists", lambda objects, key: False)  # nor at the mark of a dead one
 
 
 def no_last_look(patch: Patch) -> None:
