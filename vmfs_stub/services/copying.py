@@ -8,8 +8,8 @@ are in it, and which the store has already.
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -109,8 +109,9 @@ class Copier:
         async with slots, trio.open_nursery() as nursery:
             async for part in parts:
                 if part.content is not Content.DATA:
-                    async for chunks, found in stored.pieces(part):
-                        await slots.send(_ready(self._length(chunks, order), found))
+                    async with aclosing(stored.pieces(part)) as pieces:
+                        async for chunks, found in pieces:
+                            await slots.send(_ready(self._length(chunks, order), found))
                     continue
                 for start in range(part.chunks.start, part.chunks.end, step):
                     slot = _Slot(self._length(Extent(start, min(part.chunks.end, start + step)), order))
@@ -189,7 +190,7 @@ class _Stored:
         self._as_it_is = as_it_is
         self._tables: dict[Origin, ChunkTable] = {}
 
-    async def pieces(self, part: Part) -> AsyncIterator[tuple[Extent, StoredSegment | list[Entry | None]]]:
+    async def pieces(self, part: Part) -> AsyncGenerator[tuple[Extent, StoredSegment | list[Entry | None]]]:
         """The chunks of a part that is not to be read, one segment or a part of one at a time."""
         at = part.chunks.start
         while at < part.chunks.end:
