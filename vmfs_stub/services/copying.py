@@ -190,7 +190,7 @@ class _Stored:
         self._as_it_is = as_it_is
         self._tables: dict[Origin, ChunkTable] = {}
 
-    async def pieces(self, part: Part) -> AsyncGenerator[tuple[Extent, StoredSegment | list[Entry | None]]]:
+    async def pieces(self, part: Part) -> AsyncGenerator[tuple[Extent, StoredSegment | list[Entry | None]], None]:
         """The chunks of a part that is not to be read, one segment or a part of one at a time."""
         at = part.chunks.start
         while at < part.chunks.end:
@@ -209,13 +209,13 @@ class _Stored:
         return [None] * piece.length
 
     async def _found(self, table: ChunkTable, number: int, piece: Extent) -> StoredSegment | list[Entry | None]:
+        if not self._as_it_is:
+            return entries_of(await self._threads.background(table.locate, piece.start, piece.end))
         # A segment is only taken over where it has as many chunks in the copy as in the origin.
         in_origin, in_copy = (self._segment(number, size) for size in (table.size, self._order.size))
-        if self._as_it_is and piece == in_origin == in_copy:
+        if piece == in_origin == in_copy:
             return StoredSegment(*await self._threads.background(table.segment, number), piece.length)
-        if self._as_it_is:
-            return await self._threads.background(table.entries, piece.start, piece.end)
-        return entries_of(await self._threads.background(table.locate, piece.start, piece.end))
+        return await self._threads.background(table.entries, piece.start, piece.end)
 
     async def _table(self, origin: Origin | None) -> ChunkTable:
         assert origin is not None
