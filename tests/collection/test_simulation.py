@@ -26,7 +26,7 @@ from vmfs_stub.store.retirement import Retirement
 Patch = pytest.MonkeyPatch
 
 SEEDS = 40
-SEEDS_FOR_A_FAULT = 240
+SEEDS_FOR_A_FAULT = 400
 
 
 def test_hosts_that_share_a_store_lose_nothing_and_leave_nothing() -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from tests.datastore_harness import BLOCK, CHUNK, Rig, RigFiles, Services, survives_kill, temporary_rig
 from tests.fault.scenarios import BY_NAME, SCENARIOS, NotWhole, Scenario, adopt, contents_of, expect, make_vm
 from tests.fault.spoilings import Spoiling, kinds_at, numbers
+from tests.seeded_ids import ids_from
 from tests.store_places import Place, in_fake
 from vmfs_stub.core.errors import MapFrozen, PointNotFound, VmfsStubError
 from vmfs_stub.core.ids import PointId
@@ -62,9 +63,10 @@ def spoilings(calls: Calls, *, every: bool = False) -> Iterator[Spoiling]:
 async def run(scenario: Scenario, spoiling: Spoiling | None, *, place: Place = in_fake, seed: int = 0) -> Calls:
     """Run a scenario with one call spoiled, and check everything after.  Raises NotWhole.
 
-    The store is at a ``place``, whose own troubles ``seed`` decides.
+    The store is at a ``place``, whose own troubles ``seed`` decides.  Ids are the same in each run of a scenario: packs
+    whose ids begin alike share a folder, which is listed once.
     """
-    with short_waits(), temporary_rig(head=BLOCK, place=place, seed=seed) as rig:
+    with ids_from(scenario.name), short_waits(), temporary_rig(head=BLOCK, place=place, seed=seed) as rig:
         descriptors = _descriptors()
         rig.inline = True
         contents = make_vm(rig)

@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import secrets
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator
@@ -40,6 +39,7 @@ from tests.model.contents import Contents, Wrong
 from tests.model.guest import Guest, Handle
 from tests.model.life import Life
 from tests.model.names import Names
+from tests.seeded_ids import ids_from
 from tests.store_fakes import FakeObjects
 from tests.store_places import Place, in_fake
 from tests.store_points import KEY_SOURCE
@@ -519,21 +519,6 @@ def _impatient() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _ids_from(seed: int) -> Iterator[None]:
-    """Ids are random, and order files and objects: they are the seed's, too."""
-    before, chosen = secrets.token_hex, random.Random(seed)
-
-    def token_hex(size: int = 16) -> str:
-        return chosen.randbytes(size).hex()
-
-    secrets.token_hex = token_hex  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        secrets.token_hex = before
-
-
 def play(seed: int, *, step_count: int = 40, favoured: Collection[str] = (), place: Place = in_fake) -> None:
     """Play one seed, with the store at ``place``; see `Play`.  Raises what is found, with the seed."""
     chosen = random.Random(seed)
@@ -542,7 +527,7 @@ def play(seed: int, *, step_count: int = 40, favoured: Collection[str] = (), pla
     parent = Path(tempfile.gettempdir()) if on_disk else MEMORY
     source = KEY_SOURCE if seed % 5 == 0 else None
     with (
-        _ids_from(seed),
+        ids_from(seed),
         _impatient() if seed % 2 else contextlib.nullcontext(),
         temporary_rig(head=ends[0], tail=ends[1], parent=parent, source=source, place=place, seed=seed) as rig,
     ):

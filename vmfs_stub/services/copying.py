@@ -8,8 +8,8 @@ are in it, and which the store has already.
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence, Set
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Sequence, Set
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -112,13 +112,14 @@ class Copier:
         async with slots, trio.open_nursery() as nursery:
             async for part in parts:
                 if part.content is not Content.DATA:
-                    async for chunks, found in stored.pieces(part):
-                        length = self._length(chunks, order)
-                        if isinstance(found, Afresh):
-                            await slots.send(slot := _Slot(length))
-                            nursery.start_soon(self._encode_stored, found, slot)
-                        else:
-                            await slots.send(_ready(length, found))
+                    async with aclosing(stored.pieces(part)) as pieces:
+                        async for chunks, found in pieces:
+                            length = self._length(chunks, order)
+                            if isinstance(found, Afresh):
+                                await slots.send(slot := _Slot(length))
+                                nursery.start_soon(self._encode_stored, found, slot)
+                            else:
+                                await slots.send(_ready(length, found))
                     continue
                 for start in range(part.chunks.start, part.chunks.end, step):
                     slot = _Slot(self._length(Extent(start, min(part.chunks.end, start + step)), order))
@@ -222,7 +223,9 @@ class _Stored:
         self._condemned: Set[PackId] = frozenset()
         """What was on lists when the last of these tables was opened."""
 
-    async def pieces(self, part: Part) -> AsyncIterator[tuple[Extent, StoredSegment | list[Entry | None] | Afresh]]:
+    async def pieces(
+        self, part: Part
+    ) -> AsyncGenerator[tuple[Extent, StoredSegment | list[Entry | None] | Afresh], None]:
         """The chunks of a part that is not to be read, one segment or a part of one at a time."""
         at = part.chunks.start
         while at < part.chunks.end:
@@ -233,7 +236,7 @@ class _Stored:
             else:
                 table = await self._table(part.origin)
                 found = await self._found(table, number, piece)
-                if self._condemned.isdisjoint(_packs_of(found)):
+                if not self._condemned or self._condemned.isdisjoint(_packs_of(found)):
                     yield piece, found
                 else:
                     for start in range(piece.start, piece.end, self._step):
@@ -248,13 +251,13 @@ class _Stored:
         return [None] * piece.length
 
     async def _found(self, table: ChunkTable, number: int, piece: Extent) -> StoredSegment | list[Entry | None]:
+        if not self._as_it_is:
+            return entries_of(await self._threads.background(table.locate, piece.start, piece.end))
         # A segment is only taken over where it has as many chunks in the copy as in the origin.
         in_origin, in_copy = (self._segment(number, size) for size in (table.size, self._order.size))
-        if self._as_it_is and piece == in_origin == in_copy:
+        if piece == in_origin == in_copy:
             return StoredSegment(*await self._threads.background(table.segment, number), piece.length)
-        if self._as_it_is:
-            return await self._threads.background(table.entries, piece.start, piece.end)
-        return entries_of(await self._threads.background(table.locate, piece.start, piece.end))
+        return await self._threads.background(table.entries, piece.start, piece.end)
 
     async def _table(self, origin: Origin | None) -> ChunkTable:
         assert origin is not None

@@ -75,8 +75,7 @@ READ_BACK_GAP: Final = 256 * 1024
 class EncodedBatch:
     """Consecutive chunks of a file: None is zeros, a FrameRef is stored already, an EncodedChunk is new.
 
-    ``buffer`` is the memory of the new frames; ``append`` takes it back, so a batch is appended once.  A batch without
-    new frames needs none: EncodedBatch((None, ref, …)) reuses what a caller knows to be unchanged.
+    ``buffer`` is the memory of the new frames, if any; ``append`` takes it back, so a batch is appended once.
     """
 
     chunks: tuple[EncodedChunk | FrameRef | None, ...]
