@@ -1,7 +1,7 @@
 """Copying files into a backup: read, encode, append, put and, where it is verified, read back, all at once.
 
-The stages run at the same time, on both cores, and are bounded: what is read waits for what is put, so memory does not
-grow with the file.  Chunks of zeros are not stored.  Knows nothing of placeholders: it is told which parts of a file
+The stages run at the same time, and are bounded: what is read waits for what is put, so memory does not grow with the
+file.  Chunks of zeros are not stored.  Knows nothing of placeholders: it is told which parts of a file
 are in it, and which the store has already.
 """
 
@@ -206,10 +206,11 @@ class Afresh(NamedTuple):
 
 
 class _Stored:
-    """Where the chunks of a file lie that are stored; the table of an origin is opened when it is first asked for.
+    """What a file has of its origins: what to take over, and what to store afresh.
 
-    What a collector has condemned is not taken over: if that one died, its list stays though all on it is needed.
-    With ``as_it_is`` a segment of which all is wanted is taken over, and entries of others are not looked at; without,
+    The table of an origin is opened when it is first asked for.  What a collector has condemned is not taken over: if
+    that one died, its list stays though all on it is needed.
+    With ``as_it_is`` whole segments are taken over where all of one is wanted, and entries of others unseen; without,
     each chunk is seen to be one that the file can have.
     """
 

@@ -6,10 +6,10 @@ the store's objects, each once, past any cache, at a limited rate, and takes up 
 1. Manifests, of forgotten points too (placeholders may need them), and segments: which packs are needed, and which
    frames of those of which frames have moved.
 2. Packs by name: the footer, and every frame by checksum and by identity.  What is damaged is marked at once, so that
-   no backup refers to it any more (`store/quarantine.py`).  Progress is kept pack by pack.  A pack that is missing is
-   retired (`store/retirement.py`), and no damage, when every frame that is needed of it is sound where it was moved to;
-   if packs were found damaged, that is looked at again for what was moved to them.  One of which a frame seems to be
-   lost is marked in 3, when it is: of what needed it garbage collection may have taken as much as was not moved.
+   no backup refers to it any more (`store/quarantine.py`).  Progress is kept pack by pack.  A pack that is missing
+   was retired (`store/retirement.py`), and that is no damage, when every frame that is needed of it is sound where it
+   was moved to; when packs turn out to be damaged, missing ones of which anything was moved there are looked at again.
+   Where a frame of a missing pack seems to be lost, the mark waits for 3: what needed it may be deleted by then.
 3. Only when something is wrong: all points again, for what they need of it.  That is repaired where there is another
    copy (`scrub_repair.py`); of the rest those are named that need it.  What was deleted meanwhile, point and all, is
    nobody's then.

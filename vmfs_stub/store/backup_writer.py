@@ -1,7 +1,8 @@
-"""Writes one VM's restore point.
+"""Writes one VM's restore point, or copies of frames that are moved: whatever puts packs.
 
 Use, by one job: ``encode`` (CPU only; from several threads at once) → ``append`` (one at a time, in file order; hands
-out packs when full) → ``put_pack`` (from several threads) → ``read_back`` → segments → ``commit``.
+out packs when full) → ``put_pack`` (from several threads) → ``read_back`` → segments → ``commit``;
+a job that moves frames has no segments, and ends with ``commit_moves`` (`moving.py`).
 
 Ordering invariants (must = data loss otherwise):
 - must: frames and segments are durable before the pending manifest names them;
@@ -15,7 +16,7 @@ Ordering invariants (must = data loss otherwise):
   dead: of one that is dead a late try may put again what collectors delete;
 - should: index objects come last (without them the chunks are merely stored again).
 
-A writer that ends without ``commit`` leaves packs that nothing names; garbage collection takes them.
+A writer that ends without either leaves packs that nothing names; garbage collection takes them.
 This module must not know where the bytes come from.
 """
 
@@ -65,10 +66,10 @@ BUFFERS_KEPT: Final = 4
 READ_BACK_BYTES: Final = 8 * 1024 * 1024
 """Raw bytes per read of ``read_back``: large enough for a disk, small enough to hold decoded, however well a disk
 compresses."""
-SEGMENTS_AT_ONCE: Final = 64
-"""Segments of which the frames in packs that are gone are held in memory together."""
 READ_BACK_GAP: Final = 256 * 1024
 """Unwanted bytes that are read rather than starting another read."""
+SEGMENTS_AT_ONCE: Final = 64
+"""Segments of which the frames in packs that are gone are held in memory together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ class WriterCounts:
 
 
 class BackupWriter:
-    """One backup job of one VM; see the module for the order of calls."""
+    """One such job; see the module for the order of calls."""
 
     def __init__(
         self,
@@ -443,7 +444,7 @@ class BackupWriter:
             raise
 
     def _forget_missing(self) -> None:
-        """One pack that the index has is gone: garbage collection, which the index does not know of, takes many."""
+        """One pack that the index has is gone, and garbage collection takes many at a time: see which others are."""
         with self._lock:
             used = self._used - self._own
         self._index.forget_packs(absent(self._objects, used, pack_key))

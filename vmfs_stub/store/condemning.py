@@ -27,7 +27,7 @@ WORKERS: Final = 16
 
 
 class Condemning:
-    """Of one run; ``sleep`` gets seconds, ``say`` what to tell whoever waits."""
+    """Does that for one run; ``sleep`` gets seconds, ``say`` what to tell whoever waits."""
 
     def __init__(
         self,
@@ -53,7 +53,8 @@ class Condemning:
     def condemn(self, names: Condemned, keys: Set[str]) -> tuple[list[str], set[str]]:
         """Put lists of these names, and look at all manifests once more; returns the lists, and the manifests.
 
-        Without names nothing is done, and there are ``keys``.  When anything fails there is no list.
+        Without names nothing is put or waited for, and ``keys``, of an earlier look, are what is returned.  When
+        anything fails no list stays.
         Raises: as `Reachability.look`; StoreUnavailable, StoreDenied, StoreFull.
         """
         lists: list[str] = []
@@ -79,10 +80,10 @@ class Condemning:
                 pass
 
     def clear_index(self, deleted: Set[PackId]) -> set[str]:
-        """Index objects that name what is gone are written again without, or hosts would go on referring to it.
+        """Index objects that name packs that are gone are written again without these, or hosts would go on using them.
 
-        What an earlier collector has deleted counts, too, which may have died before it came to this.  Returns the keys
-        of the others.
+        Packs that an earlier collector has deleted count, too: it may have died before it came to this.  Returns the
+        keys of the index objects that were left as they are.
         """
         keys = {info.key for info in self.objects.list(INDEX)}
         for key, packs in self.reachability.packs_of_index(keys):
@@ -113,7 +114,7 @@ class Condemning:
         return keys
 
     def _is_missing(self, pack_id: PackId) -> bool:
-        """Whether a pack is not there, and not needed, or retired."""
+        """Whether a pack is gone, and is to be: nothing needs it, or it was retired."""
         is_retired = self.reachability.is_moved(pack_id) and not exists(self.objects, pack_key(pack_id))
         return is_retired or self.is_gone(pack_id)
 

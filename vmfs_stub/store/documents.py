@@ -1,4 +1,4 @@
-"""Checked documents: the JSON objects of a store (description, manifests, pins, claims, leases, marks that say more).
+"""Checked documents: the JSON objects of a store (manifests, pins, claims, lists, marks that say more, …).
 
 A document is two lines of JSON: the canonical body, then ``{"blake3": <digest of the first line>}``.  So any JSON
 tool reads it, and every flipped bit is found.  The body always has ``format``, ``version`` and ``required``.

@@ -98,7 +98,7 @@ INDEX_SIZE_MAX: Final = 64 * 1024 * 1024
 
 MANIFEST_SIZE_MAX: Final = 256 * 1024 * 1024
 DOCUMENT_SIZE_MAX: Final = 1024 * 1024
-"""Bound for the small checked documents: store description, keys, pins, forgotten marks."""
+"""Bound for all checked documents but manifests."""
 
 COMPRESSION: Final = "lz4-block"
 HASH: Final = "blake3-256"

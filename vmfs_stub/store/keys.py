@@ -192,7 +192,7 @@ def quarantine_key(pack_id: PackId) -> str:
 
 
 def moved_of(pack_id: PackId) -> str:
-    """Folder of the documents that say where frames of a damaged pack are now."""
+    """Folder of the documents that say where frames of a pack are now that have moved."""
     return f"{MOVED}{_checked(pack_id)}/"
 
 

@@ -69,7 +69,7 @@ class Lease:
         try:
             self._objects.put(lease_key(state.writer_id), encode_lease(state), if_absent=False)
         except StoreError as exc:
-            log.warning("the lease of a backup under way could not be renewed: %s", exc)
+            log.warning("the lease of a job under way could not be renewed: %s", exc)
         else:
             self._state = state
 
@@ -78,4 +78,4 @@ class Lease:
         try:
             self._objects.delete(lease_key(self._state.writer_id))
         except StoreError as exc:
-            log.info("the lease of a backup that has ended stays until garbage collection: %s", exc)
+            log.info("the lease of a job that has ended stays until garbage collection: %s", exc)

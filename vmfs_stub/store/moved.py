@@ -2,7 +2,7 @@
 
 A pack never changes, and neither do the segments that refer to it.  So a frame that is repaired, or saved from a pack
 that is mostly garbage, is written into another pack, and a checked document under ``moved/<pack id>/<id>`` says so.
-A pack may have several: each repair adds one.
+A pack may have several: each repair and each repacking adds one.
 Readers look for them only when a frame cannot be read where it should be, and believe nothing they say: what is found
 there must be what the segment's reference expects.  Garbage collection keeps what they name as long as the pack they
 are about is needed, there or not.  This module must not know why a frame was moved.
@@ -152,7 +152,8 @@ class MovedFrames:
                 raw = self.fetch(moved, hops=hops - 1)
                 if raw is not None:
                     return raw
-                tried += not isinstance(exc, ObjectMissing)  # documents of jobs that were taken for dead hide no other
+                # Packs of jobs that were taken for dead are gone, and many of them hide no other one.
+                tried += not isinstance(exc, ObjectMissing)
         return None
 
     def _moves(self, pack_id: PackId) -> Mapping[int, list[Move]]:

@@ -110,9 +110,9 @@ class Reachability:
         sealing: Sealing = PLAIN,
         workers: int = 16,
     ) -> None:
-        """Open the file, or make it afresh when it is missing, damaged or another store's; None keeps it in memory.
+        """Open the file, or make it afresh when it is missing, damaged or another store's.
 
-        So does one that cannot be used, or that another process uses.
+        None, or a file that cannot be used, or that another process uses: what is found is kept in memory.
         """
         self._objects = objects
         self._store_id = store_id
@@ -231,9 +231,9 @@ class Reachability:
         return self._row("packs", "is_target", pack_id) == (1,)
 
     def may_move(self, pack_id: PackId, documents_max: int) -> bool:
-        """Whether readers find what is moved from there now: they follow a few moves, and read a few documents.
+        """Whether readers would find what is moved from there now: they follow a few moves, and read a few documents.
 
-        ``documents_max`` of them may be there already.
+        At most ``documents_max`` documents about the pack may be there already.
         """
         row = self._row("packs", "documents", pack_id)
         return not self.is_target(pack_id) and (row is None or row[0] <= documents_max)
@@ -246,10 +246,10 @@ class Reachability:
     def references(
         self, packs: Set[PackId], *, only_new: bool = False
     ) -> Iterator[tuple[Set[PackId], list[FrameRef] | None]]:
-        """Which of these packs a needed segment refers to, and to which frames of them, for each that refers to any.
+        """For each needed segment that refers to any of these packs: to which of them, and to which frames.
 
-        With ``only_new`` those are left out that the look before the last one has shown, too.  None: the segment cannot
-        be read, so which frames is not known.  What the caller takes out of ``packs`` meanwhile is not looked for.
+        None in the place of frames: the segment cannot be read.  With ``only_new`` only segments that were not needed
+        in the look before the last one.  What the caller takes out of ``packs`` meanwhile is not looked for any more.
         Raises: ObjectMissing, StoreUnavailable, StoreDenied, PrimaryIOError.
         """
         naming: dict[str, Set[PackId]] = {}

@@ -327,7 +327,7 @@ class Replication:
         self._remember(pack_key(pack_id))
 
     def _copy_moved(self, pack_id: PackId, hops: int) -> None:
-        """What was moved of a pack that is damaged or retired, and where it says that it is."""
+        """Documents about a pack that is damaged or retired, and before them the packs that they name."""
         for key, moves in (read_documents(self._store.objects, pack_id) if hops else {}).items():
             for saved in sorted({move.pack_id for move in moves}):
                 self._copy_pack(saved, hops - 1)
@@ -364,9 +364,9 @@ class Replication:
                 ) from exc
 
     def _is_moved(self, ref: FrameRef) -> bool:
-        """Whether a frame can be read where documents say, here if so in the store: what is in its place may go.
+        """Whether a frame can be read where the replica's documents say: what is in its old place may go.
 
-        Raises: CorruptFrame when that is so in the store alone.
+        Raises: CorruptFrame when it can be read so in the store alone.
         """
         if self._replica.moved.fetch(ref) is not None:
             return True

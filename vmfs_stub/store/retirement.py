@@ -8,7 +8,7 @@ Some packs at a time, each time in this order (must = needed data is lost otherw
 4. Must: after that look the same documents are counted on anew, here and in the replica (`standing.py`): the copies may
    have gone meanwhile, when another collector did not see that the pack was needed, nor a backup that a list was there.
 5. Must: a pack goes when all that is needed of it now was moved, and when it holds nothing that was moved from another
-   one that is needed: of that the collector does not know which frames are.
+   one that is needed: the collector does not know which of those frames are needed.
 6. The index names it no more; then the list goes.
 
 Which packs are worth it is a guess, which costs nothing: those of which one segment refers to half are not, and those
@@ -168,7 +168,7 @@ class Retirement:
         return stuck.retired, going.retired | going.packs | stuck.packs
 
     def _needed_of(self, batch: Sequence[_Candidate]) -> dict[PackId, dict[int, FrameRef]]:
-        """What is needed of those of which it is little indeed, by offsets in bytes."""
+        """The frames that are needed of each pack, by offset; without packs of which too much is needed after all."""
         found: dict[PackId, dict[int, FrameRef]] = {one.pack_id: {} for one in batch}
         room = {one.pack_id: one.size * RETIRED_BELOW for one in batch if one.rank is not _Rank.STUCK}
         count = 0

@@ -417,7 +417,7 @@ class Store:
         return self._writer(self.fetch, index, quarantined)
 
     def begin_repair(self, *, index: ChunkIndex, clock: Callable[[], float] = time.monotonic) -> BackupWriter:
-        """Start to write frames of damaged packs anew; an empty ``index`` knows none of them.
+        """Start to move frames, of packs that are damaged or mostly garbage; an empty ``index`` knows no copies.
 
         The job renews its lease by itself, see `BackupWriter.stay_alive`; ``clock`` gives seconds.
         Raises: as `begin_backup`.
@@ -458,7 +458,10 @@ class Store:
                     yield (*ids, info.size)
 
     def _check_present(self) -> None:
-        """Tell a store that is away (a mount that is missing) from an object that is.  Raises StoreUnavailable."""
+        """Tell a store that is away (a mount that is missing) from an object that is.  Raises StoreUnavailable.
+
+        By one name, not as `check_there` does: that another store lies there is for whoever begins a job to find.
+        """
         try:
             self.objects.size(STORE_KEY)
         except ObjectMissing as exc:
