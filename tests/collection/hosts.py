@@ -146,7 +146,7 @@ class Play:
         refs = {ref.offset: ref for ref in table.locate(0, table.chunk_count) if ref is not None}
         pack_id = self._random.choice(sorted({ref.pack_id for ref in refs.values()}))
         wanted = [ref for _, ref in sorted(refs.items()) if ref.pack_id == pack_id]
-        writer = store.begin_repair(index=ChunkIndex(None, store.id), clock=lambda: self.world.now_s)
+        writer = store.begin_moves(index=ChunkIndex(None, store.id), clock=lambda: self.world.now_s)
         moves = []
         for ref in wanted:
             writer.stay_alive()

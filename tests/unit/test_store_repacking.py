@@ -362,7 +362,7 @@ def test_one_that_was_taken_for_dead_retires_nothing(
 
     rig.objects.before = take_for_dead
     assert rig.collect().repacked == 0
-    assert "packs that are mostly garbage stay as they are: this backup stood still" in caplog.text
+    assert "packs that are mostly garbage stay as they are: this job stood still" in caplog.text
     rig.objects.before = lambda call, key: None
     assert rig.pack in rig.packs()
     done = rig.collect()
@@ -531,7 +531,7 @@ def test_a_document_that_came_after_the_last_look_does_not_count(rig: Rig) -> No
     late = back_up(rig.store, {"disk": other}, vm_name="late", index=rig.index)
     refs = rig.refs(late)
     with closing(ChunkIndex(None, rig.store.id)) as empty:
-        mover = rig.store.begin_repair(index=empty)
+        mover = rig.store.begin_moves(index=empty)
         (new,) = write_chunks(mover, other)
         finish(mover)
     assert new is not None

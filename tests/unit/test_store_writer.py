@@ -246,7 +246,7 @@ def test_reused_objects_that_are_being_collected_fail_the_commit(
     else:
         names = {f"{what}s": frozenset([key.split("/")[-1]])}
         objects.put("condemned/" + "c" * 32, encode_condemned(Condemned(**names), "nonce"))  # type: ignore[arg-type]
-    with pytest.raises(StoreConflict, match="run the backup again"):
+    with pytest.raises(StoreConflict, match="run the job again"):
         writer.commit(
             vm_id=first.vm_id,
             point_id=PointId(new_id()),

@@ -466,8 +466,8 @@ class BackupWriter:
         self._index.forget_packs(lost_packs)
         if lost_packs or lost_segments:
             msg = (
-                f"{len(lost_packs)} packs and {len(lost_segments)} segments that this backup refers to were found "
-                "damaged, or are being removed by garbage collection; run the backup again"
+                f"{len(lost_packs)} packs and {len(lost_segments)} segments that this job refers to were found "
+                "damaged, or are being removed by garbage collection; run the job again"
             )
             raise StoreConflict(msg)
 
@@ -537,4 +537,4 @@ class BackupWriter:
 
 
 def _taken_for_dead() -> StoreConflict:
-    return StoreConflict("this backup stood still, and was taken for dead by garbage collection; run it again")
+    return StoreConflict("this job stood still, and was taken for dead by garbage collection; run it again")

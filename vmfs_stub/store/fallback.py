@@ -170,6 +170,6 @@ class ReplicatedStore(Store):
         """See Store."""
         return self.plain.begin_backup(index=index)
 
-    def begin_repair(self, *, index: ChunkIndex, clock: Callable[[], float] = time.monotonic) -> BackupWriter:
+    def begin_moves(self, *, index: ChunkIndex, clock: Callable[[], float] = time.monotonic) -> BackupWriter:
         """See Store."""
-        return self.plain.begin_repair(index=index, clock=clock)
+        return self.plain.begin_moves(index=index, clock=clock)

@@ -72,10 +72,10 @@ class Moving:
 def moving(store: Store, *, clock: Callable[[], float] = time.monotonic) -> Iterator[Moving]:
     """Begin such a job, and end it, finished or not; ``clock`` tells when the lease is to be renewed.
 
-    Raises: as `Store.begin_repair`.
+    Raises: as `Store.begin_moves`.
     """
     with closing(ChunkIndex(None, store.id)) as index:
-        writer = store.begin_repair(index=index, clock=clock)
+        writer = store.begin_moves(index=index, clock=clock)
         try:
             yield Moving(store, writer)
         finally:

@@ -416,7 +416,7 @@ class Store:
         quarantined = index.sync(self.objects).quarantined
         return self._writer(self.fetch, index, quarantined)
 
-    def begin_repair(self, *, index: ChunkIndex, clock: Callable[[], float] = time.monotonic) -> BackupWriter:
+    def begin_moves(self, *, index: ChunkIndex, clock: Callable[[], float] = time.monotonic) -> BackupWriter:
         """Start to move frames, of packs that are damaged or mostly garbage; an empty ``index`` knows no copies.
 
         The job renews its lease by itself, see `BackupWriter.stay_alive`; ``clock`` gives seconds.
