@@ -85,6 +85,10 @@ SEGMENT_HEADER: Final = struct.Struct("<8sHHIIII")
 SEGMENT_MAGIC: Final = b"vsSEGM\r\n"
 SEGMENT_ENTRY: Final = struct.Struct("<32sIIII16s")
 """Chunk id, index in the pack table, offset, length, raw length, xxh3-128 of the raw bytes."""
+SEGMENT_PLACE: Final = struct.Struct("<III16s")
+"""The last four of these."""
+SEGMENT_ENTRY_WITH_PLACE: Final = struct.Struct(f"<32sI{SEGMENT_PLACE.size}s")
+"""An entry whose place is one piece: to be copied, and not looked at."""
 SEGMENT_SLOT_ZERO: Final = 0xFFFF
 SEGMENT_SIZE_MAX: Final = SEGMENT_HEADER.size + SEGMENT_CHUNKS * (16 + 2 + SEGMENT_ENTRY.size) + SEAL_GROWTH
 

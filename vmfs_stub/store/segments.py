@@ -15,7 +15,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 from blake3 import blake3
 
@@ -28,19 +28,16 @@ from vmfs_stub.store.format import (
     PACK_SIZE_MAX,
     SEGMENT_CHUNKS,
     SEGMENT_ENTRY,
+    SEGMENT_ENTRY_WITH_PLACE,
     SEGMENT_HEADER,
     SEGMENT_MAGIC,
+    SEGMENT_PLACE,
     SEGMENT_SIZE_MAX,
     SEGMENT_SLOT_ZERO,
     SEGMENT_VERSION,
 )
 from vmfs_stub.store.keys import SEGMENTS, segment_digest, segment_id_of, segment_key
 from vmfs_stub.store.sealing import PLAIN, Sealing
-
-_ROW: Final = struct.Struct("<32sI28s")
-"""An entry as SEGMENT_ENTRY has it: chunk id, index in the pack table, and `Entry.place`."""
-_PLACE: Final = struct.Struct("<III16s")
-"""Offset, length, raw length, xxh3-128 of the raw bytes."""
 
 
 class Entry(NamedTuple):
@@ -53,12 +50,12 @@ class Entry(NamedTuple):
     @property
     def ref(self) -> FrameRef:
         """Where the frame lies."""
-        return FrameRef(self.chunk_id, self.pack_id, *_PLACE.unpack(self.place))
+        return FrameRef(self.chunk_id, self.pack_id, *SEGMENT_PLACE.unpack(self.place))
 
 
 def entries_of(refs: Iterable[FrameRef | None]) -> list[Entry | None]:
     """What segments say of these frames; None is zeros."""
-    return [None if ref is None else Entry(ref.chunk_id, ref.pack_id, _PLACE.pack(*ref[2:])) for ref in refs]
+    return [None if ref is None else Entry(ref.chunk_id, ref.pack_id, SEGMENT_PLACE.pack(*ref[2:])) for ref in refs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +77,10 @@ def seal_segment(
     if not numbers:
         return None
     packs: dict[PackId, int] = {}
-    rows = [_ROW.pack(chunk_id, packs.setdefault(pack_id, len(packs)), place) for chunk_id, pack_id, place in numbers]
+    rows = [
+        SEGMENT_ENTRY_WITH_PLACE.pack(chunk_id, packs.setdefault(pack_id, len(packs)), place)
+        for chunk_id, pack_id, place in numbers
+    ]
     header = SEGMENT_HEADER.pack(SEGMENT_MAGIC, SEGMENT_VERSION, 0, chunk_size, len(slots), len(rows), len(packs))
     table = b"".join(bytes.fromhex(pack_id) for pack_id in packs)
     data = sealing.seal(b"".join((header, table, struct.pack(f"<{len(slots)}H", *slots), *rows)), SEGMENTS)
@@ -229,7 +229,10 @@ class Segment:
         found = self._data[self._entries_at + low * size : self._entries_at + high * size]
         packs = self.packs
         try:
-            known = [Entry(chunk_id, packs[pack], place) for chunk_id, pack, place in _ROW.iter_unpack(found)]
+            known = [
+                Entry(chunk_id, packs[pack], place)
+                for chunk_id, pack, place in SEGMENT_ENTRY_WITH_PLACE.iter_unpack(found)
+            ]
         except IndexError:
             raise self._corrupt("has an entry of no pack") from None
         return [None if row == SEGMENT_SLOT_ZERO else known[row - low] for row in slots]
