@@ -37,7 +37,7 @@ from vmfs_stub.core.recall_plan import plan_fetches
 from vmfs_stub.store import frames
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.condemned import read_condemned
-from vmfs_stub.store.format import FRAME_HEADER, INDEX_OBJECT_ENTRIES, SEGMENT_SIZE_MAX
+from vmfs_stub.store.format import FRAME_HEADER, INDEX_OBJECT_ENTRIES
 from vmfs_stub.store.frames import EncodedChunk
 from vmfs_stub.store.index_objects import PackEntries, encode_index
 from vmfs_stub.store.keys import (
@@ -57,7 +57,7 @@ from vmfs_stub.store.packs import OpenPack, SealedPack
 from vmfs_stub.store.pins import Pin, encode_pin, remove_pin
 from vmfs_stub.store.quarantine import quarantined_packs
 from vmfs_stub.store.sealing import Sealing
-from vmfs_stub.store.segments import Entry, SealedSegment, Segment, SegmentTable, entries_of
+from vmfs_stub.store.segments import Entry, SealedSegment, Segment, SegmentTable, entries_of, read_segment
 from vmfs_stub.store.standing import Standing, standing_documents
 from vmfs_stub.store.versions import NEWER, is_known
 
@@ -496,8 +496,7 @@ class BackupWriter:
 
     def _refs_of(self, segment_id: SegmentId, packs: Set[PackId]) -> list[FrameRef] | None:
         try:
-            data = self._objects.get(segment_key(segment_id), size_max=SEGMENT_SIZE_MAX)
-            return Segment(data, segment_id, self._sealing).refs_to(packs)
+            return read_segment(self._objects, segment_id, self._sealing).refs_to(packs)
         except (ObjectMissing, IntegrityError):
             return None
 

@@ -23,7 +23,7 @@ from vmfs_stub.store.format import (
     PACK_ENTRY,
     PACK_FRAMES_MAX,
 )
-from vmfs_stub.store.packs import decode_entries
+from vmfs_stub.store.packs import decode_entries, encode_entries
 
 PackEntries = tuple[PackId, Sequence[FrameRef]]
 
@@ -35,7 +35,7 @@ def encode_index(packs: Iterable[PackEntries]) -> bytes:
     for pack_id, refs in packs:
         count += 1
         body.append(INDEX_PACK.pack(bytes.fromhex(pack_id), len(refs)))
-        body.extend(PACK_ENTRY.pack(r.chunk_id, r.offset, r.length, r.raw_length, r.checksum) for r in refs)
+        body.append(encode_entries(refs))
     data = INDEX_HEADER.pack(INDEX_MAGIC, INDEX_VERSION, 0, count) + b"".join(body)
     return data + blake3(data).digest()
 

@@ -8,7 +8,7 @@ This module must not know how packs are transported.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from blake3 import blake3
@@ -75,8 +75,7 @@ class OpenPack:
 
     def seal(self) -> SealedPack:
         """Write footer and trailer; the pack takes no more frames."""
-        rows = (PACK_ENTRY.pack(r.chunk_id, r.offset, r.length, r.raw_length, r.checksum) for r in self._refs)
-        footer = self._sealing.seal(b"".join(rows), pack_key(self.pack_id))
+        footer = self._sealing.seal(encode_entries(self._refs), pack_key(self.pack_id))
         end = self._end + len(footer)
         self._view[self._end : end] = footer
         PACK_TRAILER.pack_into(
@@ -146,6 +145,11 @@ def _footer(read: Callable[[int, int], Buffer], size: int, pack_id: PackId, seal
         msg = f"{key}: its footer does not have the {count} frames that its trailer says"
         raise CorruptPack(msg)
     return decode_entries(entries, pack_id, frames_end=offset)
+
+
+def encode_entries(refs: Iterable[FrameRef]) -> bytes:
+    """What a footer, or an index object, says of the frames of one pack."""
+    return b"".join(PACK_ENTRY.pack(r.chunk_id, r.offset, r.length, r.raw_length, r.checksum) for r in refs)
 
 
 def decode_entries(entries: bytes | memoryview, pack_id: PackId, *, frames_end: int) -> list[FrameRef]:

@@ -31,14 +31,14 @@ from vmfs_stub.core.errors import (
 )
 from vmfs_stub.core.ids import PackId, SegmentId, StoreId
 from vmfs_stub.store.cache_file import is_damage, open_or_remake, remove, unusable
-from vmfs_stub.store.format import DOCUMENT_SIZE_MAX, INDEX_SIZE_MAX, MANIFEST_SIZE_MAX, PACK_SIZE, SEGMENT_SIZE_MAX
+from vmfs_stub.store.format import DOCUMENT_SIZE_MAX, INDEX_SIZE_MAX, MANIFEST_SIZE_MAX, PACK_SIZE
 from vmfs_stub.store.index_objects import decode_index
 from vmfs_stub.store.keys import MOVED, PENDING_SUFFIX, SEGMENTS, is_id, segment_key
 from vmfs_stub.store.manifest import decode_manifest
 from vmfs_stub.store.moved import decode_moved
 from vmfs_stub.store.objects import ObjectStore, exists
 from vmfs_stub.store.sealing import PLAIN, Sealing
-from vmfs_stub.store.segments import Segment
+from vmfs_stub.store.segments import Segment, read_segment
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -368,8 +368,7 @@ class Reachability:
         return b"".join(_USE.pack(bytes.fromhex(pack_id), *use) for pack_id, use in uses.items())
 
     def _segment(self, key: str) -> Segment:
-        segment_id = SegmentId(key.rpartition("/")[2])
-        return Segment(self._objects.get(key, size_max=SEGMENT_SIZE_MAX), segment_id, self._sealing)
+        return read_segment(self._objects, SegmentId(key.rpartition("/")[2]), self._sealing)
 
     def _moved_to(self, key: str) -> bytes:
         moves = decode_moved(self._objects.get(key, size_max=DOCUMENT_SIZE_MAX), key)

@@ -37,6 +37,7 @@ from vmfs_stub.store.format import (
     SEGMENT_VERSION,
 )
 from vmfs_stub.store.keys import SEGMENTS, segment_digest, segment_id_of, segment_key
+from vmfs_stub.store.objects import ObjectStore
 from vmfs_stub.store.sealing import PLAIN, Sealing
 
 
@@ -239,3 +240,11 @@ class Segment:
 
     def _corrupt(self, problem: str) -> CorruptSegment:
         return CorruptSegment(f"{self._key}: {problem}")
+
+
+def read_segment(objects: ObjectStore, segment_id: SegmentId, sealing: Sealing) -> Segment:
+    """A stored segment.
+
+    Raises: ObjectMissing, CorruptSegment, UnknownFormat, StoreUnavailable.
+    """
+    return Segment(objects.get(segment_key(segment_id), size_max=SEGMENT_SIZE_MAX), segment_id, sealing)

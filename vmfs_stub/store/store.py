@@ -40,7 +40,6 @@ from vmfs_stub.store.format import (
     DOCUMENT_SIZE_MAX,
     MANIFEST_SIZE_MAX,
     PACK_SIZE_MAX,
-    SEGMENT_SIZE_MAX,
     StoreDescription,
     check_chunk_size,
     decode_description,
@@ -61,7 +60,6 @@ from vmfs_stub.store.keys import (
     pack_key,
     pin_key,
     pins_of,
-    segment_key,
     writer_of,
 )
 from vmfs_stub.store.manifest import VOID_SIZE_MAX, Manifest, decode_manifest
@@ -71,7 +69,7 @@ from vmfs_stub.store.pins import Pin, decode_pin, encode_pin, remove_pin, valid_
 from vmfs_stub.store.quarantine import quarantined_packs
 from vmfs_stub.store.replica_mark import refuse_replica
 from vmfs_stub.store.sealing import StoreKey, sealing_of
-from vmfs_stub.store.segments import Segment
+from vmfs_stub.store.segments import Segment, read_segment
 from vmfs_stub.store.versions import version_of
 
 SUMMARIES_KEPT: Final = 100_000
@@ -255,8 +253,7 @@ class Store:
 
         Raises: ObjectMissing, CorruptSegment, UnknownFormat, StoreUnavailable.
         """
-        data = self.objects.get(segment_key(segment_id), size_max=SEGMENT_SIZE_MAX)
-        return Segment(data, segment_id, self.sealing)
+        return read_segment(self.objects, segment_id, self.sealing)
 
     def fetch(self, refs: Sequence[FrameRef]) -> list[bytes]:
         """The verified raw bytes of frames of one pack, by one range read; one by one where some have moved.
