@@ -11,11 +11,11 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Final, TypeVar
+from typing import Final
 
 import trio
 
+from vmfs_stub.core.batches import batched
 from vmfs_stub.core.errors import DAMAGE, PointNotFound, StoreUnavailable, VmfsStubError
 from vmfs_stub.core.ids import PointId, SegmentId, VmId
 from vmfs_stub.services.mover import Mover
@@ -24,7 +24,6 @@ from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.fallback import ReplicatedStore
 from vmfs_stub.store.replica import Replication, check_replica, lacking
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 PACKS_AT_ONCE: Final = 3
@@ -103,7 +102,7 @@ async def _replicate_point(
     threads: Threads, replication: Replication, vm_id: VmId, point_id: PointId, progress: Callable[[int], None]
 ) -> None:
     manifest, segments = await threads.replica(replication.look, vm_id, point_id)
-    for part in _parts(segments, NAMES_AT_ONCE):
+    for part in batched(segments, NAMES_AT_ONCE):
         for segment_id in await threads.replica(replication.missing, part):
             await _replicate_segment(threads, replication, segment_id, progress)
     await threads.replica(replication.put_manifest, vm_id, point_id, manifest)
@@ -235,9 +234,3 @@ class ReplicaService:
         self.failures[vm_id] = error
         self.trouble = None  # of this VM, not of the replica
         del self._due[vm_id]
-
-
-def _parts(items: Sequence[T], count: int) -> Iterable[list[T]]:
-    left = iter(items)
-    while part := list(islice(left, count)):
-        yield part

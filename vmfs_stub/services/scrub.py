@@ -30,9 +30,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
-from typing import Final, TypeVar
+from typing import Final
 
+from vmfs_stub.core.batches import batched
 from vmfs_stub.core.chunking import FrameRef, chunk_count
 from vmfs_stub.core.errors import IntegrityError, ObjectMissing, PointNotFound, StoreDenied, StoreFull
 from vmfs_stub.core.ids import PackId, PointId, SegmentId, VmId
@@ -62,7 +62,6 @@ NEEDS_MAX: Final = 1000
 """Of each damage; more say nothing new."""
 SEGMENTS_AT_ONCE: Final = 64
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -223,7 +222,7 @@ class _Scrub:
                 continue
             new = {one for stored in manifest.files for one in stored.segments if one is not None} - seen
             seen |= new
-            for part in _parts(sorted(new), SEGMENTS_AT_ONCE):
+            for part in batched(sorted(new), SEGMENTS_AT_ONCE):
                 for packs, moved in self._executor.map(self._check_segment, part):
                     self._progress.need(packs)
                     self._progress.need_frames(moved)
@@ -282,7 +281,7 @@ class _Scrub:
             }
             names = sorted(sizes.keys() | needed)
             self._advance(sum(sizes.get(name, 0) for name in names if name <= after))
-            for part in _parts([name for name in names if name > after], self._workers):
+            for part in batched([name for name in names if name > after], self._workers):
                 for pack_id, found in zip(part, self._executor.map(self._check_pack, part), strict=True):
                     self._pass(pack_id, found, is_needed=pack_id in needed)
                     self._advance(sizes.get(pack_id, 0))
@@ -480,9 +479,3 @@ def _runs(refs: Iterable[FrameRef]) -> Iterator[Sequence[FrameRef]]:
     """Neighbouring frames of a pack, as many as are read at once."""
     for fetch in plan_fetches(enumerate(refs), fetch_bytes_max=RUN_BYTES, gap_bytes_max=RUN_BYTES):
         yield fetch.frames
-
-
-def _parts(items: Iterable[T], count: int) -> Iterator[list[T]]:
-    left = iter(items)
-    while part := list(islice(left, count)):
-        yield part

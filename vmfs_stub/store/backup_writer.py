@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
+from vmfs_stub.core.batches import batched
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import IntegrityError, ObjectExists, ObjectMissing, StoreConflict, StoreDenied, StoreError
 from vmfs_stub.core.ids import ChunkId, PackId, PointId, SegmentId, VmId, WriterId
@@ -483,7 +484,7 @@ class BackupWriter:
         naming = sorted(segment_id for segment_id, named in self._segments.items() if not named.isdisjoint(packs))
         lost = set(packs).difference(*(self._segments[segment_id] for segment_id in naming))
         lost_segments: set[SegmentId] = set()
-        for part in (naming[at : at + SEGMENTS_AT_ONCE] for at in range(0, len(naming), SEGMENTS_AT_ONCE)):
+        for part in batched(naming, SEGMENTS_AT_ONCE):
             needed: dict[PackId, set[int]] = {}
             for segment_id, refs in zip(part, asked(partial(self._refs_of, packs=packs), part), strict=True):
                 if refs is None:

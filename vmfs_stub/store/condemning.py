@@ -11,9 +11,10 @@ import secrets
 from collections.abc import Callable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import chain, islice
+from itertools import chain
 from typing import Final
 
+from vmfs_stub.core.batches import batched
 from vmfs_stub.core.errors import CorruptStoreObject, ObjectMissing, StoreError, UnknownFormat
 from vmfs_stub.core.ids import PackId, SegmentId
 from vmfs_stub.store.condemned import LIST_MAX, Condemned, encode_condemned
@@ -136,7 +137,7 @@ def _parts(names: Condemned) -> Iterator[Condemned]:
         (("segment", name) for name in sorted(names.segments)),
         (("retired", name) for name in sorted(names.retired)),
     )
-    while part := list(islice(kinds, LIST_MAX)):
+    for part in batched(kinds, LIST_MAX):
         yield Condemned(
             frozenset(PackId(name) for kind, name in part if kind == "pack"),
             frozenset(SegmentId(name) for kind, name in part if kind == "segment"),

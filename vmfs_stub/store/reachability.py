@@ -14,12 +14,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from xxhash import xxh3_128_digest
 
+from vmfs_stub.core.batches import batched
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import (
     CorruptStoreObject,
@@ -314,7 +314,7 @@ class Reachability:
 
     def _named(self, keys: Iterator[str], read: Callable[[str], bytes]) -> Iterator[tuple[str, bytes | None]]:
         """What each of these objects names, None when it is gone; those not known are read, several at a time."""
-        while batch := list(islice(keys, _BATCH)):
+        for batch in batched(keys, _BATCH):
             known = {key: self._kept(key) for key in batch}
             unknown = [key for key, named in known.items() if named is None]
             with self._database:
