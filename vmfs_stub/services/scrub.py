@@ -41,7 +41,7 @@ from vmfs_stub.services.scrub_progress import PackDamage, ScrubProgress
 from vmfs_stub.services.scrub_repair import Frame, repair, replace_damaged, replace_manifest, was_moved
 from vmfs_stub.store import frames
 from vmfs_stub.store.format import SEGMENT_CHUNKS, SEGMENT_SIZE_MAX
-from vmfs_stub.store.keys import MOVED, PACKS, is_id, manifest_key, pack_key, segment_key
+from vmfs_stub.store.keys import MOVED, PACKS, is_id, manifest_key, noted_pack, pack_key, segment_key
 from vmfs_stub.store.manifest import Manifest, StoredFile
 from vmfs_stub.store.moved import read_moves
 from vmfs_stub.store.objects import drop_cache, exists
@@ -213,7 +213,7 @@ class _Scrub:
     def _look_at_points(self) -> tuple[int, int, bool]:
         """Returns the number of points and segments, and whether all of them are sound."""
         seen: set[SegmentId] = set()
-        self._moved = frozenset(PackId(info.key.split("/")[1]) for info in self._store.objects.list(MOVED))
+        self._moved = frozenset(noted_pack(info.key) for info in self._store.objects.list(MOVED))
         point_count, is_sound = 0, True
         for _, manifest in self._points():
             point_count += 1

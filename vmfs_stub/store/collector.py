@@ -58,6 +58,7 @@ from vmfs_stub.store.keys import (
     QUARANTINED,
     SEGMENTS,
     UNPINNED,
+    committed_name,
     dead_key,
     forgotten_key,
     is_id,
@@ -65,7 +66,10 @@ from vmfs_stub.store.keys import (
     is_writer_id,
     lease_key,
     manifest_key,
+    noted_pack,
     pack_key,
+    pending_writer,
+    point_of,
     segment_key,
     writer_of,
 )
@@ -73,7 +77,7 @@ from vmfs_stub.store.leases import LEASE_DEAD_S, decode_lease
 from vmfs_stub.store.manifest import encode_void
 from vmfs_stub.store.objects import ObjectStore, exists, put_mark
 from vmfs_stub.store.probe import probe
-from vmfs_stub.store.reachability import Reachability, committed_name
+from vmfs_stub.store.reachability import Reachability
 from vmfs_stub.store.repacking import Repacking
 from vmfs_stub.store.replica_mark import refuse_replica
 from vmfs_stub.store.retirement import Retired, Retirement
@@ -158,7 +162,7 @@ class Collector:
         """What a run would remove, as far as one look can tell; changes nothing.  Raises as `run`."""
         look = self._look()
         going = (look.forgotten & look.points) - look.pinned
-        keys = [key for key in self._condemning.manifests() if _point_of(key) not in going]
+        keys = [key for key in self._condemning.manifests() if point_of(key) not in going]
         self._collected.points = len(going)
         self._collected.waiting_points = len(look.forgotten & look.pinned)
         self._count(self._unneeded(keys, set(look.leases), lag_s=0))
@@ -214,11 +218,11 @@ class Collector:
             self._objects.delete(UNPINNED + pin.removeprefix(PINS))
             self._collected.pins += 1
         # One that has committed does nothing more; a host that may not delete leaves its lease all the same.
-        over = {_pending_writer(key) for key in second.pending if exists(self._objects, committed_name(key))}
+        over = {pending_writer(key) for key in second.pending if exists(self._objects, committed_name(key))}
         for writer in sorted((dead & set(second.leases)) - over):
             put_mark(self._objects, dead_key(writer))
         for key in sorted(first.pending & second.pending):
-            if _pending_writer(key) not in alive:
+            if pending_writer(key) not in alive:
                 with suppress(ObjectExists):  # it was committed
                     self._objects.put(committed_name(key), encode_void(secrets.token_hex(16)))
                 self._objects.delete(key)
@@ -249,9 +253,9 @@ class Collector:
         return _Look(
             leases,
             void,
-            frozenset(_point_of(info.key) for info in self._objects.list(PINS) if info.key not in void),
-            frozenset(_point_of(info.key) for info in self._objects.list(FORGOTTEN)),
-            frozenset(_point_of(key) for key in manifests if not key.endswith(PENDING_SUFFIX)),
+            frozenset(point_of(info.key) for info in self._objects.list(PINS) if info.key not in void),
+            frozenset(point_of(info.key) for info in self._objects.list(FORGOTTEN)),
+            frozenset(point_of(key) for key in manifests if not key.endswith(PENDING_SUFFIX)),
             frozenset(key for key in manifests if key.endswith(PENDING_SUFFIX)),
             outdated_claims(self._objects),
         )
@@ -323,7 +327,7 @@ class Collector:
     def _noted(self) -> Iterator[tuple[PackId, str]]:
         """Marks of quarantine, and moved documents, each with the pack that it is about."""
         listed = chain(self._objects.list(QUARANTINED), self._objects.list(MOVED))
-        return ((PackId(info.key.split("/")[1]), info.key) for info in listed)
+        return ((noted_pack(info.key), info.key) for info in listed)
 
     def _unlist(self, lists: set[str]) -> None:
         """Delete those of earlier lists of which every name is gone, and the notes that go after a name."""
@@ -341,13 +345,3 @@ class Collector:
             is_over = not any(exists(self._objects, name) for name in names)
             if is_over and not any(pack_id in listed.packs for pack_id, _ in self._noted()):
                 self._objects.delete(key)
-
-
-def _point_of(key: str) -> Point:
-    """Of a manifest, a pin or a mark: ``kind/vm id/point id…``."""
-    _, vm_id, point_id = (*key.split("/"), "", "")[:3]
-    return VmId(vm_id), PointId(point_id.partition(".")[0])
-
-
-def _pending_writer(key: str) -> WriterId:
-    return WriterId(key.removesuffix(PENDING_SUFFIX).rpartition(".")[2])

@@ -20,7 +20,7 @@ from vmfs_stub.core.ids import PackId, SegmentId
 from vmfs_stub.store.condemned import LIST_MAX, Condemned, encode_condemned
 from vmfs_stub.store.format import INDEX_SIZE_MAX
 from vmfs_stub.store.index_objects import decode_index, encode_index
-from vmfs_stub.store.keys import CONDEMNED, INDEX, MANIFESTS, PENDING_SUFFIX, is_id, is_writer_id, pack_key
+from vmfs_stub.store.keys import CONDEMNED, INDEX, MANIFESTS, is_manifest, pack_key
 from vmfs_stub.store.objects import ObjectStore, exists
 from vmfs_stub.store.reachability import Reachability
 
@@ -49,7 +49,7 @@ class Condemning:
 
     def manifests(self) -> Iterator[str]:
         """The keys of all manifests, committed and pending."""
-        return (info.key for info in self.objects.list(MANIFESTS) if _is_manifest(info.key))
+        return (info.key for info in self.objects.list(MANIFESTS) if is_manifest(info.key))
 
     def condemn(self, names: Condemned, keys: Set[str]) -> tuple[list[str], set[str]]:
         """Put lists of these names, and look at all manifests once more; returns the lists, and the manifests.
@@ -143,11 +143,3 @@ def _parts(names: Condemned) -> Iterator[Condemned]:
             frozenset(SegmentId(name) for kind, name in part if kind == "segment"),
             frozenset(PackId(name) for kind, name in part if kind == "retired"),
         )
-
-
-def _is_manifest(key: str) -> bool:
-    """Whether it is one of ours, committed or pending: anything else is left alone."""
-    _, vm_id, name = (*key.split("/"), "", "")[:3]
-    point_id, _, rest = name.partition(".")
-    is_ours = not rest or (rest.endswith(PENDING_SUFFIX) and is_writer_id(rest.removesuffix(PENDING_SUFFIX)))
-    return key.count("/") == 2 and is_id(vm_id) and is_id(point_id) and is_ours and name.count(".") in (0, 2)

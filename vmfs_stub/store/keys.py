@@ -1,7 +1,8 @@
 """Names of the objects on secondary storage, and which error their damage raises.
 
-Purpose: every key is built and taken apart here.  A key never comes from data unchecked: ids are validated before
-they become part of a key, so a hostile manifest cannot name an object outside its own kind.
+Purpose: every key is built here, and taken apart here where more is asked for than its last part.  A key never comes
+from data unchecked: ids are validated before they become part of a key, so a hostile manifest cannot name an object
+outside its own kind.
 """
 
 from __future__ import annotations
@@ -135,6 +136,30 @@ def pending_key(vm_id: VmId, point_id: PointId, writer_id: WriterId) -> str:
     return f"{manifest_key(vm_id, point_id)}.{writer_id}{PENDING_SUFFIX}"
 
 
+def committed_name(key: str) -> str:
+    """The name that a manifest has, or will have when ``key`` is that of a pending one."""
+    return key.partition(".")[0] if key.endswith(PENDING_SUFFIX) else key
+
+
+def pending_writer(key: str) -> WriterId:
+    """Who has put the pending manifest of that name."""
+    return WriterId(key.removesuffix(PENDING_SUFFIX).rpartition(".")[2])
+
+
+def is_manifest(key: str) -> bool:
+    """Whether a key among them is that of a manifest, committed or pending; anything else is not ours."""
+    _, vm_id, name = (*key.split("/"), "", "")[:3]
+    point_id, _, rest = name.partition(".")
+    is_ours = not rest or (rest.endswith(PENDING_SUFFIX) and is_writer_id(rest.removesuffix(PENDING_SUFFIX)))
+    return key.count("/") == 2 and is_id(vm_id) and is_id(point_id) and is_ours and name.count(".") in (0, 2)
+
+
+def point_of(key: str) -> tuple[VmId, PointId]:
+    """The restore point that the name of a manifest, pin or mark begins with, which was not checked."""
+    _, vm_id, point_id = (*key.split("/"), "", "")[:3]
+    return VmId(vm_id), PointId(point_id.partition(".")[0])
+
+
 def lease_key(writer_id: WriterId) -> str:
     """Name of a writer's lease."""
     return f"{LEASES}{writer_id}"
@@ -199,6 +224,11 @@ def moved_of(pack_id: PackId) -> str:
 def moved_key(pack_id: PackId, nonce: str) -> str:
     """Name of one of them."""
     return f"{moved_of(pack_id)}{_checked(nonce)}"
+
+
+def noted_pack(key: str) -> PackId:
+    """The pack that a mark of quarantine, or a moved document, is about by its name, which was not checked."""
+    return PackId(key.split("/")[1])
 
 
 def damage(key: str) -> type[IntegrityError]:

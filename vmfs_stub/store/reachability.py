@@ -33,7 +33,7 @@ from vmfs_stub.core.ids import PackId, SegmentId, StoreId
 from vmfs_stub.store.cache_file import is_damage, open_or_remake, remove, unusable
 from vmfs_stub.store.format import DOCUMENT_SIZE_MAX, INDEX_SIZE_MAX, MANIFEST_SIZE_MAX, PACK_SIZE
 from vmfs_stub.store.index_objects import decode_index
-from vmfs_stub.store.keys import MOVED, PENDING_SUFFIX, SEGMENTS, is_id, segment_key
+from vmfs_stub.store.keys import MOVED, PENDING_SUFFIX, SEGMENTS, committed_name, is_id, noted_pack, segment_key
 from vmfs_stub.store.manifest import decode_manifest
 from vmfs_stub.store.moved import decode_moved
 from vmfs_stub.store.objects import ObjectStore, exists
@@ -177,7 +177,7 @@ class Reachability:
 
     def _enter_moved(self) -> None:
         """What frames of a needed pack were moved to is needed, whatever there is of the pack itself."""
-        listed = ((info.key, info.key.split("/")[1]) for info in self._objects.list(MOVED))
+        listed = ((info.key, noted_pack(info.key)) for info in self._objects.list(MOVED))
         rows = ((key, bytes.fromhex(pack_id)) for key, pack_id in listed if is_id(pack_id))
         with self._database:
             self._database.executemany("INSERT OR IGNORE INTO temp.documents VALUES (?, ?)", rows)
@@ -290,7 +290,7 @@ class Reachability:
 
     def _is_of_use(self, key: str) -> bool:
         if key.startswith(MOVED):
-            return self.has_pack(PackId(key.split("/")[1]))
+            return self.has_pack(noted_pack(key))
         return key.startswith(SEGMENTS) and self.has_segment(SegmentId(key.rpartition("/")[2]))
 
     def _row(self, table: str, column: str, an_id: str) -> tuple[Any, ...] | None:
@@ -373,11 +373,6 @@ class Reachability:
     def _moved_to(self, key: str) -> bytes:
         moves = decode_moved(self._objects.get(key, size_max=DOCUMENT_SIZE_MAX), key)
         return bytes.fromhex("".join(sorted({move.pack_id for move in moves})))
-
-
-def committed_name(key: str) -> str:
-    """The key that a manifest has, or will have when it is pending."""
-    return key.partition(".")[0] if key.endswith(PENDING_SUFFIX) else key
 
 
 def _split(named: bytes, size: int) -> list[bytes]:
