@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
@@ -181,7 +181,7 @@ class Collector:
         if not probe(self._objects):
             msg = "this host may not delete from the store; run garbage collection on one that may"
             raise StoreDenied(msg)
-        alive = self._clear_dead()
+        alive = self._settle()
         earlier = {info.key for info in self._objects.list(CONDEMNED)}
         keys = set(self._condemning.manifests())
         doomed = self._unneeded(keys, alive, lag_s=self._lag_s)
@@ -203,7 +203,7 @@ class Collector:
 
     # Who is alive, and which points stay
 
-    def _clear_dead(self) -> set[WriterId]:
+    def _settle(self) -> set[WriterId]:
         """Steps 1 to 3; returns who is writing."""
         first = self._look()
         self._condemning.wait(
@@ -213,32 +213,52 @@ class Collector:
         dead = {writer for writer, counter in first.leases.items() if second.leases.get(writer) == counter}
         dead |= {WriterId(info.key.removeprefix(DEAD)) for info in self._objects.list(DEAD)}
         alive = set(second.leases) - dead
-        for pin in sorted(first.void):
+        ended = sorted(dead & set(second.leases))
+        self._delete_void_pins(first.void)
+        self._mark_dead(ended, second.pending)
+        self._delete_pending(first.pending & second.pending, alive)
+        self._delete_forgotten((first.forgotten & second.forgotten) - first.pinned - second.pinned, second.points)
+        self._collected.waiting_points = len(second.forgotten & second.pinned)
+        self._delete_claims(first.outdated & second.outdated)
+        self._delete_leases(ended)
+        return alive
+
+    def _delete_void_pins(self, pins: Set[str]) -> None:
+        for pin in sorted(pins):
             self._objects.delete(pin)
             self._objects.delete(UNPINNED + pin.removeprefix(PINS))
             self._collected.pins += 1
+
+    def _mark_dead(self, writers: Sequence[WriterId], pending: Set[str]) -> None:
         # One that has committed does nothing more; a host that may not delete leaves its lease all the same.
-        over = {pending_writer(key) for key in second.pending if exists(self._objects, committed_name(key))}
-        for writer in sorted((dead & set(second.leases)) - over):
-            put_mark(self._objects, dead_key(writer))
-        for key in sorted(first.pending & second.pending):
+        over = {pending_writer(key) for key in pending if exists(self._objects, committed_name(key))}
+        for writer in writers:
+            if writer not in over:
+                put_mark(self._objects, dead_key(writer))
+
+    def _delete_pending(self, pending: Set[str], alive: Set[WriterId]) -> None:
+        for key in sorted(pending):
             if pending_writer(key) not in alive:
                 with suppress(ObjectExists):  # it was committed
                     self._objects.put(committed_name(key), encode_void(secrets.token_hex(16)))
                 self._objects.delete(key)
                 self._collected.pending += 1
-        for vm_id, point_id in sorted((first.forgotten & second.forgotten) - first.pinned - second.pinned):
+
+    def _delete_forgotten(self, points: Set[Point], listed: Set[Point]) -> None:
+        for vm_id, point_id in sorted(points):
             self._objects.delete(manifest_key(vm_id, point_id))
             self._objects.delete(forgotten_key(vm_id, point_id))
-            self._collected.points += (vm_id, point_id) in second.points
-        self._collected.waiting_points = len(second.forgotten & second.pinned)
-        for claim in sorted(first.outdated & second.outdated):
+            self._collected.points += (vm_id, point_id) in listed
+
+    def _delete_claims(self, claims: Set[str]) -> None:
+        for claim in sorted(claims):
             self._objects.delete(claim)
             self._collected.claims += 1
-        for writer in sorted(dead & set(second.leases)):
+
+    def _delete_leases(self, writers: Sequence[WriterId]) -> None:
+        for writer in writers:
             self._objects.delete(lease_key(writer))
             self._collected.leases += 1
-        return alive
 
     def _look(self) -> _Look:
         leases: dict[WriterId, int] = {}
