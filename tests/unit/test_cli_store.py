@@ -22,7 +22,8 @@ from vmfs_stub.store.keys import pack_key
 from vmfs_stub.store.manifest import FileKind, StoredFile
 from vmfs_stub.store.objects import ObjectStore
 from vmfs_stub.store.objects_url import StoreAt, open_objects
-from vmfs_stub.store.store import PointSummary, Store, StoredVm
+from vmfs_stub.store.points import PointSummary, StoredVm
+from vmfs_stub.store.store import Store
 
 CONTENT = bytes(range(256)) * 1024 + bytes(1 << 20) + b"end"
 CHUNK = 64 * 1024

@@ -34,7 +34,7 @@ from vmfs_stub.services.adoption_choice import Told, chosen_point
 from vmfs_stub.store.claims import Claim, ClaimState, newest_claim, put_claim
 from vmfs_stub.store.keys import CLAIMS, FORGOTTEN, MANIFESTS, PINS, claim_key, forgotten_key, manifest_key
 from vmfs_stub.store.manifest import FileKind, StoredFile
-from vmfs_stub.store.store import PointSummary, StoredVm
+from vmfs_stub.store.points import PointSummary, StoredVm
 
 VM, HERE, THERE = VmId("a" * 32), DatastoreId("1" * 32), DatastoreId("2" * 32)
 NOW_S = 10 * 86400.0

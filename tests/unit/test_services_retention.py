@@ -17,7 +17,8 @@ from vmfs_stub.services.retention import Verdict, apply_rules, by_age, by_rules,
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.keys import forgotten_key, manifest_key, pin_key
 from vmfs_stub.store.pins import Pin, encode_pin
-from vmfs_stub.store.store import PointSummary, Store, StoredVm
+from vmfs_stub.store.points import PointSummary, StoredVm
+from vmfs_stub.store.store import Store
 
 VM = VmId("a" * 32)
 NOW_S = 1_700_000_000.0

@@ -19,7 +19,7 @@ from vmfs_stub.services.stored_vms import find_stored_vm, named_points
 if TYPE_CHECKING:
     from vmfs_stub.config import Config
     from vmfs_stub.services.retention import Verdict
-    from vmfs_stub.store.store import StoredVm
+    from vmfs_stub.store.points import StoredVm
 
     Judged = tuple[StoredVm, Verdict]
 

@@ -17,7 +17,8 @@ from vmfs_stub.services.stored_vms import find_stored_vm
 if TYPE_CHECKING:
     from vmfs_stub.config import Config
     from vmfs_stub.core.ids import VmId
-    from vmfs_stub.store.store import PointSummary, Store, StoredVm
+    from vmfs_stub.store.points import PointSummary, StoredVm
+    from vmfs_stub.store.store import Store
 
 _HEADERS = ("VM", "POINT", "CREATED", "FILES", "SIZE", "HOST", "PINS")
 _FORGOTTEN_FIELDS = ("vm", "vm_id", "point", "forgotten", "host", "why")

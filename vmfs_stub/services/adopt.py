@@ -56,7 +56,8 @@ from vmfs_stub.store.chunk_table import RestorePoint
 from vmfs_stub.store.claims import Claim, ClaimState
 from vmfs_stub.store.manifest import Manifest, StoredFile
 from vmfs_stub.store.pins import Pin, new_pin
-from vmfs_stub.store.store import Store, StoredVm
+from vmfs_stub.store.points import StoredVm
+from vmfs_stub.store.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from vmfs_stub.core.ids import DatastoreId
 from vmfs_stub.core.times import age_text, time_text
 from vmfs_stub.services.stored_vms import LATEST, find_point
 from vmfs_stub.store.claims import Claim, ClaimState
-from vmfs_stub.store.store import PointSummary, StoredVm
+from vmfs_stub.store.points import PointSummary, StoredVm
 
 
 @dataclass(frozen=True, slots=True)

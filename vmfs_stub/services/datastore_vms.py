@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vmfs_stub.core.ids import VmId
 from vmfs_stub.inventory.directory import DirectoryInventory
-from vmfs_stub.store.store import StoredVm
+from vmfs_stub.store.points import StoredVm
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from vmfs_stub.core.errors import IntegrityError, PointPinned, Refused, UnknownF
 from vmfs_stub.core.ids import VmId
 from vmfs_stub.core.retention import DatedPoint, Retention, kept
 from vmfs_stub.services.threads import Threads
-from vmfs_stub.store.store import PointSummary, Store
+from vmfs_stub.store.points import PointSummary
+from vmfs_stub.store.store import Store
 
 DAY_S: Final = 86_400
 CLOCK_SLACK_S: Final = DAY_S

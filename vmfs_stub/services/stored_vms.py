@@ -14,7 +14,7 @@ from vmfs_stub.core.errors import AmbiguousName, PointNotFound, VmNotFound
 
 if TYPE_CHECKING:
     from vmfs_stub.core.ids import VmId
-    from vmfs_stub.store.store import PointSummary, StoredVm
+    from vmfs_stub.store.points import PointSummary, StoredVm
 
 LATEST = "latest"
 _PREFIX_MIN = 4

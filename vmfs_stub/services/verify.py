@@ -26,7 +26,8 @@ from vmfs_stub.store.format import SEGMENT_CHUNKS
 from vmfs_stub.store.keys import pack_key
 from vmfs_stub.store.manifest import StoredFile
 from vmfs_stub.store.objects import drop_cache
-from vmfs_stub.store.store import PointSummary, Store
+from vmfs_stub.store.points import PointSummary
+from vmfs_stub.store.store import Store
 
 WORKERS: Final = 2
 RUN_BYTES: Final = 8 * 1024 * 1024
