@@ -284,7 +284,7 @@ class Services:
     def __post_init__(self) -> None:
         self.claims = self.connected.claims
         self.recall = self.connected.recall
-        self.retirement = self.connected.retirement
+        self.ender = self.connected.ender
         self.disks = self.connected.disks
         self.hydration = self.connected.hydration
         self.archiver = self.connected.archiver

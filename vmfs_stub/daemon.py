@@ -192,7 +192,7 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
                 background.start_soon(datastore.health.watch_store)
                 background.start_soon(datastore.replicate)
                 background.start_soon(datastore.listing.record_accesses)
-                background.start_soon(services.retirement.run)
+                background.start_soon(services.ender.run)
                 background.start_soon(services.claims.run)
                 background.start_soon(_sync_regularly, services.disks, config.primary.sync_interval_s)
                 background.start_soon(_end_on_signal, stop)

@@ -166,7 +166,7 @@ async def test_a_slow_sync_delays_the_end_and_loses_nothing(monkeypatch: pytest.
             guest = Guest(services)
             services.files.instead["remove.sync"] = lambda function, fd: time.sleep(0.2)
             await guest.unlink(DISK)
-            assert services.retirement._waiting or (rig.pins(), rig.maps()) == ([], [])
+            assert services.ender._waiting or (rig.pins(), rig.maps()) == ([], [])
             await guest.end()
 
 
@@ -195,7 +195,7 @@ async def test_what_a_removal_noted_is_gone_though_a_close_was_slow(monkeypatch:
                 await trio.to_thread.run_sync(is_gone.wait, 10)
                 await services.disks.release(disk)
             assert (removals._states_before, dict(removals._under_way)) == ({}, {})
-            assert services.retirement._waiting or (rig.pins(), rig.maps()) == ([], [])
+            assert services.ender._waiting or (rig.pins(), rig.maps()) == ([], [])
             await guest.end()
 
 

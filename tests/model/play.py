@@ -424,13 +424,13 @@ class Play:
         return newest_claim(self.quiet_store.objects, vm_id)
 
     def _check_nothing_left(self) -> None:
-        """Maps and pins are of placeholders, or of what waits to be retired."""
+        """Maps and pins are of placeholders, or of what waits for its end."""
         closing = any(lock.locked() for lock in self.services.disks._ino_locks.values())
         if self.hydrates or self.is_shaken or self.services.hydration._courses or closing:
             return  # background work may be about to take them away, or have failed to
         there = {record.placeholder_id for path in self.disks() if (record := self._record(self.rig.backing / path))}
         there |= {record.placeholder_id for h in self.guest.handles if (record := self._record(h.disk.fd))}
-        there |= {ended.placeholder_id for ended in self.services.retirement._waiting}
+        there |= {ended.placeholder_id for ended in self.services.ender._waiting}
         maps = {path.stem for path in self.rig.maps()}
         pins = {key.rpartition("/")[2] for key in self.rig.pins()}
         bits = {path.stem for path in (self.rig.runtime / "maps").glob("*")} - self._bits_of_before

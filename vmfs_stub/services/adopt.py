@@ -48,8 +48,8 @@ from vmfs_stub.services.archive import ArchiveSettings
 from vmfs_stub.services.claims import Claims, kept_for
 from vmfs_stub.services.disk_name import disk_label
 from vmfs_stub.services.disks import Disks
+from vmfs_stub.services.placeholder_ender import Ended, PlaceholderEnder
 from vmfs_stub.services.placeholder_index import KnownPlaceholder
-from vmfs_stub.services.retirement import Ended, Retirement
 from vmfs_stub.services.stored_vms import LATEST, find_named, split_name
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.chunk_table import RestorePoint
@@ -110,7 +110,7 @@ class Adopter:
         *,
         files: FileCalls,
         threads: Threads,
-        retirement: Retirement,
+        ender: PlaceholderEnder,
         disks: Disks,
         store: Store,
         reading: Store,
@@ -121,7 +121,7 @@ class Adopter:
     ) -> None:
         self._files = files
         self._threads = threads
-        self._retirement = retirement
+        self._ender = ender
         self._disks = disks
         self._store = store
         self._reading = reading
@@ -321,7 +321,7 @@ class Adopter:
         ended = [
             Ended(each.record.placeholder_id, manifest.vm_id, manifest.point_id, was_made=False) for each in absent
         ]
-        await self._retirement.retire(*ended)
+        await self._ender.end(*ended)
 
     async def _finish(self, absent: Absent) -> None:
         """Note that the space of all absent blocks is free, which it always was; what fails, the next start does."""

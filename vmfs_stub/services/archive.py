@@ -52,9 +52,9 @@ from vmfs_stub.services.disk_parts import DiskParts
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.last_points import LastPoints
 from vmfs_stub.services.mover import Content, CopyOrder, Mover, Part, PointFile, PointOrder
+from vmfs_stub.services.placeholder_ender import Ended, PlaceholderEnder
 from vmfs_stub.services.placeholder_maker import PlaceholderMaker
 from vmfs_stub.services.recall import RecallService
-from vmfs_stub.services.retirement import Ended, Retirement
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.sources import Source, Sources
 from vmfs_stub.services.stored_files import OtherEntries, other_entries, stored_file
@@ -113,7 +113,7 @@ class Archiver:
         threads: Threads,
         claims: Claims,
         recall: RecallService,
-        retirement: Retirement,
+        ender: PlaceholderEnder,
         disks: Disks,
         store: Store,
         mover: Mover,
@@ -124,7 +124,7 @@ class Archiver:
         self._files = files
         self._threads = threads
         self._claims = claims
-        self._retirement = retirement
+        self._ender = ender
         self._disks = disks
         self._mover = mover
         self._chunk_size = store.chunk_size
@@ -143,7 +143,7 @@ class Archiver:
             files=files,
             threads=threads,
             recall=recall,
-            retirement=retirement,
+            ender=ender,
             disks=disks,
             store=store,
             private=private,
@@ -212,7 +212,7 @@ class Archiver:
         """Remove pin and map of every placeholder that was prepared and did not come to be."""
         for source in sources:
             if source.placeholder_id is not None and not self._maker.may_be_placeholder(source):
-                await self._retirement.retire(Ended(source.placeholder_id, vm.id, point_id, was_made=False))
+                await self._ender.end(Ended(source.placeholder_id, vm.id, point_id, was_made=False))
 
     # Copy, verify, commit to the store
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from vmfs_stub.core.errors import VmfsStubError
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.placeholder import Placeholder
+from vmfs_stub.services.placeholder_ender import Ended, PlaceholderEnder
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recall import RecallService
 from vmfs_stub.services.removals import Removals
-from vmfs_stub.services.retirement import Ended, Retirement
 from vmfs_stub.services.threads import Threads
 
 log = logging.getLogger(__name__)
@@ -29,14 +29,14 @@ class DiskCloser:
         *,
         threads: Threads,
         recall: RecallService,
-        retirement: Retirement,
+        ender: PlaceholderEnder,
         removals: Removals,
         placeholders: PlaceholderIndex,
         attributes_changed: Callable[[int], object],
     ) -> None:
         self._threads = threads
         self._recall = recall
-        self._retirement = retirement
+        self._ender = ender
         self._removals = removals
         self._placeholders = placeholders
         self._attributes_changed = attributes_changed
@@ -107,4 +107,4 @@ class DiskCloser:
         self._recall.forget(placeholder)
         self._attributes_changed(disk.ino)
         log.info("%s: is an ordinary file again", disk.label)
-        await self._retirement.retire(Ended.of(record))
+        await self._ender.end(Ended.of(record))

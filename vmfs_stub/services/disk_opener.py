@@ -22,9 +22,9 @@ from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.disk_name import DiskName
 from vmfs_stub.services.file_reads import FileReads
 from vmfs_stub.services.placeholder import Placeholder
+from vmfs_stub.services.placeholder_ender import Ended, PlaceholderEnder
 from vmfs_stub.services.placeholder_index import KnownPlaceholder, PlaceholderIndex
 from vmfs_stub.services.recall import RecallService
-from vmfs_stub.services.retirement import Ended, Retirement
 from vmfs_stub.services.threads import Threads
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class DiskOpener:
         threads: Threads,
         reads: FileReads,
         recall: RecallService,
-        retirement: Retirement,
+        ender: PlaceholderEnder,
         private: PrivateState,
         backing: Path,
         placeholders: PlaceholderIndex,
@@ -55,7 +55,7 @@ class DiskOpener:
         self._threads = threads
         self._reads = reads
         self._recall = recall
-        self._retirement = retirement
+        self._ender = ender
         self._private = private
         self._backing = backing
         self._placeholders = placeholders
@@ -139,7 +139,7 @@ class DiskOpener:
         record = known.record
         if await self._threads.files(self._is_graduated, disk, record):
             self._placeholders.remove(disk.ino)
-            await self._retirement.retire(Ended.of(record))
+            await self._ender.end(Ended.of(record))
 
     def _is_graduated(self, disk: Disk, record: PlaceholderRecord) -> bool:
         durable = open_durable(self._files, self._private, record, label=disk.label)

@@ -20,10 +20,10 @@ from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.guest_activity import GuestActivity
 from vmfs_stub.services.hydration import HydrationService
 from vmfs_stub.services.mover import Mover
+from vmfs_stub.services.placeholder_ender import PlaceholderEnder
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recall import RecallService
 from vmfs_stub.services.recall_failures import RecallFailures
-from vmfs_stub.services.retirement import Retirement
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.store import Store
 
@@ -53,7 +53,7 @@ class DiskServices:
     files: FileCalls
     claims: Claims
     recall: RecallService
-    retirement: Retirement
+    ender: PlaceholderEnder
     disks: Disks
     hydration: HydrationService
     archiver: Archiver
@@ -104,7 +104,7 @@ def connect_services(
         guests=guests,
         claims=claims,
     )
-    retirement = Retirement(files=files, threads=threads, store=store, mover=mover, private=private, failures=failures)
+    ender = PlaceholderEnder(files=files, threads=threads, store=store, mover=mover, private=private, failures=failures)
     changes = Changes(
         files=files,
         threads=threads,
@@ -117,7 +117,7 @@ def connect_services(
         threads=threads,
         reads=reads,
         recall=recall,
-        retirement=retirement,
+        ender=ender,
         private=private,
         backing=backing,
         placeholders=placeholders,
@@ -141,7 +141,7 @@ def connect_services(
         threads=threads,
         claims=claims,
         recall=recall,
-        retirement=retirement,
+        ender=ender,
         disks=disks,
         store=store,
         mover=mover,
@@ -152,7 +152,7 @@ def connect_services(
     adopter = Adopter(
         files=files,
         threads=threads,
-        retirement=retirement,
+        ender=ender,
         disks=disks,
         store=store,
         reading=reading,
@@ -161,4 +161,4 @@ def connect_services(
         backing=backing,
         settings=settings.archive,
     )
-    return DiskServices(files, claims, recall, retirement, disks, hydration, archiver, adopter)
+    return DiskServices(files, claims, recall, ender, disks, hydration, archiver, adopter)

@@ -29,11 +29,11 @@ from vmfs_stub.services.disk_closer import DiskCloser
 from vmfs_stub.services.disk_name import DiskName
 from vmfs_stub.services.disk_opener import DiskOpener
 from vmfs_stub.services.file_reads import FileReads
+from vmfs_stub.services.placeholder_ender import PlaceholderEnder
 from vmfs_stub.services.placeholder_index import PlaceholderIndex, StatOverride
 from vmfs_stub.services.recall import RecallService
 from vmfs_stub.services.removals import Removals
 from vmfs_stub.services.reservation import Reservation, give_up_lease, take_lease
-from vmfs_stub.services.retirement import Retirement
 from vmfs_stub.services.threads import Threads
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Disks:
         threads: Threads,
         reads: FileReads,
         recall: RecallService,
-        retirement: Retirement,
+        ender: PlaceholderEnder,
         private: PrivateState,
         backing: Path,
         placeholders: PlaceholderIndex,
@@ -82,7 +82,7 @@ class Disks:
             threads=threads,
             reads=reads,
             recall=recall,
-            retirement=retirement,
+            ender=ender,
             private=private,
             backing=backing,
             placeholders=placeholders,
@@ -93,7 +93,7 @@ class Disks:
         self._removals = Removals(
             files=files,
             threads=threads,
-            retirement=retirement,
+            ender=ender,
             private=private,
             placeholders=placeholders,
             changes=changes,
@@ -103,7 +103,7 @@ class Disks:
         self._closer = DiskCloser(
             threads=threads,
             recall=recall,
-            retirement=retirement,
+            ender=ender,
             removals=self._removals,
             placeholders=placeholders,
             attributes_changed=self._changed,

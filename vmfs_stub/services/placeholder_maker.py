@@ -27,9 +27,9 @@ from vmfs_stub.primary.placeholder import PrivateState, take_up
 from vmfs_stub.primary.record import PlaceholderRecord, encode_record, read_record
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.disks import Disks
+from vmfs_stub.services.placeholder_ender import Ended, PlaceholderEnder
 from vmfs_stub.services.placeholder_index import KnownPlaceholder
 from vmfs_stub.services.recall import RecallService
-from vmfs_stub.services.retirement import Ended, Retirement
 from vmfs_stub.services.sources import Source
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.store import Store
@@ -46,7 +46,7 @@ class PlaceholderMaker:
         files: FileCalls,
         threads: Threads,
         recall: RecallService,
-        retirement: Retirement,
+        ender: PlaceholderEnder,
         disks: Disks,
         store: Store,
         private: PrivateState,
@@ -56,7 +56,7 @@ class PlaceholderMaker:
         self._files = files
         self._threads = threads
         self._recall = recall
-        self._retirement = retirement
+        self._ender = ender
         self._disks = disks
         self._store = store
         self._private = private
@@ -121,7 +121,7 @@ class PlaceholderMaker:
         self._disks.attach(disk, maps)
         if before is not None:
             self._recall.forget(before)
-            await self._retirement.retire(Ended.of(before.maps.record))
+            await self._ender.end(Ended.of(before.maps.record))
         log.info("%s: is a placeholder of restore point %s now", disk.label, point_id)
         return self._disks.open_reserved(source.reservation)
 

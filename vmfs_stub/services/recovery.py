@@ -45,8 +45,8 @@ from vmfs_stub.primary.record import PlaceholderRecord, check_identity, read_rec
 from vmfs_stub.primary.tree import Entry, open_beneath, proc_path, reopen, walk
 from vmfs_stub.services.changes_left import ChangesLeft
 from vmfs_stub.services.disk_name import disk_label
+from vmfs_stub.services.placeholder_ender import Ended
 from vmfs_stub.services.placeholder_index import KnownPlaceholder, PlaceholderIndex
-from vmfs_stub.services.retirement import Ended
 
 log = logging.getLogger(__name__)
 

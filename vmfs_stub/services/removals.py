@@ -26,8 +26,8 @@ from vmfs_stub.primary.placeholder import (
 from vmfs_stub.primary.record import PlaceholderRecord
 from vmfs_stub.services.changes import Changes
 from vmfs_stub.services.disk import Disk
+from vmfs_stub.services.placeholder_ender import Ended, PlaceholderEnder
 from vmfs_stub.services.placeholder_index import KnownPlaceholder, PlaceholderIndex
-from vmfs_stub.services.retirement import Ended, Retirement
 from vmfs_stub.services.threads import Threads
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Removals:
         *,
         files: FileCalls,
         threads: Threads,
-        retirement: Retirement,
+        ender: PlaceholderEnder,
         private: PrivateState,
         placeholders: PlaceholderIndex,
         changes: Changes,
@@ -54,7 +54,7 @@ class Removals:
     ) -> None:
         self._files = files
         self._threads = threads
-        self._retirement = retirement
+        self._ender = ender
         self._private = private
         self._placeholders = placeholders
         self._changes = changes
@@ -182,7 +182,7 @@ class Removals:
             # Descriptors of files without a name cannot be synced for that: the maps lie on the same filesystem.
             await self._threads.files(self._files.call, "remove.sync", sync_filesystem, self._private.maps)
             replaced = await self._threads.files(self._replaced, record)
-        await self._retirement.retire(*([] if replaced is None else [replaced]), Ended.of(record))
+        await self._ender.end(*([] if replaced is None else [replaced]), Ended.of(record))
 
     def _replaced(self, record: PlaceholderRecord) -> Ended | None:
         """What the placeholder was before, where an archive that failed has left it."""

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 async def resume(recovered: Recovered, backing: Path, services: DiskServices) -> None:
     """Finish what can be finished; what fails is logged, and found again at the next start."""
     for ended in recovered.ended:
-        await services.retirement.retire(ended)
+        await services.ender.end(ended)
     try:
         flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
         backing_fd = services.files.call("resume.open", os.open, backing, flags)

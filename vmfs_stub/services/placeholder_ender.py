@@ -45,7 +45,7 @@ class Ended:
         return cls(record.placeholder_id, record.vm_id, record.point_id)
 
 
-class Retirement:
+class PlaceholderEnder:
     """Removes pins and maps; what fails is tried again until it works or the daemon ends (then at its next start)."""
 
     def __init__(
@@ -66,13 +66,13 @@ class Retirement:
         self._failures = failures
         self._waiting: list[Ended] = []
 
-    async def retire(self, *ended: Ended) -> None:
+    async def end(self, *ended: Ended) -> None:
         """Remove pins and maps, or remember to; the ends of the files or of their records are durable already."""
         for each in ended:
             self._failures.end(each.placeholder_id)
         for number, each in enumerate(ended):
             try:
-                await self._retire(each)
+                await self._end(each)
             except (VmfsStubError, OSError) as exc:
                 log.warning("the pin of placeholder %s stays for now: %s", each.placeholder_id, exc)
                 self._waiting.append(each)
@@ -80,7 +80,7 @@ class Retirement:
                 self._waiting += ended[number:]
                 raise
 
-    async def _retire(self, ended: Ended) -> None:
+    async def _end(self, ended: Ended) -> None:
         if not ended.was_made:
             await self._mover.wait_earlier_gone()
         await self._threads.store(self._store.remove_pin, ended.vm_id, ended.point_id, ended.placeholder_id)
@@ -91,4 +91,4 @@ class Retirement:
         while True:
             await trio.sleep(RETRY_INTERVAL_S)
             waiting, self._waiting = self._waiting, []
-            await self.retire(*waiting)
+            await self.end(*waiting)
