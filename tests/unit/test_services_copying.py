@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vmfs_stub.core.extents import Extent
-from vmfs_stub.services.copying import StoredSegment, _Stored
+from vmfs_stub.services.copying import StoredSegment, _Origins
 from vmfs_stub.services.mover import Content, CopyOrder, Part
 from vmfs_stub.store.format import SEGMENT_CHUNKS
 
@@ -22,9 +22,9 @@ CHUNKS = 5 * SEGMENT_CHUNKS + 100
 )
 async def test_zeros_are_segments_where_they_are_whole_ones(start: int, end: int, as_it_is: bool) -> None:
     nothing: Any = SimpleNamespace(chunk_size=CHUNK)
-    stored = _Stored(nothing, nothing, CopyOrder(CHUNKS * CHUNK - 1, "disk"), as_it_is=as_it_is)
+    origins = _Origins(nothing, nothing, CopyOrder(CHUNKS * CHUNK - 1, "disk"), as_it_is=as_it_is)
     at, lists = start, 0
-    async for piece, found in stored.pieces(Part(Extent(start, end), Content.ZEROS)):
+    async for piece, found in origins.pieces(Part(Extent(start, end), Content.ZEROS)):
         assert piece.start == at
         at = piece.end
         if isinstance(found, StoredSegment):

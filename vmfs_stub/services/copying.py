@@ -1,8 +1,8 @@
 """Copying files into a backup: read, encode, append, put and, where it is verified, read back, all at once.
 
 The stages run at the same time, and are bounded: what is read waits for what is put, so memory does not grow with the
-file.  Chunks of zeros are not stored.  Knows nothing of placeholders: it is told which parts of a file
-are in it, and which the store has already.
+file.  Chunks of zeros are not stored.  Knows nothing of placeholders: it is told which parts of a file are in it, and
+which the store has already.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import errno
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Sequence, Set
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import trio
 
@@ -43,6 +43,24 @@ REUSED_BATCH = 1024
 """Reused frames that are read back together."""
 
 
+class StoredSegment(NamedTuple):
+    """A segment of the file's origin that is one of the copy, too; both None: one of zeros."""
+
+    id: SegmentId | None
+    segment: Segment | None
+    chunk_count: int
+
+
+class Afresh(NamedTuple):
+    """Chunks of the file's origin that are stored once more, from the store: what they lie in is not to be used."""
+
+    refs: list[FrameRef | None]
+
+
+Taken: TypeAlias = StoredSegment | list[Entry | None]
+"""What is taken over from an origin: a whole segment, or chunks of one."""
+
+
 @dataclass(slots=True)
 class _Slot:
     """A batch on its way through the encoders, in file order."""
@@ -50,8 +68,8 @@ class _Slot:
     length: int
     done: trio.Event = field(default_factory=trio.Event)
     batch: EncodedBatch | None = None
-    stored: StoredSegment | list[Entry | None] | None = None
-    """Instead of a batch: what is taken over, a whole segment or chunks of one."""
+    taken: Taken | None = None
+    """Instead of a batch."""
 
 
 class Copier:
@@ -93,11 +111,11 @@ class Copier:
             nursery.start_soon(self._encode_all, fd, order, parts, send)
             async for slot in receive:
                 await slot.done.wait()
-                if slot.stored is None:
+                if slot.taken is None:
                     assert slot.batch is not None
                     await self._append(table, slot.batch)
                 else:
-                    await self._take_over(table, slot.stored)
+                    await self._take_over(table, slot.taken)
                 progress(slot.length)
         for segment in table.close():
             await self._segments.send(segment)
@@ -107,12 +125,12 @@ class Copier:
         self, fd: int, order: CopyOrder, parts: AsyncIterable[Part], slots: trio.MemorySendChannel[_Slot]
     ) -> None:
         # What is to be read back has to be known frame by frame.
-        stored = _Stored(self._threads, self._store, order, as_it_is=self._reused is None)
+        origins = _Origins(self._threads, self._store, order, as_it_is=self._reused is None)
         step = _step(self._writer.chunk_size)
         async with slots, trio.open_nursery() as nursery:
             async for part in parts:
                 if part.content is not Content.DATA:
-                    async with aclosing(stored.pieces(part)) as pieces:
+                    async with aclosing(origins.pieces(part)) as pieces:
                         async for chunks, found in pieces:
                             length = self._length(chunks, order)
                             if isinstance(found, Afresh):
@@ -165,14 +183,14 @@ class Copier:
             await self._packs.send(pack)
         await self._prove(ref for ref in appended.entries if ref is not None and not self._writer.is_new(ref))
 
-    async def _take_over(self, table: SegmentTable, stored: StoredSegment | list[Entry | None]) -> None:
-        if isinstance(stored, StoredSegment):
-            table.take_over(stored.id)
-            self._writer.reuse_segment(stored.id, stored.segment, chunk_count=stored.chunk_count)
+    async def _take_over(self, table: SegmentTable, taken: Taken) -> None:
+        if isinstance(taken, StoredSegment):
+            table.take_over(taken.id)
+            self._writer.reuse_segment(taken.id, taken.segment, chunk_count=taken.chunk_count)
         else:
-            self._writer.reuse(stored)
-            await self._extend(table, stored)
-            await self._prove(entry.ref for entry in stored if entry is not None)
+            self._writer.reuse(taken)
+            await self._extend(table, taken)
+            await self._prove(entry.ref for entry in taken if entry is not None)
 
     async def _extend(self, table: SegmentTable, entries: Sequence[Entry | None]) -> None:
         for segment in table.extend(entries):
@@ -184,29 +202,15 @@ class Copier:
             await self._reused.send(refs)
 
 
-def _ready(length: int, stored: StoredSegment | list[Entry | None]) -> _Slot:
+def _ready(length: int, taken: Taken) -> _Slot:
     """Of which nothing has to be read."""
-    slot = _Slot(length, stored=stored)
+    slot = _Slot(length, taken=taken)
     slot.done.set()
     return slot
 
 
-class StoredSegment(NamedTuple):
-    """A segment of the file's origin that is one of the copy, too; both None: one of zeros."""
-
-    id: SegmentId | None
-    segment: Segment | None
-    chunk_count: int
-
-
-class Afresh(NamedTuple):
-    """Chunks of the file's origin that are stored once more, from the store: what they lie in is not to be used."""
-
-    refs: list[FrameRef | None]
-
-
-class _Stored:
-    """What a file has of its origins: what to take over, and what to store afresh.
+class _Origins:
+    """What of a file is not read: zeros, and what its origins have, which is taken over or stored afresh.
 
     The table of an origin is opened when it is first asked for.  What a collector has condemned is not taken over: if
     that one died, its list stays though all on it is needed.
@@ -224,9 +228,7 @@ class _Stored:
         self._condemned: Set[PackId] = frozenset()
         """What was on lists when the last of these tables was opened."""
 
-    async def pieces(
-        self, part: Part
-    ) -> AsyncGenerator[tuple[Extent, StoredSegment | list[Entry | None] | Afresh], None]:
+    async def pieces(self, part: Part) -> AsyncGenerator[tuple[Extent, Taken | Afresh], None]:
         """The chunks of a part that is not to be read, one segment or a part of one at a time."""
         at = part.chunks.start
         while at < part.chunks.end:
@@ -245,13 +247,13 @@ class _Stored:
                         yield chunks, Afresh(await self._threads.background(table.locate, chunks.start, chunks.end))
             at = piece.end
 
-    def _zeros(self, number: int, piece: Extent) -> StoredSegment | list[Entry | None]:
+    def _zeros(self, number: int, piece: Extent) -> Taken:
         """A hole may be of many million chunks: whole segments of it are no lists."""
         if piece == self._segment(number, self._order.size):
             return StoredSegment(None, None, piece.length)
         return [None] * piece.length
 
-    async def _found(self, table: ChunkTable, number: int, piece: Extent) -> StoredSegment | list[Entry | None]:
+    async def _found(self, table: ChunkTable, number: int, piece: Extent) -> Taken:
         if not self._as_it_is:
             return entries_of(await self._threads.background(table.locate, piece.start, piece.end))
         # A segment is only taken over where it has as many chunks in the copy as in the origin.
@@ -273,10 +275,10 @@ class _Stored:
         return Extent(number * SEGMENT_CHUNKS, end)
 
 
-def _packs_of(stored: StoredSegment | list[Entry | None]) -> Iterable[PackId]:
-    if isinstance(stored, StoredSegment):
-        return stored.segment.packs if stored.segment is not None else ()
-    return {entry.pack_id for entry in stored if entry is not None}
+def _packs_of(taken: Taken) -> Iterable[PackId]:
+    if isinstance(taken, StoredSegment):
+        return taken.segment.packs if taken.segment is not None else ()
+    return {entry.pack_id for entry in taken if entry is not None}
 
 
 def _step(chunk_size: int) -> int:
