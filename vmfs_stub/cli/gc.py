@@ -36,8 +36,8 @@ def gc(
 ) -> None:
     """Remove forgotten restore points, and data that nothing needs.
 
-    What goes from the store goes from its replica, too.  Backups and recalls of any host may go on meanwhile.  Only
-    this command needs permission to delete from the store.
+    What goes from the store goes from its replica, too.  Backups and recalls of any host may go on meanwhile.  No
+    other command but `store remove-key` needs permission to delete from the store.
     """
     from vmfs_stub.config import StoreConfig
     from vmfs_stub.store.collector import Collector

@@ -21,8 +21,9 @@ log = logging.getLogger(__name__)
 
 
 class MirroredDeletes:
-    """Decorates the objects of a store; see ObjectStore for the calls.
+    """Decorates the objects of a store, for a collector; see ObjectStore for the calls.
 
+    What puts documents of moved frames (`put_anew`) or reads past caches is given the store's own objects instead.
     Attributes: ``left`` is how many objects were not deleted in the replica, ``problem`` why.
     """
 
