@@ -15,8 +15,10 @@ from store_points import KEY_SOURCE, back_up, new_id
 
 from vmfs_stub.core.errors import StoreDenied, StoreUnavailable, UnknownFormat
 from vmfs_stub.core.ids import ChunkId, PackId, PlaceholderId, PointId
-from vmfs_stub.services.scrub import Damage, Need, Rate, ScrubReport, scrub
+from vmfs_stub.services.rate import Rate
+from vmfs_stub.services.scrub import scrub
 from vmfs_stub.services.scrub_progress import ScrubProgress
+from vmfs_stub.services.scrub_report import Damage, Need, ScrubReport
 from vmfs_stub.store import frames
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.format import FRAME_HEADER
@@ -298,7 +300,7 @@ def test_more_damage_than_is_looked_into_at_once(
 ) -> None:
     monkeypatch.setattr("vmfs_stub.services.scrub.DAMAGED_AT_ONCE", 2)
     monkeypatch.setattr("vmfs_stub.services.scrub.DAMAGES_MAX", 4)
-    monkeypatch.setattr("vmfs_stub.services.scrub.NEEDS_MAX", 1)
+    monkeypatch.setattr("vmfs_stub.services.scrub_report.NEEDS_MAX", 1)
     for _ in range(5):
         content = RANDOM.randbytes(CHUNK)
         back_up(store, {"disk.raw": content, "same": content})

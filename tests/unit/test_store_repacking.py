@@ -21,8 +21,9 @@ from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import CorruptPack, StoreConflict, StoreDenied, StoreFull, StoreUnavailable, UnknownFormat
 from vmfs_stub.core.ids import PackId, PointId, VmId
 from vmfs_stub.services.restore import restore_point
-from vmfs_stub.services.scrub import ScrubReport, scrub
+from vmfs_stub.services.scrub import scrub
 from vmfs_stub.services.scrub_progress import ScrubProgress
+from vmfs_stub.services.scrub_report import ScrubReport
 from vmfs_stub.services.verify import verify
 from vmfs_stub.store import condemned, documents, moved, reachability, retirement
 from vmfs_stub.store.backup_writer import BackupWriter

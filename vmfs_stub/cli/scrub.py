@@ -17,7 +17,7 @@ from vmfs_stub.cli.output import bytes_text, say, say_json, warn
 from vmfs_stub.core.times import time_text
 
 if TYPE_CHECKING:
-    from vmfs_stub.services.scrub import Damage, ScrubReport
+    from vmfs_stub.services.scrub_report import Damage, ScrubReport
 
 
 def scrub(
@@ -34,6 +34,7 @@ def scrub(
     """
     from vmfs_stub.config import ScrubConfig
     from vmfs_stub.services import scrub as scrubbing
+    from vmfs_stub.services.rate import Rate
     from vmfs_stub.services.scrub_progress import ScrubProgress
     from vmfs_stub.store.keys import PACKS
 
@@ -45,7 +46,7 @@ def scrub(
         closing(ScrubProgress(path, found.id, restart=restart)) as progress,
         advance_shown("scrubbing the store", total_bytes=total_bytes) as advance,
     ):
-        rate = scrubbing.Rate(settings.bytes_per_s_max)
+        rate = Rate(settings.bytes_per_s_max)
         both = None if config is None else replicated(config, found)
         replica = None if both is None else both.replica
         report = scrubbing.scrub(found, progress, replica=replica, rate=rate, advance=advance)

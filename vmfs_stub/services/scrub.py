@@ -22,13 +22,12 @@ from __future__ import annotations
 
 import logging
 import secrets
-import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -37,8 +36,10 @@ from vmfs_stub.core.chunking import FrameRef, chunk_count
 from vmfs_stub.core.errors import IntegrityError, ObjectMissing, PointNotFound, StoreDenied, StoreFull
 from vmfs_stub.core.ids import PackId, PointId, SegmentId, VmId
 from vmfs_stub.core.recall_plan import plan_fetches
+from vmfs_stub.services.rate import Rate
 from vmfs_stub.services.scrub_progress import PackDamage, ScrubProgress
 from vmfs_stub.services.scrub_repair import Frame, repair, replace_damaged, replace_manifest, was_moved
+from vmfs_stub.services.scrub_report import DAMAGES_MAX, Damage, Need, ScrubReport, damage_of, urgency
 from vmfs_stub.store import frames
 from vmfs_stub.store.format import SEGMENT_CHUNKS, SEGMENT_SIZE_MAX
 from vmfs_stub.store.keys import MOVED, PACKS, is_id, manifest_key, noted_pack, pack_key, segment_key
@@ -57,92 +58,9 @@ DAMAGED_AT_ONCE: Final = 200
 """Damaged packs that are looked into together, which bounds the frames that are held in memory."""
 MOVED_TO_DAMAGED_MAX: Final = 100_000
 """Damaged packs of which it is looked up what was moved to them."""
-DAMAGES_MAX: Final = 1000
-NEEDS_MAX: Final = 1000
-"""Of each damage; more say nothing new."""
 SEGMENTS_AT_ONCE: Final = 64
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """A file that needs what is damaged: ``chunk_count`` chunks of it.
-
-    ``path`` is empty for a whole point; ``pin_count`` placeholders depend on the point.
-    """
-
-    vm_id: VmId
-    vm_name: str
-    point_id: PointId
-    pin_count: int
-    path: str
-    chunk_count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """One damaged object; ``needs`` are those that cannot be restored for it, the ones with placeholders first.
-
-    ``need_count`` is how many there are, of which no more than NEEDS_MAX are told.
-    ``since_s`` (Unix time) is when a pack was found damaged first; None for anything else.
-    ``frame_count`` frames of a pack are damaged and needed, of which ``repaired_count`` can be read elsewhere.
-    """
-
-    key: str
-    problem: str
-    needs: tuple[Need, ...]
-    need_count: int
-    frame_count: int = 0
-    repaired_count: int = 0
-    since_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ScrubReport:
-    """One round; ``read_bytes`` are those of this run, ``more_damages`` are beside those that are told."""
-
-    point_count: int
-    segment_count: int
-    pack_count: int
-    read_bytes: int
-    damages: tuple[Damage, ...]
-    more_damages: int
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all that restore points need can be read."""
-        return not any(damage.needs for damage in self.damages)
-
-
-class Rate:
-    """At most so many bytes per second, by all threads together; 0 is no limit.  ``sleep`` gets seconds."""
-
-    def __init__(
-        self,
-        bytes_per_s_max: int = 0,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self._bytes_per_s_max = bytes_per_s_max
-        self._clock = clock
-        self._sleep = sleep
-        self._lock = threading.Lock()
-        self._free_s = 0.0
-        self.bytes = 0
-
-    def take(self, count: int) -> None:
-        """Wait until ``count`` more bytes may be read."""
-        with self._lock:
-            self.bytes += count
-            if not self._bytes_per_s_max:
-                return
-            now = self._clock()
-            wait_s = max(0.0, self._free_s - now)
-            self._free_s = now + wait_s + count / self._bytes_per_s_max
-        if wait_s:
-            self._sleep(wait_s)
 
 
 def scrub(
@@ -201,7 +119,7 @@ class _Scrub:
             after = batch[-1].pack_id
         if not is_sound and not found:
             self._judged({})
-        found = sorted([*found, *self._others.values()], key=_urgency)
+        found = sorted([*found, *self._others.values()], key=urgency)
         self._progress.finish()
         told = tuple(found[:DAMAGES_MAX])
         return ScrubReport(
@@ -380,7 +298,7 @@ class _Scrub:
         refs, names = self._needed_frames(damaged)
         repaired = repair(self._store, refs, self._replica)
         problems, needs = self._needs(refs.keys() - repaired, names)
-        self._others = {key: _damage(key, problem, needs[key]) for key, problem in problems.items()}
+        self._others = {key: damage_of(key, problem, needs[key]) for key, problem in problems.items()}
         needed_counts, repaired_counts = (Counter(pack_id for pack_id, _ in each) for each in (refs, repaired))
         found = []
         for pack_id, damage in damaged.items():
@@ -392,7 +310,7 @@ class _Scrub:
                 mark = read_quarantine(self._store.objects, pack_id)
                 found.append(
                     replace(
-                        _damage(key, damage.problem, needs[key]),
+                        damage_of(key, damage.problem, needs[key]),
                         frame_count=frame_count,
                         repaired_count=repaired_counts[pack_id],
                         since_s=None if mark is None else mark.found_s,
@@ -464,15 +382,6 @@ class _Scrub:
 def _is_damaged(ref: FrameRef | None, damaged: Mapping[PackId, PackDamage]) -> bool:
     damage = None if ref is None else damaged.get(ref.pack_id)
     return damage is not None and ref is not None and (damage.offsets is None or ref.offset in damage.offsets)
-
-
-def _damage(key: str, problem: str, needs: Sequence[Need]) -> Damage:
-    ordered = sorted(needs, key=lambda need: (not need.pin_count, need.vm_name, need.point_id, need.path))
-    return Damage(key, problem, tuple(ordered[:NEEDS_MAX]), len(needs))
-
-
-def _urgency(damage: Damage) -> tuple[bool, bool, str]:
-    return not (damage.needs and damage.needs[0].pin_count), not damage.needs, damage.key
 
 
 def _runs(refs: Iterable[FrameRef]) -> Iterator[Sequence[FrameRef]]:
