@@ -190,7 +190,7 @@ class Archiver:
                 for disk in committed:
                     await self._release_space(disk, report)
                 # Whoever opened the VM does not wait for this: the reservations have ended.
-                await self._retire_unmade(vm, sources, report.point_id)
+                await self._end_unmade(vm, sources, report.point_id)
                 if free_at is not None and None not in self._points(vm, sources):
                     inos = {source.disk.ino for source in sources}
                     moved = self._disks.placeholders.moved_out(vm.id, inos, free_at)
@@ -208,7 +208,7 @@ class Archiver:
         records = [None if each is None else each.record for each in known]
         return {r.point_id if r is not None and r.vm_id == vm.id else None for r in records} or {None}
 
-    async def _retire_unmade(self, vm: Vm, sources: Sequence[Source], point_id: PointId) -> None:
+    async def _end_unmade(self, vm: Vm, sources: Sequence[Source], point_id: PointId) -> None:
         """Remove pin and map of every placeholder that was prepared and did not come to be."""
         for source in sources:
             if source.placeholder_id is not None and not self._maker.may_be_placeholder(source):
