@@ -17,7 +17,10 @@ GAP_BYTES_MAX = 16 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """One range read: chunk indexes (ascending by place in the pack) and their frames."""
+    """One range read: frames, ascending by their place in the pack, and what was given as the chunk index of each.
+
+    Who plans no recall may have given any other number, of which frames are to be told by it.
+    """
 
     chunks: tuple[int, ...]
     frames: tuple[FrameRef, ...]

@@ -166,8 +166,8 @@ class Claims:
     ) -> PointId | None:
         """A backup of the VM begins, which nobody has open: from now on it is noticed when it is used.
 
-        ``points`` are the restore points that its placeholders are of (None has no meaning); ``listed`` is what
-        `survey` returned, for a job of many VMs.  Returns the point that the VM was free at; None when it was not.
+        ``points`` are those that its placeholders are of (None, of what is no placeholder, is left out); ``listed`` is
+        what `survey` returned, for a job of many VMs.  Returns the point that the VM was free at; None when it was not.
         Raises ClaimedElsewhere when another datastore has it, or something newer; as `require`.
         """
         async with self._lock(vm_id):
