@@ -352,6 +352,13 @@ def test_a_list_that_cannot_be_read_is_in_the_way_of_repacking_alone(
     assert listed in rig.keys(CONDEMNED)
 
 
+def test_what_is_no_list_of_ours_is_in_the_way_of_nothing(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    rig.objects.contents[f"{CONDEMNED}README"] = b"of an operator"
+    assert rig.collect().repacked == 1
+    assert "list" not in caplog.text
+    assert rig.keys(CONDEMNED) == [f"{CONDEMNED}README"]
+
+
 def test_one_that_was_taken_for_dead_retires_nothing(
     rig: Rig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -15,7 +15,6 @@ from store_points import KEY_SOURCE, back_up, new_id
 
 from vmfs_stub.core.errors import (
     CorruptPack,
-    ObjectMissing,
     Refused,
     StoreUnavailable,
     UnknownFormat,
@@ -334,7 +333,7 @@ def test_a_store_that_was_replaced_changes_nothing_in_the_replica(pair: Pair) ->
     pair.run()
     kept = dict(pair.there.contents)
     pair.here.contents.clear()
-    with pytest.raises(ObjectMissing):
+    with pytest.raises(StoreUnavailable, match="see that what belongs there is mounted"):
         pair.run()
     Store.create(pair.here, chunk_size=CHUNK, source=pair.source)
     with pytest.raises(WrongStore):
@@ -525,6 +524,20 @@ def test_scrub_brings_back_no_manifest_that_was_deleted(pair: Pair, when: str) -
     assert scrubbed(pair)
     assert pair.names(MANIFESTS) == {}
     collect(pair)
+
+
+def test_a_store_that_goes_is_away_and_no_point_is_missing(pair: Pair) -> None:
+    """Its mount is gone in the midst: that is nothing that is wrong with a VM."""
+    manifest = back_up(pair.store, {"disk": DISK})
+    key = manifest_key(manifest.vm_id, manifest.point_id)
+
+    def gone(call: str, name: str) -> None:
+        if (call, name) == ("get", key):
+            pair.here.contents.clear()
+
+    pair.here.before = gone
+    with pytest.raises(StoreUnavailable):
+        pair.run()
 
 
 def test_a_replica_that_goes_takes_no_manifest_with_it(pair: Pair) -> None:

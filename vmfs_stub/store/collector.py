@@ -43,11 +43,10 @@ from vmfs_stub.core.errors import (
 )
 from vmfs_stub.core.ids import PackId, PointId, SegmentId, VmId, WriterId
 from vmfs_stub.store.claims import outdated_claims
-from vmfs_stub.store.condemned import Condemned, decode_condemned
+from vmfs_stub.store.condemned import Condemned, decode_condemned, list_keys
 from vmfs_stub.store.condemning import Condemning
 from vmfs_stub.store.format import DOCUMENT_SIZE_MAX
 from vmfs_stub.store.keys import (
-    CONDEMNED,
     DEAD,
     FORGOTTEN,
     LEASES,
@@ -182,7 +181,7 @@ class Collector:
             msg = "this host may not delete from the store; run garbage collection on one that may"
             raise StoreDenied(msg)
         alive = self._settle()
-        earlier = {info.key for info in self._objects.list(CONDEMNED)}
+        earlier = set(list_keys(self._objects))
         keys = set(self._condemning.manifests())
         doomed = self._unneeded(keys, alive, lag_s=self._lag_s)
         lists, keys = self._condemning.condemn(doomed.names(), keys)

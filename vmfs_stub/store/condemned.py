@@ -9,6 +9,7 @@ what is on it, and deleted when all on it is gone or was spared.  Several collec
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -66,17 +67,26 @@ def decode_condemned(data: bytes, key: str) -> Condemned:
     )
 
 
+def list_keys(objects: ObjectStore) -> Iterator[str]:
+    """The keys of all lists; anything else that lies there is not ours.  Raises: StoreUnavailable, StoreDenied."""
+    return (info.key for info in objects.list(CONDEMNED) if is_id(info.key.removeprefix(CONDEMNED)))
+
+
+def read_lists(objects: ObjectStore) -> Iterator[tuple[str, Condemned]]:
+    """What is on each list, with its key.  Raises: as `read_condemned`."""
+    for key in list_keys(objects):
+        try:
+            yield key, decode_condemned(objects.get(key, size_max=DOCUMENT_SIZE_MAX), key)
+        except ObjectMissing:
+            continue  # all on it is gone, or may be used again
+
+
 def read_condemned(objects: ObjectStore) -> Condemned:
     """What is on any list.
 
     Raises: CorruptStoreObject, UnknownFormat, StoreUnavailable, StoreDenied: then nothing is known to be free.
     """
     found = Condemned()
-    for info in objects.list(CONDEMNED):
-        if not is_id(info.key.removeprefix(CONDEMNED)):
-            continue  # not ours
-        try:
-            found |= decode_condemned(objects.get(info.key, size_max=DOCUMENT_SIZE_MAX), info.key)
-        except ObjectMissing:
-            continue  # all on it is gone, or may be used again
+    for _, listed in read_lists(objects):
+        found |= listed
     return found

@@ -133,7 +133,7 @@ def copy_keys(store: Store, replica: Store) -> None:
     Raises: as `check_replica`, of either.
     """
     check_replica(replica.stored, store.description)
-    store.check()
+    store.check_there()
     raise_version(replica.stored, store.description, version_of(store.stored, store.description))
     if store.key is None:
         return
@@ -214,7 +214,7 @@ class Replication:
         try:
             data = self._store.stored.get(key)
         except ObjectMissing as exc:
-            self._store.check()
+            self._store.check_there()
             raise PointNotFound(f"VM {vm_id} has no restore point {point_id} in this store") from exc
         manifest = decode_manifest(self._store.sealing.open(data, key), key)
         return data, sorted({one for stored in manifest.files for one in stored.segments if one is not None})
@@ -288,7 +288,7 @@ class Replication:
         _put(self._replica.stored, key, data)
         # A collector deletes it in the store, then here: it finds this one, or this finds out.
         if not exists(self._store.stored, key):
-            self._store.check()
+            self._store.check_there()
             self._replica.stored.delete(key)
             raise PointNotFound(f"VM {vm_id} has no restore point {point_id} any more")
 

@@ -34,10 +34,9 @@ from xxhash import xxh3_64_digest
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import IntegrityError, ObjectMissing, StoreError, UnknownFormat
 from vmfs_stub.core.ids import PackId
-from vmfs_stub.store.condemned import Condemned, decode_condemned
+from vmfs_stub.store.condemned import Condemned, list_keys, read_lists
 from vmfs_stub.store.condemning import Condemning
-from vmfs_stub.store.format import DOCUMENT_SIZE_MAX
-from vmfs_stub.store.keys import CONDEMNED, LEASES, PACKS, is_id, pack_key, writer_of
+from vmfs_stub.store.keys import LEASES, PACKS, is_id, pack_key, writer_of
 from vmfs_stub.store.moved import PLACES_MAX, Documents
 from vmfs_stub.store.quarantine import quarantined_packs
 from vmfs_stub.store.repacking import Repacking
@@ -96,7 +95,7 @@ class Retirement:
         """What a run would do after the last look; changes nothing.  Raises: StoreUnavailable, StoreDenied."""
         found = Retired()
         try:
-            for batch in self._batches({info.key for info in self._objects.list(CONDEMNED)}):
+            for batch in self._batches(set(list_keys(self._objects))):
                 needed = self._needed_of(batch)
                 found.packs += len(needed)
                 found.bytes += sum(one.size for one in batch if one.pack_id in needed)
@@ -156,12 +155,8 @@ class Retirement:
     def _on_lists(self, earlier: Set[str]) -> tuple[frozenset[PackId], frozenset[PackId]]:
         """Packs that were about to be retired long ago, and those that are about to go."""
         stuck, going = Condemned(), Condemned()
-        for info in self._objects.list(CONDEMNED):
-            try:
-                listed = decode_condemned(self._objects.get(info.key, size_max=DOCUMENT_SIZE_MAX), info.key)
-            except ObjectMissing:
-                continue
-            if info.key in earlier:
+        for key, listed in read_lists(self._objects):
+            if key in earlier:
                 stuck |= listed
             else:
                 going |= listed

@@ -152,7 +152,7 @@ class Store:
         try:
             self.check()
         except ObjectMissing as exc:
-            raise StoreUnavailable(str(exc)) from exc
+            raise _away() from exc
 
     def vms(self) -> list[StoredVm]:
         """See PointListing."""
@@ -382,7 +382,7 @@ class Store:
         try:
             self.objects.size(STORE_KEY)
         except ObjectMissing as exc:
-            raise StoreUnavailable(str(exc)) from exc
+            raise _away() from exc
 
     def _manifest(self, vm_id: VmId, point_id: PointId) -> Manifest:
         try:
@@ -403,3 +403,9 @@ class Store:
             msg = f"{key}: is the manifest of another restore point or store"
             raise CorruptManifest(msg)
         return manifest
+
+
+def _away() -> StoreUnavailable:
+    return StoreUnavailable(
+        f"there is no {STORE_KEY} where the store should be: see that what belongs there is mounted"
+    )
