@@ -31,7 +31,7 @@ def forget(
     ctx: typer.Context,
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[VM@POINT]...", help="Restore points; with --by-rules, VMs, or all of this datastore."),
+        typer.Argument(metavar="VM@POINT", help="Restore points; with --by-rules, VMs, or all of this datastore."),
     ] = None,
     by_rules: Annotated[
         bool,
