@@ -187,7 +187,7 @@ def test_a_wrong_clock_stops_the_rules_and_is_told(run: Run, place: Place) -> No
 def test_without_rules_all_is_kept(run: Run, place: Place) -> None:
     place.add(place.vm_id("db"), "db", 300, 200, 1)
     rows = json.loads(run("forget", "--by-rules", "--json").out)
-    assert [(row["kept"], row["why"]) for row in rows] == [(True, "no rule")] * 3
+    assert [(row["kept"], row["why"]) for row in rows] == [(True, "no rules are set")] * 3
 
 
 def test_points_of_deleted_vms_go_when_the_newest_is_old(run: Run, place: Place) -> None:

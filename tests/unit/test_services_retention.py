@@ -63,7 +63,7 @@ def test_rules_say_why() -> None:
         (True, "last"),
         (True, "newest, last"),
     ]
-    assert told(by_rules(points, Retention(), now_s=NOW_S)) == [(True, "no rule")] * 3
+    assert told(by_rules(points, Retention(), now_s=NOW_S)) == [(True, "no rules are set")] * 3
 
 
 def test_what_cannot_be_read_counts_for_no_rule() -> None:
