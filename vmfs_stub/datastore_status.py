@@ -74,7 +74,7 @@ class Health:
             Finding(
                 severity="problem" if finding.is_problem else "warning",
                 subject=finding.subject,
-                message=str(finding.error),
+                message=str(finding.error).removeprefix(f"{finding.subject}: "),  # which is shown before it
             )
             for finding in self._findings.all()
         ]

@@ -13,9 +13,10 @@ from command_line import Run, runner
 from store_points import new_id, put_point
 
 from vmfs_stub.cli.exit_codes import ExitCode
-from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
+from vmfs_stub.core.ids import DatastoreId, PlaceholderId, PointId, VmId
 from vmfs_stub.core.names import PRIVATE_DIR
 from vmfs_stub.inventory.directory import DirectoryInventory
+from vmfs_stub.store.claims import Claim, ClaimState, put_claim
 from vmfs_stub.store.keys import forgotten_key, manifest_key, pin_key
 from vmfs_stub.store.objects_url import StoreAt, open_objects
 from vmfs_stub.store.pins import Pin, encode_pin
@@ -187,7 +188,7 @@ def test_a_wrong_clock_stops_the_rules_and_is_told(run: Run, place: Place) -> No
 def test_without_rules_all_is_kept(run: Run, place: Place) -> None:
     place.add(place.vm_id("db"), "db", 300, 200, 1)
     rows = json.loads(run("forget", "--by-rules", "--json").out)
-    assert [(row["kept"], row["why"]) for row in rows] == [(True, "no rule")] * 3
+    assert [(row["kept"], row["why"]) for row in rows] == [(True, "no rules are set")] * 3
 
 
 def test_points_of_deleted_vms_go_when_the_newest_is_old(run: Run, place: Place) -> None:
@@ -199,9 +200,13 @@ def test_points_of_deleted_vms_go_when_the_newest_is_old(run: Run, place: Place)
     gone = place.add(long_ago, "gone", 60, 31)
     for host, datastore in (("host9", "vms"), (HERE, "images"), (HERE, "")):
         place.add(VmId(new_id()), "other", 60, host=host, datastore=datastore)
+    moved = VmId("f" * 32)
+    place.add(moved, "moved", 60)
+    put_claim(place.store.objects, Claim(moved, 1, ClaimState.HELD, DatastoreId("9" * 32), HERE, "vms", time.time()))
     result = run("forget", "--by-rules")
     assert result.code == 0, result
     assert place.marks() == {of_db[0], *gone}
+    assert {row["deleted"] for row in json.loads(run("points", "moved", "--json").out)} == {None}
     assert result.out.count("deleted, and the newest is older than keep_deleted_days 30") == 2
 
 

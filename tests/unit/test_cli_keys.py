@@ -90,6 +90,19 @@ def test_a_datastore_with_an_encrypted_store(run: Run, url: str, tmp_path: Path,
     assert not (tmp_path / "c.toml").exists()
 
 
+def test_a_key_file_may_lie_beside_a_configuration_whose_directory_is_still_to_be_made(
+    run: Run, tmp_path: Path, mountpoint: Path
+) -> None:
+    words = init_words(tmp_path, mountpoint)
+    refused = run(*words, "--encrypt", "--key-file", tmp_path / "no" / "own.key")
+    assert refused.code == ExitCode.USAGE, refused
+    assert "its directory does not exist" in refused.err
+    config = tmp_path / "etc" / "config.toml"
+    made = run("--config", config, *words, "--encrypt", "--key-file", tmp_path / "etc" / "own.key")
+    assert made.code == 0, made
+    assert config.is_file()
+
+
 def test_a_bare_command_needs_the_key(run: Run, url: str, tmp_path: Path) -> None:
     (tmp_path / "config.toml").unlink()
     there = ["--store", url]

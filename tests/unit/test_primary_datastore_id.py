@@ -9,7 +9,7 @@ import pytest
 
 from vmfs_stub.core.errors import CorruptRecord, UnknownFormat
 from vmfs_stub.core.ids import DatastoreId
-from vmfs_stub.primary.datastore_id import decode_datastore_id, load_or_make_datastore_id
+from vmfs_stub.primary.datastore_id import decode_datastore_id, load_datastore_id, load_or_make_datastore_id
 from vmfs_stub.primary.envelope import seal
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.store.keys import is_id
@@ -39,7 +39,9 @@ def test_it_moves_with_the_directory(private: Path) -> None:
 
 def test_a_copy_gets_an_id_of_its_own(private: Path) -> None:
     made = load_or_make_datastore_id(FILES, private)
+    assert load_datastore_id(FILES, private) == made
     copy = shutil.copytree(private, private.with_name("copy"))
+    assert load_datastore_id(FILES, copy) is None
     other = load_or_make_datastore_id(FILES, copy)
     assert other != made
     assert load_or_make_datastore_id(FILES, copy) == other

@@ -10,11 +10,12 @@ from store_fakes import FakeObjects
 from store_points import new_id, put_point
 
 from vmfs_stub.core.errors import CorruptStoreObject, PointPinned, StoreUnavailable
-from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
+from vmfs_stub.core.ids import DatastoreId, PlaceholderId, PointId, VmId
 from vmfs_stub.core.retention import Retention
 from vmfs_stub.services.datastore_vms import DatastoreVms
 from vmfs_stub.services.retention import Verdict, apply_rules, by_age, by_rules, carry_out, problem_of
 from vmfs_stub.services.threads import Threads
+from vmfs_stub.store.claims import Claim, ClaimState
 from vmfs_stub.store.keys import forgotten_key, manifest_key, pin_key
 from vmfs_stub.store.pins import Pin, encode_pin
 from vmfs_stub.store.points import PointSummary, StoredVm
@@ -64,7 +65,7 @@ def test_rules_say_why() -> None:
         (True, "last"),
         (True, "newest, last"),
     ]
-    assert told(by_rules(points, Retention(), now_s=NOW_S)) == [(True, "no rule")] * 3
+    assert told(by_rules(points, Retention(), now_s=NOW_S)) == [(True, "no rules are set")] * 3
 
 
 def test_what_cannot_be_read_counts_for_no_rule() -> None:
@@ -161,7 +162,7 @@ def test_who_deleted_a_vm_is_known_of_its_own_datastore_only() -> None:
     here = DatastoreVms("host1", "vms", frozenset())
 
     def has_deleted(*points: PointSummary, here: DatastoreVms = here) -> bool | None:
-        return here.has_deleted(StoredVm(VM, "web", points))
+        return here.has_deleted(StoredVm(VM, "web", points), lambda vm_id: None)
 
     assert has_deleted(first, last) is True
     assert has_deleted(first, last, here=replace(here, ids=frozenset({VM}))) is False
@@ -172,3 +173,23 @@ def test_who_deleted_a_vm_is_known_of_its_own_datastore_only() -> None:
     assert has_deleted(replace(first, host="host2"), damaged(last)) is None
     assert has_deleted(damaged(last), first) is True
     assert has_deleted(damaged(last), here=here) is None
+
+
+@pytest.mark.parametrize("state", ClaimState)
+def test_a_vm_that_another_datastore_had_last_was_not_deleted_here(state: ClaimState) -> None:
+    """Names are no proof: a lost datastore had those of the one in its place, and a VM may have been moved away."""
+    (point,) = points_of(1)
+    ours, theirs = DatastoreId("1" * 32), DatastoreId("2" * 32)
+    here = DatastoreVms("host1", "vms", frozenset(), ours)
+
+    def has_deleted(holder: DatastoreId, here: DatastoreVms = here) -> bool | None:
+        claim = Claim(VM, 1, state, holder, "host1", "vms", NOW_S, point.point_id)
+        return here.has_deleted(StoredVm(VM, "web", (point,)), lambda vm_id: claim)
+
+    def damaged_claim(vm_id: VmId) -> Claim | None:
+        raise CorruptStoreObject(vm_id)
+
+    assert has_deleted(ours) is True
+    assert has_deleted(theirs) is None
+    assert has_deleted(ours, replace(here, id=None)) is None
+    assert here.has_deleted(StoredVm(VM, "web", (point,)), damaged_claim) is None

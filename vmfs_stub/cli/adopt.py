@@ -16,7 +16,7 @@ def adopt(
     ctx: typer.Context,
     vms: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[VM[@POINT]]...", help="VMs of the store: their newest state, or the point named."),
+        typer.Argument(metavar="VM[@POINT]", help="VMs of the store: their newest state, or the point named."),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every VM of the store that is not here.")] = False,
     force: Annotated[

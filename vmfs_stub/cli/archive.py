@@ -10,7 +10,7 @@ from vmfs_stub.cli.context import argument_names, client_of, load_config_of
 from vmfs_stub.cli.job_progress import follow_job
 
 
-def archive(ctx: typer.Context, vms: Annotated[list[str], typer.Argument(metavar="VM...")]) -> None:
+def archive(ctx: typer.Context, vms: Annotated[list[str], typer.Argument(metavar="VM", help="Names or ids.")]) -> None:
     """Back up VMs and make placeholders of them now; a VM in use is refused."""
     client = client_of(load_config_of(ctx))
     follow_job(client, client.start_archive(argument_names(vms)))

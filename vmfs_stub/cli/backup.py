@@ -12,7 +12,7 @@ from vmfs_stub.cli.job_progress import follow_job
 
 def backup(
     ctx: typer.Context,
-    vms: Annotated[list[str] | None, typer.Argument(metavar="[VM]...", help="VMs; all without.")] = None,
+    vms: Annotated[list[str] | None, typer.Argument(metavar="VM", help="VMs; all without.")] = None,
     no_archive: Annotated[
         bool, typer.Option("--no-archive", help="Make no placeholders, whatever the configuration says.")
     ] = False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from vmfs_stub.config import Config
     from vmfs_stub.services.retention import Verdict
     from vmfs_stub.store.points import StoredVm
+    from vmfs_stub.store.store import Store
 
     Judged = tuple[StoredVm, Verdict]
 
@@ -31,7 +33,7 @@ def forget(
     ctx: typer.Context,
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[VM@POINT]...", help="Restore points; with --by-rules, VMs, or all of this datastore."),
+        typer.Argument(metavar="VM@POINT", help="Restore points; with --by-rules, VMs, or all of this datastore."),
     ] = None,
     by_rules: Annotated[
         bool,
@@ -59,7 +61,7 @@ def forget(
     if by_rules and config is None:
         raise ConfigError("the rules are in the configuration: use --by-rules without --store")
     vms, asked = found.vms(), argument_names(names)
-    judged = list(_named(vms, asked) if config is None or not by_rules else _by_rules(config, vms, asked))
+    judged = list(_named(vms, asked) if config is None or not by_rules else _by_rules(config, found, vms, asked))
     done: list[Judged] = []
     try:
         for vm, verdict in judged:
@@ -83,13 +85,14 @@ def _named(vms: Sequence[StoredVm], names: Sequence[str]) -> Iterator[Judged]:
         yield find_stored_vm(vms, point.vm_id), Verdict(point, False, BY_HAND)
 
 
-def _by_rules(config: Config, vms: Sequence[StoredVm], names: Sequence[str]) -> Iterator[Judged]:
+def _by_rules(config: Config, store: Store, vms: Sequence[StoredVm], names: Sequence[str]) -> Iterator[Judged]:
     """What the configuration says of the points of the named VMs, or of all VMs that this datastore has or had."""
     from vmfs_stub.services import retention
+    from vmfs_stub.store.claims import newest_claim
 
     here, now_s, days = datastore_vms_of(config), time.time(), config.retention.keep_deleted_days
     for vm in [find_stored_vm(vms, name) for name in dict.fromkeys(names)] if names else vms:
-        is_deleted = here.has_deleted(vm)
+        is_deleted = here.has_deleted(vm, partial(newest_claim, store.objects))
         if is_deleted is None and not names:
             continue
         if is_deleted is None:

@@ -84,6 +84,7 @@ def init(
     _check_mountpoint(config.datastore.mountpoint)
     for url in filter(None, (config.store.url, config.replica.url)):
         _check_store_parent(url, config.datastore.backing)
+    _make_parent(target)
     _make_backing(config.datastore.backing)
     _tell_of_other_host(config)
     joined = _join_store(objects, config, encrypt=encrypt)
@@ -311,9 +312,16 @@ def _needs_another(config: Config, store_id: str | None, what: str) -> WrongStor
     )
 
 
-def _write_new(target: Path, text: str) -> None:
+def _make_parent(target: Path) -> None:
+    """Before the store is made: its key file may be to lie beside the configuration."""
     try:
         target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError(f"cannot make the directory of {target}: {exc.strerror}") from exc
+
+
+def _write_new(target: Path, text: str) -> None:
+    try:
         fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError as exc:
         raise AlreadyExists(f"{target} exists already; it was not changed") from exc

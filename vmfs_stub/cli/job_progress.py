@@ -102,14 +102,14 @@ def advance_shown(doing: str, *, total_bytes: int) -> Iterator[Callable[[int], N
 
 
 def _lines() -> Show:
-    """One line per step, on stderr: stdout is for the outcome."""
+    """One line per step, on stderr: stdout is for the outcome.  The size is that of all steps together."""
     said = ""
 
     def show(progress: Progress) -> None:
         nonlocal said
         if progress.doing and progress.doing != said:
             said = progress.doing
-            size = f" ({bytes_text(progress.total_bytes)})" if progress.total_bytes else ""
+            size = f" ({bytes_text(progress.total_bytes)} in all)" if progress.total_bytes else ""
             print(f"{said}{size}", file=sys.stderr, flush=True)
 
     return show

@@ -36,7 +36,8 @@ _MAPS_GO_WITHIN_S = 15.0
 def leave(ctx: typer.Context) -> None:
     """Recall everything, unmount, and leave plain files at the path where hypervisors saw them.
 
-    Restore points stay in the store.  Refused while disks are open.
+    Restore points stay in the store, and the configuration where it is.  While disks are open it is refused, but only
+    when all is back.
     """
     config = load_config_of(ctx)
     client = client_of(config)

@@ -35,6 +35,7 @@ from vmfs_stub.cli import (
     unmount,
     verify,
 )
+from vmfs_stub.cli.command_list import CommandList
 from vmfs_stub.cli.context import Invocation
 from vmfs_stub.cli.exit_codes import ExitCode, exit_code_of
 from vmfs_stub.cli.output import warn
@@ -42,6 +43,7 @@ from vmfs_stub.core.errors import VmfsStubError
 from vmfs_stub.core.wrapped_errors import unwrapped
 
 app = typer.Typer(
+    cls=CommandList,
     help="Backs up VMs and turns those that are named into placeholders that still boot.",
     no_args_is_help=True,
     add_completion=False,

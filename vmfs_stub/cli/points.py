@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -42,7 +43,7 @@ def points(
         _list_forgotten(found, None if vm is None else argument_names([vm])[0], json=json)
         return
     vms = found.vms() if vm is None else [find_stored_vm(found.vms(), argument_names([vm])[0])]
-    pins, deleted = found.pin_counts(), _deleted(config, vms)
+    pins, deleted = found.pin_counts(), _deleted(config, found, vms)
     rows = [(stored, point, pins.get((point.vm_id, point.point_id), 0)) for stored in vms for point in stored.points]
     if json:
         say_json([_json_row(stored, point, pin_count, deleted[stored.vm_id]) for stored, point, pin_count in rows])
@@ -78,13 +79,16 @@ def _list_forgotten(store: Store, name: str | None, *, json: bool) -> None:
     say_table(_FORGOTTEN_HEADERS, table)
 
 
-def _deleted(config: Config | None, vms: Sequence[StoredVm]) -> dict[VmId, bool | None]:
+def _deleted(config: Config | None, store: Store, vms: Sequence[StoredVm]) -> dict[VmId, bool | None]:
     """Whether each VM was deleted from the configured datastore; None where that is not known."""
+    from vmfs_stub.store.claims import newest_claim
+
     try:
         here = None if config is None else datastore_vms_of(config)
     except VmfsStubError:  # such as for whoever may not look into the backing directory, and may well list points
         here = None
-    return {vm.vm_id: None if here is None else here.has_deleted(vm) for vm in vms}
+    claim_of = partial(newest_claim, store.objects)
+    return {vm.vm_id: None if here is None else here.has_deleted(vm, claim_of) for vm in vms}
 
 
 def _json_row(stored: StoredVm, point: PointSummary, pin_count: int, deleted: bool | None) -> dict[str, object]:

@@ -13,7 +13,7 @@ from vmfs_stub.cli.output import say
 
 def recall(
     ctx: typer.Context,
-    vms: Annotated[list[str], typer.Argument(metavar="VM...")],
+    vms: Annotated[list[str], typer.Argument(metavar="VM", help="Names or ids.")],
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Start it, print the job's id, and return.")] = False,
 ) -> None:
     """Bring VMs back in full, so that they are ordinary files again."""

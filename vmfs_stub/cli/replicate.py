@@ -45,7 +45,7 @@ def replicate(
     path = cache_path_of(config, lambda config: config.read_back_path)
     with closing(ReadBack(path, store.id, config.replica.url)) as read_back:
         caught_up = _run(Replication(store.plain, store.replica, read_back, again=check))
-    _tell(caught_up, as_json=json)
+    _tell(caught_up, check=check, as_json=json)
     if caught_up.failures:
         raise next(iter(caught_up.failures.values()))
 
@@ -61,11 +61,12 @@ def _run(run: Replication) -> CaughtUp:
         return trio.run(partial(catch_up, threads, run))
 
 
-def _tell(caught_up: CaughtUp, *, as_json: bool) -> None:
+def _tell(caught_up: CaughtUp, *, check: bool, as_json: bool) -> None:
     if as_json:
         failures = {vm_id: str(error) for vm_id, error in caught_up.failures.items()}
         say_json({"points": caught_up.points, "bytes": caught_up.bytes, "failures": failures})
         return
     for vm_id, error in caught_up.failures.items():
         warn(f"VM {vm_id}: {error}")
-    say(f"{caught_up.points} restore points, {bytes_text(caught_up.bytes)} copied, were brought into the replica")
+    what = "are in the replica and were read back" if check else "were brought into the replica"
+    say(f"{caught_up.points} restore points {what}, {bytes_text(caught_up.bytes)} copied")

@@ -17,12 +17,14 @@ from vmfs_stub.services.stored_vms import find_stored
 def restore(
     ctx: typer.Context,
     vm: Annotated[str, typer.Argument(metavar="VM[@POINT]", help="A VM's newest restore point, or the one named.")],
-    to: Annotated[Path, typer.Option(help="Directory to write into; nothing in it is overwritten.")],
+    to: Annotated[
+        Path, typer.Option(help="Directory that gets the files of the VM themselves; nothing in it is overwritten.")
+    ],
     store: StoreOption = None,
     key: KeyOption = None,
     passphrase: PassphraseOption = None,
 ) -> None:
-    """Write a restore point out as ordinary files."""
+    """Write a restore point out as ordinary files; use a directory of its own for each VM."""
     from vmfs_stub.services.restore import restore_point
 
     found = reading_store_of(ctx, store, key=key, passphrase=passphrase)

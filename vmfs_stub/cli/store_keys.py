@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vmfs_stub.cli.command_list import CommandList
 from vmfs_stub.cli.context import Place, place_of, replicated
 from vmfs_stub.cli.key_options import KeyOption, PassphraseOption, StoreOption
 from vmfs_stub.cli.output import say, say_json, say_table, warn
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from vmfs_stub.store.key_sources import KeySource
     from vmfs_stub.store.keyring import SeenStore
 
-app = typer.Typer(no_args_is_help=True, help="The keys of an encrypted store, and the version of a store's format.")
+app = typer.Typer(
+    cls=CommandList, no_args_is_help=True, help="The keys of an encrypted store, and the version of a store's format."
+)
 app.command("upgrade")(upgrade)
 _HEADERS = ("KEY", "OPENED BY", "MADE", "USED HERE")
 

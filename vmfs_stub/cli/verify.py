@@ -23,7 +23,7 @@ def verify(
     ctx: typer.Context,
     vm: Annotated[
         str | None,
-        typer.Argument(metavar="[VM[@POINT]]", help="All points of a VM, or one point; all of the store without."),
+        typer.Argument(metavar="VM[@POINT]", help="All points of a VM, or one point; all of the store without."),
     ] = None,
     store: StoreOption = None,
     key: KeyOption = None,

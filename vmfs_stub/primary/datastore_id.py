@@ -31,22 +31,35 @@ def load_or_make_datastore_id(files: FileCalls, private_dir: Path) -> DatastoreI
 
     Raises CorruptRecord, UnknownFormat: the claims of its VMs are not known then; OSError.
     """
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    fd = files.call("datastore.directory", os.open, private_dir, flags)
-    try:
-        ino, generation = os.fstat(fd).st_ino, inode_generation(fd)
-    finally:
-        os.close(fd)
-    path = private_dir / DATASTORE_FILE
-    found = _load(files, path)
+    (ino, generation), found = _look(files, private_dir)
     if found is not None:
         datastore_id, known_ino, known_generation = found
         if (known_ino, known_generation) == (ino, generation):
             return datastore_id
         log.warning("%s was copied from another directory: this is a datastore of its own from now on", private_dir)
     made = DatastoreId(secrets.token_hex(16))
-    _save(files, path, encode_datastore_id(made, ino=ino, generation=generation))
+    _save(files, private_dir / DATASTORE_FILE, encode_datastore_id(made, ino=ino, generation=generation))
     return made
+
+
+def load_datastore_id(files: FileCalls, private_dir: Path) -> DatastoreId | None:
+    """The id, which is not made here; None where there is none, or only that of another directory.
+
+    Raises as `load_or_make_datastore_id`.
+    """
+    identity, found = _look(files, private_dir)
+    return found[0] if found is not None and found[1:] == identity else None
+
+
+def _look(files: FileCalls, private_dir: Path) -> tuple[tuple[int, int], tuple[DatastoreId, int, int] | None]:
+    """Inode number and generation of the directory, and what its file says."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    fd = files.call("datastore.directory", os.open, private_dir, flags)
+    try:
+        identity = os.fstat(fd).st_ino, inode_generation(fd)
+    finally:
+        os.close(fd)
+    return identity, _load(files, private_dir / DATASTORE_FILE)
 
 
 def encode_datastore_id(datastore_id: DatastoreId, *, ino: int, generation: int) -> bytes:

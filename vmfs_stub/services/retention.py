@@ -114,4 +114,4 @@ def _by_rules(point: PointSummary, reasons: tuple[str, ...] | None, rules: Reten
         return Verdict(point, True, f"cannot be read: {point.damaged}")  # which `verify` is to make known
     if reasons is None:
         return Verdict(point, False, f"not kept by {rules.words}")
-    return Verdict(point, True, "no rule" if rules.keeps_all else ", ".join(reasons))
+    return Verdict(point, True, "no rules are set" if rules.keeps_all else ", ".join(reasons))

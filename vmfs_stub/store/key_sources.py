@@ -77,6 +77,8 @@ def new_key_file(path: Path) -> KeySource:
         _sync(path.absolute().parent)
     except FileExistsError as exc:
         raise AlreadyExists(f"{path} exists already; it was not changed") from exc
+    except FileNotFoundError as exc:
+        raise ConfigError(f"cannot make the key file {path}: its directory does not exist; make it first") from exc
     except OSError as exc:
         raise ConfigError(f"cannot write the key file {path}: {exc.strerror}") from exc
     return KeySource(KeyKind.KEY_FILE, f"key file {path}", secret)

@@ -42,7 +42,8 @@ KEYS_MAX: Final = 16
 KEYS_READ_MAX: Final = 256
 """Of more copies than there may be, how many are looked at."""
 HOW_TO_GIVE_A_KEY: Final = (
-    "name its key in [store] key_file or passphrase_file of the configuration, or with --key FILE or --passphrase FILE"
+    "name its key in [store] key_file or passphrase_file of the configuration, or with --key FILE or --passphrase FILE "
+    "(`init`: --key-file FILE or --passphrase-file FILE)"
 )
 
 
