@@ -229,12 +229,26 @@ async def test_a_vm_that_was_taken_over_while_its_host_was_away_is_noticed() -> 
             assert services.claims.use(the_vm(first))
             await services.claims.run()
             assert not services.claims.use(the_vm(first))
+            assert taken_over(services) == [f"VM {the_vm(first)}"]
             disk = await services.open(DISK)
             with pytest.raises(ClaimedElsewhere, match="host2"):
                 await disk.read(3 * CHUNK, 1)
             await services.disks.release(disk)
         async with first.running() as services:
             assert not services.claims.use(the_vm(first))
+            with pytest.raises(ClaimedElsewhere, match="host2"):
+                await services.archive("vm")
+            assert taken_over(services) == [f"VM {the_vm(first)}"]
+            await services.claims.take(the_vm(first), point_id, force=True)
+            assert taken_over(services) == []
+
+
+def taken_over(services: Services) -> list[str]:
+    return [
+        finding.subject
+        for finding in services.findings.all()
+        if isinstance(finding.error, ClaimedElsewhere) and finding.is_problem and finding.subject.startswith("VM ")
+    ]
 
 
 async def test_a_start_asks_the_store_once_for_all_vms() -> None:

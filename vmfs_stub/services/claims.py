@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 
 import trio
 
-from vmfs_stub.core.errors import DAMAGE, PointNotFound, StoreUnavailable, VmfsStubError, WrongStore
+from vmfs_stub.core.errors import DAMAGE, ClaimedElsewhere, PointNotFound, StoreUnavailable, VmfsStubError, WrongStore
 from vmfs_stub.core.ids import PointId, VmId
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.primary.record import PlaceholderRecord
+from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.placeholder_index import KnownPlaceholder
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.chunk_table import holds_same
@@ -74,12 +75,14 @@ class Claims:
         threads: Threads,
         store: Store,
         private: PrivateState,
+        findings: Findings,
         host: str,
         datastore: str,
     ) -> None:
         self._nursery = nursery
         self._threads = threads
         self._store = store
+        self._findings = findings
         self._datastore_id = private.datastore_id
         self._host = host
         self._datastore = datastore
@@ -259,6 +262,9 @@ class Claims:
             await self._threads.files(self._notes.remove, self._store.id, vm_id)
         except OSError as exc:
             log.warning("the note that VM %s is claimed stays until the next start: %s", vm_id, exc.strerror)
+        newest = await self._threads.background(newest_claim, self._store.objects, vm_id)
+        if newest is not None:
+            self._find(vm_id, claimed_elsewhere(newest))
 
     async def _take(
         self,
@@ -279,16 +285,26 @@ class Claims:
             await call(self._store.check_there)
         for _ in range(TRIES_MAX):
             if newest is not None and not (is_told(newest) or await call(self._may_follow, newest, points)):
-                raise claimed_elsewhere(newest)
+                error = claimed_elsewhere(newest)
+                raise error if guest_waits else self._find(vm_id, error)
             made = self._claim(vm_id, ClaimState.HELD, 1 if newest is None else newest.epoch + 1)
             later = await call(try_claim, self._store.objects, made)
             if later is None:
                 await self._note(vm_id, made.epoch)
                 self._held[vm_id] = _Held(made.epoch)
+                self._findings.settle(_subject(vm_id), ClaimedElsewhere)
                 return newest
             # Lost, perhaps to a put of our own that was given up and came late.
             newest = later
         raise StoreUnavailable(f"the claims of VM {vm_id} change faster than one can be made")
+
+    def _find(self, vm_id: VmId, error: ClaimedElsewhere) -> ClaimedElsewhere:
+        """What is here of the VM is not its newest state: `status` says so until it is claimed here.
+
+        What a guest is refused is found by whoever asked for it.
+        """
+        self._findings.add(_subject(vm_id), error, stays=False)
+        return error
 
     async def _note(self, vm_id: VmId, epoch: int) -> None:
         try:
@@ -322,6 +338,10 @@ class Claims:
             yield
         if not lock.locked():
             self._locks.pop(vm_id, None)
+
+
+def _subject(vm_id: VmId) -> str:
+    return f"VM {vm_id}"
 
 
 def kept_for(moved: Sequence[KnownPlaceholder]) -> str:

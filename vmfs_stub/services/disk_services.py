@@ -87,6 +87,7 @@ def connect_services(
         threads=threads,
         store=store,
         private=private,
+        findings=findings,
         host=settings.archive.host,
         datastore=settings.archive.datastore,
     )
