@@ -762,6 +762,39 @@ def test_what_is_in_the_way_of_others_is_none_of_a_pack_on_an_old_list(rig: Rig,
     rig.assert_whole(again, KEPT, tmp_path / "after")
 
 
+@pytest.mark.parametrize("is_killed", [False, True], ids=["at once", "by the next collector"])
+def test_a_pack_that_was_retired_is_in_quarantine_no_more(rig: Rig, is_killed: bool) -> None:
+    """Or a backup would take it for one that was lost, and of which nothing is to be had but what was repaired.
+
+    It is under way, and refers to more than what was needed when the pack went: to what a point had that is gone.
+    """
+    put_quarantine(rig.store.objects, Quarantine(1.0, (), "seen"), rig.pack)
+    rig.store.objects.put(CONDEMNED + new_id(), encode_condemned(Condemned(retired=frozenset({rig.pack})), "dead"))
+    writer = rig.store.begin_backup(index=rig.index)
+    table = rig.store.open_point(rig.going.vm_id, rig.going.point_id).chunks(0)
+    writer.reuse(entries := table.entries(0, table.chunk_count))
+    segments = writer.begin_file()
+    for segment in (*segments.extend(entries), *segments.close()):
+        writer.put_segment(segment)
+
+    def die(call: str, key: str) -> None:
+        if call == "delete" and key.startswith(QUARANTINED):
+            raise Killed
+
+    if is_killed:
+        rig.objects.before = die
+        with pytest.raises(Killed):
+            rig.collect(sleep=lambda seconds: writer.renew_lease())
+        rig.objects.before = lambda call, key: None
+        assert rig.keys(QUARANTINED)
+    rig.collect(sleep=lambda seconds: writer.renew_lease())
+    assert rig.pack not in rig.packs()
+    assert rig.keys(CONDEMNED) == rig.keys(QUARANTINED) == []
+    with pytest.raises(StoreConflict):
+        commit(writer, list(segments.ids), len(DISK))
+    assert rig.scrub().damages == ()
+
+
 def test_the_lease_lives_as_long_as_the_copying_takes() -> None:
     """Reading back, and a document for each pack, take long on a store that is far away."""
     rig = Rig()

@@ -46,6 +46,7 @@ from vmfs_stub.store.keys import (
     pack_key,
     pending_key,
     pin_key,
+    quarantine_key,
     segment_key,
 )
 from vmfs_stub.store.leases import LEASE_INTERVAL_S, Lease
@@ -455,7 +456,9 @@ class BackupWriter:
         unusable |= quarantined_packs(self._objects) - self._quarantined
         going = self._used & condemned.retired - unusable
         gone = going | absent(self._objects, self._used - unusable - going, pack_key)
-        lost_packs, lost_segments = self._in_doubt(gone) if gone else (set(), set())
+        saved = gone & self._quarantined - condemned.retired
+        saved -= absent(self._objects, saved, quarantine_key)  # a listing may show marks yet that are gone
+        lost_packs, lost_segments = self._in_doubt(gone, saved) if gone else (set(), set())
         lost_packs |= self._used & unusable
         lost_segments |= self._segments.keys() & condemned.segments
         lost_segments |= absent(self._objects, self._segments.keys() - lost_segments, segment_key)
@@ -474,10 +477,10 @@ class BackupWriter:
         if exists(self._objects, dead_key(self.writer_id)):
             raise _taken_for_dead()
 
-    def _in_doubt(self, packs: Set[PackId]) -> tuple[set[PackId], set[SegmentId]]:
+    def _in_doubt(self, packs: Set[PackId], saved: Set[PackId]) -> tuple[set[PackId], set[SegmentId]]:
         """Of packs that are gone, or about to go, those that this job needs more of than is kept elsewhere.
 
-        Also segments that cannot be read to tell.
+        Also segments that cannot be read to tell.  Of ``saved`` there is perhaps no more than what was repaired.
         """
         naming = sorted(segment_id for segment_id, named in self._segments.items() if not named.isdisjoint(packs))
         lost = set(packs).difference(*(self._segments[segment_id] for segment_id in naming))
@@ -490,7 +493,7 @@ class BackupWriter:
                 for ref in refs or ():
                     needed.setdefault(ref.pack_id, set()).add(ref.offset)
             standing = standing_documents(self._objects, needed.keys())
-            lost |= {pack_id for pack_id, offsets in needed.items() if not self._is_kept(pack_id, offsets, standing)}
+            lost |= {pack_id for pack_id, offsets in needed.items() if not _is_kept(pack_id, offsets, standing, saved)}
         return lost, lost_segments
 
     def _refs_of(self, segment_id: SegmentId, packs: Set[PackId]) -> list[FrameRef] | None:
@@ -499,18 +502,6 @@ class BackupWriter:
             return Segment(data, segment_id, self._sealing).refs_to(packs)
         except (ObjectMissing, IntegrityError):
             return None
-
-    def _is_kept(self, pack_id: PackId, offsets: Set[int], standing: Standing) -> bool:
-        """Whether these frames are elsewhere, as long as they are needed.
-
-        Of a pack that is gone, and was in quarantine before, there is perhaps no more than what was saved.
-        """
-        if pack_id in standing.condemned.packs:
-            return False
-        moved = standing.offsets(pack_id)
-        if pack_id in self._quarantined - standing.condemned.retired:
-            return bool(moved) and pack_id not in standing.leads_to_condemned
-        return offsets <= moved
 
     def _put_manifest(self, key: str, data: bytes) -> None:
         try:
@@ -537,3 +528,16 @@ class BackupWriter:
 
 def _taken_for_dead() -> StoreConflict:
     return StoreConflict("this backup stood still, and was taken for dead by garbage collection; run it again")
+
+
+def _is_kept(pack_id: PackId, offsets: Set[int], standing: Standing, saved: Set[PackId]) -> bool:
+    """Whether these frames are elsewhere, as long as they are needed; of one of ``saved``, whether any are.
+
+    Such a pack was in quarantine before it was lost.  One that was retired is no more in quarantine when its list goes.
+    """
+    if pack_id in standing.condemned.packs:
+        return False
+    moved = standing.offsets(pack_id)
+    if pack_id in saved - standing.condemned.retired:
+        return bool(moved) and pack_id not in standing.leads_to_condemned
+    return offsets <= moved

@@ -66,6 +66,7 @@ from vmfs_stub.store.keys import (
     lease_key,
     manifest_key,
     pack_key,
+    quarantine_key,
     segment_key,
     writer_of,
 )
@@ -340,6 +341,7 @@ class Collector:
             names = [*map(pack_key, sorted(listed.packs | listed.retired)), *map(segment_key, sorted(listed.segments))]
             is_over = not any(exists(self._objects, name) for name in names)
             if is_over and not any(pack_id in listed.packs for pack_id, _ in self._noted()):
+                self._condemning.delete([quarantine_key(pack_id) for pack_id in sorted(listed.retired)])
                 self._objects.delete(key)
 
 

@@ -9,7 +9,7 @@ Some packs at a time, each time in this order (must = needed data is lost otherw
    have gone meanwhile, when another collector did not see that the pack was needed, nor a backup that a list was there.
 5. Must: a pack goes when all that is needed of it now was moved, and when it holds nothing that was moved from another
    one that is needed: of that the collector does not know which frames are.
-6. The index names it no more; then the list goes.
+6. Must: its mark of quarantine goes after it, if there is one; the index names it no more; then the list goes.
 
 Which packs are worth it is a guess, which costs nothing: those of which one segment refers to half are not, and those
 of which all segments refer to few parts come first.  Of the others some are looked into in each run, drawn by lot, so
@@ -37,7 +37,7 @@ from vmfs_stub.core.ids import PackId
 from vmfs_stub.store.condemned import Condemned, decode_condemned
 from vmfs_stub.store.condemning import Condemning
 from vmfs_stub.store.format import DOCUMENT_SIZE_MAX
-from vmfs_stub.store.keys import CONDEMNED, LEASES, PACKS, is_id, pack_key, writer_of
+from vmfs_stub.store.keys import CONDEMNED, LEASES, PACKS, is_id, pack_key, quarantine_key, writer_of
 from vmfs_stub.store.moved import PLACES_MAX, Documents
 from vmfs_stub.store.quarantine import quarantined_packs
 from vmfs_stub.store.repacking import Repacking
@@ -203,6 +203,8 @@ class Retirement:
                 self._condemning.delete(lists)
             raise
         self._condemning.delete([pack_key(pack_id) for pack_id in sorted(going)])
+        # Of a pack in quarantine that is gone a backup takes what was moved for all that there ever was to save.
+        self._condemning.delete([quarantine_key(pack_id) for pack_id in sorted(going)])
         done.kept = keys | self._condemning.clear_index(going)
         self._condemning.delete(lists)
         done.packs += len(going)
