@@ -25,7 +25,8 @@ from vmfs_stub.store.collector import Collected, Collector
 from vmfs_stub.store.condemned import Condemned, encode_condemned
 from vmfs_stub.store.condemning import Condemning
 from vmfs_stub.store.format import SEAL_GROWTH
-from vmfs_stub.store.keys import pin_key
+from vmfs_stub.store.index_objects import decode_index, encode_index
+from vmfs_stub.store.keys import INDEX, pin_key
 from vmfs_stub.store.manifest import VOID_SIZE_MAX, Manifest, encode_void
 from vmfs_stub.store.objects import ObjectInfo
 from vmfs_stub.store.pins import Pin, encode_pin
@@ -314,6 +315,29 @@ def test_index_objects_that_a_collector_which_died_has_left_are_cleared(store: S
     assert bytes.fromhex(pack) not in objects.contents[key]
     back_up(store, {"disk": content}, index=ChunkIndex(None, store.id))
     index.close()
+
+
+def test_index_objects_do_not_multiply_when_collectors_run_at_the_same_time(store: Store, objects: FakeObjects) -> None:
+    """Each of two that begin at the same hour each night would write again what the other one does."""
+    made = [back_up(store, {"disk": RANDOM.randbytes(CHUNK)}) for _ in range(5)]
+    packs = [each for key in keys(objects, INDEX) for each in decode_index(store.objects.get(key), key)]
+    for key in keys(objects, INDEX):
+        del objects.contents[key]
+    store.objects.put(INDEX + "ab" * 16, encode_index(packs))  # as of a backup that has put many packs
+
+    def before(call: str, key: str) -> None:
+        if call == "put" and key.startswith(INDEX):
+            objects.before = lambda call, key: None
+            collect(store)
+            objects.before = before
+
+    for number, point in enumerate(made[:4]):
+        store.forget(point.vm_id, point.point_id, host="host", why="by hand")
+        objects.before = before
+        collect(store)
+        objects.before = lambda call, key: None
+        (key,) = keys(objects, INDEX)
+        assert len(decode_index(store.objects.get(key), key)) == 4 - number
 
 
 def _packs_needed(store: Store, made: Manifest) -> set[str]:
