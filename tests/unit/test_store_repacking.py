@@ -762,6 +762,21 @@ def test_what_is_in_the_way_of_others_is_none_of_a_pack_on_an_old_list(rig: Rig,
     rig.assert_whole(again, KEPT, tmp_path / "after")
 
 
+def test_what_is_sound_of_a_damaged_pack_on_an_old_list_can_be_used(rig: Rig, tmp_path: Path) -> None:
+    """The list stays with the pack, since a frame is lost; a backup that needs another one need not fail for that."""
+    content = DISK[6 * CHUNK : 7 * CHUNK]
+    other = back_up(rig.store, {"disk": content}, index=rig.index)
+    pack, at = rig.objects.contents[pack_key(rig.pack)], rig.refs(rig.kept)[0].offset + 50
+    rig.objects.contents[pack_key(rig.pack)] = pack[:at] + bytes([pack[at] ^ 1]) + pack[at + 1 :]
+    rig.store.objects.put(CONDEMNED + new_id(), encode_condemned(Condemned(retired=frozenset({rig.pack})), "dead"))
+    assert rig.collect().repacked == 0
+    assert rig.keys(CONDEMNED) and rig.pack in rig.packs()
+    writer = rig.store.begin_backup(index=rig.index)
+    table = rig.store.open_point(other.vm_id, other.point_id).chunks(0)
+    writer.reuse_segment(*table.segment(0), chunk_count=table.chunk_count)
+    rig.assert_whole(commit(writer, list(other.files[0].segments), CHUNK), content, tmp_path / "out")
+
+
 @pytest.mark.parametrize("is_killed", [False, True], ids=["at once", "by the next collector"])
 def test_a_pack_that_was_retired_is_in_quarantine_no_more(rig: Rig, is_killed: bool) -> None:
     """Or a backup would take it for one that was lost, and of which nothing is to be had but what was repaired.

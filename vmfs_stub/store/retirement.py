@@ -14,7 +14,8 @@ Some packs at a time, each time in this order (must = needed data is lost otherw
 Which packs are worth it is a guess, which costs nothing: those of which one segment refers to half are not, and those
 of which all segments refer to few parts come first.  Of the others some are looked into in each run, drawn by lot, so
 that what turns out to be needed is not in the way of the rest.  Packs that a collector which died was about to retire
-come before all: its list stays as long as they do, and backups cannot refer to what is on it.
+come before all: its list stays as long as they do, and backups can refer to nothing of them but what was moved.  So of
+these all is moved that is sound, though they cannot go when something else is damaged.
 This module must not know how frames are moved, nor who is alive.
 """
 
@@ -115,7 +116,8 @@ class Retirement:
             for batch in self._batches(earlier):
                 if needed := self._needed_of(batch):
                     self._condemning.say(f"copying what is needed of {len(needed)} packs that are mostly garbage")
-                    self._retire(batch, needed, self._repacking.move(needed), done)
+                    stuck = {one.pack_id for one in batch if one.rank is _Rank.STUCK}
+                    self._retire(batch, needed, self._repacking.move(needed, stuck=stuck), done)
         except (StoreError, IntegrityError, UnknownFormat) as exc:
             log.warning("packs that are mostly garbage stay as they are: %s", exc)
         done.copied_bytes = self._repacking.copied_bytes
