@@ -148,7 +148,7 @@ class Repacking:
                 self.copied_bytes += job.stored_bytes
 
     def _copy_pack(self, job: Moving, pack_id: PackId, refs: Sequence[FrameRef], *, is_stuck: bool) -> list[Move]:
-        """Copy these frames of one pack up to those that are read together with one that is damaged, or all that are not.
+        """Copy these frames of one pack up to those that are read together with a damaged one, or all but that.
 
         What was copied is told all the same, or each run would copy it once more, and meet the same damage.
         """
