@@ -22,7 +22,7 @@ from vmfs_stub.core.errors import CorruptPack, StoreConflict, StoreDenied, Store
 from vmfs_stub.core.ids import PackId, PointId, VmId
 from vmfs_stub.services.restore import restore_point
 from vmfs_stub.services.scrub import ScrubReport, scrub
-from vmfs_stub.services.scrub_progress import ScrubProgress
+from vmfs_stub.services.scrub_progress import PackDamage, ScrubProgress
 from vmfs_stub.services.verify import verify
 from vmfs_stub.store import condemned, documents, moved, reachability, retirement
 from vmfs_stub.store.backup_writer import BackupWriter
@@ -948,6 +948,17 @@ def test_a_pack_that_was_retired_when_a_point_had_gone_is_not_marked(rig: Rig) -
     rig.objects.before = before
     assert rig.scrub().damages == ()
     assert rig.pack not in rig.packs()
+    assert rig.keys(QUARANTINED) == []
+
+
+def test_a_pack_that_was_retired_after_it_was_found_damaged_is_not_marked_again(rig: Rig) -> None:
+    """All that is needed of it is elsewhere; backups would take it for one of which perhaps nothing else is."""
+    rig.collect()
+    with closing(ScrubProgress(None, rig.store.id)) as progress:
+        progress.passed(rig.pack, PackDamage(rig.pack, "seen", None))
+        report = scrub(Store.open(rig.objects, rig.source), progress)
+    assert report.is_whole
+    assert [(damage.frame_count, damage.repaired_count) for damage in report.damages] == [(2, 2)]
     assert rig.keys(QUARANTINED) == []
 
 
