@@ -10,6 +10,8 @@ Ordering invariants (must = data loss otherwise):
   dead, before the manifest is committed: what a dead one puts again may be deleted at any time;
 - must: the committed manifest is put where none is: a collector that took this job for dead has put a void one there,
   before it deleted the pending one and stopped counting what that names;
+- must: when what was pending is gone by then, all that is used is seen to be there once more: the manifest may have
+  been put twice, and the point forgotten and deleted in between;
 - must: a moved document has a name of its own in each try to put it, for the same reason: others count on it at once;
 - must: nobody else refers to a pack of this job before it was seen, after the put was done, not to have been taken for
   dead: of one that is dead a late try may put again what collectors delete;
@@ -36,12 +38,14 @@ from vmfs_stub.core.recall_plan import plan_fetches
 from vmfs_stub.store import frames
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.condemned import read_condemned
+from vmfs_stub.store.forgotten import Forgotten, encode_forgotten
 from vmfs_stub.store.format import FRAME_HEADER, INDEX_OBJECT_ENTRIES, SEGMENT_SIZE_MAX
 from vmfs_stub.store.frames import EncodedChunk
 from vmfs_stub.store.index_objects import PackEntries, encode_index
 from vmfs_stub.store.keys import (
     INDEX,
     dead_key,
+    forgotten_key,
     manifest_key,
     pack_key,
     pending_key,
@@ -339,6 +343,8 @@ class BackupWriter:
         try:
             self._check_used()
             self._put_manifest(manifest_key(vm_id, point_id), data)
+            if not exists(self._objects, pending):
+                self._check_stands(vm_id, point_id, host)
         except StoreConflict:
             self._withdraw(pending, vm_id, point_id, pins)
             raise
@@ -508,6 +514,20 @@ class BackupWriter:
             self._objects.put(key, data)
         except ObjectExists as exc:
             raise _taken_for_dead() from exc
+
+    def _check_stands(self, vm_id: VmId, point_id: PointId, host: str) -> None:
+        """See that nothing is gone of a point of which garbage collection has dealt with what was pending.
+
+        So it was committed when this job was taken for dead.  If it was forgotten and collected since, a late try has
+        put the manifest again: it is to go, since collectors refuse to run where one names what is gone.
+        """
+        try:
+            self._check_used()
+        except StoreConflict:
+            mark = Forgotten(host, self._clock(), "the backup stood still as it ended", secrets.token_hex(8))
+            with suppress(ObjectExists):
+                self._objects.put(forgotten_key(vm_id, point_id), encode_forgotten(mark, vm_id, point_id))
+            raise
 
     def _withdraw(self, pending: str, vm_id: VmId, point_id: PointId, pins: Sequence[Pin]) -> None:
         with suppress(StoreError):  # garbage collection takes what is pending of a dead job
