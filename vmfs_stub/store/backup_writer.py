@@ -38,14 +38,13 @@ from vmfs_stub.core.recall_plan import plan_fetches
 from vmfs_stub.store import frames
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.condemned import read_condemned
-from vmfs_stub.store.forgotten import Forgotten, encode_forgotten
+from vmfs_stub.store.forgotten import Forgotten, put_forgotten
 from vmfs_stub.store.format import FRAME_HEADER, INDEX_OBJECT_ENTRIES, SEGMENT_SIZE_MAX
 from vmfs_stub.store.frames import EncodedChunk
 from vmfs_stub.store.index_objects import PackEntries, encode_index
 from vmfs_stub.store.keys import (
     INDEX,
     dead_key,
-    forgotten_key,
     manifest_key,
     pack_key,
     pending_key,
@@ -525,8 +524,7 @@ class BackupWriter:
             self._check_used()
         except StoreConflict:
             mark = Forgotten(host, self._clock(), "the backup stood still as it ended", secrets.token_hex(8))
-            with suppress(ObjectExists):
-                self._objects.put(forgotten_key(vm_id, point_id), encode_forgotten(mark, vm_id, point_id))
+            put_forgotten(self._objects, mark, vm_id, point_id)
             raise
 
     def _withdraw(self, pending: str, vm_id: VmId, point_id: PointId, pins: Sequence[Pin]) -> None:
