@@ -868,6 +868,31 @@ def test_a_segment_that_cannot_be_read_is_in_the_way_of_its_own_packs_alone(rig:
     assert rig.pack in rig.packs()
 
 
+def test_what_is_pending_and_never_will_be_committed_is_in_the_way_of_nothing(rig: Rig, tmp_path: Path) -> None:
+    """It takes over a segment that has just been deleted, and stands still before it finds out."""
+    writer = rig.store.begin_backup(index=rig.index)
+    table = rig.store.open_point(rig.going.vm_id, rig.going.point_id).chunks(0)
+    writer.reuse_segment(*table.segment(0), chunk_count=table.chunk_count)
+
+    def stand_still(call: str, key: str) -> None:
+        if (call, key) == ("list", CONDEMNED):
+            raise Killed
+
+    def before(call: str, key: str) -> None:
+        if (call, key) == ("delete", pack_key(rig.pack)):
+            assert [name for name in rig.keys(MANIFESTS) if name.endswith(PENDING_SUFFIX)]
+        if call == "list" and key == PACKS and segment_key(rig.going.files[0].segments[0]) not in rig.objects.contents:
+            rig.objects.before = stand_still
+            with pytest.raises(Killed):
+                commit(writer, list(rig.going.files[0].segments), len(DISK))
+            rig.objects.before = lambda call, key: None
+
+    rig.objects.before = before
+    assert rig.collect(sleep=lambda seconds: writer.renew_lease()).repacked == 1
+    assert [name for name in rig.keys(MANIFESTS) if name.endswith(PENDING_SUFFIX)]
+    rig.assert_whole(rig.kept, KEPT, tmp_path / "out")
+
+
 def test_what_is_not_held_in_memory_is_for_another_run(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     data = random.Random(6).randbytes(8 * CHUNK)
     with closing(ChunkIndex(None, rig.store.id)) as index:
