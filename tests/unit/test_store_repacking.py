@@ -1092,6 +1092,20 @@ def test_the_replica_has_the_copies_before_the_pack_goes(
     assert (tmp_path / "out/disk").read_bytes() == KEPT
 
 
+def test_what_was_retired_without_the_replica_goes_from_there_with_what_is_noted_of_it(
+    rig: Rig, there: tuple[FakeObjects, Replication]
+) -> None:
+    """By a host that does not know of it; so its points need the pack there, until they are forgotten."""
+    objects, replication = there
+    assert rig.collect().repacked == 1
+    mirrored = MirroredDeletes(rig.store.objects, objects)
+    rig.collect(mirror=replication.copy_moves, objects=mirrored)
+    assert pack_key(rig.pack) in objects.contents
+    rig.store.forget(rig.kept.vm_id, rig.kept.point_id, host="host1", why="by hand")
+    rig.collect(mirror=replication.copy_moves, objects=mirrored)
+    assert not [key for key in objects.contents if key.startswith(PACKS)]
+
+
 def test_without_the_replica_nothing_is_repacked(
     rig: Rig, there: tuple[FakeObjects, Replication], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -185,7 +185,8 @@ class Collector:
         lists, keys = self._condemning.condemn(doomed.names(), keys)
         doomed = self._still(doomed)
         self._condemning.delete([segment_key(name) for name in doomed.segments])
-        self._condemning.delete([pack_key(name) for name in doomed.packs])
+        # Those that were retired before, too: a replica has them yet if that was by a host that does not know of it.
+        self._condemning.delete([pack_key(name) for name in doomed.packs.keys() | doomed.notes.keys()])
         keys |= self._condemning.clear_index(doomed.packs.keys())
         self._count(doomed)
         self._condemning.delete([key for notes in doomed.notes.values() for key in notes])
