@@ -13,7 +13,6 @@ from tests.collection import hosts
 from tests.collection.hosts import play
 from vmfs_stub.core.errors import ObjectExists
 from vmfs_stub.store import backup_writer, collector
-from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.claims import Claim, encode_claim
 from vmfs_stub.store.collector import Collector
 from vmfs_stub.store.condemned import Condemned
@@ -93,7 +92,7 @@ def what_is_needed_now_does_not_count(patch: Patch) -> None:
 
 
 def any_document_will_do(patch: Patch) -> None:
-    patch.setattr(BackupWriter, "_is_kept", lambda self, pack_id, offsets, standing: True)
+    patch.setattr(backup_writer, "_is_kept", lambda pack_id, offsets, standing, saved: True)
 
 
 def what_was_moved_there_does_not_count(patch: Patch) -> None:

@@ -270,6 +270,19 @@ async def test_what_is_condemned_and_nowhere_else_is_stored_afresh(place: Place,
     assert packs.isdisjoint(ref.pack_id for ref in refs_of(place.store, 2) if ref is not None)
 
 
+async def test_a_segment_that_is_condemned_is_not_taken_over(place: Place) -> None:
+    """Of a collector that died, as above; what it refers to is needed by others, and on no list."""
+    place.path.write_bytes(NOISE)
+    async with place.mover() as mover:
+        await back_up(place, mover, 1, data(0, 6))
+        segments = frozenset(one for one in place.store.open_point(VM, point_id(1)).manifest.files[0].segments if one)
+        place.store.objects.put(CONDEMNED + "c" * 32, encode_condemned(Condemned(segments=segments), "nonce"))
+        origin = Origin(place.store.id, VM, point_id(1), 0, len(NOISE), CHUNK)
+        await back_up(place, mover, 2, Part(Extent(0, 6), Content.STORED, origin), verify=False)
+    assert segments.isdisjoint(place.store.open_point(VM, point_id(2)).manifest.files[0].segments)
+    assert refs_of(place.store, 2) == refs_of(place.store, 1)
+
+
 async def test_parts_that_are_stored_do_not_hold_up_those_that_are_to_be_read() -> None:
     """Of a disk that has changed here and there several places are read at once; but the mover is not told of all."""
     window = _Window()

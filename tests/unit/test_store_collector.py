@@ -6,7 +6,7 @@ import random
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,15 @@ import pytest
 from store_fakes import FakeObjects, refused_deletes
 from store_points import KEY_SOURCE, back_up, finish, write_chunks
 
-from vmfs_stub.core.errors import ClaimedElsewhere, CorruptSegment, PrimaryIOError, StoreConflict, StoreDenied
-from vmfs_stub.core.ids import DatastoreId, PackId, PlaceholderId, SegmentId, VmId
+from vmfs_stub.core.errors import (
+    ClaimedElsewhere,
+    CorruptSegment,
+    PrimaryIOError,
+    StoreConflict,
+    StoreDenied,
+    StoreUnavailable,
+)
+from vmfs_stub.core.ids import DatastoreId, PackId, PlaceholderId, PointId, SegmentId, VmId
 from vmfs_stub.store import backup_writer
 from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.chunk_index import ChunkIndex
@@ -25,11 +32,13 @@ from vmfs_stub.store.collector import Collected, Collector
 from vmfs_stub.store.condemned import Condemned, encode_condemned
 from vmfs_stub.store.condemning import Condemning
 from vmfs_stub.store.format import SEAL_GROWTH
-from vmfs_stub.store.keys import pin_key
+from vmfs_stub.store.index_objects import decode_index, encode_index
+from vmfs_stub.store.keys import INDEX, MANIFESTS, PENDING_SUFFIX, pin_key
 from vmfs_stub.store.manifest import VOID_SIZE_MAX, Manifest, encode_void
-from vmfs_stub.store.objects import ObjectInfo
+from vmfs_stub.store.objects import Buffer, ObjectInfo
 from vmfs_stub.store.pins import Pin, encode_pin
 from vmfs_stub.store.reachability import Reachability
+from vmfs_stub.store.retrying import RetryingObjects
 from vmfs_stub.store.store import Store
 
 CHUNK = 64 * 1024
@@ -314,6 +323,58 @@ def test_index_objects_that_a_collector_which_died_has_left_are_cleared(store: S
     assert bytes.fromhex(pack) not in objects.contents[key]
     back_up(store, {"disk": content}, index=ChunkIndex(None, store.id))
     index.close()
+
+
+@pytest.mark.parametrize("is_forgotten", [True, False])
+def test_a_manifest_that_a_late_try_puts_again_goes_again(
+    store: Store, objects: FakeObjects, *, is_forgotten: bool
+) -> None:
+    """The answer was lost, and the host stood still; or nothing has happened but that what was pending is gone."""
+    lost: list[str] = []
+
+    def put(key: str, data: Buffer, *, if_absent: bool = True) -> None:
+        plain_put(key, data, if_absent=if_absent)
+        if key.startswith(MANIFESTS) and not key.endswith(PENDING_SUFFIX) and not lost:
+            lost.append(key)
+            raise StoreUnavailable("the answer was lost")
+
+    def stand_still(seconds: float) -> None:
+        _, vm_id, point_id = lost[0].split("/")
+        if is_forgotten:
+            store.forget(VmId(vm_id), PointId(point_id), host="other", why="by hand")
+        collect(store)
+
+    plain_put = objects.put
+    objects.put = put  # type: ignore[method-assign]
+    stopped = Store.open(RetryingObjects(objects, sleep=stand_still))
+    with pytest.raises(StoreConflict) if is_forgotten else nullcontext():
+        back_up(stopped, {"disk": RANDOM.randbytes(CHUNK)})
+    assert len(lost) == 1
+    collect(store)
+    assert len(keys(objects, MANIFESTS)) == len(keys(objects, "packs/")) == (not is_forgotten)
+
+
+def test_index_objects_do_not_multiply_when_collectors_run_at_the_same_time(store: Store, objects: FakeObjects) -> None:
+    """Each of two that begin at the same hour each night would write again what the other one does."""
+    made = [back_up(store, {"disk": RANDOM.randbytes(CHUNK)}) for _ in range(5)]
+    packs = [each for key in keys(objects, INDEX) for each in decode_index(store.objects.get(key), key)]
+    for key in keys(objects, INDEX):
+        del objects.contents[key]
+    store.objects.put(INDEX + "ab" * 16, encode_index(packs))  # as of a backup that has put many packs
+
+    def before(call: str, key: str) -> None:
+        if call == "put" and key.startswith(INDEX):
+            objects.before = lambda call, key: None
+            collect(store)
+            objects.before = before
+
+    for number, point in enumerate(made[:4]):
+        store.forget(point.vm_id, point.point_id, host="host", why="by hand")
+        objects.before = before
+        collect(store)
+        objects.before = lambda call, key: None
+        (key,) = keys(objects, INDEX)
+        assert len(decode_index(store.objects.get(key), key)) == 4 - number
 
 
 def _packs_needed(store: Store, made: Manifest) -> set[str]:

@@ -362,7 +362,7 @@ def test_a_new_key_file(tmp_path: Path) -> None:
     assert new_key_file(tmp_path / "other").secret != made.secret
     with pytest.raises(AlreadyExists):
         new_key_file(path)
-    with pytest.raises(ConfigError, match="cannot write"):
+    with pytest.raises(ConfigError, match="its directory does not exist"):
         new_key_file(tmp_path / "no/such/key")
 
 

@@ -22,7 +22,7 @@ from vmfs_stub.core.errors import CorruptPack, StoreConflict, StoreDenied, Store
 from vmfs_stub.core.ids import PackId, PointId, VmId
 from vmfs_stub.services.restore import restore_point
 from vmfs_stub.services.scrub import scrub
-from vmfs_stub.services.scrub_progress import ScrubProgress
+from vmfs_stub.services.scrub_progress import PackDamage, ScrubProgress
 from vmfs_stub.services.scrub_report import ScrubReport
 from vmfs_stub.services.verify import verify
 from vmfs_stub.store import condemned, documents, moved, reachability, retirement
@@ -770,6 +770,54 @@ def test_what_is_in_the_way_of_others_is_none_of_a_pack_on_an_old_list(rig: Rig,
     rig.assert_whole(again, KEPT, tmp_path / "after")
 
 
+def test_what_is_sound_of_a_damaged_pack_on_an_old_list_can_be_used(rig: Rig, tmp_path: Path) -> None:
+    """The list stays with the pack, since a frame is lost; a backup that needs another one need not fail for that."""
+    content = DISK[6 * CHUNK : 7 * CHUNK]
+    other = back_up(rig.store, {"disk": content}, index=rig.index)
+    pack, at = rig.objects.contents[pack_key(rig.pack)], rig.refs(rig.kept)[0].offset + 50
+    rig.objects.contents[pack_key(rig.pack)] = pack[:at] + bytes([pack[at] ^ 1]) + pack[at + 1 :]
+    rig.store.objects.put(CONDEMNED + new_id(), encode_condemned(Condemned(retired=frozenset({rig.pack})), "dead"))
+    assert rig.collect().repacked == 0
+    assert rig.keys(CONDEMNED) and rig.pack in rig.packs()
+    writer = rig.store.begin_backup(index=rig.index)
+    table = rig.store.open_point(other.vm_id, other.point_id).chunks(0)
+    writer.reuse_segment(*table.segment(0), chunk_count=table.chunk_count)
+    rig.assert_whole(commit(writer, list(other.files[0].segments), CHUNK), content, tmp_path / "out")
+
+
+@pytest.mark.parametrize("is_killed", [False, True], ids=["at once", "by the next collector"])
+def test_a_pack_that_was_retired_is_in_quarantine_no_more(rig: Rig, is_killed: bool) -> None:
+    """Or a backup would take it for one that was lost, and of which nothing is to be had but what was repaired.
+
+    It is under way, and refers to more than what was needed when the pack went: to what a point had that is gone.
+    """
+    put_quarantine(rig.store.objects, Quarantine(1.0, (), "seen"), rig.pack)
+    rig.store.objects.put(CONDEMNED + new_id(), encode_condemned(Condemned(retired=frozenset({rig.pack})), "dead"))
+    writer = rig.store.begin_backup(index=rig.index)
+    table = rig.store.open_point(rig.going.vm_id, rig.going.point_id).chunks(0)
+    writer.reuse(entries := table.entries(0, table.chunk_count))
+    segments = writer.begin_file()
+    for segment in (*segments.extend(entries), *segments.close()):
+        writer.put_segment(segment)
+
+    def die(call: str, key: str) -> None:
+        if call == "delete" and key.startswith(QUARANTINED):
+            raise Killed
+
+    if is_killed:
+        rig.objects.before = die
+        with pytest.raises(Killed):
+            rig.collect(sleep=lambda seconds: writer.renew_lease())
+        rig.objects.before = lambda call, key: None
+        assert rig.keys(QUARANTINED)
+    rig.collect(sleep=lambda seconds: writer.renew_lease())
+    assert rig.pack not in rig.packs()
+    assert rig.keys(CONDEMNED) == rig.keys(QUARANTINED) == []
+    with pytest.raises(StoreConflict):
+        commit(writer, list(segments.ids), len(DISK))
+    assert rig.scrub().damages == ()
+
+
 def test_the_lease_lives_as_long_as_the_copying_takes() -> None:
     """Reading back, and a document for each pack, take long on a store that is far away."""
     rig = Rig()
@@ -826,6 +874,31 @@ def test_a_segment_that_cannot_be_read_is_in_the_way_of_its_own_packs_alone(rig:
 
     assert rig.collect(sleep=sleep).repacked == 1
     assert rig.pack in rig.packs()
+
+
+def test_what_is_pending_and_never_will_be_committed_is_in_the_way_of_nothing(rig: Rig, tmp_path: Path) -> None:
+    """It takes over a segment that has just been deleted, and stands still before it finds out."""
+    writer = rig.store.begin_backup(index=rig.index)
+    table = rig.store.open_point(rig.going.vm_id, rig.going.point_id).chunks(0)
+    writer.reuse_segment(*table.segment(0), chunk_count=table.chunk_count)
+
+    def stand_still(call: str, key: str) -> None:
+        if (call, key) == ("list", CONDEMNED):
+            raise Killed
+
+    def before(call: str, key: str) -> None:
+        if (call, key) == ("delete", pack_key(rig.pack)):
+            assert [name for name in rig.keys(MANIFESTS) if name.endswith(PENDING_SUFFIX)]
+        if call == "list" and key == PACKS and segment_key(rig.going.files[0].segments[0]) not in rig.objects.contents:
+            rig.objects.before = stand_still
+            with pytest.raises(Killed):
+                commit(writer, list(rig.going.files[0].segments), len(DISK))
+            rig.objects.before = lambda call, key: None
+
+    rig.objects.before = before
+    assert rig.collect(sleep=lambda seconds: writer.renew_lease()).repacked == 1
+    assert [name for name in rig.keys(MANIFESTS) if name.endswith(PENDING_SUFFIX)]
+    rig.assert_whole(rig.kept, KEPT, tmp_path / "out")
 
 
 def test_what_is_not_held_in_memory_is_for_another_run(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -908,6 +981,17 @@ def test_a_pack_that_was_retired_when_a_point_had_gone_is_not_marked(rig: Rig) -
     rig.objects.before = before
     assert rig.scrub().damages == ()
     assert rig.pack not in rig.packs()
+    assert rig.keys(QUARANTINED) == []
+
+
+def test_a_pack_that_was_retired_after_it_was_found_damaged_is_not_marked_again(rig: Rig) -> None:
+    """All that is needed of it is elsewhere; backups would take it for one of which perhaps nothing else is."""
+    rig.collect()
+    with closing(ScrubProgress(None, rig.store.id)) as progress:
+        progress.passed(rig.pack, PackDamage(rig.pack, "seen", None))
+        report = scrub(Store.open(rig.objects, rig.source), progress)
+    assert report.is_whole
+    assert [(damage.frame_count, damage.repaired_count) for damage in report.damages] == [(2, 2)]
     assert rig.keys(QUARANTINED) == []
 
 
@@ -1014,6 +1098,20 @@ def test_the_replica_has_the_copies_before_the_pack_goes(
     replica = Store.open(objects, rig.source)
     restore_point(replica, replica.open_point(rig.kept.vm_id, rig.kept.point_id), tmp_path / "out")
     assert (tmp_path / "out/disk").read_bytes() == KEPT
+
+
+def test_what_was_retired_without_the_replica_goes_from_there_with_what_is_noted_of_it(
+    rig: Rig, there: tuple[FakeObjects, Replication]
+) -> None:
+    """By a host that does not know of it; so its points need the pack there, until they are forgotten."""
+    objects, replication = there
+    assert rig.collect().repacked == 1
+    mirrored = MirroredDeletes(rig.store.objects, objects)
+    rig.collect(mirror=replication.copy_moves, objects=mirrored)
+    assert pack_key(rig.pack) in objects.contents
+    rig.store.forget(rig.kept.vm_id, rig.kept.point_id, host="host1", why="by hand")
+    rig.collect(mirror=replication.copy_moves, objects=mirrored)
+    assert not [key for key in objects.contents if key.startswith(PACKS)]
 
 
 def test_without_the_replica_nothing_is_repacked(

@@ -8,7 +8,7 @@ which the store has already.
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Sequence, Set
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
@@ -28,7 +28,7 @@ from vmfs_stub.services.origin import open_table
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.backup_writer import BackupWriter, EncodedBatch
 from vmfs_stub.store.chunk_table import ChunkTable
-from vmfs_stub.store.condemned import read_condemned
+from vmfs_stub.store.condemned import Condemned, read_condemned
 from vmfs_stub.store.format import SEGMENT_CHUNKS
 from vmfs_stub.store.frames import check_identity
 from vmfs_stub.store.packs import SealedPack
@@ -213,7 +213,7 @@ class _Origins:
     """What of a file is not read: zeros, and what its origins have, which is taken over or stored afresh.
 
     The table of an origin is opened when it is first asked for.  What a collector has condemned is not taken over: if
-    that one died, its list stays though all on it is needed.
+    that one died, its list stays though all on it is needed.  Of a segment the entries are, in one of the copy's own.
     With ``as_it_is`` whole segments are taken over where all of one is wanted, and entries of others unseen; without,
     each chunk is seen to be one that the file can have.
     """
@@ -225,7 +225,7 @@ class _Origins:
         self._as_it_is = as_it_is
         self._step = _step(store.chunk_size)
         self._tables: dict[Origin, ChunkTable] = {}
-        self._condemned: Set[PackId] = frozenset()
+        self._condemned = Condemned()
         """What was on lists when the last of these tables was opened."""
 
     async def pieces(self, part: Part) -> AsyncGenerator[tuple[Extent, Taken | Afresh], None]:
@@ -239,7 +239,7 @@ class _Origins:
             else:
                 table = await self._table(part.origin)
                 found = await self._found(table, number, piece)
-                if not self._condemned or self._condemned.isdisjoint(_packs_of(found)):
+                if not self._condemned.packs or self._condemned.packs.isdisjoint(_packs_of(found)):
                     yield piece, found
                 else:
                     for start in range(piece.start, piece.end, self._step):
@@ -259,14 +259,16 @@ class _Origins:
         # A segment is only taken over where it has as many chunks in the copy as in the origin.
         in_origin, in_copy = (self._segment(number, size) for size in (table.size, self._order.size))
         if piece == in_origin == in_copy:
-            return StoredSegment(*await self._threads.background(table.segment, number), piece.length)
+            segment_id, segment = await self._threads.background(table.segment, number)
+            if segment_id not in self._condemned.segments:
+                return StoredSegment(segment_id, segment, piece.length)
         return await self._threads.background(table.entries, piece.start, piece.end)
 
     async def _table(self, origin: Origin | None) -> ChunkTable:
         assert origin is not None
         if origin not in self._tables:
             self._tables[origin] = await self._threads.background(open_table, self._store, origin)
-            self._condemned = (await self._threads.background(read_condemned, self._store.objects)).packs
+            self._condemned = await self._threads.background(read_condemned, self._store.objects)
         return self._tables[origin]
 
     def _segment(self, number: int, size: int) -> Extent:

@@ -305,7 +305,7 @@ class _Scrub:
             key, frame_count = pack_key(pack_id), needed_counts[pack_id]
             is_there = exists(self._store.objects, key)
             if frame_count or is_there:  # or else it was deleted, together with what needed it
-                if not is_there:
+                if not is_there and repaired_counts[pack_id] < frame_count:  # or else it may have been retired
                     self._quarantine(damage)
                 mark = read_quarantine(self._store.objects, pack_id)
                 found.append(

@@ -11,6 +11,8 @@ Ordering invariants (must = data loss otherwise):
   dead, before the manifest is committed: what a dead one puts again may be deleted at any time;
 - must: the committed manifest is put where none is: a collector that took this job for dead has put a void one there,
   before it deleted the pending one and stopped counting what that names;
+- must: when what was pending is gone by then, all that is used is seen to be there once more: the manifest may have
+  been put twice, and the point forgotten and deleted in between;
 - must: a moved document has a name of its own in each try to put it, for the same reason: others count on it at once;
 - must: nobody else refers to a pack of this job before it was seen, after the put was done, not to have been taken for
   dead: of one that is dead a late try may put again what collectors delete;
@@ -38,6 +40,7 @@ from vmfs_stub.core.recall_plan import plan_fetches
 from vmfs_stub.store import frames
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.condemned import read_condemned
+from vmfs_stub.store.forgotten import Forgotten, put_forgotten
 from vmfs_stub.store.format import FRAME_HEADER, INDEX_OBJECT_ENTRIES
 from vmfs_stub.store.frames import EncodedChunk
 from vmfs_stub.store.index_objects import PackEntries, encode_index
@@ -48,6 +51,7 @@ from vmfs_stub.store.keys import (
     pack_key,
     pending_key,
     pin_key,
+    quarantine_key,
     segment_key,
 )
 from vmfs_stub.store.leases import LEASE_INTERVAL_S, Lease
@@ -340,6 +344,8 @@ class BackupWriter:
         try:
             self._check_used()
             self._put_manifest(manifest_key(vm_id, point_id), data)
+            if not exists(self._objects, pending):
+                self._check_stands(vm_id, point_id, host)
         except StoreConflict:
             self._withdraw(pending, vm_id, point_id, pins)
             raise
@@ -457,7 +463,9 @@ class BackupWriter:
         unusable |= quarantined_packs(self._objects) - self._quarantined
         going = self._used & condemned.retired - unusable
         gone = going | absent(self._objects, self._used - unusable - going, pack_key)
-        lost_packs, lost_segments = self._in_doubt(gone) if gone else (set(), set())
+        saved = gone & self._quarantined - condemned.retired
+        saved -= absent(self._objects, saved, quarantine_key)  # a listing may show marks yet that are gone
+        lost_packs, lost_segments = self._in_doubt(gone, saved) if gone else (set(), set())
         lost_packs |= self._used & unusable
         lost_segments |= self._segments.keys() & condemned.segments
         lost_segments |= absent(self._objects, self._segments.keys() - lost_segments, segment_key)
@@ -476,10 +484,10 @@ class BackupWriter:
         if exists(self._objects, dead_key(self.writer_id)):
             raise _taken_for_dead()
 
-    def _in_doubt(self, packs: Set[PackId]) -> tuple[set[PackId], set[SegmentId]]:
+    def _in_doubt(self, packs: Set[PackId], saved: Set[PackId]) -> tuple[set[PackId], set[SegmentId]]:
         """Of packs that are gone, or about to go, those that this job needs more of than is kept elsewhere.
 
-        Also segments that cannot be read to tell.
+        Also segments that cannot be read to tell.  Of ``saved`` there is perhaps no more than what was repaired.
         """
         naming = sorted(segment_id for segment_id, named in self._segments.items() if not named.isdisjoint(packs))
         lost = set(packs).difference(*(self._segments[segment_id] for segment_id in naming))
@@ -492,7 +500,7 @@ class BackupWriter:
                 for ref in refs or ():
                     needed.setdefault(ref.pack_id, set()).add(ref.offset)
             standing = standing_documents(self._objects, needed.keys())
-            lost |= {pack_id for pack_id, offsets in needed.items() if not self._is_kept(pack_id, offsets, standing)}
+            lost |= {pack_id for pack_id, offsets in needed.items() if not _is_kept(pack_id, offsets, standing, saved)}
         return lost, lost_segments
 
     def _refs_of(self, segment_id: SegmentId, packs: Set[PackId]) -> list[FrameRef] | None:
@@ -501,23 +509,24 @@ class BackupWriter:
         except (ObjectMissing, IntegrityError):
             return None
 
-    def _is_kept(self, pack_id: PackId, offsets: Set[int], standing: Standing) -> bool:
-        """Whether these frames are elsewhere, as long as they are needed.
-
-        Of a pack that is gone, and was in quarantine before, there is perhaps no more than what was saved.
-        """
-        if pack_id in standing.condemned.packs:
-            return False
-        moved = standing.offsets(pack_id)
-        if pack_id in self._quarantined - standing.condemned.retired:
-            return bool(moved) and pack_id not in standing.leads_to_condemned
-        return offsets <= moved
-
     def _put_manifest(self, key: str, data: bytes) -> None:
         try:
             self._objects.put(key, data)
         except ObjectExists as exc:
             raise _taken_for_dead() from exc
+
+    def _check_stands(self, vm_id: VmId, point_id: PointId, host: str) -> None:
+        """See that nothing is gone of a point of which garbage collection has dealt with what was pending.
+
+        So it was committed when this job was taken for dead.  If it was forgotten and collected since, a late try has
+        put the manifest again: it is to go, since collectors refuse to run where one names what is gone.
+        """
+        try:
+            self._check_used()
+        except StoreConflict:
+            mark = Forgotten(host, self._clock(), "the backup stood still as it ended", secrets.token_hex(8))
+            put_forgotten(self._objects, mark, vm_id, point_id)
+            raise
 
     def _withdraw(self, pending: str, vm_id: VmId, point_id: PointId, pins: Sequence[Pin]) -> None:
         with suppress(StoreError):  # garbage collection takes what is pending of a dead job
@@ -538,3 +547,16 @@ class BackupWriter:
 
 def _taken_for_dead() -> StoreConflict:
     return StoreConflict("this job stood still, and was taken for dead by garbage collection; run it again")
+
+
+def _is_kept(pack_id: PackId, offsets: Set[int], standing: Standing, saved: Set[PackId]) -> bool:
+    """Whether these frames are elsewhere, as long as they are needed; of one of ``saved``, whether any are.
+
+    Such a pack was in quarantine before it was lost.  One that was retired is no more in quarantine when its list goes.
+    """
+    if pack_id in standing.condemned.packs:
+        return False
+    moved = standing.offsets(pack_id)
+    if pack_id in saved - standing.condemned.retired:
+        return bool(moved) and pack_id not in standing.leads_to_condemned
+    return offsets <= moved

@@ -69,6 +69,7 @@ from vmfs_stub.store.keys import (
     pack_key,
     pending_writer,
     point_of,
+    quarantine_key,
     segment_key,
     writer_of,
 )
@@ -187,7 +188,8 @@ class Collector:
         lists, keys = self._condemning.condemn(doomed.names(), keys)
         doomed = self._still(doomed)
         self._condemning.delete([segment_key(name) for name in doomed.segments])
-        self._condemning.delete([pack_key(name) for name in doomed.packs])
+        # Those that were retired before, too: a replica has them yet if that was by a host that does not know of it.
+        self._condemning.delete([pack_key(name) for name in doomed.packs.keys() | doomed.notes.keys()])
         keys |= self._condemning.clear_index(doomed.packs.keys())
         self._count(doomed)
         self._condemning.delete([key for notes in doomed.notes.values() for key in notes])
@@ -363,4 +365,5 @@ class Collector:
             names = [*map(pack_key, sorted(listed.packs | listed.retired)), *map(segment_key, sorted(listed.segments))]
             is_over = not any(exists(self._objects, name) for name in names)
             if is_over and not any(pack_id in listed.packs for pack_id, _ in self._noted()):
+                self._condemning.delete([quarantine_key(pack_id) for pack_id in sorted(listed.retired)])
                 self._objects.delete(key)

@@ -8,14 +8,16 @@ is gone or was spared.  Blocking.  This module must not know what is deleted, no
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import chain
 from typing import Final
 
+from blake3 import blake3
+
 from vmfs_stub.core.batches import batched
-from vmfs_stub.core.errors import CorruptStoreObject, ObjectMissing, StoreError, UnknownFormat
+from vmfs_stub.core.errors import CorruptStoreObject, ObjectExists, ObjectMissing, StoreError, UnknownFormat
 from vmfs_stub.core.ids import PackId, SegmentId
 from vmfs_stub.store.condemned import LIST_MAX, Condemned, encode_condemned
 from vmfs_stub.store.format import INDEX_SIZE_MAX
@@ -126,7 +128,8 @@ class Condemning:
             return  # another collector was quicker, or it is of no use, and no harm
         left = [(pack_id, refs) for pack_id, refs in packs if pack_id not in gone]
         if left:
-            self.objects.put(f"{INDEX}{secrets.token_hex(16)}", encode_index(left))
+            with suppress(ObjectExists):  # another collector does the same just now
+                self.objects.put(_index_key([pack_id for pack_id, _ in left]), encode_index(left))
         self.objects.delete(key)
 
 
@@ -143,3 +146,8 @@ def _parts(names: Condemned) -> Iterator[Condemned]:
             frozenset(SegmentId(name) for kind, name in part if kind == "segment"),
             frozenset(PackId(name) for kind, name in part if kind == "retired"),
         )
+
+
+def _index_key(packs: Sequence[PackId]) -> str:
+    """The same for all collectors that write the same, or the objects would be more each time that two do."""
+    return INDEX + blake3("".join(packs).encode()).hexdigest(length=16)

@@ -2,16 +2,19 @@
 
 A mark is a checked document under ``forgotten/<vm id>/<point id>``.  It is what lets a host forget that may not delete.
 It counts by its name alone, and is never taken back: a collector that has read it may be at work already.  ``nonce``
-tells a retried put from somebody else's.  This module must not know how marks are transported.
+tells a retried put from somebody else's.  This module must not know which points are not wanted.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vmfs_stub.core.errors import ObjectExists
 from vmfs_stub.core.ids import PointId, VmId
 from vmfs_stub.store import documents
 from vmfs_stub.store.format import FEATURES_KNOWN, FORGOTTEN_VERSION
+from vmfs_stub.store.keys import forgotten_key
+from vmfs_stub.store.objects import ObjectStore
 
 FORGOTTEN_FORMAT = "vmfs-stub forgotten"
 
@@ -40,6 +43,15 @@ def encode_forgotten(mark: Forgotten, vm_id: VmId, point_id: PointId) -> bytes:
             "nonce": mark.nonce,
         },
     )
+
+
+def put_forgotten(objects: ObjectStore, mark: Forgotten, vm_id: VmId, point_id: PointId) -> bool:
+    """Put a mark; False where there is one, which stays.  Raises: StoreUnavailable, StoreDenied, StoreFull."""
+    try:
+        objects.put(forgotten_key(vm_id, point_id), encode_forgotten(mark, vm_id, point_id))
+    except ObjectExists:
+        return False
+    return True
 
 
 def decode_forgotten(data: bytes, key: str) -> Forgotten:

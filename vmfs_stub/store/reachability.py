@@ -174,6 +174,9 @@ class Reachability:
         self._enter_moved()
         if missing:
             self._check_gone(missing, keys)
+            # Nothing else is asked of them; one that is put again meanwhile is a new one in the next look.
+            ids = ((bytes.fromhex(key.rpartition("/")[2]),) for key in missing)
+            self._database.executemany("DELETE FROM temp.segments WHERE id = ?", ids)
 
     def _enter_moved(self) -> None:
         """What frames of a needed pack were moved to is needed, whatever there is of the pack itself."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Final, TypeAlias
 
@@ -54,11 +55,11 @@ class Repacking:
         self._clock = clock
         self.copied_bytes = 0
 
-    def move(self, needed: Mapping[PackId, Needed]) -> dict[PackId, Documents]:
+    def move(self, needed: Mapping[PackId, Needed], *, stuck: Set[PackId] = frozenset()) -> dict[PackId, Documents]:
         """Copy these frames of each pack, if that was not done before, and tell readers; returns what tells them.
 
         A pack of which a frame is damaged is left out, and so are those of which anything was copied when this job was
-        taken for dead, and those that cannot be mirrored.
+        taken for dead, and those that cannot be mirrored.  Of those of ``stuck`` whatever is sound is moved.
         Raises: CorruptStoreObject, UnknownFormat (of a list), StoreUnavailable, StoreDenied, StoreFull.
         """
         told = self._moved_before(needed)
@@ -67,7 +68,7 @@ class Repacking:
             for pack_id, refs in needed.items()
             if (rest := [refs[at] for at in sorted(refs.keys() - _offsets(told[pack_id]))])
         }
-        for pack_id, documents in (self._copy(left) if left else {}).items():
+        for pack_id, documents in (self._copy(left, stuck) if left else {}).items():
             told[pack_id] |= documents
         return self._mirrored(
             {pack_id: found for pack_id, found in told.items() if needed[pack_id].keys() <= _offsets(found)}
@@ -132,10 +133,13 @@ class Repacking:
                 whole += [moves[number] for number in numbers]
         return whole
 
-    def _copy(self, left: Mapping[PackId, Sequence[FrameRef]]) -> dict[PackId, Documents]:
+    def _copy(self, left: Mapping[PackId, Sequence[FrameRef]], stuck: Set[PackId]) -> dict[PackId, Documents]:
         with moving(self._store, clock=self._clock) as job:
             try:
-                copied = {pack_id: self._copy_pack(job, pack_id, refs) for pack_id, refs in left.items()}
+                copied = {
+                    pack_id: self._copy_pack(job, pack_id, refs, is_stuck=pack_id in stuck)
+                    for pack_id, refs in left.items()
+                }
                 return job.finish({pack_id: moves for pack_id, moves in copied.items() if moves})
             except StoreConflict as exc:
                 log.warning("packs that are mostly garbage stay as they are: %s", exc)
@@ -143,21 +147,27 @@ class Repacking:
             finally:
                 self.copied_bytes += job.stored_bytes
 
-    def _copy_pack(self, job: Moving, pack_id: PackId, refs: Sequence[FrameRef]) -> list[Move]:
-        """Copy these frames of one pack up to those that are read together with one that is damaged.
+    def _copy_pack(self, job: Moving, pack_id: PackId, refs: Sequence[FrameRef], *, is_stuck: bool) -> list[Move]:
+        """Copy these frames of one pack up to those that are read together with a damaged one, or all but that.
 
         What was copied is told all the same, or each run would copy it once more, and meet the same damage.
         """
         moves: list[Move] = []
-        try:
-            for _, run in _fetches(refs):
-                job.stay_alive()
-                for ref, raw in zip(run, _read_whole(self._store, run), strict=True):
-                    moves.append(job.write(ref, raw))
-        except ObjectMissing:
-            log.info("pack %s is gone: another collector was quicker", pack_id)
-        except IntegrityError as exc:
-            log.warning("pack %s is not repacked; run scrub: %s", pack_id, exc)
+        runs = deque(run for _, run in _fetches(refs))
+        while runs:
+            job.stay_alive()
+            run = runs.popleft()
+            try:
+                raws = _read_whole(self._store, run)
+                moves += [job.write(ref, raw) for ref, raw in zip(run, raws, strict=True)]
+            except ObjectMissing:
+                log.info("pack %s is gone: another collector was quicker", pack_id)
+                break
+            except IntegrityError as exc:
+                log.warning("pack %s is not repacked; run scrub: %s", pack_id, exc)
+                if not is_stuck:
+                    break
+                runs.extendleft([ref] for ref in reversed(run if len(run) > 1 else ()))
         return moves
 
 

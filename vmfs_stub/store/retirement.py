@@ -9,12 +9,13 @@ Some packs at a time, each time in this order (must = needed data is lost otherw
    have gone meanwhile, when another collector did not see that the pack was needed, nor a backup that a list was there.
 5. Must: a pack goes when all that is needed of it now was moved, and when it holds nothing that was moved from another
    one that is needed: the collector does not know which of those frames are needed.
-6. The index names it no more; then the list goes.
+6. Must: its mark of quarantine goes after it, if there is one; the index names it no more; then the list goes.
 
 Which packs are worth it is a guess, which costs nothing: those of which one segment refers to half are not, and those
 of which all segments refer to few parts come first.  Of the others some are looked into in each run, drawn by lot, so
 that what turns out to be needed is not in the way of the rest.  Packs that a collector which died was about to retire
-come before all: its list stays as long as they do, and backups cannot refer to what is on it.
+come before all: its list stays as long as they do, and backups can refer to nothing of them but what was moved.  So of
+these all is moved that is sound, though they cannot go when something else is damaged.
 This module must not know how frames are moved, nor who is alive.
 """
 
@@ -36,7 +37,7 @@ from vmfs_stub.core.errors import IntegrityError, ObjectMissing, StoreError, Unk
 from vmfs_stub.core.ids import PackId
 from vmfs_stub.store.condemned import Condemned, list_keys, read_lists
 from vmfs_stub.store.condemning import Condemning
-from vmfs_stub.store.keys import LEASES, PACKS, is_id, pack_key, writer_of
+from vmfs_stub.store.keys import LEASES, PACKS, is_id, pack_key, quarantine_key, writer_of
 from vmfs_stub.store.moved import PLACES_MAX, Documents
 from vmfs_stub.store.quarantine import quarantined_packs
 from vmfs_stub.store.repacking import Repacking
@@ -114,7 +115,8 @@ class Retirement:
             for batch in self._batches(earlier):
                 if needed := self._needed_of(batch):
                     self._condemning.say(f"copying what is needed of {len(needed)} packs that are mostly garbage")
-                    self._retire(batch, needed, self._repacking.move(needed), done)
+                    stuck = {one.pack_id for one in batch if one.rank is _Rank.STUCK}
+                    self._retire(batch, needed, self._repacking.move(needed, stuck=stuck), done)
         except (StoreError, IntegrityError, UnknownFormat) as exc:
             log.warning("packs that are mostly garbage stay as they are: %s", exc)
         done.copied_bytes = self._repacking.copied_bytes
@@ -198,6 +200,8 @@ class Retirement:
                 self._condemning.delete(lists)
             raise
         self._condemning.delete([pack_key(pack_id) for pack_id in sorted(going)])
+        # Of a pack in quarantine that is gone a backup takes what was moved for all that there ever was to save.
+        self._condemning.delete([quarantine_key(pack_id) for pack_id in sorted(going)])
         done.kept = keys | self._condemning.clear_index(going)
         self._condemning.delete(lists)
         done.packs += len(going)

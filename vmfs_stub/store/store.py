@@ -31,7 +31,7 @@ from vmfs_stub.store import frames
 from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.chunk_table import RestorePoint, SegmentCache
-from vmfs_stub.store.forgotten import Forgotten, decode_forgotten, encode_forgotten
+from vmfs_stub.store.forgotten import Forgotten, decode_forgotten, put_forgotten
 from vmfs_stub.store.format import (
     DEFAULT_CHUNK_SIZE,
     DOCUMENT_SIZE_MAX,
@@ -310,9 +310,7 @@ class Store:
         """
         self.check_unpinned(vm_id, point_id)
         mark = Forgotten(host, time.time(), why, nonce=secrets.token_hex(8))
-        try:
-            self.objects.put(forgotten_key(vm_id, point_id), encode_forgotten(mark, vm_id, point_id))
-        except ObjectExists:
+        if not put_forgotten(self.objects, mark, vm_id, point_id):
             return  # for whoever marked it first this was said already
         try:
             self.check_unpinned(vm_id, point_id)
