@@ -105,7 +105,7 @@ async def test_an_archive_does_not_take_a_recall_of_an_earlier_opening_for_its_o
             await disk.write(0, b"n" * BLOCK)
             content[:BLOCK] = b"n" * BLOCK
             rig.objects.before = slow
-            services.hydration.after_read(disk)
+            services.hydration.after_use(disk)
             await trio.to_thread.run_sync(asked.wait)
             await services.disks.release(disk)
             await services.hydration.stop(ino)

@@ -86,6 +86,29 @@ async def test_graduation_goes_on_after_its_last_sync_failed() -> None:
             assert (rig.is_placeholder(DISK), rig.maps(), rig.pins()) == (False, [], [])
 
 
+@pytest.mark.parametrize("is_cut", [False, True], ids=["replaced", "cut to nothing"])
+async def test_what_guests_have_replaced_as_a_whole_is_an_ordinary_file_while_it_is_open(*, is_cut: bool) -> None:
+    """No read had to recall anything, so nothing began; it stayed a placeholder until its last handle was closed."""
+    with temporary_rig() as rig:
+        await archived(rig)
+        async with rig.running(hydrates=True) as services:
+            disk = await services.open(DISK)
+            for number in range(4 * CHUNK // BLOCK):
+                await services.disks.sync_dirty()
+                await services.wait_hydrated()
+                assert disk.placeholder is not None
+                await (disk.truncate(0) if is_cut else disk.write(number * BLOCK, NEW))
+                if is_cut:
+                    break
+            await disk.sync(data_only=False)
+            await services.disks.sync_dirty()
+            await services.wait_hydrated()
+            assert disk.placeholder is None
+            assert (rig.is_placeholder(DISK), rig.maps(), rig.pins()) == (False, [], [])
+            await services.disks.release(disk)
+        assert (rig.backing / DISK).read_bytes() == (b"" if is_cut else NEW * (4 * CHUNK // BLOCK))
+
+
 async def test_a_failed_recall_is_not_the_answer_to_a_later_read() -> None:
     """A chunk whose fetch had failed was not asked for again while others of the same recall were under way."""
     with temporary_rig() as rig:

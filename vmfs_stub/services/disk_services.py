@@ -136,7 +136,7 @@ def connect_services(
         free_floor_percent=settings.free_floor_percent,
         steps_at_once=settings.hydration_steps,
     )
-    disks.on_recall = hydration.after_read
+    disks.on_recall = hydration.after_use
     archiver = Archiver(
         files=files,
         threads=threads,

@@ -72,7 +72,10 @@ class Disks:
         self._reservations: dict[int, Reservation] = {}
         self._ino_locks: dict[int, trio.Lock] = {}
         self.on_recall: Callable[[Disk], None] = lambda disk: None
-        """What every disk calls after a guest's read had to recall something; hydration sets it."""
+        """Called with a disk of which a guest's read had to recall something, or nothing is absent any more.
+
+        Hydration sets it.
+        """
         self.on_open: Callable[[Disk, Caller], None] | None = None
         """Called when somebody opened a disk through the mount."""
         self.attributes_changed: Callable[[int], object] = lambda ino: None
@@ -309,7 +312,10 @@ class Disks:
         return [disk for disk in self._open.values() if disk.open_count]
 
     async def sync_dirty(self) -> None:
-        """Make durable what changed in the maps; called every few seconds.  A disk whose sync fails is frozen."""
+        """Make durable what changed in the maps; called every few seconds.  A disk whose sync fails is frozen.
+
+        What guests have cut or replaced as a whole, without a read that had to recall anything, is seen here.
+        """
         for disk in list(self._open.values()):
             placeholder = disk.placeholder
             if placeholder is not None and placeholder.is_dirty:
@@ -317,6 +323,9 @@ class Disks:
                     await placeholder.sync()
                 except (VmfsStubError, OSError):
                     log.exception("%s: the periodic sync failed", disk.label)
+            is_open = self._open.get(disk.ino) is disk
+            if is_open and placeholder is not None and not placeholder.is_frozen and placeholder.is_whole():
+                self.on_recall(disk)
 
     async def close_all(self) -> None:
         """At the daemon's end: lay every disk down, so that the next start finds nothing unsynced."""

@@ -76,8 +76,11 @@ class HydrationService:
         self._steps_at_once = steps_at_once
         self._courses: dict[int, Course] = {}
 
-    def after_read(self, disk: Disk) -> None:
-        """A guest's read of this disk had to recall something: bring the rest back too, if that is wanted."""
+    def after_use(self, disk: Disk) -> None:
+        """A guest's read of this disk had to recall something, or nothing of it is absent any more.
+
+        Bring the rest back, too, if that is wanted; without a rest it becomes an ordinary file.
+        """
         if self._enabled and disk.ino not in self._courses:
             self._start(disk)
 

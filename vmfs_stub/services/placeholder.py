@@ -62,6 +62,8 @@ class Placeholder:
         self._maps_lock = trio.Lock()
         self.ended = False
         """Graduated, laid down or superseded: the maps are closed, and nothing here may touch them."""
+        self._absent_from = 0
+        """No chunk before this one holds an absent block: none becomes absent again."""
 
     @property
     def origin(self) -> Origin:
@@ -126,6 +128,13 @@ class Placeholder:
         first = chunk * self.chunk_blocks
         run = next(self.maps.live.absent_runs(first, block_count(self.maps.record.size)), None)
         return None if run is None else run.start // self.chunk_blocks
+
+    def is_whole(self) -> bool:
+        """Whether nothing of it is absent, and it has not ended."""
+        found = self.next_absent(self._absent_from)
+        if found is not None:
+            self._absent_from = found
+        return found is None and not self.ended
 
     # Changes
 
