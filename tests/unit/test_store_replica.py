@@ -89,10 +89,11 @@ class Pair:
 
     def assert_restorable(self) -> None:
         """From the replica alone."""
-        opened = Store.open(self.there, self.source)
-        report = verify(opened)
-        assert report.findings == ()
-        assert report.point_count == len(self.names(MANIFESTS))
+        self.assert_restorable_count(len(self.names(MANIFESTS)))
+
+    def assert_restorable_count(self, count: int) -> None:
+        report = verify(Store.open(self.there, self.source))
+        assert (report.findings, report.point_count) == ((), count)
 
 
 @pytest.fixture(params=[None, KEY_SOURCE], ids=["plain", "encrypted"])
@@ -465,6 +466,29 @@ def test_a_replica_that_is_away_keeps_whole_points_and_is_collected_later(pair: 
     assert pair.names(FORGOTTEN) == {}
     assert {key for key in pair.there.contents if key.startswith(MANIFESTS)} == set(pair.names(MANIFESTS))
     assert verify(Store.open(pair.there, pair.source)).findings == ()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_the_store_has_lost_keeps_what_it_needs_in_the_replica(pair: Pair, count: int) -> None:
+    """In the store all that it needs is garbage then; in the replica it can be read, until somebody forgets it."""
+    lost = [back_up(pair.store, {"disk": DISK[number:]}) for number in range(count)]
+    going = back_up(pair.store, {"disk": DISK[::-1]})
+    pair.run()
+    keys = sorted(manifest_key(manifest.vm_id, manifest.point_id) for manifest in lost)
+    for key in keys:
+        del pair.here.contents[key]
+    forget(pair, going)
+    mirrored = collect(pair)
+    assert pair.names(MANIFESTS, PACKS) == {}
+    assert (mirrored.left > 0, f"delete {keys[0]} there" in str(mirrored.problem)) == (True, True)
+    assert ("1 others" in str(mirrored.problem)) == (count == 2)
+    assert {key for key in pair.there.contents if key.startswith(MANIFESTS)} == set(keys)
+    pair.assert_restorable_count(count)
+    back_up(pair.store, {"disk": DISK})  # or there would be nothing left in the store to collect
+    for manifest in lost:
+        pair.store.stored.put(forgotten_key(manifest.vm_id, manifest.point_id), b"", if_absent=False)
+    assert collect(pair).problem is None
+    assert {key for key in pair.there.contents if key.startswith(MANIFESTS)} == set()
 
 
 def test_a_store_that_lost_everything_empties_no_replica(pair: Pair) -> None:
