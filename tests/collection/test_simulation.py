@@ -12,7 +12,7 @@ import pytest
 from tests.collection import hosts
 from tests.collection.hosts import play
 from vmfs_stub.core.errors import ObjectExists
-from vmfs_stub.store import backup_writer, collector
+from vmfs_stub.store import backup_writer, collector, uses
 from vmfs_stub.store.claims import Claim, encode_claim
 from vmfs_stub.store.collector import Collector
 from vmfs_stub.store.condemned import Condemned
@@ -44,11 +44,11 @@ def test_a_seed_plays_the_same_again() -> None:
 
 
 def no_look_at_lists(patch: Patch) -> None:
-    patch.setattr(backup_writer, "read_condemned", lambda objects: Condemned())
+    patch.setattr(uses, "read_condemned", lambda objects: Condemned())
 
 
 def no_look_whether_it_is_there(patch: Patch) -> None:
-    patch.setattr(backup_writer, "absent", lambda objects, names, key_of: set())
+    patch.setattr(uses, "absent", lambda objects, names, key_of: set())
     patch.setattr(backup_writer, "exists", lambda objects, key: False)  # nor at the mark of a dead one
 
 
@@ -92,7 +92,7 @@ def what_is_needed_now_does_not_count(patch: Patch) -> None:
 
 
 def any_document_will_do(patch: Patch) -> None:
-    patch.setattr(backup_writer, "_is_kept", lambda pack_id, offsets, standing, saved: True)
+    patch.setattr(uses, "_is_kept", lambda pack_id, offsets, standing, saved: True)
 
 
 def what_was_moved_there_does_not_count(patch: Patch) -> None:

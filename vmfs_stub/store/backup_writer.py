@@ -7,8 +7,8 @@ a job that moves frames has no segments, and ends with ``commit_moves`` (`moving
 Ordering invariants (must = data loss otherwise):
 - must: frames and segments are durable before the pending manifest names them;
 - must: pins are durable before the pending manifest, which is durable before ``condemned/`` is read;
-- must: ``condemned/`` is read, every pack and segment used is seen to exist, and this job not to have been taken for
-  dead, before the manifest is committed: what a dead one puts again may be deleted at any time;
+- must: after that all that is used is seen to stay (`uses.py`), and then this job not to have been taken for dead,
+  before the manifest is committed: what a dead one puts again may be deleted at any time;
 - must: the committed manifest is put where none is: a collector that took this job for dead has put a void one there,
   before it deleted the pending one and stopped counting what that names;
 - must: when what was pending is gone by then, all that is used is seen to be there once more: the manifest may have
@@ -26,20 +26,18 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-from vmfs_stub.core.batches import batched
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import IntegrityError, ObjectExists, ObjectMissing, StoreConflict, StoreDenied, StoreError
 from vmfs_stub.core.ids import ChunkId, PackId, PointId, SegmentId, VmId, WriterId
 from vmfs_stub.core.recall_plan import plan_fetches
 from vmfs_stub.store import frames
 from vmfs_stub.store.chunk_index import ChunkIndex
-from vmfs_stub.store.condemned import read_condemned
 from vmfs_stub.store.forgotten import Forgotten, put_forgotten
 from vmfs_stub.store.format import FRAME_HEADER, INDEX_OBJECT_ENTRIES
 from vmfs_stub.store.frames import EncodedChunk
@@ -51,19 +49,17 @@ from vmfs_stub.store.keys import (
     pack_key,
     pending_key,
     pin_key,
-    quarantine_key,
     segment_key,
 )
 from vmfs_stub.store.leases import LEASE_INTERVAL_S, Lease
 from vmfs_stub.store.manifest import Manifest, StoredFile, encode_checked
 from vmfs_stub.store.moved import Documents, Move, drop_caches, new_moved
-from vmfs_stub.store.objects import Buffer, ObjectStore, absent, asked, exists, put_anew
+from vmfs_stub.store.objects import Buffer, ObjectStore, absent, exists, put_anew
 from vmfs_stub.store.packs import OpenPack, SealedPack
 from vmfs_stub.store.pins import Pin, encode_pin, remove_pin
-from vmfs_stub.store.quarantine import quarantined_packs
 from vmfs_stub.store.sealing import Sealing
-from vmfs_stub.store.segments import Entry, SealedSegment, Segment, SegmentTable, entries_of, read_segment
-from vmfs_stub.store.standing import Standing, standing_documents
+from vmfs_stub.store.segments import Entry, SealedSegment, Segment, SegmentTable, entries_of
+from vmfs_stub.store.uses import Uses
 from vmfs_stub.store.versions import NEWER, is_known
 
 BUFFERS_KEPT: Final = 4
@@ -73,8 +69,6 @@ READ_BACK_BYTES: Final = 8 * 1024 * 1024
 compresses."""
 READ_BACK_GAP: Final = 256 * 1024
 """Unwanted bytes that are read rather than starting another read."""
-SEGMENTS_AT_ONCE: Final = 64
-"""Segments of which the frames in packs that are gone are held in memory together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +130,6 @@ class BackupWriter:
         self._fetch = fetch
         self._index = index
         self._clock = clock
-        self._quarantined = quarantined
         self._lease = Lease(objects, self.writer_id)
         self._lease_clock = lease_clock
         self._renewed_s = 0.0 if lease_clock is None else lease_clock()
@@ -148,10 +141,7 @@ class BackupWriter:
         self._unput: dict[PackId, SealedPack] = {}
         self._unindexed: dict[ChunkId, FrameRef] = {}
         """Chunks of this job that the index does not know yet; bounded by the packs that are not put."""
-        self._own: set[PackId] = set()
-        self._used: set[PackId] = set()
-        self._segments: dict[SegmentId, frozenset[PackId]] = {}
-        """All of the restore point, with the packs that they refer to."""
+        self._uses = Uses(quarantined)
         self._unpublished: list[PackEntries] = []
         self._unpublished_entries = 0
         self.counts = WriterCounts()
@@ -159,7 +149,7 @@ class BackupWriter:
 
     def is_new(self, ref: FrameRef) -> bool:
         """Whether this job stored the frame itself (else it was there before)."""
-        return ref.pack_id in self._own
+        return ref.pack_id in self._uses.own
 
     def encode(self, data: Buffer) -> EncodedBatch:
         """Encode several whole chunks (the last of a file may be short); thread-safe, no store call.
@@ -204,7 +194,7 @@ class BackupWriter:
                     entries.append(None)
                 elif isinstance(chunk, FrameRef):
                     counts.reused_chunks += 1
-                    self._used.add(chunk.pack_id)
+                    self._uses.packs.add(chunk.pack_id)
                     entries.append(chunk)
                 else:
                     entries.append(self._place(chunk, sealed))
@@ -258,10 +248,10 @@ class BackupWriter:
         Raises: StoreUnavailable, StoreDenied, StoreFull.
         """
         with self._lock:
-            if segment.segment_id in self._segments:
+            if segment.segment_id in self._uses.segments:
                 return  # of an equal part of another file; once it was put, it is never put again
-            self._segments[segment.segment_id] = segment.packs
-            self._used.update(segment.packs)
+            self._uses.segments[segment.segment_id] = segment.packs
+            self._uses.packs.update(segment.packs)
         self._objects.put(segment_key(segment.segment_id), segment.data)
 
     def reuse(self, entries: Sequence[Entry | None]) -> None:
@@ -271,7 +261,7 @@ class BackupWriter:
             self.counts.chunks += len(entries)
             self.counts.zero_chunks += zeros
             self.counts.reused_chunks += len(entries) - zeros
-            self._used.update({entry.pack_id for entry in entries if entry is not None})
+            self._uses.packs.update({entry.pack_id for entry in entries if entry is not None})
 
     def reuse_segment(self, segment_id: SegmentId | None, segment: Segment | None, *, chunk_count: int) -> None:
         """A segment of another restore point, of ``chunk_count`` chunks, is part of this one as it is.
@@ -284,8 +274,8 @@ class BackupWriter:
                 self.counts.zero_chunks += chunk_count
                 return
             self.counts.reused_chunks += chunk_count
-            self._segments[segment_id] = frozenset(segment.packs)
-            self._used.update(segment.packs)
+            self._uses.segments[segment_id] = frozenset(segment.packs)
+            self._uses.packs.update(segment.packs)
 
     def renew_lease(self) -> None:
         """To be called each LEASE_INTERVAL_S, from one thread at a time; never fails."""
@@ -417,10 +407,10 @@ class BackupWriter:
             buffer = self._spare.pop() if self._spare else None
             pack_id = PackId(secrets.token_hex(8) + self.writer_id)
             self._pack = OpenPack(pack_id, buffer, sealing=self._sealing)
-            self._own.add(self._pack.pack_id)
+            self._uses.own.add(self._pack.pack_id)
         ref = self._pack.add(chunk)
         self._unindexed[chunk.chunk_id] = ref
-        self._used.add(ref.pack_id)
+        self._uses.packs.add(ref.pack_id)
         self.counts.new_chunks += 1
         self.counts.new_bytes += chunk.raw_length
         self.counts.stored_bytes += len(chunk.frame)
@@ -441,7 +431,7 @@ class BackupWriter:
             dropped.add(pack_id)
         try:
             for ref, raw in zip(run, self._fetch(run), strict=True):
-                if ref.pack_id not in self._own:
+                if ref.pack_id not in self._uses.own:
                     frames.check_identity(raw, ref, self._sealing)
         except (IntegrityError, ObjectMissing) as exc:
             # What is there is of no use: the next job stores these chunks again, rather than fail like this one.
@@ -453,29 +443,19 @@ class BackupWriter:
     def _forget_missing(self) -> None:
         """One pack that the index has is gone, and garbage collection takes many at a time: see which others are."""
         with self._lock:
-            used = self._used - self._own
+            used = self._uses.packs - self._uses.own
         self._index.forget_packs(absent(self._objects, used, pack_key))
 
     def _check_used(self) -> None:
         """See that nothing this job uses is condemned, gone, or found damaged meanwhile."""
-        condemned = read_condemned(self._objects)
-        unusable = condemned.packs | (condemned.retired & self._own)
-        unusable |= quarantined_packs(self._objects) - self._quarantined
-        going = self._used & condemned.retired - unusable
-        gone = going | absent(self._objects, self._used - unusable - going, pack_key)
-        saved = gone & self._quarantined - condemned.retired
-        saved -= absent(self._objects, saved, quarantine_key)  # a listing may show marks yet that are gone
-        lost_packs, lost_segments = self._in_doubt(gone, saved) if gone else (set(), set())
-        lost_packs |= self._used & unusable
-        lost_segments |= self._segments.keys() & condemned.segments
-        lost_segments |= absent(self._objects, self._segments.keys() - lost_segments, segment_key)
+        lost = self._uses.lost(self._objects, self._sealing)
         self._check_not_dead()
         if not is_known(self._objects):
             raise StoreConflict(f"the store was raised to a version that this program does not know; {NEWER}")
-        self._index.forget_packs(lost_packs)
-        if lost_packs or lost_segments:
+        self._index.forget_packs(lost.packs)
+        if lost:
             msg = (
-                f"{len(lost_packs)} packs and {len(lost_segments)} segments that this job refers to were found "
+                f"{len(lost.packs)} packs and {len(lost.segments)} segments that this job refers to were found "
                 "damaged, or are being removed by garbage collection; run the job again"
             )
             raise StoreConflict(msg)
@@ -483,31 +463,6 @@ class BackupWriter:
     def _check_not_dead(self) -> None:
         if exists(self._objects, dead_key(self.writer_id)):
             raise _taken_for_dead()
-
-    def _in_doubt(self, packs: Set[PackId], saved: Set[PackId]) -> tuple[set[PackId], set[SegmentId]]:
-        """Of packs that are gone, or about to go, those that this job needs more of than is kept elsewhere.
-
-        Also segments that cannot be read to tell.  Of ``saved`` there is perhaps no more than what was repaired.
-        """
-        naming = sorted(segment_id for segment_id, named in self._segments.items() if not named.isdisjoint(packs))
-        lost = set(packs).difference(*(self._segments[segment_id] for segment_id in naming))
-        lost_segments: set[SegmentId] = set()
-        for part in batched(naming, SEGMENTS_AT_ONCE):
-            needed: dict[PackId, set[int]] = {}
-            for segment_id, refs in zip(part, asked(partial(self._refs_of, packs=packs), part), strict=True):
-                if refs is None:
-                    lost_segments.add(segment_id)
-                for ref in refs or ():
-                    needed.setdefault(ref.pack_id, set()).add(ref.offset)
-            standing = standing_documents(self._objects, needed.keys())
-            lost |= {pack_id for pack_id, offsets in needed.items() if not _is_kept(pack_id, offsets, standing, saved)}
-        return lost, lost_segments
-
-    def _refs_of(self, segment_id: SegmentId, packs: Set[PackId]) -> list[FrameRef] | None:
-        try:
-            return read_segment(self._objects, segment_id, self._sealing).refs_to(packs)
-        except (ObjectMissing, IntegrityError):
-            return None
 
     def _put_manifest(self, key: str, data: bytes) -> None:
         try:
@@ -547,16 +502,3 @@ class BackupWriter:
 
 def _taken_for_dead() -> StoreConflict:
     return StoreConflict("this job stood still, and was taken for dead by garbage collection; run it again")
-
-
-def _is_kept(pack_id: PackId, offsets: Set[int], standing: Standing, saved: Set[PackId]) -> bool:
-    """Whether these frames are elsewhere, as long as they are needed; of one of ``saved``, whether any are.
-
-    Such a pack was in quarantine before it was lost.  One that was retired is no more in quarantine when its list goes.
-    """
-    if pack_id in standing.condemned.packs:
-        return False
-    moved = standing.offsets(pack_id)
-    if pack_id in saved - standing.condemned.retired:
-        return bool(moved) and pack_id not in standing.leads_to_condemned
-    return offsets <= moved
