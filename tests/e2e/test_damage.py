@@ -230,7 +230,7 @@ def told(datastore: LiveDatastore, code: int) -> None:
     assert datastore.cli("status").code == UNHEALTHY
     findings = datastore.client.status().findings
     assert findings
-    assert all("VM victim" in each.message and each.severity == "problem" for each in findings), findings
+    assert all("VM victim" in each.subject and each.severity == "problem" for each in findings), findings
     assert any("VM victim" in line for line in datastore.log().splitlines() if "ERROR" in line or "WARNING" in line)
 
 
