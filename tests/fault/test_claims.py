@@ -187,6 +187,26 @@ async def test_a_vm_that_came_back_unchanged_goes_on_where_its_placeholders_are(
             await opened_and_read(services)
 
 
+async def test_placeholders_of_points_that_are_the_same_are_one_state() -> None:
+    """An archive of which a record could not be made durable left some of its point, as a power loss has shown."""
+    with two_hosts() as (first, second):
+        async with first.running() as services:
+            before = (await services.archive("vm", archive=False)).point_id
+            disk = await services.open(DISK)
+            await disk.write(0, b"changed")
+            await services.disks.release(disk)
+        points = [await archive(first), await archive(first)]
+        for free_at in points:
+            async with second.running() as there:
+                await there.claims.take(the_vm(first), free_at, force=True)
+                await there.claims.set_free(the_vm(first), free_at)
+            async with first.running() as services:
+                for others in ({before}, {before, *points}, set[PointId](), {None}):
+                    with pytest.raises(ClaimedElsewhere):
+                        await services.claims.begin(the_vm(first), others)
+                assert await services.claims.begin(the_vm(first), points) == free_at
+
+
 async def test_what_is_used_here_is_taken_by_another_host_only_when_it_is_told_to() -> None:
     with two_hosts() as (first, second):
         point_id = await archive(first)

@@ -316,14 +316,19 @@ class Claims:
         return Claim(vm_id, epoch, state, self._datastore_id, self._host, self._datastore, time.time(), point_id)
 
     def _may_follow(self, newest: Claim, points: Set[PointId | None]) -> bool:
-        """Who has the state of one point may follow what is our own, or free where nothing is newer.  Blocking."""
-        if newest.datastore_id == self._datastore_id or {newest.point_id} == points:
+        """Who has the state of the newest claim's point may follow, and whose claim that is.  Blocking.
+
+        Other points may have the same state: a backup of a former host, in which nothing has changed, sets the VM free
+        at a point of its own; an archive that was cut short leaves some placeholders of its point, and some of before.
+        """
+        if newest.datastore_id == self._datastore_id:
             return True
-        if newest.point_id is None or len(points) != 1:
+        if newest.point_id is None or not points:
             return False
-        (point_id,) = points
-        # A backup of a former host, in which nothing has changed, sets the VM free at a point of its own.
-        return point_id is not None and self._is_same(newest.vm_id, newest.point_id, point_id)
+        others = points - {newest.point_id}
+        return all(
+            point_id is not None and self._is_same(newest.vm_id, newest.point_id, point_id) for point_id in others
+        )
 
     def _is_same(self, vm_id: VmId, one: PointId, other: PointId) -> bool:
         try:
