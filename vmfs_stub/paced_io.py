@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Final
 
 STEP_BYTES = 256 << 10
-STEP_BESIDE_GUESTS_BYTES = 32 << 10
+STEP_BESIDE_GUESTS_BYTES = 16 << 10
 
 _BUFFERS_MAX = 1024
 """As many as the kernel takes in one call."""

@@ -109,6 +109,20 @@ async def test_what_guests_have_replaced_as_a_whole_is_an_ordinary_file_while_it
         assert (rig.backing / DISK).read_bytes() == (b"" if is_cut else NEW * (4 * CHUNK // BLOCK))
 
 
+async def test_guests_that_have_no_disk_open_are_not_waited_for() -> None:
+    """A job that began within a second of the last request took small steps for as long, beside nobody."""
+    with temporary_rig() as rig:
+        await archived(rig)
+        async with rig.running() as services:
+            guests = services.connected.recall.guests
+            one, again = await services.open(DISK), await services.open(DISK)
+            await one.read(0, BLOCK)
+            await services.disks.release(again)
+            assert guests.is_recent, "somebody has it open yet"
+            await services.disks.release(one)
+            assert not guests.is_recent
+
+
 async def test_a_failed_recall_is_not_the_answer_to_a_later_read() -> None:
     """A chunk whose fetch had failed was not asked for again while others of the same recall were under way."""
     with temporary_rig() as rig:

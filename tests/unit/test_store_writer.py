@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -542,7 +543,10 @@ def test_many_are_asked_for_at_a_time() -> None:
     together = threading.Barrier(ASKED_AT_ONCE, timeout=20)
 
     def answer(number: int) -> int:
-        together.wait()
+        if number < ASKED_AT_ONCE:  # one by one, which shows that it is far away
+            time.sleep(0.002)
+        else:
+            together.wait()
         return number * 2
 
     def fail(number: int) -> int:
@@ -552,3 +556,8 @@ def test_many_are_asked_for_at_a_time() -> None:
     assert asked(lambda number: number, range(3)) == [0, 1, 2]
     with pytest.raises(StoreUnavailable):
         asked(fail, range(ASKED_AT_ONCE + 1))
+
+
+def test_a_store_that_answers_at_once_is_not_asked_in_threads() -> None:
+    threads = asked(lambda number: threading.get_ident(), range(10 * ASKED_AT_ONCE))
+    assert threads == [threading.get_ident()] * 10 * ASKED_AT_ONCE

@@ -66,6 +66,7 @@ class Disks:
     ) -> None:
         self._files = files
         self._threads = threads
+        self._guests = recall.guests
         self.placeholders = placeholders
         self._changes = changes
         self._open: dict[int, Disk] = {}
@@ -169,6 +170,8 @@ class Disks:
             async with self._ino_lock(disk.ino):
                 disk.open_count -= guests
                 disk.kept -= kept
+                if guests and not self.open_disks():
+                    self._guests.left()
                 if disk.open_count + disk.kept == 0 and self._open.pop(disk.ino, None) is not None:
                     await self._closer.close(disk)
 

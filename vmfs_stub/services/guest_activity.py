@@ -25,6 +25,10 @@ class GuestActivity:
         if not was_recent:
             self.on_return()
 
+    def left(self) -> None:
+        """No guest has a disk open any more."""
+        self._last_s = -math.inf
+
     @property
     def is_recent(self) -> bool:
         """Whether any guest read or wrote just now."""

@@ -9,10 +9,12 @@ only replaced whole or deleted.  This module must not know what the objects mean
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from vmfs_stub.core.errors import IntegrityError, ObjectExists, ObjectMissing
@@ -27,6 +29,8 @@ OBJECT_SIZE_MAX: Final = 256 * 1024 * 1024
 """Default bound of a whole-object read, so that a damaged store cannot exhaust memory."""
 ASKED_AT_ONCE: Final = 16
 """Requests at a time of one job that has many to make."""
+NEAR_S: Final = 0.001
+"""An answer that takes less is not waited for in threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +126,18 @@ def exists(objects: ObjectStore, key: str) -> bool:
 
 
 def asked(call: Callable[[T], R], of: Collection[T]) -> list[R]:
-    """What ``call``, which asks the store, gives of each; where they are many, several are asked for at a time.
+    """What ``call``, which asks the store, gives of each; several are asked for at a time where the store is far away.
 
-    A disk of 2 TiB has 30,000 packs, and a store that is far away may take 20 ms to tell whether one is there.
+    A disk of 2 TiB has 30,000 packs, and such a store may take 20 ms to tell whether one is there.  One that answers at
+    once, as the first answers show, is slowed down by threads: 600 answers of a directory took 90 ms longer.
     """
-    if len(of) <= ASKED_AT_ONCE:
-        return [call(each) for each in of]
+    began_s = time.monotonic()
+    left = iter(of)
+    found = [call(each) for each in islice(left, ASKED_AT_ONCE)]
+    if time.monotonic() - began_s < NEAR_S * len(found):
+        return [*found, *map(call, left)]
     with ThreadPoolExecutor(ASKED_AT_ONCE) as executor:
-        return list(executor.map(call, of))
+        return [*found, *executor.map(call, left)]
 
 
 def absent(objects: ObjectStore, names: Iterable[Name], key_of: Callable[[Name], str]) -> set[Name]:
