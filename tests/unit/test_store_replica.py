@@ -519,12 +519,18 @@ def test_scrub_repairs_from_the_replica(pair: Pair, kind: str, is_lost: bool) ->
     assert verify(Store.open(pair.here, pair.source)).findings == ()
 
 
-def test_scrub_replaces_a_damaged_manifest(pair: Pair) -> None:
+def with_damaged_manifest(pair: Pair) -> tuple[Manifest, str, dict[str, bytes]]:
+    """A replicated point of which the store's manifest is damaged: it, its key, and what the store had before."""
     manifest = back_up(pair.store, {"disk": DISK})
     pair.run()
     before = dict(pair.here.contents)
     key = manifest_key(manifest.vm_id, manifest.point_id)
     pair.here.contents[key] = altered(pair.here.contents[key])
+    return manifest, key, before
+
+
+def test_scrub_replaces_a_damaged_manifest(pair: Pair) -> None:
+    _, _, before = with_damaged_manifest(pair)
     assert scrubbed(pair)
     assert pair.here.contents == before
 
@@ -532,10 +538,7 @@ def test_scrub_replaces_a_damaged_manifest(pair: Pair) -> None:
 @pytest.mark.parametrize("when", ["size", "put"], ids=["before it is looked for", "before it is put"])
 def test_scrub_brings_back_no_manifest_that_was_deleted(pair: Pair, when: str) -> None:
     """It would name what is gone, and no garbage could be collected any more."""
-    manifest = back_up(pair.store, {"disk": DISK})
-    pair.run()
-    key = manifest_key(manifest.vm_id, manifest.point_id)
-    pair.here.contents[key] = altered(pair.here.contents[key])
+    manifest, key, _ = with_damaged_manifest(pair)
 
     def before(call: str, name: str) -> None:
         if (call, name) == (when, key):
@@ -566,11 +569,7 @@ def test_a_store_that_goes_is_away_and_no_point_is_missing(pair: Pair) -> None:
 
 def test_a_replica_that_goes_takes_no_manifest_with_it(pair: Pair) -> None:
     """Another medium is mounted there: that tells nothing of what was deleted."""
-    manifest = back_up(pair.store, {"disk": DISK})
-    pair.run()
-    before = dict(pair.here.contents)
-    key = manifest_key(manifest.vm_id, manifest.point_id)
-    pair.here.contents[key] = altered(pair.here.contents[key])
+    _, key, before = with_damaged_manifest(pair)
 
     def gone(call: str, name: str) -> None:
         if (call, name) == ("size", key):

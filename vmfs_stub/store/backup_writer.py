@@ -250,8 +250,7 @@ class BackupWriter:
         with self._lock:
             if segment.segment_id in self._uses.segments:
                 return  # of an equal part of another file; once it was put, it is never put again
-            self._uses.segments[segment.segment_id] = segment.packs
-            self._uses.packs.update(segment.packs)
+            self._uses.add_segment(segment.segment_id, segment.packs)
         self._objects.put(segment_key(segment.segment_id), segment.data)
 
     def reuse(self, entries: Sequence[Entry | None]) -> None:
@@ -274,8 +273,7 @@ class BackupWriter:
                 self.counts.zero_chunks += chunk_count
                 return
             self.counts.reused_chunks += chunk_count
-            self._uses.segments[segment_id] = frozenset(segment.packs)
-            self._uses.packs.update(segment.packs)
+            self._uses.add_segment(segment_id, frozenset(segment.packs))
 
     def renew_lease(self) -> None:
         """To be called each LEASE_INTERVAL_S, from one thread at a time; never fails."""

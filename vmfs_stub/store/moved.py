@@ -69,6 +69,11 @@ Documents: TypeAlias = dict[str, list[Move]]
 """What documents about one pack say, by their keys."""
 
 
+def offsets_of(documents: Documents) -> set[int]:
+    """Where in the pack the frames were, in bytes, that these documents are about."""
+    return {move.old_offset for moves in documents.values() for move in moves}
+
+
 def encode_moved(moves: Sequence[Move], pack_id: PackId, nonce: str) -> bytes:
     """The bytes of a document; ``nonce`` tells a retried put from somebody else's."""
     frames = [{"at": m.old_offset, "pack": m.pack_id, "offset": m.offset, "length": m.length} for m in moves]

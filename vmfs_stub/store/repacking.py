@@ -19,7 +19,7 @@ from vmfs_stub.core.ids import PackId
 from vmfs_stub.core.recall_plan import plan_fetches
 from vmfs_stub.store import frames
 from vmfs_stub.store.keys import pack_key
-from vmfs_stub.store.moved import Documents, Move
+from vmfs_stub.store.moved import Documents, Move, offsets_of
 from vmfs_stub.store.moving import Moving, moving
 from vmfs_stub.store.objects import drop_cache
 from vmfs_stub.store.quarantine import quarantined_packs
@@ -66,12 +66,12 @@ class Repacking:
         left = {
             pack_id: rest
             for pack_id, refs in needed.items()
-            if (rest := [refs[at] for at in sorted(refs.keys() - _offsets(told[pack_id]))])
+            if (rest := [refs[at] for at in sorted(refs.keys() - offsets_of(told[pack_id]))])
         }
         for pack_id, documents in (self._copy(left, stuck) if left else {}).items():
             told[pack_id] |= documents
         return self._mirrored(
-            {pack_id: found for pack_id, found in told.items() if needed[pack_id].keys() <= _offsets(found)}
+            {pack_id: found for pack_id, found in told.items() if needed[pack_id].keys() <= offsets_of(found)}
         )
 
     def standing(self, told: Mapping[PackId, Documents]) -> dict[PackId, set[int]]:
@@ -84,7 +84,7 @@ class Repacking:
             pack_id: {key: sorted(set(moves).intersection(found[pack_id].get(key, ()))) for key, moves in each.items()}
             for pack_id, each in told.items()
         }
-        return {pack_id: _offsets(documents) for pack_id, documents in self._mirrored(kept).items()}
+        return {pack_id: offsets_of(documents) for pack_id, documents in self._mirrored(kept).items()}
 
     def _mirrored(self, told: Mapping[PackId, Documents]) -> dict[PackId, Documents]:
         """Those packs of which the replica has all of these; when it does not answer, none of the rest."""
@@ -186,7 +186,3 @@ def _read_whole(store: Store, refs: Sequence[FrameRef]) -> list[bytes]:
     for ref, raw in zip(refs, found, strict=True):
         frames.check_identity(raw, ref, store.sealing)
     return found
-
-
-def _offsets(documents: Documents) -> set[int]:
-    return {move.old_offset for moves in documents.values() for move in moves}

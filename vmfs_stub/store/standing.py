@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from vmfs_stub.core.ids import PackId
 from vmfs_stub.store.condemned import Condemned, read_condemned
 from vmfs_stub.store.keys import pack_key
-from vmfs_stub.store.moved import Documents, read_documents
+from vmfs_stub.store.moved import Documents, offsets_of, read_documents
 from vmfs_stub.store.objects import ObjectStore, absent, asked
 
 
@@ -35,7 +35,7 @@ class Standing:
 
     def offsets(self, pack_id: PackId) -> set[int]:
         """Where in that pack the frames were, in bytes, that can be found elsewhere."""
-        return {move.old_offset for moves in self.documents[pack_id].values() for move in moves}
+        return offsets_of(self.documents[pack_id])
 
 
 def standing_documents(objects: ObjectStore, packs: Collection[PackId], *, but: Set[PackId] = frozenset()) -> Standing:

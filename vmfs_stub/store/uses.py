@@ -55,6 +55,11 @@ class Uses:
     own: set[PackId] = field(default_factory=set)
     segments: dict[SegmentId, frozenset[PackId]] = field(default_factory=dict)
 
+    def add_segment(self, segment_id: SegmentId, packs: frozenset[PackId]) -> None:
+        """Refer to a segment, and to all packs that it names."""
+        self.segments[segment_id] = packs
+        self.packs |= packs
+
     def lost(self, objects: ObjectStore, sealing: Sealing) -> Lost:
         """What is condemned, gone, or was found damaged meanwhile.
 
