@@ -24,6 +24,7 @@ from vmfs_stub.mover.server import Server
 from vmfs_stub.mover.shared_slots import SharedSlots
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.services import memory
+from vmfs_stub.services.copying import batches_at_once
 from vmfs_stub.services.local_mover import LocalMover
 from vmfs_stub.services.mover import FETCHES_AT_ONCE
 from vmfs_stub.services.threads import Threads
@@ -78,7 +79,7 @@ def _threads(settings: MoverSettings) -> Threads:
     return Threads(
         files_max=settings.files_threads,
         store_max=settings.store_threads,
-        compute_max=settings.workers,
+        compute_max=batches_at_once(settings.workers, beside_guests=False),
         store_timeout_s=settings.store.timeout_s,
         transfer_timeout_s=settings.store.transfer_timeout_s,
     )

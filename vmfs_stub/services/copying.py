@@ -21,7 +21,7 @@ from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.ids import PackId, SegmentId
 from vmfs_stub.core.origin import Origin
 from vmfs_stub.core.recall_plan import plan_fetches
-from vmfs_stub.paced_io import read_into
+from vmfs_stub.paced_io import pace, read_into
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.services.mover import Content, CopyOrder, Part
 from vmfs_stub.services.origin import open_table
@@ -41,6 +41,14 @@ SLOTS_PER_WORKER = 2
 """Batches on their way: as many as it takes to keep all workers reading where every other one is stored already."""
 REUSED_BATCH = 1024
 """Reused frames that are read back together."""
+
+
+def batches_at_once(workers: int, *, beside_guests: bool) -> int:
+    """How many are read and encoded at once: one more than cores are meant for, since one waits for the disk.
+
+    Beside guests that use their disks it is not: their reads would wait behind its.
+    """
+    return workers if beside_guests else workers + 1
 
 
 class StoredSegment(NamedTuple):
@@ -99,6 +107,7 @@ class Copier:
         self._segments = segments
         self._reused = reused
         self._workers = workers
+        self._turns = trio.CapacityLimiter(workers)
         self.copies: list[tuple[SegmentId | None, ...]] = []
 
     async def copy(
@@ -148,7 +157,9 @@ class Copier:
         return min(order.size, chunks.end * self._writer.chunk_size) - chunks.start * self._writer.chunk_size
 
     async def _encode(self, fd: int, order: CopyOrder, start: int, slot: _Slot) -> None:
-        slot.batch = await self._threads.compute(self._read_and_encode, fd, order, start, slot.length)
+        self._turns.total_tokens = batches_at_once(self._workers, beside_guests=pace.beside_guests)
+        async with self._turns:
+            slot.batch = await self._threads.compute(self._read_and_encode, fd, order, start, slot.length)
         slot.done.set()
 
     def _read_and_encode(self, fd: int, order: CopyOrder, start: int, length: int) -> EncodedBatch:
