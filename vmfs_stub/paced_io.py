@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-STEP_BYTES = 256 << 10
+STEP_BYTES = 1 << 20
 STEP_BESIDE_GUESTS_BYTES = 16 << 10
 
 _BUFFERS_MAX = 1024

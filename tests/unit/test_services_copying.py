@@ -1,4 +1,4 @@
-"""What is copied without being read: a hole of a huge disk is never a list of all its chunks; how much is read at once."""
+"""What is copied without being read, where a hole of a huge disk is no list of its chunks; what is read at once."""
 
 from __future__ import annotations
 
