@@ -245,6 +245,30 @@ async def test_an_owner_that_changes_through_the_mount_is_no_reason_to_read() ->
             assert await back_up(services) == SIZE, "this happened while no daemon ran"
 
 
+@pytest.mark.parametrize("what", ["touched", "cut short", "emptied", "of zeros", "gone"])
+async def test_what_befalls_the_note_of_the_clean_end_hides_nothing(what: str) -> None:
+    """A power loss, a copy of the directory, or a change of the owner of all that is below it."""
+    with rig_with_disk() as rig:
+        async with backed_up(rig):
+            pass
+        path, stopped = rig.backing / DISK, rig.backing / PRIVATE_DIR / "changes/stopped"
+        st = path.stat()
+        await trio.sleep(0.02)
+        with path.open("r+b") as file:
+            file.write(b"behind")
+        os.utime(path, ns=(st.st_atime_ns, st.st_mtime_ns))
+        await trio.sleep(0.02)
+        text = stopped.read_bytes()
+        if what == "touched":
+            os.utime(stopped)
+        elif what == "gone":
+            stopped.unlink()
+        else:
+            stopped.write_bytes({"cut short": text[:-1], "emptied": b"", "of zeros": bytes(len(text))}[what])
+        async with rig.running() as services:
+            assert await back_up(services) == SIZE
+
+
 @pytest.mark.parametrize("keeps_mtime", [False, True])
 @pytest.mark.parametrize("was_written", [False, True])
 async def test_what_is_written_behind_the_mount_is_read(keeps_mtime: bool, was_written: bool) -> None:
@@ -527,7 +551,7 @@ async def test_a_file_that_was_never_backed_up_costs_nothing() -> None:
         async with rig.running() as services:
             await write(services, CHUNK)
             calls = {site for site in services.files.counts if site.startswith("changes.")}
-            assert calls <= {"changes.list", "changes.look", "changes.clean_sync"}
+            assert calls <= {"changes.list", "changes.open", "changes.clean_sync"}
             assert (records(rig), maps(rig)) == ([], [])
 
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import trio
@@ -97,7 +99,8 @@ class Changes:
         self.doubtful.add(ino)
         try:
             path = self.private.changed_map_path(ino).with_suffix(DOUBT_SUFFIX)
-            self._write_small("changes.doubt", path, self.boot.boot_id.encode())
+            with self._made("changes.doubt", path) as fd:
+                self.files.call("changes.doubt", write_fully, fd, self.boot.boot_id.encode(), 0)
         except OSError as exc:
             log.warning("that a sync failed is known to this daemon only, and not to the next one: %s", exc.strerror)
 
@@ -109,15 +112,18 @@ class Changes:
             except OSError as exc:
                 log.warning("what changed in inode %d is known until the next reboot only: %s", ino, exc)
         try:
-            self._write_small("changes.stop", self.private.changes / STOPPED, b"\n")
+            with self._made("changes.stop", self.private.changes / STOPPED) as fd:
+                self.files.call("changes.stop", os.utime, fd)  # now, by the clock that files have their times of
+                self.files.call("changes.stop", write_fully, fd, b"%020d\n" % os.fstat(fd).st_ctime_ns, 0)
         except OSError as exc:
             log.warning("the time of this end could not be noted: %s", exc.strerror)
 
-    def _write_small(self, site: str, path: Path, data: bytes) -> None:
+    @contextmanager
+    def _made(self, site: str, path: Path) -> Iterator[int]:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
         fd = self.files.call(site, os.open, path, flags, 0o600)
         try:
-            self.files.call(site, write_fully, fd, data, 0)
+            yield fd
         finally:
             os.close(fd)
 

@@ -23,7 +23,13 @@ from vmfs_stub.primary.placeholder import PrivateState
 log = logging.getLogger(__name__)
 
 STOPPED = "stopped"
-"""File beside the records, made at every clean end: what happened to a file before was done through the mount."""
+"""File beside the records, made at every clean end: what happened to a file before was done through the mount.
+
+It says when that was, in nanoseconds since the epoch by the filesystem's clock.  Its own times do not: a change of
+owner, or a copy of the directory, moves them.
+"""
+STOPPED_SIZE = 21
+"""Bytes: 20 digits and a line feed."""
 DOUBT_SUFFIX = ".doubt"
 _BOOT_ID_SIZE = 32
 
@@ -50,9 +56,15 @@ class ChangesLeft:
 
     def _time_of_clean_end(self) -> int:
         try:
-            return self._files.call("changes.look", os.stat, self._private.changes / STOPPED).st_ctime_ns
+            text = self._read_small(self._private.changes / STOPPED, STOPPED_SIZE + 1)
         except FileNotFoundError:
             return 0
+        except OSError as exc:
+            log.warning("when the last daemon ended cannot be read: %s", exc.strerror)
+            return 0
+        # A power loss may have cut it short, or left none of its bytes: then no time is known.
+        is_whole = len(text) == STOPPED_SIZE and text[:-1].isdigit() and text.endswith(b"\n")
+        return int(text) if is_whole else 0
 
     def _sort(self, path: Path) -> None:
         if path.suffix == DOUBT_SUFFIX and path.stem.isdecimal() and self._is_of_this_boot(path):
@@ -61,13 +73,16 @@ class ChangesLeft:
             self._files.call("changes.clean", path.unlink)
 
     def _is_of_this_boot(self, path: Path) -> bool:
-        fd = self._files.call("changes.open", os.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            found = read_fully(self._files, "changes.read", fd, _BOOT_ID_SIZE, 0)
-        finally:
-            os.close(fd)
+        found = self._read_small(path, _BOOT_ID_SIZE)
         # One that was cut short may be of this boot: only another whole id is certain not to be.
         return len(found) < _BOOT_ID_SIZE or found == self._private.boot.boot_id.encode()
+
+    def _read_small(self, path: Path, size: int) -> bytes:
+        fd = self._files.call("changes.open", os.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            return read_fully(self._files, "changes.read", fd, size, 0)
+        finally:
+            os.close(fd)
 
     def look_at(self, st: os.stat_result) -> None:
         """This file is there.  Raises OSError when what is not to be believed cannot be removed."""
