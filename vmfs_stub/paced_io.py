@@ -4,7 +4,8 @@ A disk serves what it has been given, in its own order.  A read of a guest that 
 for 8 MiB of read-ahead, or to write back a pack of 64 MiB, waits for all of that: tens of milliseconds, where it takes
 a tenth of one otherwise.  So such data is asked for in steps, each of which is over before the next begins, and
 nothing is read ahead.  The disk is still kept busy: while one job's step is under way, others' are.  Beside guests
-that use their disks the steps are small, which costs a job a quarter of its speed.
+that use their disks the steps are small, and the mover makes one at a time on each disk: a guest's read waits for all
+that the disk was given before.
 """
 
 from __future__ import annotations
@@ -12,12 +13,18 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import threading
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Final
 
 STEP_BYTES = 1 << 20
 STEP_BESIDE_GUESTS_BYTES = 16 << 10
+
+TURN_S_MAX = 0.1
+"""Whoever has waited so long for its turn goes on: one step that hangs must not hold up all others."""
 
 _BUFFERS_MAX = 1024
 """As many as the kernel takes in one call."""
@@ -29,14 +36,31 @@ _libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, 
 
 @dataclass(slots=True)
 class Pace:
-    """How large the steps of this process are: whether there are guests that use their disks now."""
+    """How large the steps of this process are: whether there are guests that use their disks now.
+
+    It ``takes_turns`` where nobody waits for any of them.
+    """
 
     beside_guests: bool = True
+    takes_turns: bool = False
+    _turns: dict[int, threading.Lock] = field(default_factory=lambda: defaultdict(threading.Lock))
+    """By the number of the device."""
 
     @property
     def step_bytes(self) -> int:
         """Bytes of one step."""
         return STEP_BESIDE_GUESTS_BYTES if self.beside_guests else STEP_BYTES
+
+    @contextmanager
+    def step(self, fd: int) -> Iterator[None]:
+        """A step on this file: beside guests, and where turns are taken, the only one on its device."""
+        turn = self._turns[os.fstat(fd).st_dev] if self.takes_turns and self.beside_guests else None
+        has_turn = turn is not None and turn.acquire(timeout=TURN_S_MAX)
+        try:
+            yield
+        finally:
+            if turn is not None and has_turn:
+                turn.release()
 
 
 pace: Final = Pace()
@@ -62,7 +86,11 @@ def read_into(fd: int, buffer: bytearray, offset: int) -> int:
     Nothing is read ahead only after `stop_read_ahead`.
     """
     view, done = memoryview(buffer), 0
-    while done < len(view) and (count := os.preadv(fd, [view[done : done + pace.step_bytes]], offset + done)):
+    while done < len(view):
+        with pace.step(fd):
+            count = os.preadv(fd, [view[done : done + pace.step_bytes]], offset + done)
+        if count == 0:
+            break
         done += count
     return done
 
@@ -74,11 +102,11 @@ def write_buffers(fd: int, parts: Sequence[bytes | memoryview], offset: int, *, 
     it took these or earlier writes badly.  Without, it takes as few calls as possible.
     """
     for some in _steps(parts, pace.step_bytes if paced else sum(map(len, parts))):
-        written = _write_some(fd, some, offset)
-        if paced and _libc.sync_file_range(fd, offset, written, _WRITE_AND_WAIT) != 0:
-            code = ctypes.get_errno()
-            raise WriteBackFailed(code, os.strerror(code))
-        offset += written
+        if paced:
+            with pace.step(fd):
+                offset += _write_and_wait(fd, some, offset)
+        else:
+            offset += _write_some(fd, some, offset)
 
 
 def _steps(parts: Sequence[bytes | memoryview], size: int) -> Iterator[list[memoryview]]:
@@ -96,6 +124,14 @@ def _steps(parts: Sequence[bytes | memoryview], size: int) -> Iterator[list[memo
                 group, room = [], size
     if group:
         yield group
+
+
+def _write_and_wait(fd: int, parts: Sequence[memoryview], offset: int) -> int:
+    written = _write_some(fd, parts, offset)
+    if _libc.sync_file_range(fd, offset, written, _WRITE_AND_WAIT) != 0:
+        code = ctypes.get_errno()
+        raise WriteBackFailed(code, os.strerror(code))
+    return written
 
 
 def _write_some(fd: int, parts: Sequence[memoryview], offset: int) -> int:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -149,3 +152,51 @@ def test_nothing_is_read_ahead_between_stop_and_resume(fd: int) -> None:
     assert not cached_after_reads()
     resume_read_ahead(fd)
     assert cached_after_reads()
+
+
+@pytest.mark.parametrize(
+    ("beside_guests", "takes_turns", "most"), [(True, True, 1), (False, True, 3), (True, False, 3)]
+)
+def test_one_step_at_a_time_where_turns_are_taken(
+    fd: int, monkeypatch: pytest.MonkeyPatch, beside_guests: bool, takes_turns: bool, most: int
+) -> None:
+    monkeypatch.setattr(pace, "beside_guests", beside_guests)
+    monkeypatch.setattr(pace, "takes_turns", takes_turns)
+    os.pwrite(fd, b"x" * 3 * STEP_BESIDE_GUESTS_BYTES, 0)
+    preadv, lock, now, seen = os.preadv, threading.Lock(), [0], [0]
+
+    def slow(*args: object) -> int:
+        with lock:
+            now[0] += 1
+            seen[0] = max(seen[0], now[0])
+        time.sleep(0.01)
+        with lock:
+            now[0] -= 1
+        return preadv(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(paced_io.os, "preadv", slow)
+    with ThreadPoolExecutor(3) as pool:
+        sizes = pool.map(lambda _: read_into(fd, bytearray(3 * STEP_BESIDE_GUESTS_BYTES), 0), range(3))
+        assert list(sizes) == [3 * STEP_BESIDE_GUESTS_BYTES] * 3
+    assert seen[0] == most
+
+
+def test_a_step_that_hangs_holds_up_no_other_for_long(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "beside_guests", True)
+    monkeypatch.setattr(pace, "takes_turns", True)
+    os.pwrite(fd, b"x", 0)
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        with pace.step(fd):
+            begun.set()
+            goes_on.wait(30)
+
+    with ThreadPoolExecutor(1) as pool:
+        hanging = pool.submit(hang)
+        begun.wait(30)
+        assert read_into(fd, bytearray(1), 0) == 1
+        assert not hanging.done()
+        goes_on.set()
+        hanging.result()
+    assert read_into(fd, bytearray(1), 0) == 1

@@ -22,6 +22,7 @@ from vmfs_stub.mover.channel import Channel
 from vmfs_stub.mover.messages import IndexState, MoverSettings, Started
 from vmfs_stub.mover.server import Server
 from vmfs_stub.mover.shared_slots import SharedSlots
+from vmfs_stub.paced_io import pace
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.services import memory
 from vmfs_stub.services.copying import batches_at_once
@@ -103,6 +104,7 @@ def main() -> None:
         os._exit(1)  # it died before it could be asked to take this one with it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the daemon
     stand_back()
+    pace.takes_turns = True
     memory.limit_arenas()
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, stream=sys.stderr)
     try:
