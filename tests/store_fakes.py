@@ -16,7 +16,12 @@ from vmfs_stub.store.objects import OBJECT_SIZE_MAX, Buffer, ObjectInfo, ObjectS
 
 
 class FakeObjects:
-    """``before`` is called with (call, key) ahead of every call and may raise; ``contents`` may be tampered with."""
+    """``before`` is called with (call, key) ahead of every call and may raise; ``contents`` may be tampered with.
+
+    Listings may lack the changes of the last ``lag_s``.
+    """
+
+    lag_s = 0.0
 
     def __init__(self, before: Callable[[str, str], None] = lambda call, key: None) -> None:
         self.contents: MutableMapping[str, bytes] = {}

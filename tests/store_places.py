@@ -67,8 +67,9 @@ class StoredContents(MutableMapping[str, bytes]):
 class RealObjects(FakeObjects):
     """The hooks of the fake before a real store, ``inner``; ``quiet`` is the same store without any troubles."""
 
-    def __init__(self, inner: ObjectStore, quiet: ObjectStore) -> None:
+    def __init__(self, inner: ObjectStore, quiet: ObjectStore, *, lag_s: float = 0.0) -> None:
         super().__init__()
+        self.lag_s = lag_s
         self.contents = StoredContents(quiet)
         self._inner = inner
 
@@ -140,6 +141,6 @@ class InBucket:
             proxy.plan = SeededTroubles(seed, patience_s=PATIENCE_S)
             objects = self.bucket.through(proxy.endpoint).objects(base.name, timeout_s=PATIENCE_S)
             try:
-                yield RealObjects(RetryingObjects(objects, PATIENT), quiet)
+                yield RealObjects(RetryingObjects(objects, PATIENT), quiet, lag_s=LAG_S)
             finally:
                 self.met.update(proxy.happened)

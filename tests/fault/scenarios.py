@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import stat
+import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -709,19 +710,26 @@ async def repack(services: Services) -> None:
     replica = Store(SitedObjects(there, services.files, "replica"), store.description)
     with closing(ReadBack(None, store.id, "replica")) as read_back:
         mirror = Replication(store, replica, read_back).copy_moves
-        _collect(store, MirroredDeletes(store.objects, replica.stored), mirror=mirror)
+        _collect(store, MirroredDeletes(store.objects, replica.stored), mirror=mirror, lag_s=services.rig.objects.lag_s)
     if not services.files.spoiled and not any(key.startswith(MOVED) for key in services.rig.objects.contents):
         raise NotWhole("garbage collection has repacked nothing")
     await back_up(services)
 
 
-def _collect(store: Store, objects: ObjectStore | None = None, *, mirror: Mirror | None = None) -> None:
+def _collect(
+    store: Store, objects: ObjectStore | None = None, *, mirror: Mirror | None = None, lag_s: float = 0.0
+) -> None:
+    """Garbage collection, which waits for what listings do not show yet, but not for leases to run out."""
+
+    def sleep(seconds: float) -> None:
+        time.sleep(min(seconds, 2 * lag_s))
+
     with closing(Reachability(None, store.id, store.objects, sealing=store.sealing, workers=1)) as reachability:
         collector = Collector(
             objects or store.objects,
             reachability,
-            lag_s=0,
-            sleep=lambda seconds: None,
+            lag_s=lag_s,
+            sleep=sleep,
             workers=1,
             repacking=Repacking(store, mirror=mirror),
         )
@@ -744,14 +752,14 @@ async def collect(services: Services) -> None:
         reachability.look([f"{key}.{'5' * 16}.pending" for key in manifests])  # they are committed by now
     lost = {key: contents.pop(key) for key in list(contents) if key.startswith(SEGMENTS)}
     try:
-        _collect(store)
+        _collect(store, lag_s=services.rig.objects.lag_s)
         raise NotWhole("segments are lost, and garbage collection does not mind")
     except ObjectMissing:
         pass
     finally:
         contents.update(lost)
     for _ in range(2):
-        _collect(store)
+        _collect(store, lag_s=services.rig.objects.lag_s)
     left = {key.split("/")[0] for key in contents} - {
         STORE_KEY,
         "claims",
