@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 STEP_BYTES = 1 << 20
-STEP_BESIDE_GUESTS_BYTES = 16 << 10
+STEP_BESIDE_GUESTS_BYTES = 32 << 10
 
 TURN_S_MAX = 0.1
 """Whoever has waited so long for its turn goes on: one step that hangs must not hold up all others."""
@@ -38,11 +38,11 @@ _libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, 
 class Pace:
     """How large the steps of this process are: whether there are guests that use their disks now.
 
-    It ``takes_turns`` where nobody waits for any of them.
+    It ``stands_back`` where nobody waits for what it reads and writes: it then takes turns, and reads in steps, too.
     """
 
     beside_guests: bool = True
-    takes_turns: bool = False
+    stands_back: bool = False
     _turns: dict[int, threading.Lock] = field(default_factory=lambda: defaultdict(threading.Lock))
     """By the number of the device."""
 
@@ -53,8 +53,8 @@ class Pace:
 
     @contextmanager
     def step(self, fd: int) -> Iterator[None]:
-        """A step on this file: beside guests, and where turns are taken, the only one on its device."""
-        turn = self._turns[os.fstat(fd).st_dev] if self.takes_turns and self.beside_guests else None
+        """A step on this file: beside guests, and in a process that stands back, the only one on its device."""
+        turn = self._turns[os.fstat(fd).st_dev] if self.stands_back and self.beside_guests else None
         has_turn = turn is not None and turn.acquire(timeout=TURN_S_MAX)
         try:
             yield
@@ -83,12 +83,14 @@ def resume_read_ahead(fd: int) -> None:
 def read_into(fd: int, buffer: bytearray, offset: int) -> int:
     """Fill ``buffer`` from ``offset`` on; the number of bytes, fewer only at end of file.  Raises OSError.
 
-    Nothing is read ahead only after `stop_read_ahead`.
+    In steps only where the process stands back: else a guest waits for it.  Nothing is read ahead only after
+    `stop_read_ahead`.
     """
     view, done = memoryview(buffer), 0
     while done < len(view):
+        end = done + pace.step_bytes if pace.stands_back else len(view)
         with pace.step(fd):
-            count = os.preadv(fd, [view[done : done + pace.step_bytes]], offset + done)
+            count = os.preadv(fd, [view[done:end]], offset + done)
         if count == 0:
             break
         done += count
