@@ -11,11 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import trio
 
 from vmfs_stub.core.extents import Extent
 from vmfs_stub.paced_io import pace
 from vmfs_stub.primary.files import FileCalls
-from vmfs_stub.services.copying import BATCH_BYTES, StoredSegment, _Origins, batches_at_once, open_copier
+from vmfs_stub.services.copying import BATCH_BYTES, BatchTurns, StoredSegment, _Origins, batches_at_once, open_copier
 from vmfs_stub.services.mover import Content, CopyOrder, Part
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.chunk_index import ChunkIndex
@@ -50,11 +51,11 @@ async def test_zeros_are_segments_where_they_are_whole_ones(start: int, end: int
 
 
 @pytest.mark.parametrize(("beside_guests", "expected"), [(True, 2), (False, 3)])
-async def test_beside_guests_fewer_batches_are_read_at_once(
+async def test_beside_guests_fewer_batches_are_read_at_once_of_all_backups_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside_guests: bool, expected: int
 ) -> None:
     monkeypatch.setattr(pace, "beside_guests", beside_guests)
-    batches, workers = 12, 2
+    batches, turns = 6, BatchTurns(2)
     here, lock, reading, most = threading.Barrier(expected), threading.Lock(), [0], [0]
 
     def read(function: Any, *args: Any) -> Any:
@@ -79,9 +80,15 @@ async def test_beside_guests_fewer_batches_are_read_at_once(
         closing(Threads(files_max=1, store_max=2, compute_max=8, store_timeout_s=60, transfer_timeout_s=60)) as threads,
         disk.open("rb") as opened,
     ):
-        writer = store.begin_backup(index=index)
-        copier = open_copier(files=files, threads=threads, store=store, writer=writer, workers=workers, verify=False)
-        async with copier as copying:
-            order = CopyOrder(batches * BATCH_BYTES, "disk")
-            await copying.copy(opened.fileno(), order, parts(), lambda size: None)
-    assert most[0] == expected == batches_at_once(workers, beside_guests=beside_guests)
+
+        async def back_up() -> None:
+            writer = store.begin_backup(index=index)
+            copier = open_copier(files=files, threads=threads, store=store, writer=writer, turns=turns, verify=False)
+            async with copier as copying:
+                order = CopyOrder(batches * BATCH_BYTES, "disk")
+                await copying.copy(opened.fileno(), order, parts(), lambda size: None)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(2):
+                nursery.start_soon(back_up)
+    assert most[0] == expected == batches_at_once(turns.workers, beside_guests=beside_guests)

@@ -28,7 +28,7 @@ from vmfs_stub.primary.durable_map import NEW_SUFFIX
 from vmfs_stub.primary.files import FileCalls, sync_directory, write_fully
 from vmfs_stub.primary.identity import inode_identity
 from vmfs_stub.primary.placeholder import PrivateState
-from vmfs_stub.services.changes_left import DOUBT_SUFFIX, STOPPED, ChangesLeft
+from vmfs_stub.services.changes_left import DOUBT_SUFFIX, STOPPED, ChangesLeft, encode_stopped
 from vmfs_stub.services.threads import Threads
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class Changes:
         try:
             with self._made("changes.stop", self.private.changes / STOPPED) as fd:
                 self.files.call("changes.stop", os.utime, fd)  # now, by the clock that files have their times of
-                self.files.call("changes.stop", write_fully, fd, b"%020d\n" % os.fstat(fd).st_ctime_ns, 0)
+                self.files.call("changes.stop", write_fully, fd, encode_stopped(os.fstat(fd).st_ctime_ns), 0)
         except OSError as exc:
             log.warning("the time of this end could not be noted: %s", exc.strerror)
 

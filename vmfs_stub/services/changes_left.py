@@ -28,10 +28,21 @@ STOPPED = "stopped"
 It says when that was, in nanoseconds since the epoch by the filesystem's clock.  Its own times do not: a change of
 owner, or a copy of the directory, moves them.
 """
-STOPPED_SIZE = 21
+_STOPPED_SIZE = 21
 """Bytes: 20 digits and a line feed."""
 DOUBT_SUFFIX = ".doubt"
 _BOOT_ID_SIZE = 32
+
+
+def encode_stopped(time_ns: int) -> bytes:
+    """The content of `STOPPED`."""
+    return b"%020d\n" % time_ns
+
+
+def _decode_stopped(text: bytes) -> int:
+    # A power loss may have cut it short, or left none of its bytes: then no time is known.
+    is_whole = len(text) == _STOPPED_SIZE and text[:-1].isdigit() and text.endswith(b"\n")
+    return int(text) if is_whole else 0
 
 
 class ChangesLeft:
@@ -56,15 +67,13 @@ class ChangesLeft:
 
     def _time_of_clean_end(self) -> int:
         try:
-            text = self._read_small(self._private.changes / STOPPED, STOPPED_SIZE + 1)
+            text = self._read_small(self._private.changes / STOPPED, _STOPPED_SIZE + 1)
         except FileNotFoundError:
             return 0
         except OSError as exc:
             log.warning("when the last daemon ended cannot be read: %s", exc.strerror)
             return 0
-        # A power loss may have cut it short, or left none of its bytes: then no time is known.
-        is_whole = len(text) == STOPPED_SIZE and text[:-1].isdigit() and text.endswith(b"\n")
-        return int(text) if is_whole else 0
+        return _decode_stopped(text)
 
     def _sort(self, path: Path) -> None:
         if path.suffix == DOUBT_SUFFIX and path.stem.isdecimal() and self._is_of_this_boot(path):

@@ -51,6 +51,19 @@ def batches_at_once(workers: int, *, beside_guests: bool) -> int:
     return workers if beside_guests else workers + 1
 
 
+class BatchTurns:
+    """In one of them a batch is read and encoded; all backups of a mover share them."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._limiter = trio.CapacityLimiter(workers)
+
+    def next(self) -> trio.CapacityLimiter:
+        """To be waited for, and held while the batch is worked on."""
+        self._limiter.total_tokens = batches_at_once(self.workers, beside_guests=pace.beside_guests)
+        return self._limiter
+
+
 class StoredSegment(NamedTuple):
     """A segment of the file's origin that is one of the copy, too; both None: one of zeros."""
 
@@ -97,7 +110,7 @@ class Copier:
         packs: trio.MemorySendChannel[SealedPack],
         segments: trio.MemorySendChannel[SealedSegment],
         reused: trio.MemorySendChannel[list[FrameRef]] | None,
-        workers: int,
+        turns: BatchTurns,
     ) -> None:
         self._files = files
         self._threads = threads
@@ -106,8 +119,7 @@ class Copier:
         self._packs = packs
         self._segments = segments
         self._reused = reused
-        self._workers = workers
-        self._turns = trio.CapacityLimiter(workers)
+        self._turns = turns
         self.copies: list[tuple[SegmentId | None, ...]] = []
 
     async def copy(
@@ -115,7 +127,7 @@ class Copier:
     ) -> None:
         """See mover.Copying."""
         table = self._writer.begin_file()
-        send, receive = trio.open_memory_channel[_Slot](SLOTS_PER_WORKER * self._workers)
+        send, receive = trio.open_memory_channel[_Slot](SLOTS_PER_WORKER * self._turns.workers)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._encode_all, fd, order, parts, send)
             async for slot in receive:
@@ -157,8 +169,7 @@ class Copier:
         return min(order.size, chunks.end * self._writer.chunk_size) - chunks.start * self._writer.chunk_size
 
     async def _encode(self, fd: int, order: CopyOrder, start: int, slot: _Slot) -> None:
-        self._turns.total_tokens = batches_at_once(self._workers, beside_guests=pace.beside_guests)
-        async with self._turns:
+        async with self._turns.next():
             slot.batch = await self._threads.compute(self._read_and_encode, fd, order, start, slot.length)
         slot.done.set()
 
@@ -301,7 +312,7 @@ def _step(chunk_size: int) -> int:
 
 @asynccontextmanager
 async def open_copier(
-    *, files: FileCalls, threads: Threads, store: Store, writer: BackupWriter, workers: int, verify: bool
+    *, files: FileCalls, threads: Threads, store: Store, writer: BackupWriter, turns: BatchTurns, verify: bool
 ) -> AsyncIterator[Copier]:
     """Copy files within the block; at its end everything is durable, with ``verify`` read back; see mover.Backup.
 
@@ -311,7 +322,7 @@ async def open_copier(
     segments_send, segments_receive = trio.open_memory_channel[SealedSegment](0)
     reused_send, reused_receive = trio.open_memory_channel[list[FrameRef]](0)
     async with trio.open_nursery() as nursery:
-        for _ in range(workers):
+        for _ in range(turns.workers):
             nursery.start_soon(_put_packs, threads, writer, packs_receive.clone(), verify)
             nursery.start_soon(_put_segments, threads, writer, segments_receive.clone())
         nursery.start_soon(_read_back_reused, threads, writer, reused_receive)
@@ -326,7 +337,7 @@ async def open_copier(
                 packs=packs_send,
                 segments=segments_send,
                 reused=reused_send if verify else None,
-                workers=workers,
+                turns=turns,
             )
             last = writer.finish()
             if last is not None:

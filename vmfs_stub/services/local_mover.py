@@ -12,7 +12,7 @@ from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import StoreError
 from vmfs_stub.core.ids import PointId, SegmentId, VmId
 from vmfs_stub.primary.files import FileCalls
-from vmfs_stub.services.copying import Copier, open_copier
+from vmfs_stub.services.copying import BatchTurns, Copier, open_copier
 from vmfs_stub.services.mover import FETCHES_AT_ONCE, PointFile, PointOrder
 from vmfs_stub.services.replication import replicate
 from vmfs_stub.services.single_error import single_error
@@ -47,7 +47,7 @@ class LocalMover:
         self._threads = threads
         self._store = store
         self._chunk_index = chunk_index
-        self._workers = workers
+        self._turns = BatchTurns(workers)
         self._reading = reading or store
         self._begin_replication = begin_replication
         self._fetches = trio.Semaphore(FETCHES_AT_ONCE)
@@ -57,7 +57,7 @@ class LocalMover:
     async def backup(self) -> AsyncIterator[LocalBackup]:
         """See mover.Mover."""
         writer = await self._threads.transfer(self._store.begin_backup, index=self._chunk_index)
-        backup = LocalBackup(self._files, self._threads, self._store, writer, self._workers)
+        backup = LocalBackup(self._files, self._threads, self._store, writer, self._turns)
         try:
             with single_error():
                 async with trio.open_nursery() as nursery:
@@ -104,12 +104,14 @@ class LocalMover:
 class LocalBackup:
     """Implements mover.Backup."""
 
-    def __init__(self, files: FileCalls, threads: Threads, store: Store, writer: BackupWriter, workers: int) -> None:
+    def __init__(
+        self, files: FileCalls, threads: Threads, store: Store, writer: BackupWriter, turns: BatchTurns
+    ) -> None:
         self._files = files
         self._threads = threads
         self._store = store
         self._writer = writer
-        self._workers = workers
+        self._turns = turns
         self._copies: list[tuple[SegmentId | None, ...]] = []
         self.is_committed = False
 
@@ -121,7 +123,7 @@ class LocalBackup:
             threads=self._threads,
             store=self._store,
             writer=self._writer,
-            workers=self._workers,
+            turns=self._turns,
             verify=verify,
         ) as copier:
             self._copies = copier.copies
