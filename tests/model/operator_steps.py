@@ -66,11 +66,17 @@ async def _job(play: Play, *, archive: bool) -> None:
 
 
 async def _take_what_was_left(play: Play, vm: str) -> None:
-    """Where no placeholder is left of a VM that another host had, an operator has to say that this is its state now."""
+    """Where no placeholder is left of a VM that another host had, an operator has to say that this is its state now.
+
+    A disk with a name in another VM, too, may have become a placeholder of that one.
+    """
     vm_id = play.rig.vm(vm, files=play.life).id
     claim = play.newest_claim(vm_id)
-    is_theirs = claim is not None and claim.datastore_id == THEIRS
-    if is_theirs and not any(play.is_free(path) for path in play.disks() if path.startswith(f"{vm}/")):
+    if claim is None or claim.datastore_id != THEIRS:
+        return
+    records = [play.record(path) for path in play.disks() if path.startswith(f"{vm}/")]
+    left = {record.point_id for record in records if record is not None and record.vm_id == vm_id}
+    if claim.point_id not in left:
         await play.services.claims.take(vm_id, PointId("0" * 32), force=True)
 
 
