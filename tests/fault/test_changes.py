@@ -38,8 +38,8 @@ def noise(size: int = SIZE, seed: int = 1) -> bytes:
 
 
 @contextmanager
-def rig_with_disk() -> Iterator[Rig]:
-    with temporary_rig() as rig:
+def rig_with_disk(*, head: int = 0) -> Iterator[Rig]:
+    with temporary_rig(head=head) as rig:
         rig.make_disk(DISK, noise())
         yield rig
 
@@ -418,6 +418,22 @@ async def test_after_a_sync_that_fails_in_a_backup_the_next_are_no_base() -> Non
             with pytest.raises(PrimaryIOError):
                 await services.archive("vm", archive=False)
             assert [await back_up(services), await back_up(services)] == [SIZE, SIZE]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_of_a_disk_whose_sync_failed_nothing_stays_when_it_is_archived(fails: bool) -> None:
+    with rig_with_disk(head=CHUNK) as rig:
+        async with rig.running() as services:
+            if fails:
+                services.files.fail("archive.sync", 1, EIO)
+                with pytest.raises(PrimaryIOError):
+                    await services.archive("vm")
+        async with rig.running() as services:
+            await services.archive("vm")
+            disk = await services.open(DISK)
+            assert disk.placeholder is not None
+            assert disk.placeholder.next_absent(0) == (0 if fails else 1)
+            await services.disks.release(disk)
 
 
 # Last points that are of no use

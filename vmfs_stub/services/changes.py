@@ -263,13 +263,18 @@ class DiskChanges:
 
     # For a backup, while nobody has the file open
 
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether a sync of the file failed in this boot: what is read of it need not be on the disk, ever."""
+        return self._ino in self._changes.doubtful
+
     def since_last_point(self, *, exact: bool) -> Changed | None:
         """What may have changed, and since which restore point; None when that is not known.
 
         ``exact`` is for those who delete what they copied: nobody may have touched the file but the daemon, as far as
         can be told.  Blocking.  Raises OSError.
         """
-        if self._ino in self._changes.doubtful or (exact and not self._is_exact):
+        if self.is_doubtful or (exact and not self._is_exact):
             return None
         if self._record is not None:
             return self._record.changed
@@ -283,7 +288,7 @@ class DiskChanges:
         changes = self._changes
         try:
             is_worth_it = max(1, changes.tracked_bytes_min) <= origin.size and bits_size(origin) <= BITS_SIZE_MAX
-            if not is_worth_it or self._ino in changes.doubtful:
+            if not is_worth_it or self.is_doubtful:
                 self.forget()
                 return
             record = ChangedRecord(inode_identity(self._fd), Seen.of(st), Changed.nothing(origin))

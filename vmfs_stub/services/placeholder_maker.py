@@ -126,7 +126,12 @@ class PlaceholderMaker:
         return self._disks.open_reserved(source.reservation)
 
     def _resident(self, disk: Disk, size: int) -> list[Extent]:
-        """Which blocks stay: the ends of the disk, as far as they are here."""
+        """Which blocks stay: the ends of the disk, as far as they are here, and on the disk.
+
+        What a failed sync has left in the page cache alone is in the copy, and after a power loss only there.
+        """
+        if disk.changes.is_doubtful:
+            return []
         count = block_count(size)
         head = Extent(0, min(count, -(-self._resident_head_bytes // BLOCK_SIZE)))
         tail = Extent(max(0, count - -(-self._resident_tail_bytes // BLOCK_SIZE)), count)
