@@ -20,6 +20,7 @@ from typing import Protocol, TypeVar
 
 import trio
 
+from vmfs_stub import paced_io
 from vmfs_stub.catalog.catalog import Catalog
 from vmfs_stub.config import Config
 from vmfs_stub.control.jobs import open_jobs
@@ -93,6 +94,7 @@ def run(config: Config, *, machine: Machine | None = None, pace: Pace = PACE) ->
 
 async def _main(config: Config, machine: Machine, pace: Pace) -> None:
     memory.limit_arenas()
+    paced_io.pace.reads_in_steps = False
     # The kernel tells of a lease that somebody wants broken by this signal, which would end the process; the lease
     # is asked for instead.
     signal.signal(signal.SIGIO, signal.SIG_IGN)

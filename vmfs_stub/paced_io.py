@@ -38,11 +38,13 @@ _libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, 
 class Pace:
     """How large the steps of this process are: whether there are guests that use their disks now.
 
-    It ``stands_back`` where nobody waits for what it reads and writes: it then takes turns, and reads in steps, too.
+    It ``reads_in_steps`` everywhere but in the daemon, where a guest waits for what is read, and ``takes_turns`` in the
+    mover, where nobody does.
     """
 
     beside_guests: bool = True
-    stands_back: bool = False
+    reads_in_steps: bool = True
+    takes_turns: bool = False
     _turns: dict[int, threading.Lock] = field(default_factory=lambda: defaultdict(threading.Lock))
     """By the number of the device."""
 
@@ -53,13 +55,16 @@ class Pace:
 
     @contextmanager
     def step(self, fd: int) -> Iterator[None]:
-        """A step on this file: beside guests, and in a process that stands back, the only one on its device."""
-        turn = self._turns[os.fstat(fd).st_dev] if self.stands_back and self.beside_guests else None
-        has_turn = turn is not None and turn.acquire(timeout=TURN_S_MAX)
+        """A step on this file: beside guests, and where turns are taken, the only one on its device."""
+        if not (self.takes_turns and self.beside_guests):
+            yield
+            return
+        turn = self._turns[os.fstat(fd).st_dev]
+        has_turn = turn.acquire(timeout=TURN_S_MAX)
         try:
             yield
         finally:
-            if turn is not None and has_turn:
+            if has_turn:
                 turn.release()
 
 
@@ -83,12 +88,11 @@ def resume_read_ahead(fd: int) -> None:
 def read_into(fd: int, buffer: bytearray, offset: int) -> int:
     """Fill ``buffer`` from ``offset`` on; the number of bytes, fewer only at end of file.  Raises OSError.
 
-    In steps only where the process stands back: else a guest waits for it.  Nothing is read ahead only after
-    `stop_read_ahead`.
+    Nothing is read ahead only after `stop_read_ahead`.
     """
     view, done = memoryview(buffer), 0
     while done < len(view):
-        end = done + pace.step_bytes if pace.stands_back else len(view)
+        end = done + pace.step_bytes if pace.reads_in_steps else len(view)
         with pace.step(fd):
             count = os.preadv(fd, [view[done:end]], offset + done)
         if count == 0:

@@ -112,12 +112,12 @@ def test_what_the_disk_took_badly_is_an_error_of_its_own(fd: int, monkeypatch: p
     assert found.value.errno == errno.EIO
 
 
-@pytest.mark.parametrize("stands_back", [True, False])
+@pytest.mark.parametrize("reads_in_steps", [True, False])
 @pytest.mark.parametrize("at_once", [1000, STEP_BESIDE_GUESTS_BYTES - 1, 1 << 30])
-def test_reading_goes_on_to_the_end_of_the_file_in_steps_where_nobody_waits_for_it(
-    fd: int, monkeypatch: pytest.MonkeyPatch, at_once: int, step_bytes: int, stands_back: bool
+def test_reading_goes_on_to_the_end_of_the_file_in_steps_unless_a_guest_waits(
+    fd: int, monkeypatch: pytest.MonkeyPatch, at_once: int, step_bytes: int, reads_in_steps: bool
 ) -> None:
-    monkeypatch.setattr(pace, "stands_back", stands_back)
+    monkeypatch.setattr(pace, "reads_in_steps", reads_in_steps)
     content = random.Random(2).randbytes(2 * step_bytes + 777)
     os.pwrite(fd, content, 0)
     longest, preadv = 0, os.preadv
@@ -133,7 +133,7 @@ def test_reading_goes_on_to_the_end_of_the_file_in_steps_where_nobody_waits_for_
     assert read_into(fd, buffer, 10) == len(buffer)
     assert buffer == content[10:]
     assert read_into(fd, bytearray(100), len(content) - 30) == 30
-    assert longest == (step_bytes if stands_back else len(buffer))
+    assert longest == (step_bytes if reads_in_steps else len(buffer))
     resume_read_ahead(fd)
 
 
@@ -157,13 +157,13 @@ def test_nothing_is_read_ahead_between_stop_and_resume(fd: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("beside_guests", "stands_back", "most"), [(True, True, 1), (False, True, 3), (True, False, 3)]
+    ("beside_guests", "takes_turns", "most"), [(True, True, 1), (False, True, 3), (True, False, 3)]
 )
-def test_one_step_at_a_time_of_a_process_that_stands_back(
-    fd: int, monkeypatch: pytest.MonkeyPatch, beside_guests: bool, stands_back: bool, most: int
+def test_one_step_at_a_time_where_turns_are_taken(
+    fd: int, monkeypatch: pytest.MonkeyPatch, beside_guests: bool, takes_turns: bool, most: int
 ) -> None:
     monkeypatch.setattr(pace, "beside_guests", beside_guests)
-    monkeypatch.setattr(pace, "stands_back", stands_back)
+    monkeypatch.setattr(pace, "takes_turns", takes_turns)
     os.pwrite(fd, b"x" * 3 * STEP_BESIDE_GUESTS_BYTES, 0)
     preadv, lock, now, seen = os.preadv, threading.Lock(), [0], [0]
 
@@ -185,7 +185,7 @@ def test_one_step_at_a_time_of_a_process_that_stands_back(
 
 def test_a_step_that_hangs_holds_up_no_other_for_long(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "beside_guests", True)
-    monkeypatch.setattr(pace, "stands_back", True)
+    monkeypatch.setattr(pace, "takes_turns", True)
     os.pwrite(fd, b"x", 0)
     begun, goes_on = threading.Event(), threading.Event()
 

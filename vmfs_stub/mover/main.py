@@ -104,7 +104,7 @@ def main() -> None:
         os._exit(1)  # it died before it could be asked to take this one with it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the daemon
     stand_back()
-    pace.stands_back = True
+    pace.takes_turns = True
     memory.limit_arenas()
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, stream=sys.stderr)
     try:
