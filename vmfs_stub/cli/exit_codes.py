@@ -16,6 +16,7 @@
     12   the backing filesystem, or the directory that `restore` writes to, failed
     13   the daemon's data mover ended in the middle of the job: run it again
     14   the store is encrypted, and no key was given, or not one of its own
+    15   the hypervisor does not answer, or refused what was asked of it
     130  interrupted
 
 An error has the code of its nearest ancestor in the table below.
@@ -48,6 +49,7 @@ class ExitCode(IntEnum):
     PRIMARY = 12
     MOVER = 13
     KEY = 14
+    HYPERVISOR = 15
     INTERRUPTED = 130
 
 
@@ -64,6 +66,7 @@ EXIT_CODE_BY_TYPE: Mapping[type[errors.VmfsStubError], ExitCode] = MappingProxyT
         errors.RecallError: ExitCode.RECALL,
         errors.PrimaryError: ExitCode.PRIMARY,
         errors.NoSpace: ExitCode.NO_SPACE,
+        errors.HypervisorAway: ExitCode.HYPERVISOR,
         errors.MoverLost: ExitCode.MOVER,
         errors.DaemonUnreachable: ExitCode.UNREACHABLE,
     }

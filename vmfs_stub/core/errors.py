@@ -49,6 +49,7 @@ are translated at the edge of the adapter that met them, with ``raise ... from e
     │   ├── NoSpace              the backing filesystem (or the floor of free space) leaves no room
     │   ├── PrimaryIOError       a file call on the backing filesystem failed
     │   └── MapFrozen            a sync of this disk failed; what it covered is no longer certain
+    ├── HypervisorAway           libvirt does not answer, or refused what was asked of it
     ├── MoverLost                the process that moves data ended in the middle of it
     └── DaemonUnreachable        no daemon answers on the control socket
 """
@@ -244,6 +245,10 @@ class PrimaryIOError(PrimaryError):
 
 class MapFrozen(PrimaryError):
     """A sync of this disk failed; what it covered is no longer certain."""
+
+
+class HypervisorAway(VmfsStubError):
+    """The hypervisor does not answer, or refused what was asked of it."""
 
 
 class MoverLost(VmfsStubError):

@@ -34,6 +34,7 @@ ERRNO_BY_TYPE: Final[Mapping[type[errors.VmfsStubError], int]] = MappingProxyTyp
         errors.RecallError: errno.EIO,
         errors.PrimaryError: errno.EIO,
         errors.NoSpace: errno.ENOSPC,
+        errors.HypervisorAway: errno.EIO,
         errors.MoverLost: errno.EIO,
         errors.DaemonUnreachable: errno.EIO,
     }

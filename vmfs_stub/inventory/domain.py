@@ -1,0 +1,67 @@
+"""A libvirt domain, as far as backups and archives have to know it.  Must not know how libvirt is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmfs_stub.core.usage import GuestState
+
+
+@dataclass(frozen=True, slots=True)
+class DomainDisk:
+    """One disk of a domain: ``target`` is what the guest sees (vda), ``device`` disk, cdrom or floppy.
+
+    ``path`` is where the hypervisor finds it (absolute, as the domain says it); None when it is no file of this host, and
+    ``kind`` then says what it is (block, network, volume, …).  ``backing`` are the images that it is based on, nearest
+    first, as far as the domain's XML tells.
+    """
+
+    target: str
+    device: str
+    kind: str
+    path: Path | None
+    format: str
+    is_read_only: bool = False
+    is_shared: bool = False
+    stops_on_error: bool = False
+    """Whether both error policies are ``stop``: a guest waits then, where a recall fails, instead of seeing an error."""
+    backing: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveNote:
+    """What a domain's metadata says of it while its VM is archived; ``expected_s`` is how long it may take to start."""
+
+    archived_s: float
+    size_bytes: int
+    expected_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """One domain; ``uuid`` is 32 lower-case hex digits, ``xml`` the inactive definition.
+
+    ``problems`` say why it cannot be archived whatever its usage: passed-through or shared disks, a TPM whose state
+    lies elsewhere, no persistent definition, a running block job or migration; each names the domain's part.
+    """
+
+    uuid: str
+    name: str
+    state: GuestState
+    state_since_s: float | None
+    is_persistent: bool
+    autostarts: bool
+    disks: tuple[DomainDisk, ...]
+    nvram: Path | None
+    xml: str
+    metadata: dict[str, str]
+    """Our own elements of the domain's metadata by name (``protected``, ``group``, …): what an operator set for policy."""
+    note: ArchiveNote | None = None
+    problems: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Every file that is the domain's: disks and NVRAM, without the images they are based on."""
+        found = [disk.path for disk in self.disks if disk.path is not None]
+        return tuple(found if self.nvram is None else [*found, self.nvram])

@@ -1,0 +1,79 @@
+"""What runs VMs, as the services see it: libvirt, nothing at all, or in tests a simulated one.
+
+`Hypervisor` is what everybody who decides needs; its methods wait for the hypervisor under a limit of time, and raise
+HypervisorAway while it does not answer.  `NoHypervisor` is for hosts without libvirt: no domains, and never away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from vmfs_stub.core.usage import Reading
+from vmfs_stub.inventory.domain import ArchiveNote, Domain
+
+
+class Hypervisor(Protocol):
+    """Domains, by their UUIDs (32 hex digits)."""
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the hypervisor is one that should answer and does not.  Does not block."""
+        ...
+
+    async def domains(self) -> Sequence[Domain]:
+        """All domains as they are now.  Raises HypervisorAway."""
+        ...
+
+    async def readings(self) -> Mapping[str, Reading]:
+        """What each domain has used, with one question for all of them.  Raises HypervisorAway.
+
+        Must not make the hypervisor open the images of domains that are off: that would break an archive's lease.
+        """
+        ...
+
+    async def shut_down(self, uuid: str, *, limit_s: float) -> bool:
+        """Ask a guest to power off (ACPI), and wait; whether it did within ``limit_s``.  Never takes its power."""
+        ...
+
+    async def save(self, uuid: str, *, limit_s: float) -> None:
+        """Put the guest's memory into the hypervisor's save directory and end it (managed save)."""
+        ...
+
+    async def start(self, uuid: str) -> None:
+        """Start a domain that a job had stopped."""
+        ...
+
+    async def set_note(self, uuid: str, note: ArchiveNote | None) -> None:
+        """Write, or remove, what the domain's metadata says of its archive."""
+        ...
+
+
+class NoHypervisor:
+    """A host without libvirt."""
+
+    is_away = False
+
+    async def domains(self) -> Sequence[Domain]:
+        """None."""
+        return ()
+
+    async def readings(self) -> Mapping[str, Reading]:
+        """None."""
+        return {}
+
+    async def shut_down(self, uuid: str, *, limit_s: float) -> bool:
+        """Never called: there are no domains."""
+        raise AssertionError(uuid)
+
+    async def save(self, uuid: str, *, limit_s: float) -> None:
+        """Never called."""
+        raise AssertionError(uuid)
+
+    async def start(self, uuid: str) -> None:
+        """Never called."""
+        raise AssertionError(uuid)
+
+    async def set_note(self, uuid: str, note: ArchiveNote | None) -> None:
+        """Never called."""
+        raise AssertionError(uuid)
