@@ -1,8 +1,8 @@
 """How a VM was used: readings of counters, and samples, each of a span of time.
 
 A *reading* is what the hypervisor and the mount say at one moment: counters that only grow, and begin anew when a guest
-starts.  A *sample* is what two readings say of the time between them.  Samples of the same VM never overlap; where there
-is none, nobody looked: that is a gap, and a gap is never taken for idleness.
+starts.  A *sample* is what two readings say of the time between them.  Samples of the same VM never overlap; where
+there is none, nobody looked: that is a gap, and a gap is never taken for idleness.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class Reading:
 class Sample:
     """How a VM was used from ``start_s`` to ``end_s``; times in seconds since the epoch.
 
-    ``off_s`` is for how long of it the VM is known to have been off, ``running_s`` for how long it ran or was paused; what is
-    left is unknown.  The ``*_max`` are the highest mean of any reading's interval within: a sample that was made of
-    shorter ones still knows of a busy one among them.  CPU in percent of one processor.  None: nobody could tell, which
-    counts as use.
+    ``off_s`` is for how long of it the VM is known to have been off, ``running_s`` for how long it ran or was paused;
+    what is left is unknown.  The ``*_max`` are the highest mean of any reading's interval within: a sample that was
+    made of shorter ones still knows of a busy one among them.  CPU in percent of one processor.  None: nobody could
+    tell, which counts as use.
     """
 
     start_s: float

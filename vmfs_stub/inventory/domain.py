@@ -12,7 +12,7 @@ from vmfs_stub.core.usage import GuestState
 class DomainDisk:
     """One disk of a domain: ``target`` is what the guest sees (vda), ``device`` disk, cdrom or floppy.
 
-    ``path`` is where the hypervisor finds it (absolute, as the domain says it); None when it is no file of this host, and
+    ``path`` is where the hypervisor finds it (absolute, as the domain says it); None when it is no file of this host:
     ``kind`` then says what it is (block, network, volume, …).  ``backing`` are the images that it is based on, nearest
     first, as far as the domain's XML tells.
     """
@@ -25,7 +25,7 @@ class DomainDisk:
     is_read_only: bool = False
     is_shared: bool = False
     stops_on_error: bool = False
-    """Whether both error policies are ``stop``: a guest waits then, where a recall fails, instead of seeing an error."""
+    """Whether both error policies are ``stop``: a guest whose recall fails waits then, instead of seeing an error."""
     backing: tuple[Path, ...] = ()
 
 
@@ -56,7 +56,7 @@ class Domain:
     nvram: Path | None
     xml: str
     metadata: dict[str, str]
-    """Our own elements of the domain's metadata by name (``protected``, ``group``, …): what an operator set for policy."""
+    """Our own elements of the domain's metadata by name (``protected``, ``group``, …), for policy."""
     note: ArchiveNote | None = None
     problems: tuple[str, ...] = ()
 
