@@ -29,6 +29,8 @@ FILE_PREFIX = "VMFS-GUEST-FILE"
 """``VMFS-GUEST-FILE NAME CONTENT``: the answer to ``vmfs.read=NAME``."""
 DONE = "VMFS-GUEST-DONE"
 """Printed after everything the kernel command line asked for was done and synced."""
+COUNT = "VMFS-GUEST-COUNT"
+"""``VMFS-GUEST-COUNT N``, each second with ``vmfs.count``: N is in the guest's memory alone, and begins with 1."""
 INIT = "/usr/local/sbin/lab-init"
 
 DISK_SIZE = 4 << 30
@@ -40,6 +42,21 @@ _SCRIPT = f"""#!/bin/sh
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 [ -r /proc/cmdline ] || mount -t proc proc /proc
 say() {{ printf '%s\\n' "$*" >/dev/console; }}
+count() {{
+    n=0
+    while :; do
+        n=$((n + 1))
+        say {COUNT} $n
+        sleep 1
+    done
+}}
+busy() {{
+    while :; do
+        for n in 1 2 3 4; do
+            dd if=/dev/urandom of="/root/busy-$n" bs=64k count=32 conv=fsync 2>/dev/null
+        done
+    done
+}}
 say {MARKER}
 stay=no
 for word in $(cat /proc/cmdline); do
@@ -48,6 +65,8 @@ for word in $(cat /proc/cmdline); do
         vmfs.write=*) printf '%s\\n' "${{value#*:}}" >"/root/${{value%%:*}}" ;;
         vmfs.read=*) say {FILE_PREFIX} "$value" "$(cat "/root/$value" 2>/dev/null)" ;;
         vmfs.stay) stay=yes ;;
+        vmfs.count) stay=yes; count & ;;
+        vmfs.busy) stay=yes; busy & ;;
     esac
 done
 sync
