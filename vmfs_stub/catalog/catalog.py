@@ -233,7 +233,7 @@ class Catalog:
 
     def samples(self, vm_id: VmId, *, since_s: float, until_s: float) -> list[Sample]:
         """The samples of a VM that reach into this time, in order; they never overlap."""
-        parameters = {"vm": vm_id, "since": since_s, "until": until_s}
+        parameters = {"vm": vm_id, "since": usage_rows.ms(since_s), "until": usage_rows.ms(until_s)}
         return self._usage(usage_rows.samples_of, usage_rows.SAMPLES, parameters).get(vm_id, [])
 
     def all_samples(self, since_s: float, *, resolution_s: float = HOUR_S) -> dict[VmId, list[Sample]]:
@@ -241,7 +241,7 @@ class Catalog:
 
         A VM of which there are none is left out.
         """
-        parameters = {"since": since_s, "resolution": resolution_s}
+        parameters = {"since": usage_rows.ms(since_s), "resolution": usage_rows.ms(resolution_s)}
         return self._usage(usage_rows.samples_of, usage_rows.ALL_SAMPLES, parameters)
 
     def readings(self) -> dict[str, Reading]:

@@ -1,6 +1,7 @@
 -- What came with version 2 of the catalog: how VMs were used (core/usage.py says what a sample is).
 --
--- There is no row of samples for time in which nobody looked.  All times are seconds since the epoch (REAL).
+-- There is no row of samples for time in which nobody looked.  All times are seconds since the epoch (REAL), but those
+-- of samples, of which there are many: they are whole milliseconds, and what is rounded is rounded up.
 
 PRAGMA user_version = 2;
 
@@ -17,14 +18,14 @@ CREATE TABLE sampled_vms (
 CREATE TABLE samples (
     vm          INTEGER NOT NULL,                           -- sampled_vms.number
     tier        INTEGER NOT NULL CHECK (tier IN (0, 1, 2)), -- 2: fresh, 1: of about an hour, 0: of about a day
-    start       REAL NOT NULL,
-    end         REAL NOT NULL,
-    off         REAL NOT NULL,                              -- seconds in which it is known to have been off,
-    running     REAL NOT NULL,                              -- … to have run; the rest is unknown
-    cpu_max     REAL,                                       -- percent of one processor; NULL: nobody could tell
-    disk_max    REAL,                                       -- bytes per second
-    network_max REAL,                                       -- bytes per second
-    cpu         REAL NOT NULL,                              -- seconds
+    start       INTEGER NOT NULL,                           -- ms since the epoch
+    length      INTEGER NOT NULL,                           -- ms
+    off         INTEGER NOT NULL,                           -- ms in which it is known to have been off,
+    running     INTEGER NOT NULL,                           -- … to have run; the rest is unknown
+    cpu_max     INTEGER,                                    -- hundredths of a percent of one processor; NULL: unknown
+    disk_max    INTEGER,                                    -- bytes per second
+    network_max INTEGER,                                    -- bytes per second
+    cpu         INTEGER NOT NULL,                           -- ms
     read        INTEGER NOT NULL,                           -- bytes
     written     INTEGER NOT NULL,                           -- bytes
     requests    INTEGER NOT NULL,

@@ -6,6 +6,7 @@ file, are left out when they are read: what is missing is a gap, and a gap is ne
 
 from __future__ import annotations
 
+import math
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,15 +31,17 @@ from vmfs_stub.core.usage import (
 _FRESH: Final = len(PLAN)
 """The tier of samples as they are taken; those they become count down, so that a VM's rows lie in order of time."""
 
-_COLUMNS: Final = "start, end, off, running, cpu_max, disk_max, network_max, cpu, read, written, requests, network"
+_COLUMNS: Final = "start, length, off, running, cpu_max, disk_max, network_max, cpu, read, written, requests, network"
 _INSERT: Final = f"INSERT OR REPLACE INTO samples (vm, tier, {_COLUMNS}) VALUES ({', '.join('?' * 14)})"
 _SOUND: Final = (
-    "s.start < s.end AND s.off >= 0 AND s.running >= 0 AND s.off + s.running <= s.end - s.start + 0.001 AND s.cpu >= 0 "
-    f"AND s.end - s.start <= {SAMPLE_S_MAX} AND s.read >= 0 AND s.written >= 0 AND s.requests >= 0 AND s.network >= 0 "
+    f"s.length > 0 AND s.length <= {int(SAMPLE_S_MAX * 1000)} AND s.off >= 0 AND s.running >= 0 AND s.cpu >= 0 "
+    "AND s.off + s.running <= s.length AND s.read >= 0 AND s.written >= 0 AND s.requests >= 0 AND s.network >= 0 "
     "AND ifnull(s.cpu_max, 0) >= 0 AND ifnull(s.disk_max, 0) >= 0 AND ifnull(s.network_max, 0) >= 0"
 )
 """What core.usage.is_sound says: asked before samples are put together, after which it could not be told."""
-_COUNT_MAX: Final = 2**63 - 1
+_COUNT_MAX: Final = 2**62
+_CPU_UNITS: Final = 100
+"""In a percent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +90,9 @@ def roll_samples(connection: sqlite3.Connection, now: float) -> None:
         for tier, plan in zip(range(_FRESH, 0, -1), PLAN, strict=True):
             _roll(connection, number, tier, rolled_until(plan, kept_s, now_s=now), plan.resolution_s)
             kept_s = plan.kept_s
-        connection.execute("DELETE FROM samples WHERE vm = ? AND tier = 0 AND end <= ?", (number, oldest))
+        connection.execute(
+            "DELETE FROM samples WHERE vm = ? AND tier = 0 AND start + length <= ?", (number, ms(oldest))
+        )
     connection.execute(
         "DELETE FROM sampled_vms WHERE max(ifnull(last_open, 0), ifnull(last_io, 0)) <= ? "
         "AND NOT EXISTS (SELECT 1 FROM samples WHERE samples.vm = number)",
@@ -97,38 +102,42 @@ def roll_samples(connection: sqlite3.Connection, now: float) -> None:
 
 def forget_samples(connection: sqlite3.Connection, after_s: float) -> None:
     """Those that end after this time."""
-    connection.execute("DELETE FROM samples WHERE end > ?", (after_s,))
+    connection.execute("DELETE FROM samples WHERE start + length > ?", (ms(after_s),))
 
 
 SAMPLES: Final = (
     f"SELECT u.vm, {_COLUMNS} FROM sampled_vms AS u JOIN samples AS s ON s.vm = u.number "
-    f"WHERE u.vm = :vm AND s.end > :since AND s.start < :until AND {_SOUND} ORDER BY s.tier, s.start"
+    f"WHERE u.vm = :vm AND s.start + s.length > :since AND s.start < :until AND {_SOUND} ORDER BY s.tier, s.start"
 )
-"""Of one VM, those that reach into [:since, :until)."""
+"""Of one VM, those that reach into [:since, :until), in ms."""
 
 ALL_SAMPLES: Final = (
-    "SELECT u.vm, min(s.start), max(s.end), total(s.off), total(s.running), "
+    "SELECT u.vm, min(s.start), max(s.start + s.length) - min(s.start), sum(s.off), sum(s.running), "
     "CASE WHEN count(s.cpu_max) = count(*) THEN max(s.cpu_max) END, "
     "CASE WHEN count(s.disk_max) = count(*) THEN max(s.disk_max) END, "
     "CASE WHEN count(s.network_max) = count(*) THEN max(s.network_max) END, "
     "total(s.cpu), total(s.read), total(s.written), total(s.requests), total(s.network) "
     "FROM sampled_vms AS u CROSS JOIN samples AS s ON s.vm = u.number AND s.tier IN (0, 1, 2) "
-    f"AND s.start > :since - {SAMPLE_S_MAX} WHERE s.end > :since AND {_SOUND} "
-    "GROUP BY s.vm, s.tier, CAST(s.start / :resolution AS INTEGER)"
+    f"AND s.start > :since - {int(SAMPLE_S_MAX * 1000)} WHERE s.start + s.length > :since AND {_SOUND} "
+    "GROUP BY s.vm, s.tier, s.start / :resolution"
 )
-"""Of all VMs, merged as core.usage.bucketed does it: of 10,000 VMs single ones would be too many."""
+"""Of all VMs, merged as core.usage.bucketed does it: of 10,000 VMs single ones would be too many.  Times in ms."""
 
 READINGS: Final = "SELECT domain, at, state, since, cpu, read, written, requests, network FROM readings"
-USES: Final = "SELECT vm, last_open, last_io FROM sampled_vms"
+USES: Final = "SELECT vm, last_open, last_io FROM sampled_vms WHERE coalesce(last_open, last_io) IS NOT NULL"
 
 
 def samples_of(rows: Iterable[Sequence[Any]]) -> dict[VmId, list[Sample]]:
-    """By VM and in order of time, what is sound and does not overlap; ``rows`` are those of a VM together."""
+    """By VM and in order of time, what does not overlap; ``rows`` are sound, and those of a VM together."""
     found: dict[VmId, list[Sample]] = {}
     for vm_id, group in groupby(rows, lambda row: row[0]):
-        samples = [_sample(row[1:]) for row in group]
-        samples.sort(key=lambda sample: sample.start_s)
-        found[VmId(vm_id)] = apart(samples)
+        samples: list[Sample] = []
+        # By start: in a damaged catalog the tiers need not follow each other.
+        for row in sorted(group, key=lambda row: int(row[1])):
+            sample = _sample(row[1:])
+            if not samples or sample.start_s >= samples[-1].end_s:
+                samples.append(sample)
+        found[VmId(vm_id)] = samples
     return found
 
 
@@ -149,8 +158,9 @@ def uses_of(rows: Iterable[Sequence[Any]]) -> dict[VmId, LastUse]:
 
 
 def _roll(connection: sqlite3.Connection, number: int, tier: int, until_s: float, resolution_s: float) -> None:
-    where, values = "vm = ? AND tier = ? AND start < ?", (number, tier, until_s)
-    rows = connection.execute(f"SELECT {_COLUMNS} FROM samples WHERE {where} ORDER BY start", values).fetchall()
+    where, values = "vm = ? AND tier = ? AND start < ?", (number, tier, ms(until_s))
+    found = f"SELECT {_COLUMNS} FROM samples AS s WHERE {where} AND {_SOUND} ORDER BY start"
+    rows = connection.execute(found, values).fetchall()
     if not rows:
         return
     connection.execute(f"DELETE FROM samples WHERE {where}", values)
@@ -165,11 +175,33 @@ def _numbers(connection: sqlite3.Connection, vm_ids: Sequence[VmId]) -> dict[VmI
     return {VmId(vm): number for vm, number in connection.execute("SELECT vm, number FROM sampled_vms")}
 
 
-def _row(sample: Sample) -> Iterator[float | None]:
-    yield from (sample.start_s, sample.end_s, sample.off_s, sample.running_s)
-    yield from (sample.cpu_percent_max, sample.disk_bytes_per_s_max, sample.network_bytes_per_s_max, sample.cpu_s)
-    counts = (sample.read_bytes, sample.written_bytes, sample.requests, sample.network_bytes)
-    yield from (min(count, _COUNT_MAX) for count in counts)
+def ms(seconds: float) -> int:
+    """A time as samples have it."""
+    return round(max(-_COUNT_MAX, min(seconds * 1000, _COUNT_MAX)))
+
+
+def _row(sample: Sample) -> tuple[int | None, ...]:
+    start = ms(sample.start_s)
+    length = ms(sample.end_s) - start
+    off = min(ms(sample.off_s), length)
+    return (
+        start,
+        length,
+        off,
+        min(ms(sample.running_s), length - off),
+        None if sample.cpu_percent_max is None else _up(sample.cpu_percent_max * _CPU_UNITS),
+        None if sample.disk_bytes_per_s_max is None else _up(sample.disk_bytes_per_s_max),
+        None if sample.network_bytes_per_s_max is None else _up(sample.network_bytes_per_s_max),
+        _up(sample.cpu_s * 1000),
+        _up(sample.read_bytes),
+        _up(sample.written_bytes),
+        _up(sample.requests),
+        _up(sample.network_bytes),
+    )
+
+
+def _up(amount: float) -> int:
+    return math.ceil(min(amount, _COUNT_MAX))
 
 
 def _counted(counters: Counters) -> Iterator[float | None]:
@@ -179,4 +211,15 @@ def _counted(counters: Counters) -> Iterator[float | None]:
 
 
 def _sample(row: Sequence[Any]) -> Sample:
-    return Sample(*row[:8], *(int(min(count, _COUNT_MAX)) for count in row[8:]))
+    start, length, off, running, cpu_max, disk_max, network_max, cpu, *counts = row
+    return Sample(
+        start / 1000,
+        (start + length) / 1000,
+        off / 1000,
+        running / 1000,
+        None if cpu_max is None else cpu_max / _CPU_UNITS,
+        None if disk_max is None else float(disk_max),
+        None if network_max is None else float(network_max),
+        cpu / 1000,
+        *(int(count) for count in counts),
+    )

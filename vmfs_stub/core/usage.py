@@ -128,7 +128,7 @@ def sample_of(before: Reading, after: Reading, *, gap_s: float) -> Sample | None
     span_s = after.at_s - before.at_s
     if not 0 < span_s <= gap_s:
         return None
-    changed = after.state_since_s is not None and after.state_since_s > before.at_s
+    changed = after.state_since_s is not None and after.state_since_s >= before.at_s
     if before.state.is_off and after.state.is_off:
         if changed or any(_differ(before.counters, after.counters)):
             return _sample(before, after, _grown(before.counters, after.counters))

@@ -89,7 +89,9 @@ class UsageSampler:
         mountpoint: Path,
         interval_s: float,
         clock: Callable[[], float] = time.time,
+        passed: Callable[[], float] = trio.current_time,
     ) -> None:
+        """``passed`` is a clock that nobody sets; both in seconds."""
         self._catalog = catalog
         self._threads = threads
         self._hypervisor = hypervisor
@@ -99,6 +101,7 @@ class UsageSampler:
         self._mountpoint = mountpoint
         self._interval_s = interval_s
         self._clock = clock
+        self._passed = passed
         self._round = _Round()
         self._known_uses: dict[VmId, LastUse] = {}
         self._last: tuple[float, float] | None = None
@@ -151,7 +154,7 @@ class UsageSampler:
 
     async def sample(self) -> None:
         """One round.  Raises PrimaryError."""
-        now_s, passed_s = self._clock(), trio.current_time()
+        now_s, passed_s = self._clock(), self._passed()
         if self._last is not None:
             expected_s = self._last[0] + passed_s - self._last[1]
             if abs(now_s - expected_s) > CLOCK_SLACK_S:
@@ -206,7 +209,8 @@ class UsageSampler:
             without_domain = frozenset(vm.id for vm in asked.vms if not links.of(vm.id))
         owners = {file.ino: vm.id for vm in asked.vms for file in vm.files if file.ino in asked.disks}
         # A file that is gone and still open is the VM's whose it was.
-        owners = {ino: before.owners[ino] for ino in asked.disks if ino in before.owners} | owners
+        still_open = (ino for ino, disk in asked.disks.items() if not disk.state.is_off)
+        owners = {ino: before.owners[ino] for ino in still_open if ino in before.owners} | owners
         disks = looks_by_vm(asked.disks, owners)
         looks: dict[VmId, Look] = {}
         samples = []
