@@ -184,8 +184,8 @@ def test_a_damaged_sample_is_a_gap(catalog: Catalog, path: Path, damage: str) ->
 
 def test_samples_that_overlap_count_once(catalog: Catalog, path: Path) -> None:
     catalog.add_samples([(VM, sample(START, 300.0, off_s=300.0, running_s=0.0))])
-    change(path, "INSERT INTO samples SELECT vm, 0, start, length + 9, off, running, cpu_max, disk_max, network_max, cpu, "
-                 "read, written, requests, network FROM samples")  # fmt: skip
+    columns = "off, running, cpu_max, disk_max, network_max, cpu, read, written, requests, network"
+    change(path, f"INSERT INTO samples SELECT vm, 0, start, length + 9, {columns} FROM samples")
     assert sum(each.off_s for each in everything(catalog)) == 300
     assert sum(each.off_s for each in catalog.all_samples(0)[VM]) == 300
 
