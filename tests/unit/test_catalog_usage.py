@@ -91,6 +91,24 @@ def test_all_samples_are_those_of_each_vm_merged(catalog: Catalog) -> None:
     assert catalog.all_samples(FOREVER) == {}
 
 
+def test_of_all_samples_those_of_a_vm_that_was_off_are_few(catalog: Catalog) -> None:
+    off: dict[str, float | None] = dict.fromkeys(
+        ("running_s", "cpu_percent_max", "disk_bytes_per_s_max", "network_bytes_per_s_max", "cpu_s", "read_bytes",
+         "written_bytes", "requests", "network_bytes"), 0
+    )  # fmt: skip
+    rows = [sample(START + number * 300, **off, off_s=300) for number in range(288 * 2)]
+    unknown = 400
+    rows[unknown] = sample(rows[unknown].start_s, **{**off, "cpu_percent_max": None}, off_s=300)
+    del rows[100]
+    catalog.add_samples([(VM, each) for each in rows])
+    found = catalog.all_samples(START - 1)[VM]
+    assert len(found) == 3 + 3
+    assert sum(each.off_s for each in found) == 300 * (288 * 2 - 1)
+    assert [each.cpu_percent_max for each in found] == [0, 0, 0, 0, None, 0]
+    assert found[0].end_s == START + 8 * HOUR_S
+    assert bucketed(found, DAY_S) == bucketed(rows, DAY_S)
+
+
 def test_readings_are_replaced_with_the_samples_they_belong_to(catalog: Catalog) -> None:
     first = {"1" * 32: Reading(START, GuestState.PAUSED, Counters(1.5, 2, None, 4, 5), START - 9)}
     catalog.add_samples([], readings=first)

@@ -237,12 +237,14 @@ class Catalog:
         return self._usage(usage_rows.samples_of, usage_rows.SAMPLES, parameters).get(vm_id, [])
 
     def all_samples(self, since_s: float, *, resolution_s: float = HOUR_S) -> dict[VmId, list[Sample]]:
-        """The samples of every VM that end after ``since_s``, in order, merged where they are finer than that.
+        """The samples of every VM that end after ``since_s``, in order; finer ones are merged to ``resolution_s``.
 
-        A VM of which there are none is left out.
+        Those in which a VM was off all the time are merged by the day.  A VM of which there are none is left out.
         """
         parameters = {"since": usage_rows.ms(since_s), "resolution": usage_rows.ms(resolution_s)}
-        return self._usage(usage_rows.samples_of, usage_rows.ALL_SAMPLES, parameters)
+        return self._usage(
+            lambda rows: usage_rows.samples_of(usage_rows.without_repetition(rows)), usage_rows.ALL_SAMPLES, parameters
+        )
 
     def readings(self) -> dict[str, Reading]:
         """What was last read of each domain, by its UUID."""

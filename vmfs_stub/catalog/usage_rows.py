@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from vmfs_stub.core.ids import VmId
 from vmfs_stub.core.usage import (
+    DAY_S,
     FRESH_S,
     PLAN,
     SAMPLE_S_MAX,
@@ -40,6 +41,7 @@ _SOUND: Final = (
 )
 """What core.usage.is_sound says: asked before samples are put together, after which it could not be told."""
 _COUNT_MAX: Final = 2**62
+_DAY_MS: Final = int(DAY_S * 1000)
 _CPU_UNITS: Final = 100
 """In a percent."""
 
@@ -131,14 +133,42 @@ def samples_of(rows: Iterable[Sequence[Any]]) -> dict[VmId, list[Sample]]:
     """By VM and in order of time, what does not overlap; ``rows`` are sound, and those of a VM together."""
     found: dict[VmId, list[Sample]] = {}
     for vm_id, group in groupby(rows, lambda row: row[0]):
-        samples: list[Sample] = []
+        kept: list[Sequence[Any]] = []
+        end = -_COUNT_MAX
         # By start: in a damaged catalog the tiers need not follow each other.
         for row in sorted(group, key=lambda row: int(row[1])):
-            sample = _sample(row[1:])
-            if not samples or sample.start_s >= samples[-1].end_s:
-                samples.append(sample)
-        found[VmId(vm_id)] = samples
+            if row[1] >= end:
+                kept.append(row[1:])
+                end = row[1] + row[2]
+        found[VmId(vm_id)] = [_sample(row) for row in kept]
     return found
+
+
+def without_repetition(rows: Iterable[Sequence[Any]]) -> Iterator[Sequence[Any]]:
+    """``rows`` with those of the same day put together in which a VM was off all the time, which most are."""
+    last: Sequence[Any] | None = None
+    for row in rows:
+        if last is not None and _goes_on(last, row):
+            last = (*last[:2], last[2] + row[2], last[3] + row[3], *last[4:])
+            continue
+        if last is not None:
+            yield last
+        last = row
+    if last is not None:
+        yield last
+
+
+def _goes_on(last: Sequence[Any], row: Sequence[Any]) -> bool:
+    return (
+        last[0] == row[0]
+        and last[1] + last[2] == row[1]
+        and last[2] == last[3]
+        and row[2] == row[3]
+        and last[1] // _DAY_MS == row[1] // _DAY_MS
+        and not any(last[5:])
+        and not any(row[5:])
+        and None not in (*last[5:8], *row[5:8])
+    )
 
 
 def readings_of(rows: Iterable[Sequence[Any]]) -> dict[str, Reading]:

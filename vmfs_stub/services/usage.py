@@ -107,6 +107,7 @@ class UsageSampler:
         self._last: tuple[float, float] | None = None
         self._rolled_s: float | None = None
         self._was_away = False
+        self._turn = trio.Lock()
 
     # What others ask
 
@@ -153,7 +154,11 @@ class UsageSampler:
             await self._set_back(self._clock())
 
     async def sample(self) -> None:
-        """One round.  Raises PrimaryError."""
+        """One round, after one that is under way.  Raises PrimaryError."""
+        async with self._turn:
+            await self._sample_all()
+
+    async def _sample_all(self) -> None:
         now_s, passed_s = self._clock(), self._passed()
         if self._last is not None:
             expected_s = self._last[0] + passed_s - self._last[1]
@@ -228,7 +233,7 @@ class UsageSampler:
             else:
                 continue
             earlier = before.looks.get(vm.id) or self._earlier(domains, before)
-            sample = None if earlier is None else self._sample(earlier, looks[vm.id])
+            sample = None if earlier is None else self._between(earlier, looks[vm.id])
             if sample is not None:
                 samples.append((vm.id, sample))
         uses = {vm_id: _last_use(each) for vm_id, each in disks.items()}
@@ -242,7 +247,7 @@ class UsageSampler:
             return None
         return Look(before.domain_readings[domains[0].uuid], None, (domains[0].uuid,))
 
-    def _sample(self, before: Look, after: Look) -> Sample | None:
+    def _between(self, before: Look, after: Look) -> Sample | None:
         if before.uuids != after.uuids:
             return None
         return sample_of(*_combined(before, after), gap_s=GAP_INTERVALS * self._interval_s)
