@@ -39,7 +39,8 @@ def host() -> Host:
     "executable",
     [
         "/usr/bin/qemu-system-x86_64",
-        "/usr/bin/qemu-system-aarch64 (deleted)",
+        "/usr/bin/qemu-system-aarch64",
+        "/usr/libexec/qemu-kvm (deleted)",
         "/usr/libexec/qemu-kvm",
         "/usr/bin/kvm",
         "cloud-hypervisor",
