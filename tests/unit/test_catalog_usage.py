@@ -99,12 +99,13 @@ def test_of_all_samples_those_of_a_vm_that_was_off_are_few(catalog: Catalog) -> 
     rows = [sample(START + number * 300, **off, off_s=300) for number in range(288 * 2)]
     unknown = 400
     rows[unknown] = sample(rows[unknown].start_s, **{**off, "cpu_percent_max": None}, off_s=300)
+    del rows[17 * 12]  # a gap between two hours in each of which it was off all the time
     del rows[100]
     catalog.add_samples([(VM, each) for each in rows])
     found = catalog.all_samples(START - 1)[VM]
-    assert len(found) == 3 + 3
-    assert sum(each.off_s for each in found) == 300 * (288 * 2 - 1)
-    assert [each.cpu_percent_max for each in found] == [0, 0, 0, 0, None, 0]
+    assert len(found) == 4 + 3
+    assert sum(each.off_s for each in found) == 300 * (288 * 2 - 2)
+    assert [each.cpu_percent_max for each in found] == [0, 0, 0, 0, 0, None, 0]
     assert found[0].end_s == START + 8 * HOUR_S
     assert bucketed(found, DAY_S) == bucketed(rows, DAY_S)
 
