@@ -170,7 +170,9 @@ def test_two_years_of_a_vm_are_bounded(catalog: Catalog, path: Path) -> None:
 def test_what_is_still_to_come_is_forgotten(catalog: Catalog) -> None:
     rows = [sample(START), sample(START + 300), sample(START + 600)]
     catalog.add_samples([(VM, each) for each in rows])
+    catalog.add_samples([], uses={VM: LastUse(START + 900, START + 5), OTHER: LastUse(None, START + 601)})
     catalog.forget_samples(after_s=START + 600)
+    assert catalog.last_uses() == {VM: LastUse(START + 600, START + 5), OTHER: LastUse(None, START + 600)}
     assert everything(catalog) == rows[:2]
 
 

@@ -392,6 +392,50 @@ async def test_what_cannot_be_recorded_is_a_gap_and_no_more(
     assert plain.times(DB) == [IS_OFF]
 
 
+async def test_a_use_that_could_not_be_recorded_is_recorded_later(plain: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    await plain.round()
+    plain.mount.closed(2, plain.open(2))
+    opened_s = plain.now()
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise NoSpace("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plain.catalog, "add_samples", fail)
+        with pytest.raises(NoSpace):
+            await plain.round()
+    await plain.round()
+    assert plain.catalog.last_uses()[DB].open_s == opened_s
+
+
+async def test_an_open_is_recorded_before_the_next_round(autojump_clock: MockClock, catalog: Catalog) -> None:
+    """A daemon that dies must not forget it: the time after it would look as if nobody had used the VM."""
+    host = Host(autojump_clock, catalog)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(host.sampler.run)
+        await trio.sleep(95)
+        use = host.open(2)
+        opened_s = host.now()
+        await trio.sleep(10)
+        assert catalog.last_uses() == {DB: LastUse(opened_s, None)}
+        use.requests += 1
+        await trio.sleep(20)
+        assert catalog.last_uses() == {DB: LastUse(opened_s, None)}
+        await trio.sleep(200)
+        assert catalog.last_uses()[DB].io_s == EPOCH_S + 110
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_use_is_never_later_than_now(plain: Host) -> None:
+    use = plain.open(2)
+    use.requests += 1
+    await plain.round()
+    plain.set_s -= 5000
+    await plain.round()
+    assert plain.sampler.last_use(DB) == plain.catalog.last_uses()[DB]
+    assert plain.sampler.last_use(DB).open_s == plain.now()
+
+
 async def test_a_programming_error_does_not_end_the_daemon(plain: Host, caplog: pytest.LogCaptureFixture) -> None:
     async def broken() -> Scan:
         raise ValueError("a bug")

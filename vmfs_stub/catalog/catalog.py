@@ -260,7 +260,7 @@ class Catalog:
             usage_rows.roll_samples(connection, now)
 
     def forget_samples(self, *, after_s: float) -> None:
-        """Remove samples that end after this time: a clock that was set back had not been right."""
+        """Remove samples that end after this time, and set later uses to it: a clock that is set back was wrong."""
         with self._write() as connection:
             usage_rows.forget_samples(connection, after_s)
 

@@ -103,7 +103,10 @@ def roll_samples(connection: sqlite3.Connection, now: float) -> None:
 
 
 def forget_samples(connection: sqlite3.Connection, after_s: float) -> None:
-    """Those that end after this time."""
+    """Those that end after this time, and last uses after it are of this time."""
+    connection.execute(
+        "UPDATE sampled_vms SET last_open = min(last_open, :now), last_io = min(last_io, :now)", {"now": after_s}
+    )
     connection.execute("DELETE FROM samples WHERE start + length > ?", (ms(after_s),))
 
 

@@ -32,6 +32,8 @@ from vmfs_stub.services.threads import Threads
 
 log = logging.getLogger(__name__)
 
+OPENS_INTERVAL_S: Final = 10.0
+"""How often it is recorded that hypervisors opened disks: a daemon that dies loses the memory of no more than that."""
 CLOCK_SLACK_S: Final = 5.0
 """By more than this the clock and the time that has passed differ only if the clock was set."""
 
@@ -63,14 +65,15 @@ class _Asked:
 class _Round:
     """What is known after a round: it is replaced as a whole.
 
-    ``owners`` are the VMs of inodes that were open; ``links`` is None until the hypervisor has answered once.
+    ``files`` are the VMs of all inodes, ``owners`` of those that were open; ``links`` is None until the hypervisor has
+    answered once.
     """
 
     looks: Mapping[VmId, Look] = field(default_factory=dict)
     links: Links | None = None
     without_domain: frozenset[VmId] = frozenset()
+    files: Mapping[int, VmId] = field(default_factory=dict)
     owners: Mapping[int, VmId] = field(default_factory=dict)
-    uses: Mapping[VmId, LastUse] = field(default_factory=dict)
     domain_readings: Mapping[str, Reading] = field(default_factory=dict)
 
 
@@ -134,7 +137,10 @@ class UsageSampler:
         await self._guarded(self._go_on)
         while True:
             await self._guarded(self.sample)
-            await trio.sleep(self._interval_s)
+            next_s = self._passed() + self._interval_s
+            while (left_s := next_s - self._passed()) > 0:
+                await trio.sleep(min(left_s, OPENS_INTERVAL_S))
+                await self._guarded(self._record_opens)
 
     async def _guarded(self, step: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -173,17 +179,29 @@ class UsageSampler:
         asked = await self._ask(now_s)
         before, self._round, samples, new_uses = self._round, *await self._threads.files(self._taken, asked)
         self._mount.forget(ino for ino in asked.disks if ino not in self._round.owners)
-        self._known_uses |= new_uses
         readings = None if asked.readings is None else self._round.domain_readings
         if samples or new_uses or readings != before.domain_readings:
             await self._threads.files(partial(self._catalog.add_samples, samples, readings=readings, uses=new_uses))
+            self._known_uses |= new_uses
         if self._rolled_s is None or not 0 <= now_s - self._rolled_s < HOUR_S:
             await self._threads.files(self._catalog.roll_samples, now_s)
             self._rolled_s = now_s
 
+    async def _record_opens(self) -> None:
+        async with self._turn:
+            disks = looks_by_vm(self._mount.look(), self._round.files)
+            uses = self._new_uses({vm_id: _last_use(each, self._clock()) for vm_id, each in disks.items()})
+            opened = {vm_id: use for vm_id, use in uses.items() if use.open_s != self.last_use(vm_id).open_s}
+            if opened:
+                await self._threads.files(partial(self._catalog.add_samples, (), uses=opened))
+                self._known_uses |= opened
+
     def _forget_before(self) -> None:
         self._round = _Round(
-            links=self._round.links, without_domain=self._round.without_domain, owners=self._round.owners
+            links=self._round.links,
+            without_domain=self._round.without_domain,
+            files=self._round.files,
+            owners=self._round.owners,
         )
 
     async def _set_back(self, now_s: float) -> None:
@@ -191,6 +209,7 @@ class UsageSampler:
         log.warning("the clock was set back: samples of times that are still to come are forgotten")
         self._forget_before()
         await self._threads.files(partial(self._catalog.forget_samples, after_s=now_s))
+        self._known_uses = await self._threads.files(self._catalog.last_uses)
 
     async def _ask(self, now_s: float) -> _Asked:
         domains: Sequence[Domain] = ()
@@ -212,7 +231,8 @@ class UsageSampler:
         if asked.readings is not None:
             links = self._domains.link(asked.vms, asked.domains, mountpoint=self._mountpoint)
             without_domain = frozenset(vm.id for vm in asked.vms if not links.of(vm.id))
-        owners = {file.ino: vm.id for vm in asked.vms for file in vm.files if file.ino in asked.disks}
+        files = {file.ino: vm.id for vm in asked.vms for file in vm.files}
+        owners = {ino: files[ino] for ino in asked.disks if ino in files}
         # A file that is gone and still open is the VM's whose it was.
         still_open = (ino for ino, disk in asked.disks.items() if not disk.state.is_off)
         owners = {ino: before.owners[ino] for ino in still_open if ino in before.owners} | owners
@@ -236,9 +256,9 @@ class UsageSampler:
             sample = None if earlier is None else self._between(earlier, looks[vm.id])
             if sample is not None:
                 samples.append((vm.id, sample))
-        uses = {vm_id: _last_use(each) for vm_id, each in disks.items()}
+        uses = {vm_id: _last_use(each, asked.now_s) for vm_id, each in disks.items()}
         kept = before.domain_readings if asked.readings is None else asked.readings
-        after = _Round(looks, links, without_domain, owners, uses, kept)
+        after = _Round(looks, links, without_domain, files, owners, kept)
         return after, samples, self._new_uses(uses)
 
     def _earlier(self, domains: Sequence[Domain], before: _Round) -> Look | None:
@@ -262,8 +282,10 @@ class UsageSampler:
         return found
 
 
-def _last_use(disks: Sequence[DiskLook]) -> LastUse:
-    return LastUse(latest(disk.last_open_s for disk in disks), latest(disk.last_io_s for disk in disks))
+def _last_use(disks: Sequence[DiskLook], now_s: float) -> LastUse:
+    """Never later than now, whatever clock the mount had been told then."""
+    open_s, io_s = latest(disk.last_open_s for disk in disks), latest(disk.last_io_s for disk in disks)
+    return LastUse(None if open_s is None else min(open_s, now_s), None if io_s is None else min(io_s, now_s))
 
 
 def _domain_reading(domains: Sequence[Domain], readings: Mapping[str, Reading], now_s: float) -> Reading:
