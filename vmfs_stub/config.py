@@ -188,6 +188,26 @@ class RetentionConfig(_Section):
         return Retention(**self.model_dump(exclude={"keep_deleted_days"}))
 
 
+class UsageConfig(_Section):
+    """How it is found out how VMs are used; ``hypervisors`` are shell patterns of the names of executables.
+
+    Only what these open and read counts as use of a disk.
+    """
+
+    interval_s: float = Field(default=300, ge=1, le=3600)
+    hypervisors: tuple[str, ...] = (
+        "qemu-system-*",
+        "qemu-kvm",
+        "qemu-storage-daemon",
+        "kvm",
+        "cloud-hypervisor",
+        "firecracker",
+        "crosvm",
+        "VBoxHeadless",
+        "VirtualBoxVM",
+    )
+
+
 class ScrubConfig(_Section):
     """Checking the store; ``bytes_per_s_max`` of 0 is no limit."""
 
@@ -236,6 +256,7 @@ class Config(_Section):
     hydration: HydrationConfig = HydrationConfig()
     archive: ArchiveConfig = ArchiveConfig()
     retention: RetentionConfig = RetentionConfig()
+    usage: UsageConfig = UsageConfig()
     scrub: ScrubConfig = ScrubConfig()
     primary: PrimaryConfig = PrimaryConfig()
     mount: MountConfig = MountConfig()
@@ -306,7 +327,7 @@ class Config(_Section):
 
     @property
     def catalog_path(self) -> Path:
-        """Local catalog of VMs, jobs and accesses."""
+        """Local catalog of VMs, jobs, accesses and usage."""
         return self.private_dir / "catalog.sqlite"
 
     @property

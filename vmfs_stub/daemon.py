@@ -53,6 +53,8 @@ from vmfs_stub.services.file_reads import FileReads, open_ring
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.guest_activity import GuestActivity
 from vmfs_stub.services.hydration import STEPS_AT_ONCE, STEPS_AT_ONCE_FAR
+from vmfs_stub.services.hypervisor import Hypervisor, NoHypervisor
+from vmfs_stub.services.mount_usage import MountUsage
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recovery import Recovered, Recovery
 from vmfs_stub.services.replication import ReplicaService
@@ -139,6 +141,8 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
     for subject, error in recovered.findings:
         findings.add(subject, error)
     private.reserve.fill(files)
+    hypervisor: Hypervisor = NoHypervisor()
+    mount_usage = MountUsage(config.usage.hypervisors)
     with (
         _closing(_threads(config)) as threads,
         _closing(FileReads(files=files, threads=threads, ring=open_ring())) as reads,
@@ -167,7 +171,7 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
             )
             async with (
                 _laid_down(background, services.disks),
-                _open_filesystem(config, files, threads, services.disks) as filesystem,
+                _open_filesystem(config, files, threads, services.disks, mount_usage) as filesystem,
                 open_mount(
                     filesystem, mountpoint=config.datastore.mountpoint, settings=_mount_settings(config)
                 ) as mount,
@@ -185,6 +189,8 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
                     if replicated is None
                     else ReplicaService(threads=threads, store=replicated, mover=mover),
                     services=services,
+                    hypervisor=hypervisor,
+                    mount_usage=mount_usage,
                     findings=findings,
                     jobs=jobs,
                     mount=mount,
@@ -194,6 +200,7 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
                 background.start_soon(datastore.health.watch_store)
                 background.start_soon(datastore.replicate)
                 background.start_soon(datastore.listing.record_accesses)
+                background.start_soon(datastore.usage.sampler.run)
                 background.start_soon(services.ender.run)
                 background.start_soon(services.claims.run)
                 background.start_soon(_sync_regularly, services.disks, config.primary.sync_interval_s)
@@ -227,10 +234,15 @@ async def _laid_down(background: trio.Nursery, disks: Disks) -> AsyncIterator[No
 
 @asynccontextmanager
 async def _open_filesystem(
-    config: Config, files: FileCalls, threads: Threads, disks: Disks
+    config: Config, files: FileCalls, threads: Threads, disks: Disks, usage: MountUsage
 ) -> AsyncIterator[Filesystem]:
     filesystem = Filesystem(
-        config.datastore.backing, disks=disks, threads=threads, files=files, settings=_mount_settings(config)
+        config.datastore.backing,
+        disks=disks,
+        threads=threads,
+        files=files,
+        settings=_mount_settings(config),
+        usage=usage,
     )
     try:
         yield filesystem

@@ -26,6 +26,7 @@ from vmfs_stub.control.messages import (
     JobReport,
     Status,
     VmOutcome,
+    VmUsage,
     error_info,
 )
 from vmfs_stub.control.peer import Peer
@@ -35,6 +36,7 @@ from vmfs_stub.core.names import printable
 from vmfs_stub.core.times import time_text
 from vmfs_stub.datastore_listing import Listing, only_warned
 from vmfs_stub.datastore_status import Health
+from vmfs_stub.datastore_usage import Usage
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.vm import UnreadVm, Vm, VmFile
 from vmfs_stub.mount.serving import Mount
@@ -45,6 +47,8 @@ from vmfs_stub.services.adoption_choice import Told
 from vmfs_stub.services.disk_name import disk_label
 from vmfs_stub.services.disk_services import DiskServices
 from vmfs_stub.services.findings import Findings
+from vmfs_stub.services.hypervisor import Hypervisor
+from vmfs_stub.services.mount_usage import MountUsage
 from vmfs_stub.services.replication import ReplicaService
 from vmfs_stub.services.retention import apply_rules, problem_of
 from vmfs_stub.services.threads import Threads
@@ -61,7 +65,7 @@ Step = Callable[[V, Callable[[int], None]], Awaitable[VmOutcome]]
 class Datastore:
     """Implements what control.target describes; wired together by the daemon.
 
-    Attributes: ``listing`` and ``health`` have work of their own that goes on beside the datastore's.
+    Attributes: ``listing``, ``usage`` and ``health`` have work of their own that goes on beside the datastore's.
     """
 
     def __init__(
@@ -74,6 +78,8 @@ class Datastore:
         store: Store,
         replica: ReplicaService | None,
         services: DiskServices,
+        hypervisor: Hypervisor,
+        mount_usage: MountUsage,
         findings: Findings,
         jobs: Jobs,
         mount: Mount,
@@ -106,6 +112,15 @@ class Datastore:
             services=services,
             backing_fd=self._backing_fd,
         )
+        self.usage = Usage(
+            config=config,
+            threads=threads,
+            catalog=catalog,
+            hypervisor=hypervisor,
+            mount_usage=mount_usage,
+            files=services.files,
+            scan=self.listing.scan,
+        )
         self.health = Health(
             config=config,
             threads=threads,
@@ -128,6 +143,10 @@ class Datastore:
     async def list_disks(self, vm: str | None) -> list[DiskRow]:
         """One row per disk, of all VMs or of the one named; raises VmNotFound, AmbiguousName."""
         return await self.listing.disks(vm)
+
+    async def vm_usage(self, vm: str, *, days: int) -> VmUsage:
+        """How one VM was used in the last ``days``; raises VmNotFound, AmbiguousName, PrimaryIOError."""
+        return await self.usage.of_vm((await self.listing.scan()).find(vm), days=days)
 
     async def status(self) -> Status:
         """What the daemon knows about itself; ``healthy`` is false when an operator has to act."""

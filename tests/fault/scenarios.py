@@ -21,6 +21,7 @@ import trio
 
 from tests import store_points
 from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, RigFiles, Services, survives_kill
+from tests.fake_hypervisor import FakeHypervisor, domain
 from tests.store_fakes import FakeObjects, SitedObjects, packs_condemned, refused_deletes
 from tests.store_points import KEY_SOURCE
 from vmfs_stub.catalog.catalog import Catalog
@@ -50,6 +51,7 @@ from vmfs_stub.primary.serving_mark import Machine, Mark, Pace, ServingMark, enc
 from vmfs_stub.services import scrub, verify
 from vmfs_stub.services.adopt import Wanted
 from vmfs_stub.services.adoption_choice import Told
+from vmfs_stub.services.mount_usage import MountUsage
 from vmfs_stub.services.replication import catch_up
 from vmfs_stub.services.restore import STAGING, restore_point
 from vmfs_stub.services.scrub_progress import ScrubProgress
@@ -870,6 +872,8 @@ def _datastore(services: Services, config: Config, catalog: Catalog, jobs: Jobs)
         store=services.store,
         replica=None,
         services=services.connected,
+        hypervisor=FakeHypervisor(domain("vm", *(rig.base / "mount" / path for path in PATHS))),
+        mount_usage=MountUsage(()),
         findings=services.findings,
         jobs=jobs,
         mount=cast("Mount", SimpleNamespace(ended=trio.Event())),
@@ -881,6 +885,9 @@ def _datastore(services: Services, config: Config, catalog: Catalog, jobs: Jobs)
 async def _list_and_recall(datastore: Datastore, services: Services) -> None:
     if len(await datastore.list_disks("vm")) != len(PATHS):
         raise OSError(errno.EIO, "a disk is not listed")
+    await datastore.usage.sampler.sample()
+    if datastore.usage.sampler.links is None:
+        raise NotWhole("nobody knows which VM the domain is")
     await _done(datastore, await datastore.start_recall(["vm"], peer=ROOT_PEER))
 
 

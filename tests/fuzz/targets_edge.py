@@ -19,6 +19,7 @@ from tests.fuzz.target import Bound, Edit, Target, Violation, check_types, requi
 from tests.fuzz.targets_store import sample_pack
 from tests.unit.control_fakes import BACKING, FakeHistory, FakeTarget
 from vmfs_stub.catalog.catalog import Catalog
+from vmfs_stub.catalog.usage_rows import LastUse
 from vmfs_stub.cli.init import _config_text
 from vmfs_stub.cli.output import bytes_text
 from vmfs_stub.config import load_config
@@ -37,6 +38,7 @@ from vmfs_stub.core.errors import (
 )
 from vmfs_stub.core.ids import ChunkId, JobId, PackId, StoreId, VmId
 from vmfs_stub.core.times import time_text
+from vmfs_stub.core.usage import DAY_S, Counters, GuestState, Reading, Sample, apart
 from vmfs_stub.mount import handshake
 from vmfs_stub.mount.settings import MountSettings
 from vmfs_stub.store.chunk_index import ChunkIndex
@@ -169,6 +171,7 @@ QUESTIONS: tuple[Question, ...] = (
     lambda client: client.start_recall(["db"]),
     lambda client: client.hold(),
     lambda client: client.shutdown(force=True),
+    lambda client: client.usage("db", days=14),
 )
 HTTP_TOKENS = (
     b"\r\n", b"\r\n\r\n", b"Transfer-Encoding: chunked\r\n", b"content-length: 99999999999\r\n", b"ffffffff\r\n",
@@ -369,6 +372,9 @@ class CatalogTarget(_DatabaseTarget):
                     report, error = {"vms": [{"vm": "a", "outcome": "done"}]}, {"error": "InUse", "message": "x"}
                     catalog.end_job(job_id, state="failed", report=report, error=error, now=9.0)
             catalog.record_access(VmId("0" * 32), "disk.raw", executable="/usr/bin/qemu", uid=0, now=7.0)
+            used = [(VmId("0" * 32), _sample_at(DAY_S * 20_000 + 300 * number)) for number in range(40)]
+            reading = Reading(5.0, GuestState.OFF, Counters(1.0, 2, 3, 4, 5))
+            catalog.add_samples(used, readings={"1" * 32: reading}, uses={VmId("0" * 32): LastUse(5.0, 6.0)})
             if is_closed:
                 catalog.close()
             made.append(self.take())
@@ -388,9 +394,28 @@ class CatalogTarget(_DatabaseTarget):
             catalog.see_vms([(VmId("e" * 32), "new")], now=100.0)
             catalog.record_access(VmId("e" * 32), "d", executable=None, uid=0, now=1.0)
             catalog.forget_jobs(keep=5)
+            self._use_samples(catalog)
         finally:
             catalog.close()
         return None
+
+    def _use_samples(self, catalog: Catalog) -> None:
+        """Whatever is damaged: no VM was off for longer than the time it is told for, and none twice at once."""
+        for vm_id, samples in (
+            *catalog.all_samples(0.0).items(),
+            (VmId("0" * 32), catalog.samples(VmId("0" * 32), since_s=0.0, until_s=1e12)),
+        ):
+            require(len(vm_id) > 0, "samples of nobody")
+            require(apart(samples) == samples, "samples that nobody can have measured")
+        for value in (catalog.readings(), catalog.last_uses()):
+            json.dumps(repr(value))
+        catalog.add_samples([(VmId("e" * 32), _sample_at(DAY_S * 20_000))], uses={VmId("e" * 32): LastUse(1.0)})
+        catalog.roll_samples(DAY_S * 20_003)
+        catalog.forget_samples(after_s=DAY_S * 20_001)
+
+
+def _sample_at(start_s: float) -> Sample:
+    return Sample(start_s, start_s + 300, 100.0, 100.0, 1.0, 2.0, None, 3.0, 4, 5, 6, 7)
 
 
 class ChunkIndexTarget(_DatabaseTarget):

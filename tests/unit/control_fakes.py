@@ -77,6 +77,28 @@ class FakeTarget:
             if vm in (None, name)
         ]
 
+    async def vm_usage(self, vm: str, *, days: int) -> messages.VmUsage:
+        self.calls.append(("usage", vm, days))
+        if vm not in KNOWN_VMS:
+            raise VmNotFound(f"no VM is called {vm!r}")
+        start = 1_790_000_000.0
+        gap = messages.UsageSpan(start=start, end=start + 7200, is_gap=True, unknown_s=7200)
+        ran = messages.UsageSpan(
+            start=start + 7200,
+            end=start + 14400,
+            off_s=1800,
+            running_s=3600,
+            unknown_s=1800,
+            cpu_percent=2.25,
+            cpu_percent_max=50.0,
+            disk_bytes_per_s_max=2048.0,
+            read_bytes=1 << 20,
+            requests=3,
+        )
+        return messages.VmUsage(
+            vm=vm, vm_id="a" * 32, state="off", last_open=start, last_io=None, domains=["dom"], spans=[gap, ran]
+        )
+
     async def status(self) -> messages.Status:
         finding = messages.Finding(severity="problem", subject="store", message="gone; bring it back")
         return messages.Status(

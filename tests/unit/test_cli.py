@@ -141,6 +141,21 @@ def test_ls(run: Run, start_daemon: StartDaemon) -> None:
     assert run("ls", os.fsdecode(b"bad\xff")).code == ExitCode.NOT_FOUND
 
 
+def test_usage(run: Run, start_daemon: StartDaemon) -> None:
+    start_daemon()
+    found = json.loads(run("usage", "web", "--json").out)
+    assert (found["vm"], found["domains"], len(found["spans"])) == ("web", ["dom"], 2)
+    at = [time_text(1_790_000_000.0 + hours * 3600) for hours in (0, 2, 4)]
+    assert run("usage", "web", "--days", "3").out.splitlines() == [
+        f"web: off, domain dom; by a hypervisor last opened {at[0]}, last read or written -",
+        "FROM\tTO\tOFF\tRAN\tUNKNOWN\tCPU\tCPU MAX\tREAD\tWRITTEN\tDISK MAX\tNETWORK\tNETWORK MAX",
+        f"{at[0]}\t{at[1]}\tgap\tgap\t2.0 h\t-\t-\t-\t-\t-\t-\t-",
+        f"{at[1]}\t{at[2]}\t0.5 h\t1.0 h\t0.5 h\t2.2 %\t50.0 %\t1.0 MiB\t0 B\t2.0 KiB/s\t0 B\t-",
+    ]
+    assert run("usage", "nope").code == ExitCode.NOT_FOUND
+    assert run("usage", "web", "--days", "731").code == ExitCode.USAGE
+
+
 def test_jobs_are_followed_to_their_outcome(run: Run, start_daemon: StartDaemon) -> None:
     start_daemon()
     done = run("backup", "db", "web", "--no-archive")

@@ -144,6 +144,18 @@ async def test_the_socket_is_private(socket_path: Path) -> None:
     assert list(socket_path.parent.iterdir()) == []
 
 
+async def test_usage(socket_path: Path) -> None:
+    async with open_fake_daemon(socket_path) as target:
+        found = await ask(socket_path, lambda client: client.usage("web", days=30))
+        assert ("usage", "web", 30) in target.calls
+        assert (found.vm, found.state, [span.is_gap for span in found.spans]) == ("web", "off", [True, False])
+        with pytest.raises(errors.VmNotFound, match="no VM is called 'x&y/z'"):
+            await ask(socket_path, lambda client: client.usage("x&y/z", days=1))
+        for days in (0, -1, 731, 10**30):
+            with pytest.raises(errors.ConfigError, match="days must be"):
+                await ask(socket_path, lambda client, days=days: client.usage("web", days=days))
+
+
 async def test_errors_keep_their_class_and_message(socket_path: Path) -> None:
     async with open_fake_daemon(socket_path) as target:
         with pytest.raises(errors.VmNotFound, match="no VM is called 'x&y/z'"):

@@ -1,4 +1,4 @@
-"""The catalog: VMs, jobs and accesses in one SQLite database; schema.sql describes it.
+"""The catalog: VMs, jobs, accesses and usage in one SQLite database; schema.sql and schema_2.sql describe it.
 
 Purpose: history and usage that outlive the daemon.  Nothing in it is needed to serve or recall a byte, so a damaged
 catalog is set aside and begun anew rather than stopping the mount.  Blocking and thread-safe by a lock of its own;
@@ -12,19 +12,24 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from vmfs_stub.catalog import usage_rows
+from vmfs_stub.catalog.usage_rows import LastUse
 from vmfs_stub.core.errors import NoSpace, PrimaryIOError, UnknownFormat
 from vmfs_stub.core.ids import JobId, VmId
 from vmfs_stub.core.names import printable
 from vmfs_stub.core.sites import PLAIN, FileCalls
+from vmfs_stub.core.usage import HOUR_S, Reading, Sample
 
-SCHEMA_VERSION = 1
+_SCHEMAS = ("schema.sql", "schema_2.sql")
+"""What each version added, and made: a catalog of an older one gets what it lacks."""
+SCHEMA_VERSION = len(_SCHEMAS)
 _BUSY_TIMEOUT_S = 10.0
 _ACCESS_ROWS_PER_DISK = 32
 """Executables and users remembered per disk: any user who may read a disk could otherwise add rows without end."""
@@ -41,6 +46,8 @@ _DAMAGED = frozenset(
         sqlite3.SQLITE_READONLY,  # the file says that it is of a later format; a filesystem's refusal comes again
     }
 )
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -205,12 +212,70 @@ class Catalog:
         rows = self._read("SELECT vm, disk, max(opened) FROM access GROUP BY vm, disk")
         return {(VmId(row[0]), row[1]): row[2] for row in rows}
 
+    # Usage
+
+    def add_samples(
+        self,
+        samples: Iterable[tuple[VmId, Sample]],
+        *,
+        readings: Mapping[str, Reading] | None = None,
+        uses: Mapping[VmId, LastUse] | None = None,
+    ) -> None:
+        """Record samples, and with them, in one transaction, the newest readings by domain and last uses.
+
+        Readings that are not given are forgotten; None leaves them as they are.  A sample that cannot be is left out.
+        """
+        with self._write() as connection:
+            usage_rows.add_samples(connection, samples)
+            usage_rows.record_uses(connection, uses or {})
+            if readings is not None:
+                usage_rows.set_readings(connection, readings)
+
+    def samples(self, vm_id: VmId, *, since_s: float, until_s: float) -> list[Sample]:
+        """The samples of a VM that reach into this time, in order; they never overlap."""
+        parameters = {"vm": vm_id, "since": usage_rows.ms(since_s), "until": usage_rows.ms(until_s)}
+        return self._usage(usage_rows.samples_of, usage_rows.SAMPLES, parameters).get(vm_id, [])
+
+    def all_samples(self, since_s: float, *, resolution_s: float = HOUR_S) -> dict[VmId, list[Sample]]:
+        """The samples of every VM that end after ``since_s``, in order; finer ones are merged to ``resolution_s``.
+
+        Those in which a VM was off all the time are merged by the day.  A VM of which there are none is left out.
+        """
+        parameters = {"since": usage_rows.ms(since_s), "resolution": usage_rows.ms(resolution_s)}
+        return self._usage(
+            lambda rows: usage_rows.samples_of(usage_rows.without_repetition(rows)), usage_rows.ALL_SAMPLES, parameters
+        )
+
+    def readings(self) -> dict[str, Reading]:
+        """What was last read of each domain, by its UUID."""
+        return self._usage(usage_rows.readings_of, usage_rows.READINGS, {})
+
+    def last_uses(self) -> dict[VmId, LastUse]:
+        """When hypervisors last used each VM, as far as the mount saw it."""
+        return self._usage(usage_rows.uses_of, usage_rows.USES, {})
+
+    def roll_samples(self, now: float) -> None:
+        """Merge samples that are old, and forget those that are too old; to be called about once an hour."""
+        with self._write() as connection:
+            usage_rows.roll_samples(connection, now)
+
+    def forget_samples(self, *, after_s: float) -> None:
+        """Remove samples that end after this time, and set later uses to it: a clock that is set back was wrong."""
+        with self._write() as connection:
+            usage_rows.forget_samples(connection, after_s)
+
+    def _usage(self, read: Callable[[list[tuple[Any, ...]]], T], query: str, parameters: Mapping[str, Any]) -> T:
+        try:
+            return read(self._read(query, parameters))
+        except (ValueError, TypeError, OverflowError) as exc:
+            raise PrimaryIOError(f"what the catalog {self._path} knows of usage is damaged: {exc}") from exc
+
     @contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:
         with self._lock, _translated(self._path), self._connection:
             yield self._connection
 
-    def _read(self, query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    def _read(self, query: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
         with self._lock, _translated(self._path):
             return self._connection.execute(query, parameters).fetchall()
 
@@ -251,10 +316,11 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         damage.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
         raise damage
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version == 0:
-        schema = resources.files("vmfs_stub.catalog").joinpath("schema.sql").read_text(encoding="utf-8")
-        connection.executescript(f"BEGIN;\n{schema}\nCOMMIT;")
-    elif version != SCHEMA_VERSION:
+    if 0 <= version <= SCHEMA_VERSION:
+        for name in _SCHEMAS[version:]:
+            schema = resources.files("vmfs_stub.catalog").joinpath(name).read_text(encoding="utf-8")
+            connection.executescript(f"BEGIN;\n{schema}\nCOMMIT;")
+    else:
         raise UnknownFormat(
             f"{path} was written by another version (schema {version}, this one knows {SCHEMA_VERSION}); upgrade "
             "vmfs-stub, or move the file away to begin a new catalog"

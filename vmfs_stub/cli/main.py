@@ -33,6 +33,7 @@ from vmfs_stub.cli import (
     status,
     store_keys,
     unmount,
+    usage,
     verify,
 )
 from vmfs_stub.cli.command_list import CommandList
@@ -56,6 +57,7 @@ app.command("mount")(mount.mount)
 app.command("unmount")(unmount.unmount)
 app.command("leave")(leave.leave)
 app.command("ls")(ls.ls)
+app.command("usage")(usage.usage)
 app.command("backup")(backup.backup)
 app.command("archive")(archive.archive)
 app.command("recall")(recall.recall)

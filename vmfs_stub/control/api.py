@@ -35,6 +35,7 @@ from vmfs_stub.services.adoption_choice import Told
 PEER_KEY = "vmfs_stub.peer"
 REQUEST_BYTES_MAX = 16 << 20
 WAIT_S_MAX = 10.0
+USAGE_DAYS_MAX = 730
 
 DISKS = TypeAdapter(list[messages.DiskRow])
 JOBS = TypeAdapter(list[messages.JobInfo])
@@ -60,6 +61,7 @@ class ControlApi:
         get, post = ["GET"], ["POST"]
         routes: list[tuple[str, Endpoint, list[str]]] = [
             ("/v1/disks", self._disks, get),
+            ("/v1/usage", self._usage, get),
             ("/v1/status", self._status, get),
             ("/v1/hold", self._hold, post),
             ("/v1/unhold", self._unhold, post),
@@ -113,6 +115,12 @@ class ControlApi:
     async def _disks(self, request: Request) -> Response:
         rows = await self._target.list_disks(request.query_params.get("vm"))
         return Response(DISKS.dump_json(rows), media_type="application/json")
+
+    async def _usage(self, request: Request) -> Response:
+        vm = request.query_params.get("vm")
+        if vm is None:
+            raise ConfigError("name a VM")
+        return _json(await self._target.vm_usage(vm, days=_days(request)))
 
     async def _status(self, request: Request) -> Response:
         return _json(await self._target.status())
@@ -174,6 +182,15 @@ def _wait_s(request: Request) -> float:
     if not 0 <= wait_s <= WAIT_S_MAX:
         raise ConfigError(f"wait_s must be a number from 0 to {WAIT_S_MAX:g}")
     return wait_s
+
+
+def _days(request: Request) -> int:
+    """How many days are asked for.  Raises ConfigError."""
+    text = request.query_params.get("days", "14")
+    days = int(text) if text.isascii() and text.isdigit() and len(text) <= len(str(USAGE_DAYS_MAX)) else 0
+    if not 1 <= days <= USAGE_DAYS_MAX:
+        raise ConfigError(f"days must be a whole number from 1 to {USAGE_DAYS_MAX}")
+    return days
 
 
 def _logged(request: Request, command: str, vms: Sequence[str] = (), **options: bool) -> Peer:

@@ -110,6 +110,11 @@ class ControlClient:
         query = "" if vm is None else "?" + urlencode({"vm": vm}, errors="replace")
         return self._parsed(_DISKS, self._send("GET", f"/v1/disks{query}"))
 
+    def usage(self, vm: str, *, days: int) -> messages.VmUsage:
+        """How a VM was used in the last ``days``."""
+        query = urlencode({"vm": vm, "days": days}, errors="replace")
+        return self._parsed(TypeAdapter(messages.VmUsage), self._send("GET", f"/v1/usage?{query}"))
+
     def status(self) -> messages.Status:
         """What the daemon knows about itself."""
         return self._parsed(TypeAdapter(messages.Status), self._send("GET", "/v1/status"))

@@ -50,6 +50,42 @@ class DiskRow(_Message):
     last_access: float | None
 
 
+class UsageSpan(_Message):
+    """How a VM was used from ``start`` to ``end``; ``is_gap``: nobody looked, and none of the rest is known.
+
+    ``unknown_s`` is what is neither known as off nor as running; rates of None are unknown, CPU in percent of one
+    processor, ``cpu_percent`` of the time that it ran.
+    """
+
+    start: float
+    end: float
+    is_gap: bool = False
+    off_s: float = 0.0
+    running_s: float = 0.0
+    unknown_s: float = 0.0
+    cpu_percent: float | None = None
+    cpu_percent_max: float | None = None
+    disk_bytes_per_s_max: float | None = None
+    network_bytes_per_s_max: float | None = None
+    read_bytes: int = 0
+    written_bytes: int = 0
+    requests: int = 0
+    network_bytes: int = 0
+
+
+class VmUsage(_Message):
+    """`usage VM --json`: what the VM does now, when a hypervisor last used it, and how it was used, oldest first."""
+
+    vm: Shown
+    vm_id: str
+    state: str
+    state_since: float | None = None
+    last_open: float | None = None
+    last_io: float | None = None
+    domains: list[Shown] = []
+    spans: list[UsageSpan] = []
+
+
 class DaemonStatus(_Message):
     """The daemon's process; ``recalled_*`` count raw bytes since it started, of whole chunks.
 

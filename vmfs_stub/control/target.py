@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from vmfs_stub.control.messages import DiskRow, JobInfo, Status
+from vmfs_stub.control.messages import DiskRow, JobInfo, Status, VmUsage
 from vmfs_stub.control.peer import Peer
 from vmfs_stub.core.ids import JobId
 from vmfs_stub.services.adoption_choice import Told
@@ -39,6 +39,14 @@ class DatastoreTarget(Protocol):
 
         Raises InUse, and changes nothing, while disks are open and ``force`` is false.
         """
+        ...
+
+
+class UsageTarget(Protocol):
+    """How VMs are used."""
+
+    async def vm_usage(self, vm: str, *, days: int) -> VmUsage:
+        """Of one VM, for so many days until now; raises VmNotFound, AmbiguousName, PrimaryIOError."""
         ...
 
 
@@ -73,5 +81,5 @@ class JobTarget(Protocol):
         ...
 
 
-class ControlTarget(DatastoreTarget, JobTarget, Protocol):
-    """Both: what the daemon implements."""
+class ControlTarget(DatastoreTarget, UsageTarget, JobTarget, Protocol):
+    """All: what the daemon implements."""

@@ -31,6 +31,7 @@ from vmfs_stub.mount.nodes import ROOT, DirectoryHandle, FileHandle, HandleTable
 from vmfs_stub.mount.runner import Runner
 from vmfs_stub.mount.settings import MountSettings
 from vmfs_stub.mount.xattrs import Xattrs
+from vmfs_stub.services.mount_usage import MountUsage
 
 _REMOVED_TIMEOUT_S: Final = 30
 
@@ -43,9 +44,20 @@ class Filesystem:
     """
 
     def __init__(
-        self, backing: Path, *, disks: Disks[DiskT], threads: FileThreads, files: FileCalls, settings: MountSettings
+        self,
+        backing: Path,
+        *,
+        disks: Disks[DiskT],
+        threads: FileThreads,
+        files: FileCalls,
+        settings: MountSettings,
+        usage: MountUsage | None = None,
     ) -> None:
-        """Open the backing directory, whose private directory must exist by now if there is to be one."""
+        """Open the backing directory, whose private directory must exist by now if there is to be one.
+
+        ``usage`` is told of what hypervisors do with the disks.
+        """
+        self._usage = usage or MountUsage(())
         self._disks: PathDisks = disks
         self._open_disk = opener(disks)
         self._run = Runner(threads, files)
@@ -210,7 +222,7 @@ class Filesystem:
             raise OSError(errno.ENXIO, "not a regular file")
         caller = identify(pid=requester.pid, uid=requester.uid)
         opened = await self._open_disk(node.fd, flags & os.O_ACCMODE != os.O_RDONLY, caller)
-        return self.handles.add_file(FileHandle(node, opened, requester))
+        return self.handles.add_file(FileHandle(node, opened, requester, self._usage.opened(node.ino, caller)))
 
     async def create(self, parent: int, name: bytes, mode: int, flags: int, owner: Requester) -> tuple[int, Attributes]:
         """Make and open a regular file: handle and attributes, one lookup counted.
@@ -235,12 +247,18 @@ class Filesystem:
 
     async def read(self, handle: int, offset: int, size: int) -> bytes | bytearray:
         """Read; short only at end of file."""
-        return await self.handles.files[handle].opened.disk.read(offset, size)
+        file = self.handles.files[handle]
+        file.use.requests += 1
+        data = await file.opened.disk.read(offset, size)
+        file.use.read_bytes += len(data)
+        return data
 
     async def write(self, handle: int, offset: int, data: bytes) -> int:
         """Write all of ``data``."""
         file = self.handles.files[handle]
+        file.use.requests += 1
         written = await file.opened.disk.write(offset, data)
+        file.use.written_bytes += written
         if file.node.has_setid:
             await self._clear_setid(file.node, file.requester)
         return written
@@ -252,7 +270,10 @@ class Filesystem:
     async def release(self, handle: int) -> None:
         """Close a file."""
         file = self.handles.files.pop(handle)
-        await file.opened.release()
+        try:
+            await file.opened.release()
+        finally:
+            self._usage.closed(file.node.ino, file.use)
 
     # Directories
 

@@ -21,6 +21,7 @@ from typing import Final
 
 from vmfs_stub.mount.attributes import Requester
 from vmfs_stub.mount.disks import OpenedDisk
+from vmfs_stub.services.mount_usage import IoCount
 
 ROOT: Final = 1
 NODES_SHARE: Final = 0.5
@@ -63,11 +64,12 @@ class Node:
 
 @dataclass(slots=True, eq=False)
 class FileHandle:
-    """One open of a regular file, by ``requester``."""
+    """One open of a regular file, by ``requester``; ``use`` counts what is done with it."""
 
     node: Node
     opened: OpenedDisk
     requester: Requester
+    use: IoCount
 
 
 @dataclass(slots=True, eq=False)

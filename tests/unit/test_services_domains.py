@@ -1,0 +1,134 @@
+"""Which domain is which VM, whatever way a domain names its images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_hypervisor import domain
+
+from vmfs_stub.core.ids import VmId
+from vmfs_stub.core.sites import FileCalls
+from vmfs_stub.inventory.domain import Domain
+from vmfs_stub.inventory.vm import Vm, VmFile
+from vmfs_stub.services.domains import Domains, Links
+
+WEB, DB, BASE = VmId("a" * 32), VmId("b" * 32), VmId("c" * 32)
+VMS = (
+    Vm(WEB, "web", "web", True, (VmFile("web/disk.raw", "disk.raw", 1, 1), VmFile("web/nvram", "nvram", 1, 2))),
+    Vm(DB, "db", "db.qcow2", False, (VmFile("db.qcow2", "db.qcow2", 1, 3),)),
+    Vm(BASE, "base", "base.qcow2", False, (VmFile("base.qcow2", "base.qcow2", 1, 4),)),
+)
+
+
+class Asked(FileCalls):
+    """Remembers which paths were looked at."""
+
+    def __init__(self) -> None:
+        self.paths: list[str] = []
+
+    def call(self, site: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        self.paths.append(args[0])
+        return function(*args, **kwargs)
+
+
+class Host:
+    """A backing directory, and a mountpoint at which nothing is mounted: nobody may look below it."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self.backing = base / "backing"
+        self.mountpoint = base / "real" / "vms"
+        self.asked = Asked()
+        (self.backing / "web").mkdir(parents=True)
+        self.mountpoint.mkdir(parents=True)
+        for vm in VMS:
+            for file in vm.files:
+                (self.backing / file.path).touch()
+
+    def link(self, *domains: Domain, mountpoint: Path | None = None) -> Links:
+        found = Domains(backing=self.backing, files=self.asked).link(
+            VMS, domains, mountpoint=mountpoint or self.mountpoint
+        )
+        below = f"{self.mountpoint}/"
+        assert not [path for path in self.asked.paths if path.startswith(below)]
+        return found
+
+    def owners(self, *paths: Path, mountpoint: Path | None = None) -> tuple[VmId, ...]:
+        one = domain("one", *paths)
+        return self.link(one, mountpoint=mountpoint).vm_of(one.uuid)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+def test_a_disk_is_the_vm_that_has_the_file(host: Host) -> None:
+    web, db = domain("web", host.mountpoint / "web/disk.raw"), domain("db", host.mountpoint / "db.qcow2")
+    links = host.link(web, db, domain("elsewhere", Path("/dev/sda")))
+    assert (links.of(WEB), links.of(DB), links.of(BASE)) == ((web,), (db,), ())
+    assert links.vm_of(web.uuid) == (WEB,)
+    assert links.vm_of(domain("elsewhere").uuid) == ()
+
+
+def test_nvram_backing_images_and_files_not_seen_yet_count(host: Host) -> None:
+    one = replace(domain("one"), nvram=host.mountpoint / "web/nvram")
+    assert host.link(one).vm_of(one.uuid) == (WEB,)
+    assert host.owners(host.mountpoint / "web/snapshots/new.qcow2") == (WEB,)
+    assert host.owners(host.mountpoint / "new.qcow2") == ()
+    based = domain("one", host.mountpoint / "db.qcow2")
+    based = replace(based, disks=(replace(based.disks[0], backing=(host.mountpoint / "base.qcow2",)),))
+    assert host.link(based).vm_of(based.uuid) == (DB, BASE)
+
+
+def test_several_domains_and_several_vms_are_listed(host: Host) -> None:
+    first, second = (domain(name, host.mountpoint / "web/disk.raw", host.mountpoint / "db.qcow2") for name in "ab")
+    links = host.link(first, second)
+    assert links.of(WEB) == links.of(DB) == (first, second)
+    assert links.vm_of(first.uuid) == (WEB, DB)
+
+
+def test_symlinks_outside_are_followed(host: Host) -> None:
+    (host.base / "pool").symlink_to("real/vms")
+    (host.base / "images").symlink_to(host.base / "pool")
+    (host.base / "one.raw").symlink_to(host.base / "images/../vms/web/disk.raw")
+    for path in ("pool/web/disk.raw", "images/web/disk.raw", "one.raw", "real/../pool/./web//disk.raw"):
+        assert host.owners(Path(f"{host.base}/{path}")) == (WEB,), path
+
+
+def test_symlinks_below_the_mountpoint_are_followed_there(host: Host) -> None:
+    (host.backing / "relative").symlink_to("web/disk.raw")
+    (host.backing / "absolute").symlink_to(host.mountpoint / "db.qcow2")
+    (host.backing / "web/up").symlink_to("../db.qcow2")
+    (host.backing / "out").symlink_to("../outside")
+    (host.base / "real/outside").symlink_to(host.mountpoint / "web/disk.raw")
+    found = [host.owners(host.mountpoint / name) for name in ("relative", "absolute", "web/up", "out")]
+    assert found == [(WEB,), (DB,), (DB,), (WEB,)]
+
+
+def test_the_mountpoint_may_be_named_by_a_symlink(host: Host) -> None:
+    (host.base / "link").symlink_to("real")
+    named = host.base / "link/vms"
+    assert host.owners(host.mountpoint / "web/disk.raw", mountpoint=named) == (WEB,)
+    assert host.owners(named / "web/disk.raw", mountpoint=named) == (WEB,)
+    assert host.owners(named / "web/disk.raw") == (WEB,)
+
+
+def test_what_leads_nowhere_is_no_link(host: Host) -> None:
+    (host.base / "loop").symlink_to("loop")
+    (host.base / "gone").symlink_to("nowhere")
+    for path in (host.base / "loop/x", host.base / "gone", Path("relative/disk.raw"), host.mountpoint, Path("/")):
+        assert host.owners(path) == (), path
+    assert host.owners(host.base / "real/vmsx/web/disk.raw") == ()
+
+
+def test_each_link_is_read_once(host: Host) -> None:
+    many = [domain(f"d{number}", host.mountpoint / f"web/{number}.raw") for number in range(50)]
+    host.link(*many)
+    assert len(host.asked.paths) == len(set(host.asked.paths))
+    assert os.fspath(host.backing / "web") in host.asked.paths
