@@ -12,7 +12,7 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
@@ -20,11 +20,23 @@ from pathlib import Path
 from typing import Any
 
 from vmfs_stub.core.errors import NoSpace, PrimaryIOError, UnknownFormat
+from vmfs_stub.core.forecast import FreeSpace
 from vmfs_stub.core.ids import JobId, VmId
 from vmfs_stub.core.names import printable
 from vmfs_stub.core.sites import PLAIN, FileCalls
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_MIGRATIONS: Mapping[int, tuple[str, ...]] = {
+    1: (
+        "ALTER TABLE vms ADD COLUMN last_point REAL",
+        "ALTER TABLE vms ADD COLUMN last_archived REAL",
+        "ALTER TABLE vms ADD COLUMN last_recalled REAL",
+        "CREATE TABLE free_space (at REAL PRIMARY KEY, free_bytes INTEGER NOT NULL) STRICT, WITHOUT ROWID",
+        "CREATE TABLE due (name TEXT PRIMARY KEY) STRICT, WITHOUT ROWID",
+        "INSERT INTO due (name) VALUES ('rebuild')",
+    ),
+}
+"""What makes of each earlier schema the next one; at the end a catalog is as schema.sql describes it."""
 _BUSY_TIMEOUT_S = 10.0
 _ACCESS_ROWS_PER_DISK = 32
 """Executables and users remembered per disk: any user who may read a disk could otherwise add rows without end."""
@@ -47,12 +59,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class KnownVm:
-    """A VM that was met; times in seconds since the epoch."""
+    """A VM that was met; times in seconds since the epoch, None where it is not known, or never was.
+
+    ``last_point`` is when its newest restore point was made, ``last_archived`` when it last became a placeholder,
+    ``last_recalled`` when a disk of it last was an ordinary file again.
+    """
 
     id: VmId
     name: str
     first_seen: float
     last_seen: float
+    last_point: float | None = None
+    last_archived: float | None = None
+    last_recalled: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +101,16 @@ class Access:
 
 
 class Catalog:
-    """The open catalog; close it when the last user is gone."""
+    """The open catalog; close it when the last user is gone.
 
-    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+    Attributes: ``is_new`` when it was not there, ``was_damaged`` when what was there was set aside.
+    """
+
+    def __init__(
+        self, connection: sqlite3.Connection, path: Path, *, is_new: bool = False, was_damaged: bool = False
+    ) -> None:
+        self.is_new = is_new
+        self.was_damaged = was_damaged
         self._connection = connection
         self._path = path
         self._lock = threading.Lock()
@@ -95,16 +121,18 @@ class Catalog:
 
         Jobs that were running are marked interrupted.  Raises PrimaryIOError, NoSpace, UnknownFormat.
         """
+        was_damaged = False
         with _translated(path):
             try:
-                connection = files.call("catalog.open", _connect, path)
+                connection, is_new = files.call("catalog.open", _connect, path)
             except (sqlite3.DatabaseError, UnicodeDecodeError) as exc:
                 if not _is_damage(exc):
                     raise
                 aside = files.call("catalog.set_aside", _set_aside, path)
                 log.warning("%s is damaged (%s): kept as %s, begun anew; usage history is lost", path, exc, aside)
-                connection = files.call("catalog.open", _connect, path)
-        return cls(connection, path)
+                connection, is_new = files.call("catalog.open", _connect, path)
+                was_damaged = True
+        return cls(connection, path, is_new=is_new, was_damaged=was_damaged)
 
     @classmethod
     def in_memory(cls) -> Catalog:
@@ -113,7 +141,7 @@ class Catalog:
         with _translated(path):
             connection = sqlite3.connect(":memory:", check_same_thread=False)
             _prepare(connection, path)
-        return cls(connection, path)
+        return cls(connection, path, is_new=True)
 
     def close(self) -> None:
         """Close the database; the object cannot be used afterwards."""
@@ -131,8 +159,67 @@ class Catalog:
 
     def known_vms(self) -> list[KnownVm]:
         """Every VM ever met, by name."""
-        rows = self._read("SELECT id, name, first_seen, last_seen FROM vms ORDER BY name, id")
+        rows = self._read(
+            "SELECT id, name, first_seen, last_seen, last_point, last_archived, last_recalled FROM vms "
+            "ORDER BY name, id"
+        )
         return [KnownVm(VmId(row[0]), *row[1:]) for row in rows]
+
+    def record_facts(
+        self,
+        vm_id: VmId,
+        *,
+        last_point: float | None = None,
+        last_archived: float | None = None,
+        last_recalled: float | None = None,
+    ) -> None:
+        """Record what happened to a VM that `see_vms` knows; a later time replaces an earlier one, None none."""
+        found = {"last_point": last_point, "last_archived": last_archived, "last_recalled": last_recalled}
+        with self._write() as connection:
+            for column, time_s in found.items():
+                if time_s is not None:
+                    connection.execute(
+                        f"UPDATE vms SET {column} = max(coalesce({column}, :time), :time) WHERE id = :id",
+                        {"id": vm_id, "time": time_s},
+                    )
+
+    def points_seen(self) -> dict[VmId, float]:
+        """When the newest known restore point of each VM that has one was made."""
+        rows = self._read("SELECT id, last_point FROM vms WHERE last_point IS NOT NULL")
+        return {VmId(row[0]): row[1] for row in rows}
+
+    def recalls_seen(self) -> dict[VmId, float]:
+        """When a disk of each VM last was an ordinary file again, of those of which that is known."""
+        rows = self._read("SELECT id, last_recalled FROM vms WHERE last_recalled IS NOT NULL")
+        return {VmId(row[0]): row[1] for row in rows}
+
+    @property
+    def is_rebuild_due(self) -> bool:
+        """Whether facts about VMs are to be taken from store and primary: so it is until `rebuilt`."""
+        return bool(self._read("SELECT 1 FROM due WHERE name = 'rebuild'"))
+
+    def rebuilt(self) -> None:
+        """All facts were taken."""
+        with self._write() as connection:
+            connection.execute("DELETE FROM due WHERE name = 'rebuild'")
+
+    def last_done(self, kinds: Collection[str]) -> float | None:
+        """When the last job of one of these kinds that was done came to its end."""
+        marks = ", ".join("?" * len(kinds))
+        query = f"SELECT max(ended) FROM jobs WHERE state = 'done' AND kind IN ({marks})"
+        ((ended,),) = self._read(query, tuple(kinds))
+        return None if ended is None else float(ended)
+
+    def record_free_space(self, free_bytes: int, *, now: float, oldest: float) -> None:
+        """Record how much of primary is free now; what was recorded before ``oldest`` is forgotten."""
+        with self._write() as connection:
+            connection.execute("INSERT OR REPLACE INTO free_space (at, free_bytes) VALUES (?, ?)", (now, free_bytes))
+            # What a clock that was wrong left in the future would otherwise stay for ever.
+            connection.execute("DELETE FROM free_space WHERE at < ? OR at > ?", (oldest, now))
+
+    def free_space(self) -> list[FreeSpace]:
+        """What was recorded, oldest first."""
+        return [FreeSpace(*row) for row in self._read("SELECT at, free_bytes FROM free_space ORDER BY at")]
 
     def start_job(self, job_id: JobId, *, kind: str, vms: Sequence[str], caller_uid: int, now: float) -> None:
         """Record a job that begins."""
@@ -229,20 +316,22 @@ def _job_of(row: Sequence[Any]) -> JobRecord:
     )
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def _connect(path: Path) -> tuple[sqlite3.Connection, bool]:
+    """The database, and whether it was made just now."""
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
     connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False)
     try:
-        _prepare(connection, path)
+        is_new = _prepare(connection, path)
         with connection:
             connection.execute("UPDATE jobs SET state = 'interrupted' WHERE state = 'running'")
     except BaseException:
         connection.close()
         raise
-    return connection
+    return connection, is_new
 
 
-def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+def _prepare(connection: sqlite3.Connection, path: Path) -> bool:
+    """Check the database, and bring it to this version; whether it was empty."""
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = NORMAL")
     (check,) = connection.execute("PRAGMA quick_check(1)").fetchone()
@@ -254,11 +343,19 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     if version == 0:
         schema = resources.files("vmfs_stub.catalog").joinpath("schema.sql").read_text(encoding="utf-8")
         connection.executescript(f"BEGIN;\n{schema}\nCOMMIT;")
+    elif version in _MIGRATIONS:
+        with connection:
+            connection.execute("BEGIN")
+            for number in range(version, SCHEMA_VERSION):
+                for statement in _MIGRATIONS[number]:
+                    connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     elif version != SCHEMA_VERSION:
         raise UnknownFormat(
             f"{path} was written by another version (schema {version}, this one knows {SCHEMA_VERSION}); upgrade "
             "vmfs-stub, or move the file away to begin a new catalog"
         )
+    return bool(version == 0)
 
 
 def _set_aside(path: Path) -> Path:

@@ -3,14 +3,17 @@
 -- Nothing here is needed to bring bytes back: a lost catalog costs history and usage, never data.  It is written by
 -- one process, the daemon that holds the datastore's lock.  All times are seconds since the epoch (REAL).
 
-PRAGMA user_version = 1;
+PRAGMA user_version = 2;
 
 -- VMs that an inventory scan has met.
 CREATE TABLE vms (
     id          TEXT PRIMARY KEY CHECK (length(id) = 32),   -- VmId
     name        TEXT NOT NULL,                              -- the newest name, printable
     first_seen  REAL NOT NULL,
-    last_seen   REAL NOT NULL                               -- a VM that is gone keeps its row
+    last_seen   REAL NOT NULL,                              -- a VM that is gone keeps its row
+    last_point     REAL,                                    -- when its newest restore point was made; NULL: none is known
+    last_archived  REAL,                                    -- when it was last made a placeholder
+    last_recalled  REAL                                     -- when a disk of it last became an ordinary file again
 ) STRICT, WITHOUT ROWID;
 
 -- Jobs: backup, archive, recall.
@@ -37,3 +40,16 @@ CREATE TABLE access (
     opened      REAL NOT NULL,
     PRIMARY KEY (vm, disk, executable, uid)
 ) STRICT, WITHOUT ROWID;
+
+-- How much of primary was free, about once an hour, for as long as it tells when primary will be full.
+CREATE TABLE free_space (
+    at          REAL PRIMARY KEY,
+    free_bytes  INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+
+-- What is still to be done to the catalog itself: 'rebuild' while facts about VMs are to be taken from store and primary.
+CREATE TABLE due (
+    name        TEXT PRIMARY KEY
+) STRICT, WITHOUT ROWID;
+
+INSERT INTO due (name) VALUES ('rebuild');
