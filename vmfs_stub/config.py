@@ -7,6 +7,7 @@ path that it names: whether a directory exists is asked by ``init``, ``doctor`` 
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import tomllib
@@ -246,6 +247,33 @@ class ControlConfig(_Section):
         return None if value is None else _absolute(value)
 
 
+class MonitoringConfig(_Section):
+    """What is told of this datastore, and when that is unhealthy; a limit of 0 is none.
+
+    Without ``listen`` metrics are on the control socket alone.  Of more than ``vms_max`` VMs, those beyond share a
+    series.
+    """
+
+    listen: str = ""
+    connections_max: int = Field(default=16, ge=1, le=1024)
+    vms_max: int = Field(default=1000, ge=0, le=100_000)
+    backup_age_max_hours: float = Field(default=0, ge=0, le=876_000)
+    recall_failure_hours: float = Field(default=1, ge=0, le=876_000)
+    free_percent_min: float = Field(default=1, ge=0, lt=100)
+
+    @field_validator("listen")
+    @classmethod
+    def _is_address(cls, value: str) -> str:
+        if value:
+            listen_address(value)
+        return value
+
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """IP address and port to listen on; None where there is none."""
+        return listen_address(self.listen) if self.listen else None
+
+
 class Config(_Section):
     """Everything that can be configured; all paths are absolute, all sizes bytes, all times seconds."""
 
@@ -261,6 +289,7 @@ class Config(_Section):
     primary: PrimaryConfig = PrimaryConfig()
     mount: MountConfig = MountConfig()
     control: ControlConfig = ControlConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
 
     @model_validator(mode="after")
     def _replica_is_another_place(self) -> Config:
@@ -358,7 +387,30 @@ class Config(_Section):
             found.append(
                 "archive.enabled has no effect yet, since idle VMs are not recognised: use `vmfs-stub archive VM`"
             )
+        address = self.monitoring.address
+        if address is not None and not ipaddress.ip_address(address[0]).is_loopback:
+            found.append(
+                f"monitoring.listen is {self.monitoring.listen}: whoever reaches that port sees the names of VMs and "
+                "when they were backed up; nobody is asked who they are"
+            )
         return tuple(found)
+
+
+def listen_address(text: str) -> tuple[str, int]:
+    """IP address and port of ``"127.0.0.1:9640"`` or ``"[::1]:9640"``.  Raises ValueError."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isascii() or not port.isdecimal() or len(port) > 5 or not 1 <= int(port) <= 65535:
+        raise ValueError('must be an IP address and a port from 1 to 65535, as in "127.0.0.1:9640" or "[::1]:9640"')
+    is_bracketed = host.startswith("[") and host.endswith("]")
+    try:
+        address = ipaddress.ip_address(host[1:-1] if is_bracketed else host)
+    except ValueError:
+        raise ValueError(
+            f"{host!r} is no IP address (names are not looked up): write one, as in 127.0.0.1:9640 or [::1]:9640"
+        ) from None
+    if is_bracketed != (address.version == 6) or "%" in host:
+        raise ValueError("an IPv6 address, and no other, is written in brackets and without a zone, as in [::1]:9640")
+    return str(address), int(port)
 
 
 def refuse_nesting(paths: dict[str, Path]) -> None:
@@ -381,6 +433,11 @@ def config_path(option: Path | None) -> Path:
 
 def load_config(path: Path) -> Config:
     """Read and validate ``path``; raises ConfigError with file, line and key of everything that is wrong."""
+    return parse_config(read_config_text(path), origin=str(path))
+
+
+def read_config_text(path: Path) -> str:
+    """What the file says, not yet validated.  Raises ConfigError."""
     try:
         with path.open("rb") as file:
             raw = file.read(CONFIG_BYTES_MAX + 1)
@@ -393,7 +450,7 @@ def load_config(path: Path) -> Config:
         raise ConfigError(f"{path}: cannot be read: {exc}") from exc
     if len(raw) > CONFIG_BYTES_MAX:
         raise ConfigError(f"{path}: larger than {CONFIG_BYTES_MAX} bytes: not a configuration")
-    return parse_config(text, origin=str(path))
+    return text
 
 
 def parse_config(text: str, *, origin: str) -> Config:
@@ -417,13 +474,18 @@ def parse_config(text: str, *, origin: str) -> Config:
 
 def _describe(loc: tuple[int | str, ...], kind: str, message: str, text: str, origin: str) -> str:
     keys = [str(part) for part in loc]
-    line = _line_of(keys, text)
-    where = f"{origin}:{line}" if line else origin
+    where = place_of(keys, text, origin)
     if kind == "extra_forbidden":
         message = "no such key (see the commented file that `vmfs-stub init` writes)"
     elif kind == "missing":
         message = "is missing"
     return ": ".join(filter(None, (where, ".".join(keys), message.removeprefix("Value error, "))))
+
+
+def place_of(keys: list[str], text: str, origin: str) -> str:
+    """``origin:line`` of ``section.key`` in the TOML ``text``, or of its section; ``origin`` where neither is plain."""
+    line = _line_of(keys, text)
+    return f"{origin}:{line}" if line else origin
 
 
 def _line_of(keys: list[str], text: str) -> int | None:

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import trio
@@ -23,22 +24,29 @@ import trio
 from vmfs_stub import paced_io
 from vmfs_stub.catalog.catalog import Catalog
 from vmfs_stub.config import Config
-from vmfs_stub.control.jobs import open_jobs
+from vmfs_stub.control.jobs import Jobs, open_jobs
 from vmfs_stub.control.metrics import Metrics
+from vmfs_stub.control.metrics_port import MetricsPort
 from vmfs_stub.control.server import open_control
 from vmfs_stub.core.errors import (
+    ConfigError,
     CorruptStoreObject,
     PrimaryError,
     PrimaryIOError,
+    Refused,
+    StoreDenied,
     StoreError,
     UnknownFormat,
+    VmfsStubError,
 )
 from vmfs_stub.datastore import Datastore
+from vmfs_stub.datastore_metrics import make_metrics
+from vmfs_stub.datastore_rebuild import Rebuild
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.mount.filesystem import Filesystem
 from vmfs_stub.mount.serving import Mount, open_mount
 from vmfs_stub.mount.settings import MountSettings
-from vmfs_stub.mover.client import open_mover
+from vmfs_stub.mover.client import ProcessMover, open_mover
 from vmfs_stub.mover.lock import MoverLock
 from vmfs_stub.mover.messages import MoverSettings
 from vmfs_stub.primary.files import FileCalls, sync_directory, write_fully
@@ -61,9 +69,13 @@ from vmfs_stub.services.replication import ReplicaService
 from vmfs_stub.services.resumption import resume
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.threads import Threads
+from vmfs_stub.settings import Settings, Take
+from vmfs_stub.store.clients import StoreClients
 from vmfs_stub.store.fallback import ReplicatedStore
 from vmfs_stub.store.key_sources import source_of
 from vmfs_stub.store.keyring import decode_seen, look_at
+from vmfs_stub.store.keys import STORE_KEY
+from vmfs_stub.store.objects import ObjectStore
 from vmfs_stub.store.objects_url import StoreAt, open_objects
 from vmfs_stub.store.store import Store
 
@@ -84,19 +96,27 @@ TRANSFER_TIMEOUT_FACTOR = 6
 """A pack is some hundred times a chunk; its transfer may take this many times a short call's limit."""
 
 
-def run(config: Config, *, machine: Machine | None = None, pace: Pace = PACE) -> None:
+def run(config: Config, *, config_path: Path | None = None, machine: Machine | None = None, pace: Pace = PACE) -> None:
     """Serve the datastore until it is unmounted or told to end by a signal.
 
+    The configuration came from ``config_path``, which `reload` reads again; without, it cannot be reloaded.
     ``machine`` and ``pace`` are what others see of this host, for tests.  Raises DatastoreLocked, StoreError,
     PrimaryError, CorruptRecord, UnknownFormat, Refused and ConfigError when it cannot start.
     """
     with single_error():
-        trio.run(_main, config, machine or Machine.this(), pace, strict_exception_groups=True)
+        main = partial(_main, Settings(config, config_path), machine or Machine.this(), pace)
+        trio.run(main, strict_exception_groups=True)
 
 
-async def _main(config: Config, machine: Machine, pace: Pace) -> None:
+async def _main(settings: Settings, machine: Machine, pace: Pace) -> None:
     memory.limit_arenas()
     paced_io.pace.reads_in_steps = False
+    with trio.open_signal_receiver(signal.SIGHUP) as hangups:  # from now on: its default would end the daemon
+        await _serve(settings, machine, pace, hangups)
+
+
+async def _serve(settings: Settings, machine: Machine, pace: Pace, hangups: AsyncIterator[int]) -> None:
+    config = settings.current
     # The kernel tells of a lease that somebody wants broken by this signal, which would end the process; the lease
     # is asked for instead.
     signal.signal(signal.SIGIO, signal.SIG_IGN)
@@ -106,7 +126,7 @@ async def _main(config: Config, machine: Machine, pace: Pace) -> None:
     take_lock(config.lock_path, backing=backing)
     mark = ServingMark.take(backing, config.private_dir, machine=machine, pace=pace)
     with mark.kept(end_at_once):
-        async with _open_datastore(config, OwnCalls(mark)) as stop:
+        async with _open_datastore(settings, OwnCalls(mark), hangups) as stop:
             await stop.wait()
 
 
@@ -131,11 +151,16 @@ def look_at_placeholders(
 
 
 @asynccontextmanager
-async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[trio.Event]:
+async def _open_datastore(
+    settings: Settings, files: FileCalls, hangups: AsyncIterator[int]
+) -> AsyncIterator[trio.Event]:
     """Everything of one datastore; yields the event that is set when it is to end."""
+    config = settings.current
     backing = config.datastore.backing
-    store = open_store(config)
-    replicated = ReplicatedStore.at(store, _store_at(config).replica(config.replica))
+    was_here = config.store_copy_path.exists()
+    clients = StoreClients(*_places(config))
+    store = open_store(config, clients.store)
+    replicated = ReplicatedStore.at(store, _store_at(config).replica(config.replica), objects=clients.replica)
     placeholders, findings, guests, stop = PlaceholderIndex(), Findings(), GuestActivity(), trio.Event()
     private, recovered = look_at_placeholders(config, files, placeholders)
     for subject, error in recovered.findings:
@@ -180,7 +205,7 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
                 services.disks.attributes_changed = mount.attributes_changed
                 services.adopter.appeared = lambda name: mount.name_appeared(os.fsencode(name))
                 datastore = Datastore(
-                    config=config,
+                    settings=settings,
                     threads=threads,
                     inventory=DirectoryInventory(backing, files=files),
                     catalog=catalog,
@@ -197,13 +222,38 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
                     reserve=partial(private.reserve.fill, files),
                     stop=stop,
                 )
+                rebuild = Rebuild(
+                    catalog=catalog,
+                    listing=datastore.listing,
+                    placeholders=placeholders,
+                    threads=threads,
+                    store=store,
+                    findings=findings,
+                    was_lost=catalog.is_new and was_here,
+                    on_done=datastore.monitoring.stir,
+                )
+                follow(
+                    settings,
+                    services=services,
+                    jobs=jobs,
+                    clients=clients,
+                    store=store,
+                    mover=mover,
+                    findings=findings,
+                )
+                metrics = make_metrics(datastore, services, mount, jobs, clients, mover)
                 background.start_soon(datastore.health.watch_store)
+                background.start_soon(datastore.monitoring.run)
+                background.start_soon(rebuild.run)
+                background.start_soon(_reload_on_hangup, settings, hangups, findings)
+                if config.monitoring.address is not None:
+                    background.start_soon(_metrics_port(config, metrics, findings).run)
                 background.start_soon(datastore.replicate)
                 background.start_soon(datastore.listing.record_accesses)
                 background.start_soon(datastore.usage.sampler.run)
                 background.start_soon(services.ender.run)
                 background.start_soon(services.claims.run)
-                background.start_soon(_sync_regularly, services.disks, config.primary.sync_interval_s)
+                background.start_soon(_sync_regularly, services.disks, settings)
                 background.start_soon(_end_on_signal, stop)
                 background.start_soon(_end_with_mount, mount, stop)
                 background.start_soon(resume, recovered, backing, services)
@@ -211,7 +261,7 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
                 with _closing(datastore):
                     async with open_control(
                         datastore,
-                        _metrics(services, mount),
+                        metrics,
                         backing=backing,
                         socket_path=config.socket_path,
                         connections_max=config.control.connections_max,
@@ -251,13 +301,13 @@ async def _open_filesystem(
             await filesystem.aclose()
 
 
-def open_store(config: Config) -> Store:
+def open_store(config: Config, objects: ObjectStore | None = None) -> Store:
     """The configured store; one that is away is taken for what it was when it was last seen.
 
-    Resident disks need no store, so a host must start without it.  Raises StoreError when it was never seen,
-    StoreKeyError, ConfigError, UnknownFormat, CorruptStoreObject.
+    It is asked by way of ``objects``, if given.  Resident disks need no store, so a host must start without it.  Raises
+    StoreError when it was never seen, StoreKeyError, ConfigError, UnknownFormat, CorruptStoreObject.
     """
-    objects, source = open_objects(_store_at(config)), source_of(config.store)
+    objects, source = objects or open_objects(_store_at(config)), source_of(config.store)
     try:
         seen = look_at(objects)
     except StoreError as exc:
@@ -327,10 +377,92 @@ def _index_told(findings: Findings) -> Callable[[PrimaryError | None], None]:
     return tell
 
 
-async def _sync_regularly(disks: Disks, interval_s: float) -> None:
+async def _sync_regularly(disks: Disks, settings: Settings) -> None:
     while True:
-        await trio.sleep(interval_s)
+        await trio.sleep(settings.current.primary.sync_interval_s)
         await disks.sync_dirty()
+
+
+def follow(
+    settings: Settings,
+    *,
+    services: DiskServices,
+    jobs: Jobs,
+    clients: StoreClients,
+    store: Store,
+    mover: ProcessMover,
+    findings: Findings,
+) -> None:
+    """Give everybody who has a value of the configuration the new one when it is reloaded."""
+    slot_bytes = max(_fetch_bytes_max(settings.current), store.chunk_size)
+
+    async def prepare_limits(new: Config) -> Take:
+        limits = _service_settings(new)
+        # What the mover fetches lies in memory whose size was chosen at the start.
+        limits = replace(limits, fetch_bytes_max=min(limits.fetch_bytes_max, slot_bytes))
+
+        def take() -> None:
+            services.apply(limits)
+            jobs.running_max, jobs.kept = new.control.jobs_running_max, new.control.jobs_kept
+            findings.settle("configuration", ConfigError)
+
+        return take
+
+    async def prepare_clients(new: Config) -> Take:
+        places = _places(new)
+        prepared = clients.prepare(*places)
+        for name, objects in (("store", prepared.store), ("replica", prepared.replica)):
+            if objects is not None:
+                await trio.to_thread.run_sync(_refuse_denied, name, objects)
+
+        def take() -> None:
+            if prepared.is_change:
+                prepared.take()
+                mover.ask_like(*places)
+
+        return take
+
+    settings.follow(prepare_limits)
+    settings.follow(prepare_clients)
+
+
+def _refuse_denied(name: str, objects: ObjectStore) -> None:
+    """Raise ConfigError when new credentials are refused; a place that is away may accept them when it is back."""
+    try:
+        objects.size(STORE_KEY)
+    except StoreDenied as exc:
+        raise ConfigError(f"the credentials in [{name}] are refused ({exc}); nothing was changed") from exc
+    except StoreError as exc:
+        log.warning("whether the %s takes the new credentials cannot be told: %s", name, exc)
+
+
+async def _reload_on_hangup(settings: Settings, hangups: AsyncIterator[int], findings: Findings) -> None:
+    """What `reload` does, at each SIGHUP; nobody waits for the answer, so what is wrong becomes a finding."""
+    async for _ in hangups:
+        try:
+            await settings.reload()
+        except VmfsStubError as exc:
+            log.warning("the configuration could not be read again: %s", exc)
+            told = f"SIGHUP asked for a reload, and nothing was changed: {exc}; correct it and try again"
+            findings.add("configuration", ConfigError(told), stays=False, severity="warning")
+
+
+def _metrics_port(config: Config, metrics: Metrics, findings: Findings) -> MetricsPort:
+    monitoring = config.monitoring
+    assert monitoring.address is not None
+
+    def tell(error: OSError | None) -> None:
+        if error is None:
+            log.info("metrics are served at http://%s/metrics", monitoring.listen)
+            findings.settle("metrics", Refused)
+            return
+        why = error.strerror or str(error)
+        told = f"[monitoring] listen = {monitoring.listen} cannot be listened on ({why}): no metrics there until it can"
+        if not any(isinstance(finding.error, Refused) and finding.subject == "metrics" for finding in findings.all()):
+            log.error("%s", told)
+        findings.add("metrics", Refused(told), stays=False, severity="warning")
+
+    return MetricsPort(metrics, monitoring.address, connections_max=monitoring.connections_max, tell=tell)
 
 
 async def _end_on_signal(stop: trio.Event) -> None:
@@ -358,6 +490,12 @@ def _store_at(config: Config) -> StoreAt:
     timeout_s = config.recall.store_timeout_s
     transfer_timeout_s = timeout_s * TRANSFER_TIMEOUT_FACTOR
     return replace(StoreAt.of(config.store), timeout_s=timeout_s, transfer_timeout_s=transfer_timeout_s)
+
+
+def _places(config: Config) -> tuple[StoreAt, StoreAt | None]:
+    """Of the store and its replica."""
+    at = _store_at(config)
+    return at, at.replica(config.replica)
 
 
 def _threads(config: Config) -> Threads:
@@ -422,16 +560,3 @@ def _mount_settings(config: Config) -> MountSettings:
         # At the end, reads that wait for a recall get their answer.
         shutdown_grace_s=config.recall.recall_deadline_s + 1,
     )
-
-
-def _metrics(services: DiskServices, mount: Mount) -> Metrics:
-    metrics, counters, disks = Metrics(), services.recall.counters, services.disks
-    metrics.total("recalled_on_demand_bytes", "Raw bytes recalled for guests.", lambda: counters.demand_bytes)
-    metrics.total("recalled_in_background_bytes", "Raw bytes hydrated.", lambda: counters.background_bytes)
-    metrics.total("recall_failures", "Recalls that failed.", lambda: counters.failures)
-    metrics.gauge("recalls_waiting", "Reads that wait for a recall now.", lambda: counters.waiting)
-    metrics.gauge("placeholders", "Placeholders of this datastore.", lambda: len(disks.placeholders))
-    metrics.gauge("open_disks", "Disks that guests have open.", lambda: len(disks.open_disks()))
-    metrics.total("request_errors", "Requests that were answered with an error.", mount.faults.errors.total)
-    metrics.total("request_bugs", "Requests that met a programming error.", mount.faults.bugs.total)
-    return metrics

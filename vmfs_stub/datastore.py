@@ -35,6 +35,7 @@ from vmfs_stub.core.ids import JobId, PointId, VmId
 from vmfs_stub.core.names import printable
 from vmfs_stub.core.times import time_text
 from vmfs_stub.datastore_listing import Listing, only_warned
+from vmfs_stub.datastore_monitoring import Monitoring
 from vmfs_stub.datastore_status import Health
 from vmfs_stub.datastore_usage import Usage
 from vmfs_stub.inventory.directory import DirectoryInventory
@@ -52,6 +53,7 @@ from vmfs_stub.services.mount_usage import MountUsage
 from vmfs_stub.services.replication import ReplicaService
 from vmfs_stub.services.retention import apply_rules, problem_of
 from vmfs_stub.services.threads import Threads
+from vmfs_stub.settings import Settings
 from vmfs_stub.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -65,13 +67,14 @@ Step = Callable[[V, Callable[[int], None]], Awaitable[VmOutcome]]
 class Datastore:
     """Implements what control.target describes; wired together by the daemon.
 
-    Attributes: ``listing``, ``usage`` and ``health`` have work of their own that goes on beside the datastore's.
+    Attributes: ``listing``, ``usage``, ``health`` and ``monitoring`` have work of their own that goes on beside the
+    datastore's.
     """
 
     def __init__(
         self,
         *,
-        config: Config,
+        settings: Settings,
         threads: Threads,
         inventory: DirectoryInventory,
         catalog: Catalog,
@@ -86,7 +89,8 @@ class Datastore:
         reserve: Callable[[], None],
         stop: trio.Event,
     ) -> None:
-        self._config = config
+        self._settings = settings
+        config = settings.current
         self._threads = threads
         self._store = store
         self._claims = services.claims
@@ -113,7 +117,7 @@ class Datastore:
             backing_fd=self._backing_fd,
         )
         self.usage = Usage(
-            config=config,
+            config=settings.current,
             threads=threads,
             catalog=catalog,
             hypervisor=hypervisor,
@@ -121,8 +125,17 @@ class Datastore:
             files=services.files,
             scan=self.listing.scan,
         )
+        self.monitoring = Monitoring(
+            settings=settings,
+            catalog=catalog,
+            threads=threads,
+            listing=self.listing,
+            jobs=jobs,
+            waits=services.recall.waits,
+            backing_fd=self._backing_fd,
+        )
         self.health = Health(
-            config=config,
+            settings=settings,
             threads=threads,
             store=store,
             replica=replica,
@@ -131,10 +144,16 @@ class Datastore:
             jobs=jobs,
             mount=mount,
             listing=self.listing,
+            monitoring=self.monitoring,
             backing_fd=self._backing_fd,
         )
+        self._disks.on_graduated = self.listing.graduated
         self._disks.on_open = self.listing.opened
         self._recall.held = config.hold_path.exists()
+
+    @property
+    def _config(self) -> Config:
+        return self._settings.current
 
     def close(self) -> None:
         """Give back the descriptor of the backing directory."""
@@ -170,6 +189,10 @@ class Datastore:
         """Allow recalls again."""
         await self._threads.files(partial(self._config.hold_path.unlink, missing_ok=True))
         self._recall.held = False
+
+    async def reload(self, *, peer: Peer) -> list[str]:
+        """Read the configuration again; returns the keys that changed.  Raises ConfigError, Refused."""
+        return await self._settings.reload()
 
     async def shutdown(self, *, force: bool, peer: Peer) -> None:
         """Flush, unmount and stop; raises InUse, and changes nothing, while disks are open and not ``force``."""
@@ -295,6 +318,7 @@ class Datastore:
         finally:
             if self._replica is not None:
                 self._replica.due([vm.id])
+        await self.listing.backed_up(vm.id, is_archived=bool(report.placeholders))
         outcome = "archived" if report.placeholders else "backed up"
         abandoned, placeholders = printable(report.abandoned), [printable(path) for path in report.placeholders]
         left_out = [printable(path) for path in report.left_out]
@@ -336,6 +360,7 @@ class Datastore:
         report = await self._adopter.run(wanted, told=told, progress=progress)
         for warning in report.warnings:
             log.warning("VM %s: %s", wanted.name, printable(warning))
+        await self.listing.adopted(wanted.vm.vm_id, wanted.name, created_s=report.created_s)
         message = f"as it was at {time_text(report.created_s)}, restore point {report.point_id}"
         if report.warnings:
             more = len(report.warnings) - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 
 import trio
@@ -12,6 +13,7 @@ import trio
 from vmfs_stub.config import Config
 from vmfs_stub.control.jobs import Jobs
 from vmfs_stub.control.messages import (
+    BackupStatus,
     DaemonStatus,
     Finding,
     MountStatus,
@@ -22,11 +24,13 @@ from vmfs_stub.control.messages import (
 )
 from vmfs_stub.core.errors import VmfsStubError
 from vmfs_stub.datastore_listing import Listing
+from vmfs_stub.datastore_monitoring import RECALLS, Monitoring
 from vmfs_stub.mount.serving import Mount
 from vmfs_stub.services.disk_services import DiskServices
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.replication import ReplicaService
 from vmfs_stub.services.threads import Threads
+from vmfs_stub.settings import Settings
 from vmfs_stub.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -41,7 +45,7 @@ class Health:
     def __init__(
         self,
         *,
-        config: Config,
+        settings: Settings,
         threads: Threads,
         store: Store,
         replica: ReplicaService | None,
@@ -50,9 +54,10 @@ class Health:
         jobs: Jobs,
         mount: Mount,
         listing: Listing,
+        monitoring: Monitoring,
         backing_fd: int,
     ) -> None:
-        self._config = config
+        self._settings = settings
         self._threads = threads
         self._store = store
         self._replica = replica
@@ -62,42 +67,24 @@ class Health:
         self._jobs = jobs
         self._mount = mount
         self._listing = listing
+        self._monitoring = monitoring
         self._backing_fd = backing_fd
-        self._started_s = time.time()
+        self.started_s = time.time()
         self._store_error: str | None = None
 
     async def status(self) -> Status:
         """What the daemon knows about itself; ``healthy`` is false when an operator has to act."""
         vfs = os.fstatvfs(self._backing_fd)
         datastore = self._config.datastore
-        findings = [
-            Finding(
-                severity="problem" if finding.is_problem else "warning",
-                subject=finding.subject,
-                message=str(finding.error).removeprefix(f"{finding.subject}: "),  # which is shown before it
-            )
-            for finding in self._findings.all()
-        ]
-        findings += [
-            Finding(severity="warning", subject=f"VM {unread.name}", message=str(unread.error))
-            for unread in self._listing.unread
-        ]
-        if (elsewhere := self._stored_elsewhere()) is not None:
-            findings.append(Finding(severity="problem", subject="store", message=elsewhere))
-        if self._replica is not None:
-            findings += [
-                Finding(severity="problem" if must_act else "warning", subject="replica", message=message)
-                for must_act, message in self._replica.problems()
-            ]
+        findings = self.findings()
         mounted = not self._mount.ended.is_set()
-        healthy = mounted and self._store_error is None and all(f.severity != "problem" for f in findings)
         counters = self._recall.counters
         return Status(
-            healthy=healthy,
+            healthy=self.is_healthy(findings),
             daemon=DaemonStatus(
                 pid=os.getpid(),
                 version=version("vmfs-stub"),
-                started=self._started_s,
+                started=self.started_s,
                 held=self._recall.held,
                 recalled_bytes=counters.demand_bytes + counters.background_bytes,
                 recalled_on_demand_bytes=counters.demand_bytes,
@@ -110,6 +97,13 @@ class Health:
                 open_disks=len(self._disks.open_disks()),
                 free_bytes=vfs.f_bavail * vfs.f_frsize,
                 size_bytes=vfs.f_blocks * vfs.f_frsize,
+                full_in_s=self._monitoring.full_in_s(),
+            ),
+            backups=BackupStatus(
+                last_done=self._monitoring.last_backup_s(),
+                vms=len(self._monitoring.vms),
+                vms_without_point=self._monitoring.vms_without_point(),
+                oldest_point_age_s=self._monitoring.oldest_point_age_s(),
             ),
             store=StoreStatus(
                 url=self._config.store.url,
@@ -122,6 +116,55 @@ class Health:
             recalls=self._recalls(),
             findings=findings,
         )
+
+    def findings(self) -> list[Finding]:
+        """All that an operator should know now."""
+        found = [
+            Finding(
+                severity=finding.severity,
+                subject=finding.subject,
+                message=str(finding.error).removeprefix(f"{finding.subject}: "),  # which is shown before it
+            )
+            for finding in self._findings.all()
+        ]
+        found += [
+            Finding(severity="warning", subject=f"VM {unread.name}", message=str(unread.error))
+            for unread in self._listing.unread
+        ]
+        if (elsewhere := self._stored_elsewhere()) is not None:
+            found.append(Finding(severity="problem", subject="store", message=elsewhere))
+        if self._replica is not None:
+            found += [
+                Finding(severity="problem" if must_act else "warning", subject="replica", message=message)
+                for must_act, message in self._replica.problems()
+            ]
+        # Where a disk's own finding says why, that recalls fail at all is no news.
+        is_told = any(finding.severity == "problem" for finding in found)
+        beyond = [each for each in self._monitoring.problems() if each.subject != RECALLS or not is_told]
+        return [*found, *beyond]
+
+    def is_healthy(self, findings: Sequence[Finding]) -> bool:
+        """Whether nobody has to act, with these findings."""
+        return (
+            not self._mount.ended.is_set()
+            and self._store_error is None
+            and all(finding.severity != "problem" for finding in findings)
+        )
+
+    def places_up(self) -> dict[tuple[str, ...], float]:
+        """Whether the store, and the replica if there is one, answered when last asked: 1 or 0 by name."""
+        found: dict[tuple[str, ...], float] = {("store",): self._store_error is None}
+        if self._replica is not None:
+            found["replica",] = self._replica.away is None
+        return found
+
+    def replica_behind(self) -> float | None:
+        """How many restore points the replica is known to lack; None without a replica."""
+        return None if self._replica is None else sum(self._replica.lag.values())
+
+    @property
+    def _config(self) -> Config:
+        return self._settings.current
 
     def _replica_status(self) -> ReplicaStatus | None:
         if self._replica is None:

@@ -268,6 +268,24 @@ def _keep(home: Path) -> None:
     shutil.rmtree(home)
 
 
+def add_key(home: Path) -> S3Account:
+    """Another key of the account of the server in ``home``."""
+    known = S3Account(*json.loads((home / "account.json").read_text()))
+    access_key_id, secret = secrets.token_hex(10), secrets.token_hex(20)
+    _administer(home, "key", "create", f"--access-key={access_key_id}", f"--secret-key={secret}")
+    return replace(known, access_key_id=access_key_id, secret_access_key=secret)
+
+
+def remove_key(home: Path, account: S3Account) -> None:
+    """Take a key that was added away; the server may go on to take it for a moment."""
+    _administer(home, "key", "rm", f"--access-key={account.access_key_id}")
+
+
+def _administer(home: Path, *words: str) -> None:
+    command = ["radosgw-admin", "-c", f"{home}/ceph.conf", *words, "--uid=vmfs", "--key-type=s3"]
+    run(command, deadline_s=_STEP_DEADLINE_S)
+
+
 @dataclass(frozen=True, slots=True)
 class Bucket:
     """A bucket on an S3 server."""

@@ -56,6 +56,7 @@ from vmfs_stub.services.replication import catch_up
 from vmfs_stub.services.restore import STAGING, restore_point
 from vmfs_stub.services.scrub_progress import ScrubProgress
 from vmfs_stub.services.single_error import single_error
+from vmfs_stub.settings import Settings
 from vmfs_stub.store import format as store_format
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.collector import Collector
@@ -865,7 +866,7 @@ async def with_datastore(services: Services, text: str, act: Callable[[Datastore
 def _datastore(services: Services, config: Config, catalog: Catalog, jobs: Jobs) -> Datastore:
     rig = services.rig
     return Datastore(
-        config=config,
+        settings=Settings(config),
         threads=services.threads,
         inventory=DirectoryInventory(rig.backing, files=services.files),
         catalog=catalog,

@@ -170,6 +170,7 @@ QUESTIONS: tuple[Question, ...] = (
     lambda client: client.start_backup(["db", "w\u00e9b"], archive=True),
     lambda client: client.start_recall(["db"]),
     lambda client: client.hold(),
+    lambda client: client.reload(),
     lambda client: client.shutdown(force=True),
     lambda client: client.usage("db", days=14),
 )

@@ -17,7 +17,7 @@ from vmfs_stub.control.jobs import JobProgress, Jobs, open_jobs
 from vmfs_stub.control.metrics import Metrics
 from vmfs_stub.control.peer import Peer
 from vmfs_stub.control.server import open_control
-from vmfs_stub.core.errors import CorruptFrame, InUse, StoreFull, VmNotFound
+from vmfs_stub.core.errors import ConfigError, CorruptFrame, InUse, StoreFull, VmNotFound
 from vmfs_stub.core.ids import JobId
 from vmfs_stub.services.adoption_choice import Told
 
@@ -117,6 +117,12 @@ class FakeTarget:
     async def unhold(self, *, peer: Peer) -> None:
         self.calls.append(("unhold", peer))
         self.held = False
+
+    async def reload(self, *, peer: Peer) -> list[str]:
+        self.calls.append(("reload", peer))
+        if self.busy:
+            raise ConfigError("c.toml:2: mount.max_background: cannot change while the daemon runs")
+        return ["hydration.enabled"]
 
     async def shutdown(self, *, force: bool, peer: Peer) -> None:
         self.calls.append(("shutdown", force, peer))

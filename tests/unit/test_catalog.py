@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from vmfs_stub.catalog.catalog import Catalog
+from tests.unit.old_catalog import SCHEMA_1
+from vmfs_stub.catalog.catalog import SCHEMA_VERSION, Catalog
 from vmfs_stub.core.errors import PrimaryIOError, UnknownFormat
 from vmfs_stub.core.ids import JobId, VmId
 
@@ -195,3 +196,86 @@ def test_one_in_memory_works_alike() -> None:
     catalog.see_vms([(VmId("1" * 32), "vm")], now=1.0)
     assert [known.name for known in catalog.known_vms()] == ["vm"]
     catalog.close()
+
+
+def test_facts_about_vms_only_go_forward(catalog: Catalog) -> None:
+    other = VmId("c" * 32)
+    catalog.see_vms([(VM, "web"), (other, "db")], now=1.0)
+    assert catalog.points_seen() == {}
+    catalog.record_facts(VM, last_point=10.0, last_archived=10.0)
+    catalog.record_facts(VM, last_point=9.0)
+    catalog.record_facts(VM, last_recalled=12.0)
+    catalog.record_facts(VM, last_point=11.0)
+    catalog.record_facts(VM, last_point=10.5)
+    catalog.see_vms([(VM, "web")], now=20.0)
+    catalog.record_facts(VmId("d" * 32), last_point=1.0)  # nobody has met it: there is no row
+    assert catalog.points_seen() == {VM: 11.0}
+    assert catalog.recalls_seen() == {VM: 12.0}
+    web = next(vm for vm in catalog.known_vms() if vm.name == "web")
+    assert (web.last_point, web.last_archived, web.last_recalled) == (11.0, 10.0, 12.0)
+
+
+def test_the_last_job_that_was_done(catalog: Catalog) -> None:
+    kinds = ("backup", "archive")
+    assert catalog.last_done(kinds) is None
+    ends = [("backup", "done", 5.0), ("archive", "done", 7.0), ("backup", "failed", 9.0), ("recall", "done", 11.0)]
+    for number, (kind, state, ended) in enumerate(ends):
+        job_id = JobId(f"{number:032x}")
+        catalog.start_job(job_id, kind=kind, vms=[], caller_uid=0, now=1.0)
+        catalog.end_job(job_id, state=state, report=None, error=None, now=ended)
+    assert catalog.last_done(kinds) == 7.0
+    assert catalog.last_done(("backup",)) == 5.0
+
+
+def test_free_space_is_kept_for_a_while(catalog: Catalog) -> None:
+    for hour in range(10):
+        catalog.record_free_space(1000 - hour, now=hour * 3600.0, oldest=(hour - 4) * 3600.0)
+    assert [(each.at_s / 3600, each.free_bytes) for each in catalog.free_space()] == [
+        (hour, 1000 - hour) for hour in range(5, 10)
+    ]
+    catalog.record_free_space(1, now=7 * 3600.0, oldest=0.0)  # the clock was set back
+    assert [each.at_s / 3600 for each in catalog.free_space()] == [5, 6, 7]
+
+
+def test_a_new_catalog_is_to_be_rebuilt_until_it_is(path: Path) -> None:
+    first = Catalog.open(path)
+    assert (first.is_new, first.was_damaged, first.is_rebuild_due) == (True, False, True)
+    first.close()
+    second = Catalog.open(path)
+    assert (second.is_new, second.is_rebuild_due) == (False, True), "the daemon ended before it was rebuilt"
+    second.rebuilt()
+    second.close()
+    third = Catalog.open(path)
+    assert (third.is_new, third.is_rebuild_due) == (False, False)
+    third.close()
+    path.write_bytes(b"this is no database" * 100)
+    fourth = Catalog.open(path)
+    assert (fourth.is_new, fourth.was_damaged, fourth.is_rebuild_due) == (True, True, True)
+    fourth.close()
+
+
+def described(path: Path) -> dict[str, list[tuple[object, ...]]]:
+    """Every table with its columns."""
+    connection = sqlite3.connect(path)
+    tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    found = {name: connection.execute(f"PRAGMA table_info({name})").fetchall() for name in sorted(tables)}
+    found["version"] = [connection.execute("PRAGMA user_version").fetchone()]
+    connection.close()
+    return found
+
+
+def test_an_older_catalog_is_brought_to_this_version(path: Path, tmp_path: Path) -> None:
+    connection = sqlite3.connect(path)
+    connection.executescript(SCHEMA_1)
+    with connection:
+        connection.execute("INSERT INTO vms VALUES (?, 'web', 1.0, 2.0)", (VM,))
+        connection.execute("INSERT INTO jobs VALUES (?, 'backup', 'done', '[]', 0, 1.0, 3.0, NULL, NULL)", (JOB,))
+    connection.close()
+    catalog = Catalog.open(path)
+    assert (catalog.is_new, catalog.is_rebuild_due) == (False, True)
+    assert [(vm.name, vm.last_point) for vm in catalog.known_vms()] == [("web", None)]
+    assert catalog.last_done(("backup",)) == 3.0
+    catalog.close()
+    Catalog.open(tmp_path / "fresh.sqlite").close()
+    assert described(path) == described(tmp_path / "fresh.sqlite")
+    assert described(path)["version"] == [(SCHEMA_VERSION,)]

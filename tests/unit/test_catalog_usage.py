@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
-from importlib import resources
 from pathlib import Path
 
 import pytest
 
+from tests.unit.old_catalog import SCHEMA_1
 from vmfs_stub.catalog.catalog import SCHEMA_VERSION, Catalog, KnownVm
+from vmfs_stub.catalog.migrations import MIGRATIONS
 from vmfs_stub.catalog.usage_rows import LastUse
 from vmfs_stub.core.ids import JobId, VmId
 from vmfs_stub.core.usage import DAY_S, FRESH_S, HOUR_S, Counters, GuestState, Reading, Sample, bucketed, rows_max
@@ -217,18 +216,10 @@ def test_a_damaged_reading_was_not_taken(catalog: Catalog, path: Path) -> None:
     assert catalog.readings() == {}
 
 
-def test_what_a_version_made_stays_as_it_was() -> None:
-    """A catalog of version 1 is made of the first file alone: what comes later belongs into another one."""
-    text = resources.files("vmfs_stub.catalog").joinpath("schema.sql").read_text(encoding="utf-8")
-    statements = " ".join(re.sub("--.*", "", text).split())
-    assert hashlib.sha256(statements.encode()).hexdigest().startswith("d19c4fc6900e1ae9")
-
-
 def test_a_catalog_of_version_1_keeps_everything(path: Path) -> None:
-    schema = resources.files("vmfs_stub.catalog").joinpath("schema.sql").read_text(encoding="utf-8")
     job = JobId("c" * 32)
     with closing(sqlite3.connect(path)) as connection, connection:
-        connection.executescript(schema)
+        connection.executescript(SCHEMA_1)
         assert connection.execute("PRAGMA user_version").fetchone() == (1,)
         connection.execute("INSERT INTO vms VALUES (?, 'web', 1.0, 2.0)", (VM,))
         connection.execute("INSERT INTO access VALUES (?, 'disk.raw', '/usr/bin/qemu', 0, 7.0)", (VM,))
@@ -249,12 +240,10 @@ def test_a_catalog_of_version_1_keeps_everything(path: Path) -> None:
 
 def test_an_upgrade_that_was_cut_short_is_made_again(path: Path) -> None:
     """Version and tables change together, or not at all."""
-    schema = resources.files("vmfs_stub.catalog").joinpath("schema.sql").read_text(encoding="utf-8")
     with closing(sqlite3.connect(path)) as connection, connection:
-        connection.executescript(schema)
-    cut = resources.files("vmfs_stub.catalog").joinpath("schema_2.sql").read_text(encoding="utf-8")
+        connection.executescript(SCHEMA_1)
     with closing(sqlite3.connect(path)) as connection:
-        connection.executescript(f"BEGIN;\n{cut}")
+        connection.executescript(f"BEGIN;\n{MIGRATIONS[1]}")
     with closing(Catalog.open(path)) as catalog:
         catalog.add_samples([(VM, sample(START))])
         assert everything(catalog) == [sample(START)]

@@ -193,7 +193,9 @@ def test_status_and_hold(run: Run, start_daemon: StartDaemon) -> None:
     daemon = start_daemon()
     status = json.loads(run("status", "--json").out)
     assert status["daemon"]["pid"] == daemon.pid
-    assert set(status) == {"healthy", "daemon", "mount", "store", "replica", "jobs", "recalls", "findings"}
+    assert set(status) == {
+        *("healthy", "daemon", "mount", "store", "replica", "backups", "jobs", "recalls", "findings")
+    }
     assert run("hold").code == 0
     assert "recalls are held" in run("status").out
     assert run("unhold").code == 0
@@ -220,6 +222,23 @@ def test_unhealthy_is_8(run: Run, start_daemon: StartDaemon) -> None:
     assert result.code == ExitCode.UNHEALTHY
     assert "problem: store: gone; bring it back" in result.out
     assert json.loads(run("status", "--json").out)["healthy"] is False
+
+
+def test_reload_says_what_changed(run: Run, start_daemon: StartDaemon) -> None:
+    start_daemon()
+    assert run("reload").out == "changed: hydration.enabled\n"
+    assert json.loads(run("reload", "--json").out) == ["hydration.enabled"]
+
+
+def test_reload_that_is_refused_is_2(run: Run, start_daemon: StartDaemon, config: Path) -> None:
+    start_daemon("--busy")
+    refused = run("reload")
+    assert (refused.code, refused.out) == (ExitCode.USAGE, "")
+    assert "c.toml:2: mount.max_background: cannot change" in refused.err
+    config.write_text(config.read_text() + "\n[mount]\nno_such_key = 1\n")
+    refused = run("reload")
+    assert refused.code == ExitCode.USAGE
+    assert "mount.no_such_key: no such key" in refused.err
 
 
 def test_unmount_waits_for_the_end(run: Run, start_daemon: StartDaemon) -> None:
@@ -276,7 +295,7 @@ def test_a_closed_pipe_is_no_traceback(config: Path, start_daemon: StartDaemon) 
 FAKE_DAEMON = """\
 import sys, types
 module = types.ModuleType("vmfs_stub.daemon")
-def run(config):
+def run(config, **options):
     {body}
 module.run = run
 sys.modules["vmfs_stub.daemon"] = module

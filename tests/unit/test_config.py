@@ -74,6 +74,8 @@ def test_sizes_may_have_units() -> None:
         ('[replica]\nurl = "file:///srv/store"\n', r"c\.toml: replica\.url is that of the store"),
         ('[replica]\nurl = "s3://b/p"\naccess_key_id = "a"\n', r"c\.toml:9: replica: .*go together"),
         ("recall = nope\n", r"c\.toml: not valid TOML: .*line 9"),
+        ('[monitoring]\nlisten = "localhost:1"\n', r"c\.toml:10: monitoring\.listen: 'localhost' is no IP address"),
+        ('[monitoring]\nlisten = "127.0.0.1"\n', r"c\.toml:10: monitoring\.listen: must be an IP address and a port"),
         ('[control]\nsocket = "rel/sock"\n', r"c\.toml:10: control\.socket: must be an absolute path"),
     ],
 )
@@ -176,3 +178,9 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
         file.truncate(1 << 40)
     with pytest.raises(ConfigError, match="larger than"):
         load_config(path)
+
+
+def test_metrics_for_everybody_are_a_warning() -> None:
+    for listen, expected in (("127.0.0.1:9640", 0), ("[::1]:9640", 0), ("0.0.0.0:9640", 1), ("10.1.2.3:9640", 1)):
+        config = parse_config(MINIMAL + f'[monitoring]\nlisten = "{listen}"\n', origin="c.toml")
+        assert len(config.warnings) == expected, listen

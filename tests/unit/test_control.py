@@ -83,6 +83,7 @@ async def test_changing_commands_carry_and_log_the_caller(socket_path: Path, cap
             await ask(socket_path, lambda client: client.start_recall(["db"]))
             await ask(socket_path, lambda client: client.start_adopt(["db"], force=True))
             await ask(socket_path, lambda client: client.start_adopt([], everything=True, accept_loss=True))
+            assert await ask(socket_path, lambda client: client.reload()) == ["hydration.enabled"]
             await ask(socket_path, lambda client: client.shutdown(force=True))
         assert target.calls == [
             ("hold", ME),
@@ -92,6 +93,7 @@ async def test_changing_commands_carry_and_log_the_caller(socket_path: Path, cap
             ("recall", ("db",), ME),
             ("adopt", ("db",), False, Told(force=True), ME),
             ("adopt", (), True, Told(accept_loss=True), ME),
+            ("reload", ME),
             ("shutdown", True, ME),
         ]
         assert [record.getMessage() for record in caplog.records if "commanded" in record.getMessage()] == [
@@ -104,6 +106,7 @@ async def test_changing_commands_carry_and_log_the_caller(socket_path: Path, cap
                 "recall of 'db'",
                 "adopt of 'db' everything=False force=True accept_loss=False",
                 "adopt everything=True force=False accept_loss=True",
+                "reload",
                 "unmount force=True",
             )
         ]

@@ -1,4 +1,4 @@
-"""The catalog: VMs, jobs, accesses and usage in one SQLite database; schema.sql and schema_2.sql describe it.
+"""The catalog: VMs, jobs, accesses and usage in one SQLite database; schema.sql describes it.
 
 Purpose: history and usage that outlive the daemon.  Nothing in it is needed to serve or recall a byte, so a damaged
 catalog is set aside and begun anew rather than stopping the mount.  Blocking and thread-safe by a lock of its own;
@@ -12,7 +12,7 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vmfs_stub.catalog import usage_rows
+from vmfs_stub.catalog.migrations import MIGRATIONS
 from vmfs_stub.catalog.usage_rows import LastUse
 from vmfs_stub.core.errors import NoSpace, PrimaryIOError, UnknownFormat
+from vmfs_stub.core.forecast import FreeSpace
 from vmfs_stub.core.ids import JobId, VmId
 from vmfs_stub.core.names import printable
 from vmfs_stub.core.sites import PLAIN, FileCalls
 from vmfs_stub.core.usage import HOUR_S, Reading, Sample
 
-_SCHEMAS = ("schema.sql", "schema_2.sql")
-"""What each version added, and made: a catalog of an older one gets what it lacks."""
-SCHEMA_VERSION = len(_SCHEMAS)
+SCHEMA_VERSION = 2
 _BUSY_TIMEOUT_S = 10.0
 _ACCESS_ROWS_PER_DISK = 32
 """Executables and users remembered per disk: any user who may read a disk could otherwise add rows without end."""
@@ -54,12 +54,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class KnownVm:
-    """A VM that was met; times in seconds since the epoch."""
+    """A VM that was met; times in seconds since the epoch, None where it is not known, or never was.
+
+    ``last_point`` is when its newest restore point was made, ``last_archived`` when it last became a placeholder,
+    ``last_recalled`` when a disk of it last was an ordinary file again.
+    """
 
     id: VmId
     name: str
     first_seen: float
     last_seen: float
+    last_point: float | None = None
+    last_archived: float | None = None
+    last_recalled: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +96,16 @@ class Access:
 
 
 class Catalog:
-    """The open catalog; close it when the last user is gone."""
+    """The open catalog; close it when the last user is gone.
 
-    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+    Attributes: ``is_new`` when it was not there, ``was_damaged`` when what was there was set aside.
+    """
+
+    def __init__(
+        self, connection: sqlite3.Connection, path: Path, *, is_new: bool = False, was_damaged: bool = False
+    ) -> None:
+        self.is_new = is_new
+        self.was_damaged = was_damaged
         self._connection = connection
         self._path = path
         self._lock = threading.Lock()
@@ -102,16 +116,18 @@ class Catalog:
 
         Jobs that were running are marked interrupted.  Raises PrimaryIOError, NoSpace, UnknownFormat.
         """
+        was_damaged = False
         with _translated(path):
             try:
-                connection = files.call("catalog.open", _connect, path)
+                connection, is_new = files.call("catalog.open", _connect, path)
             except (sqlite3.DatabaseError, UnicodeDecodeError) as exc:
                 if not _is_damage(exc):
                     raise
                 aside = files.call("catalog.set_aside", _set_aside, path)
                 log.warning("%s is damaged (%s): kept as %s, begun anew; usage history is lost", path, exc, aside)
-                connection = files.call("catalog.open", _connect, path)
-        return cls(connection, path)
+                connection, is_new = files.call("catalog.open", _connect, path)
+                was_damaged = True
+        return cls(connection, path, is_new=is_new, was_damaged=was_damaged)
 
     @classmethod
     def in_memory(cls) -> Catalog:
@@ -120,7 +136,7 @@ class Catalog:
         with _translated(path):
             connection = sqlite3.connect(":memory:", check_same_thread=False)
             _prepare(connection, path)
-        return cls(connection, path)
+        return cls(connection, path, is_new=True)
 
     def close(self) -> None:
         """Close the database; the object cannot be used afterwards."""
@@ -138,8 +154,67 @@ class Catalog:
 
     def known_vms(self) -> list[KnownVm]:
         """Every VM ever met, by name."""
-        rows = self._read("SELECT id, name, first_seen, last_seen FROM vms ORDER BY name, id")
+        rows = self._read(
+            "SELECT id, name, first_seen, last_seen, last_point, last_archived, last_recalled FROM vms "
+            "ORDER BY name, id"
+        )
         return [KnownVm(VmId(row[0]), *row[1:]) for row in rows]
+
+    def record_facts(
+        self,
+        vm_id: VmId,
+        *,
+        last_point: float | None = None,
+        last_archived: float | None = None,
+        last_recalled: float | None = None,
+    ) -> None:
+        """Record what happened to a VM that `see_vms` knows; a later time replaces an earlier one, None none."""
+        found = {"last_point": last_point, "last_archived": last_archived, "last_recalled": last_recalled}
+        with self._write() as connection:
+            for column, time_s in found.items():
+                if time_s is not None:
+                    connection.execute(
+                        f"UPDATE vms SET {column} = max(coalesce({column}, :time), :time) WHERE id = :id",
+                        {"id": vm_id, "time": time_s},
+                    )
+
+    def points_seen(self) -> dict[VmId, float]:
+        """When the newest known restore point of each VM that has one was made."""
+        rows = self._read("SELECT id, last_point FROM vms WHERE last_point IS NOT NULL")
+        return {VmId(row[0]): row[1] for row in rows}
+
+    def recalls_seen(self) -> dict[VmId, float]:
+        """When a disk of each VM last was an ordinary file again, of those of which that is known."""
+        rows = self._read("SELECT id, last_recalled FROM vms WHERE last_recalled IS NOT NULL")
+        return {VmId(row[0]): row[1] for row in rows}
+
+    @property
+    def is_rebuild_due(self) -> bool:
+        """Whether facts about VMs are to be taken from store and primary: so it is until `rebuilt`."""
+        return bool(self._read("SELECT 1 FROM due WHERE name = 'rebuild'"))
+
+    def rebuilt(self) -> None:
+        """All facts were taken."""
+        with self._write() as connection:
+            connection.execute("DELETE FROM due WHERE name = 'rebuild'")
+
+    def last_done(self, kinds: Collection[str]) -> float | None:
+        """When the last job of one of these kinds that was done came to its end."""
+        marks = ", ".join("?" * len(kinds))
+        query = f"SELECT max(ended) FROM jobs WHERE state = 'done' AND kind IN ({marks})"
+        ((ended,),) = self._read(query, tuple(kinds))
+        return None if ended is None else float(ended)
+
+    def record_free_space(self, free_bytes: int, *, now: float, oldest: float) -> None:
+        """Record how much of primary is free now; what was recorded before ``oldest`` is forgotten."""
+        with self._write() as connection:
+            connection.execute("INSERT OR REPLACE INTO free_space (at, free_bytes) VALUES (?, ?)", (now, free_bytes))
+            # What a clock that was wrong left in the future would otherwise stay for ever.
+            connection.execute("DELETE FROM free_space WHERE at < ? OR at > ?", (oldest, now))
+
+    def free_space(self) -> list[FreeSpace]:
+        """What was recorded, oldest first."""
+        return [FreeSpace(*row) for row in self._read("SELECT at, free_bytes FROM free_space ORDER BY at")]
 
     def start_job(self, job_id: JobId, *, kind: str, vms: Sequence[str], caller_uid: int, now: float) -> None:
         """Record a job that begins."""
@@ -294,20 +369,22 @@ def _job_of(row: Sequence[Any]) -> JobRecord:
     )
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def _connect(path: Path) -> tuple[sqlite3.Connection, bool]:
+    """The database, and whether it was made just now."""
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
     connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False)
     try:
-        _prepare(connection, path)
+        is_new = _prepare(connection, path)
         with connection:
             connection.execute("UPDATE jobs SET state = 'interrupted' WHERE state = 'running'")
     except BaseException:
         connection.close()
         raise
-    return connection
+    return connection, is_new
 
 
-def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+def _prepare(connection: sqlite3.Connection, path: Path) -> bool:
+    """Check the database, and bring it to this version; whether it was empty."""
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = NORMAL")
     (check,) = connection.execute("PRAGMA quick_check(1)").fetchone()
@@ -316,15 +393,16 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         damage.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
         raise damage
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if 0 <= version <= SCHEMA_VERSION:
-        for name in _SCHEMAS[version:]:
-            schema = resources.files("vmfs_stub.catalog").joinpath(name).read_text(encoding="utf-8")
-            connection.executescript(f"BEGIN;\n{schema}\nCOMMIT;")
-    else:
+    if not 0 <= version <= SCHEMA_VERSION:
         raise UnknownFormat(
             f"{path} was written by another version (schema {version}, this one knows {SCHEMA_VERSION}); upgrade "
             "vmfs-stub, or move the file away to begin a new catalog"
         )
+    if version < SCHEMA_VERSION:
+        steps = [MIGRATIONS[number] for number in range(max(1, version), SCHEMA_VERSION) if version]
+        schema = resources.files("vmfs_stub.catalog").joinpath("schema.sql").read_text(encoding="utf-8")
+        connection.executescript("\n".join(("BEGIN;", *steps, schema, "COMMIT;")))
+    return bool(version == 0)
 
 
 def _set_aside(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""How VMs were used, as rows of the catalog: samples, readings, last uses; schema_2.sql describes them.
+"""How VMs were used, as rows of the catalog: samples, readings, last uses; schema.sql describes them.
 
 Purpose: the statements of the catalog's methods of the same names.  Rows that nobody can have measured, as of a damaged
 file, are left out when they are read: what is missing is a gap, and a gap is never idleness.

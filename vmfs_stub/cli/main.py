@@ -27,6 +27,7 @@ from vmfs_stub.cli import (
     mount,
     points,
     recall,
+    reload,
     replicate,
     restore,
     scrub,
@@ -71,6 +72,7 @@ app.command("replicate")(replicate.replicate)
 app.command("forget")(forget.forget)
 app.command("hold")(hold.hold)
 app.command("unhold")(hold.unhold)
+app.command("reload")(reload.reload)
 app.command("status")(status.status)
 app.command("doctor")(doctor.doctor)
 app.add_typer(store_keys.app, name="store")

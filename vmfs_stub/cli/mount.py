@@ -42,7 +42,7 @@ def mount(
     from vmfs_stub import daemon
 
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, stream=sys.stderr)
-    daemon.run(config)
+    daemon.run(config, config_path=config_path_of(ctx))
 
 
 def _mount_in_background(config: Config, config_path: Path) -> None:

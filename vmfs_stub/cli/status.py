@@ -38,6 +38,8 @@ def _say_status(found: Status) -> None:
     mount = found.mount
     state = "mounted" if mount.mounted else "NOT mounted"
     free = f", {bytes_text(mount.free_bytes)} of {bytes_text(mount.size_bytes)} free" if mount.size_bytes else ""
+    if mount.full_in_s is not None:
+        free += f", full in {mount.full_in_s / 86400:.0f} days if it goes on filling like that"
     say(f"mount: {mount.mountpoint} {state} on {mount.backing}, {mount.open_disks} disks open{free}")
     store = found.store
     say(f"store: {store.url} {'reachable' if store.reachable else f'NOT reachable: {store.last_error}'}")
@@ -45,6 +47,10 @@ def _say_status(found: Status) -> None:
         there = f"{replica.behind} restore points behind, {replica.reads} reads answered for the store"
         away = f"NOT reachable: {replica.last_error}"
         say(f"replica: {replica.url} {f'reachable, {there}' if replica.reachable else away}")
+    backups = found.backups
+    if backups.last_done is not None:
+        never = f", {backups.vms_without_point} VMs without any restore point" if backups.vms_without_point else ""
+        say(f"backups: the last was done at {time_text(backups.last_done)}{never}")
     for job in found.jobs:
         names = ", ".join(job.vms) or "all VMs"
         done, total = bytes_text(job.progress.done_bytes), bytes_text(job.progress.total_bytes)

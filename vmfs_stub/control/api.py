@@ -65,6 +65,7 @@ class ControlApi:
             ("/v1/status", self._status, get),
             ("/v1/hold", self._hold, post),
             ("/v1/unhold", self._unhold, post),
+            ("/v1/reload", self._reload, post),
             ("/v1/shutdown", self._shutdown, post),
             ("/v1/backup", self._backup, post),
             ("/v1/archive", self._archive, post),
@@ -132,6 +133,9 @@ class ControlApi:
     async def _unhold(self, request: Request) -> Response:
         await self._target.unhold(peer=_logged(request, "unhold"))
         return Response(status_code=204)
+
+    async def _reload(self, request: Request) -> Response:
+        return _json(messages.Reloaded(changed=await self._target.reload(peer=_logged(request, "reload"))))
 
     async def _shutdown(self, request: Request) -> Response:
         body = await _body(request, messages.ShutdownRequest)

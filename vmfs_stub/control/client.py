@@ -127,6 +127,10 @@ class ControlClient:
         """Allow recalls again."""
         self._send("POST", "/v1/unhold")
 
+    def reload(self) -> list[str]:
+        """Let the daemon read its configuration again; returns the keys that changed."""
+        return self._parsed(TypeAdapter(messages.Reloaded), self._send("POST", "/v1/reload")).changed
+
     def shutdown(self, *, force: bool) -> None:
         """Unmount and stop the daemon; when this returns it is unmounted, but the process may still be ending."""
         self._send("POST", "/v1/shutdown", messages.ShutdownRequest(force=force))

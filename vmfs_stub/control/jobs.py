@@ -10,6 +10,7 @@ import logging
 import math
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, TypeVar
@@ -70,24 +71,31 @@ JobWork = Callable[[JobProgress], Awaitable[JobReport]]
 
 
 class Jobs:
-    """Running and recent jobs of this daemon; made by `open_jobs`."""
+    """Running and recent jobs of this daemon; made by `open_jobs`.
+
+    Attributes: ``running_max`` and ``kept`` may be changed; ``ended`` counts jobs by kind and state, ``last_done`` has
+    when the last of a kind was done; ``on_end`` hears of each end.
+    """
 
     def __init__(
         self, nursery: trio.Nursery, history: JobHistory, *, running_max: int, kept: int, clock: Callable[[], float]
     ) -> None:
         self._nursery = nursery
         self._history = history
-        self._running_max = running_max
-        self._kept = kept
+        self.running_max = running_max
+        self.kept = kept
         self._clock = clock
         self._jobs: dict[JobId, JobInfo] = {}  # oldest first
         self._progress: dict[JobId, JobProgress] = {}  # of running jobs only
         self._ends: dict[JobId, trio.Event] = {}  # of these, too
+        self.ended: Counter[tuple[str, str]] = Counter()
+        self.last_done: dict[str, float] = {}
+        self.on_end: Callable[[JobInfo], None] = lambda info: None
         self._history_limiter = trio.CapacityLimiter(1)  # records of one job stay in order
 
     def start(self, kind: JobKind, vms: Sequence[str], work: JobWork, *, peer: Peer) -> JobId:
         """Run ``work`` in the background; raises Refused when too many jobs run already."""
-        if len(self._progress) >= self._running_max:
+        if len(self._progress) >= self.running_max:
             raise Refused(
                 f"{len(self._progress)} jobs run already, and control.jobs_running_max allows no more; try again when "
                 "one is done"
@@ -140,16 +148,23 @@ class Jobs:
         finally:
             ended = info.model_copy(update={**outcome, "ended": self._clock(), "progress": progress.current})
             self._jobs[job_id] = ended
+            self._count(ended)
             del self._progress[job_id]
             self._ends.pop(job_id).set()
             await self._record(lambda: self._record_end(ended))
+
+    def _count(self, info: JobInfo) -> None:
+        self.ended[info.kind, info.state] += 1
+        if info.state == "done" and info.ended is not None:
+            self.last_done[info.kind] = info.ended
+        self.on_end(info)
 
     def _record_end(self, info: JobInfo) -> None:
         error = None if info.error is None else info.error.model_dump()
         self._history.end_job(
             JobId(info.id), state=info.state, report=info.result, error=error, now=info.ended or info.started
         )
-        self._history.forget_jobs(keep=self._kept)
+        self._history.forget_jobs(keep=self.kept)
 
     async def _record(self, write: Callable[[], None]) -> None:
         """History is worth a warning, never a failed backup; bounded by the catalog's own time-out."""
@@ -161,7 +176,7 @@ class Jobs:
 
     def _forget_old(self) -> None:
         for job_id in [job_id for job_id in self._jobs if job_id not in self._progress]:
-            if len(self._jobs) <= self._kept:
+            if len(self._jobs) <= self.kept:
                 break
             del self._jobs[job_id]
 

@@ -102,7 +102,7 @@ class DaemonStatus(_Message):
 
 
 class MountStatus(_Message):
-    """The mount and the filesystem under it."""
+    """The mount and the filesystem under it; ``full_in_s`` is None while it is not filling, or nobody can tell."""
 
     mountpoint: Shown
     backing: Shown
@@ -110,6 +110,16 @@ class MountStatus(_Message):
     open_disks: int = 0
     free_bytes: int = 0
     size_bytes: int = 0
+    full_in_s: float | None = None
+
+
+class BackupStatus(_Message):
+    """How recent backups are; None where none is known.  ``last_done`` is when the last job that was done ended."""
+
+    last_done: float | None = None
+    vms: int = 0
+    vms_without_point: int = 0
+    oldest_point_age_s: float | None = None
 
 
 class StoreStatus(_Message):
@@ -211,6 +221,7 @@ class Status(_Message):
     mount: MountStatus
     store: StoreStatus
     replica: ReplicaStatus | None = None
+    backups: BackupStatus = BackupStatus()
     jobs: list[JobInfo] = []
     recalls: list[RecallStatus] = []
     findings: list[Finding] = []
@@ -236,6 +247,12 @@ class ShutdownRequest(_Message):
     """Unmount and stop."""
 
     force: bool = False
+
+
+class Reloaded(_Message):
+    """Reply to `reload`: each ``section.key`` that has another value now."""
+
+    changed: list[str]
 
 
 class JobStarted(_Message):

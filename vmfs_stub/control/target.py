@@ -34,6 +34,13 @@ class DatastoreTarget(Protocol):
         """Allow recalls again."""
         ...
 
+    async def reload(self, *, peer: Peer) -> list[str]:
+        """Read the configuration file again, and take all of it or nothing; returns the keys that changed.
+
+        Raises ConfigError, which names what is wrong or cannot change now.
+        """
+        ...
+
     async def shutdown(self, *, force: bool, peer: Peer) -> None:
         """Flush, unmount and stop; returns when the unmount is certain, before the process ends.
 

@@ -47,6 +47,7 @@ are translated at the edge of the adapter that met them, with ``raise ... from e
     │   └── RecallOverload       too many recalls wait already
     ├── PrimaryError
     │   ├── NoSpace              the backing filesystem (or the floor of free space) leaves no room
+    │   ├── HistoryLost          the catalog was lost: jobs and usage until now are forgotten
     │   ├── PrimaryIOError       a file call on the backing filesystem failed
     │   └── MapFrozen            a sync of this disk failed; what it covered is no longer certain
     ├── HypervisorAway           libvirt does not answer, or refused what was asked of it
@@ -237,6 +238,10 @@ class PrimaryError(VmfsStubError):
 
 class NoSpace(PrimaryError):
     """The backing filesystem, or its floor of free space, leaves no room."""
+
+
+class HistoryLost(PrimaryError):
+    """The catalog was lost and begun anew: jobs and usage until then are forgotten, bytes never."""
 
 
 class PrimaryIOError(PrimaryError):

@@ -16,7 +16,7 @@ import os
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import trio
 
@@ -43,6 +43,7 @@ from vmfs_stub.mover.messages import (
     FromMover,
     IndexState,
     MoverSettings,
+    NewClients,
     Ping,
     Pong,
     Replicate,
@@ -56,6 +57,7 @@ from vmfs_stub.services.guest_activity import GuestActivity
 from vmfs_stub.services.mover import FETCHES_AT_ONCE, CopyOrder, Part, PointFile, PointOrder
 from vmfs_stub.store.backup_writer import WriterCounts
 from vmfs_stub.store.objects import Buffer
+from vmfs_stub.store.objects_url import StoreAt
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +191,14 @@ class ProcessMover:
         self._on_index = on_index
         self._life: Life | None = None
         self._free = trio.Semaphore(FETCHES_AT_ONCE)
+        self.starts = 0
+        """Processes that were started: all but the first because one had gone."""
+
+    def ask_like(self, store: StoreAt, replica: StoreAt | None) -> None:
+        """Ask the store and its replica with what these say from now on: their credentials may have changed."""
+        self._settings = replace(self._settings, store=store, replica=replica)
+        if self._life is not None:
+            self._life.channel.post(0, NewClients(store, replica))
 
     @property
     def pid(self) -> int | None:
@@ -216,6 +226,7 @@ class ProcessMover:
             life = Life(process, Channel(process.socket), slots, self._settings.store_description.chunk_size)
             life.channel.post(0, self._settings)
             self._life = life
+            self.starts += 1
             self._nursery.start_soon(self._live, life)
         return self._life
 

@@ -31,8 +31,8 @@ from vmfs_stub.services.mover import FETCHES_AT_ONCE
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.services.worker_pool import stand_back
 from vmfs_stub.store.chunk_index import ChunkIndex
+from vmfs_stub.store.clients import StoreClients
 from vmfs_stub.store.fallback import ReplicatedStore
-from vmfs_stub.store.objects_url import open_objects
 from vmfs_stub.store.read_back import ReadBack
 from vmfs_stub.store.replica import Replication
 from vmfs_stub.store.store import Store
@@ -49,11 +49,12 @@ async def serve(sock: socket.socket, memory_fd: int) -> None:
         _, settings, _ = await channel.receive()
         assert isinstance(settings, MoverSettings)
         threads = _threads(settings)
-        store = Store(open_objects(settings.store), settings.store_description, settings.store_key)
+        clients = StoreClients(settings.store, settings.replica)
+        store = Store(clients.store, settings.store_description, settings.store_key)
         files = FileCalls()
         index = await threads.files(_open_index, settings, files, channel, trio.lowlevel.current_trio_token())
         channel.post(0, Started())
-        replicated = ReplicatedStore.at(store, settings.replica)
+        replicated = ReplicatedStore.at(store, settings.replica, objects=clients.replica)
         mover = LocalMover(
             files=files,
             threads=threads,
@@ -64,7 +65,7 @@ async def serve(sock: socket.socket, memory_fd: int) -> None:
             begin_replication=None if replicated is None else await threads.files(_runs, settings, replicated),
         )
         slots = SharedSlots(memory_fd, count=FETCHES_AT_ONCE, size=settings.slot_bytes)
-        await Server(channel, mover, slots).run()
+        await Server(channel, mover, slots, clients).run()
         nursery.cancel_scope.cancel()
 
 

@@ -115,6 +115,14 @@ class Ping:
     beside_guests: bool
 
 
+@dataclass(frozen=True, slots=True)
+class NewClients:
+    """The store and its replica are asked like this from now on, with other credentials say; places stay the same."""
+
+    store: StoreAt
+    replica: StoreAt | None
+
+
 # From the mover
 
 
@@ -190,6 +198,7 @@ FromDaemon: TypeAlias = (
     | Fetch
     | Replicate
     | Ping
+    | NewClients
 )
 FromMover: TypeAlias = Started | IndexState | Ready | Copied | Fetched | Committed | Replicated | Failed | Ended | Pong
 Message: TypeAlias = FromDaemon | FromMover

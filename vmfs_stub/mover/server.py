@@ -32,6 +32,7 @@ from vmfs_stub.mover.messages import (
     Fetched,
     Files,
     Message,
+    NewClients,
     Ping,
     Pong,
     Ready,
@@ -44,6 +45,7 @@ from vmfs_stub.services import memory
 from vmfs_stub.services.local_mover import LocalMover
 from vmfs_stub.services.mover import Backup, Part, PointFile
 from vmfs_stub.services.single_error import single_error
+from vmfs_stub.store.clients import StoreClients
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +69,9 @@ class _Task:
 class Server:
     """Answers on a channel."""
 
-    def __init__(self, channel: Channel, mover: LocalMover, slots: SharedSlots) -> None:
+    def __init__(self, channel: Channel, mover: LocalMover, slots: SharedSlots, clients: StoreClients) -> None:
         self._channel = channel
+        self._clients = clients
         self._mover = mover
         self._slots = slots
         self._tasks: dict[int, _Task] = {}
@@ -89,6 +92,8 @@ class Server:
             pace.beside_guests = message.beside_guests
             self._channel.post(number, Pong())
             self._rest()
+        elif isinstance(message, NewClients):
+            self._clients.prepare(message.store, message.replica).take()
         elif isinstance(message, (BeginBackup, Fetch, Replicate)):
             self._has_worked = True
             task = self._tasks[number] = _Task(number, *trio.open_memory_channel[Message](math.inf))

@@ -128,7 +128,7 @@ class Adopter:
         self._claims = claims
         self._private = private
         self._backing = backing
-        self._settings = settings
+        self.settings = settings
         self._inventory = DirectoryInventory(backing, files=files)
         self._turn = trio.Lock()
         self.appeared: Callable[[str], Awaitable[None]] = _nobody_looks
@@ -236,7 +236,7 @@ class Adopter:
             vfs = self._files.call("adopt.space", os.statvfs, self._backing)
         except OSError as exc:
             raise PrimaryIOError(f"{self._backing} cannot be looked at: {exc.strerror}") from exc
-        needed = needed_bytes(manifest, bytes_min=self._settings.placeholder_bytes_min)
+        needed = needed_bytes(manifest, bytes_min=self.settings.placeholder_bytes_min)
         free = vfs.f_bavail * vfs.f_frsize
         if needed > free:
             raise NoSpace(f"{name}: its small files, and maps, need {needed >> 20} MiB, and {free >> 20} MiB are free")
@@ -254,7 +254,7 @@ class Adopter:
                 files=self._files,
                 private=self._private,
                 backing=self._backing,
-                placeholder_bytes_min=self._settings.placeholder_bytes_min,
+                placeholder_bytes_min=self.settings.placeholder_bytes_min,
                 progress=progress,
                 ask=self._threads.ask_store,
             )
@@ -276,7 +276,7 @@ class Adopter:
         return AdoptReport(manifest.point_id, manifest.created_s, placeholders, list(adoption.warnings))
 
     async def _pin(self, manifest: Manifest, absent: Sequence[Absent]) -> None:
-        host, datastore = self._settings.host, self._settings.datastore
+        host, datastore = self.settings.host, self.settings.datastore
         pins = [new_pin(each.record.placeholder_id, host=host, datastore=datastore) for each in absent]
         given_up = threading.Event()
         try:

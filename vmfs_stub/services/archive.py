@@ -131,7 +131,7 @@ class Archiver:
         self._last_points = LastPoints(threads=threads, store=store)
         self._parts = DiskParts(files=files, threads=threads, recall=recall, chunk_size=store.chunk_size)
         self._backing = backing
-        self._settings = settings
+        self.settings = settings
         self._sources = Sources(
             files=files,
             threads=threads,
@@ -150,6 +150,13 @@ class Archiver:
             resident_head_bytes=settings.resident_head_bytes,
             resident_tail_bytes=settings.resident_tail_bytes,
         )
+
+    def apply(self, settings: ArchiveSettings) -> None:
+        """From now on these count, also for what a job that runs has not come to."""
+        self.settings = settings
+        self._sources.placeholder_bytes_min = settings.placeholder_bytes_min
+        self._maker.resident_head_bytes = settings.resident_head_bytes
+        self._maker.resident_tail_bytes = settings.resident_tail_bytes
 
     async def run(
         self,
@@ -288,17 +295,17 @@ class Archiver:
             vm_id=vm.id,
             point_id=point_id,
             vm_name=vm.name,
-            host=self._settings.host,
-            metadata={"inventory": "directory", "path": vm.entry, "datastore": self._settings.datastore},
+            host=self.settings.host,
+            metadata={"inventory": "directory", "path": vm.entry, "datastore": self.settings.datastore},
             pins=[self._pin(source.placeholder_id) for source in sources if source.placeholder_id is not None],
             top=top,
         )
 
     def _pin(self, placeholder_id: PlaceholderId) -> Pin:
-        return new_pin(placeholder_id, host=self._settings.host, datastore=self._settings.datastore)
+        return new_pin(placeholder_id, host=self.settings.host, datastore=self.settings.datastore)
 
     async def _make_second_copy(self, vm: Vm, report: BackupReport) -> None:
-        if self._settings.min_copies < 2:
+        if self.settings.min_copies < 2:
             return
         try:
             await self._mover.replicate(vm.id, [report.point_id], lambda count: None)

@@ -58,6 +58,20 @@ class DiskServices:
     hydration: HydrationService
     archiver: Archiver
     adopter: Adopter
+    changes: Changes
+
+    def apply(self, settings: ServiceSettings) -> None:
+        """From now on these limits count; steps of a hydration under way at once stay as they were at the start."""
+        self.recall.deadline_s = settings.recall_deadline_s
+        self.recall.waiting_max = settings.recall_queue_max
+        self.recall.fetch_bytes_max = settings.fetch_bytes_max
+        self.recall.set_concurrency(settings.recall_concurrency)
+        self.hydration.enabled = settings.hydration_enabled
+        self.hydration.bytes_per_s_max = settings.hydration_bytes_per_s_max
+        self.hydration.free_floor_percent = settings.free_floor_percent
+        self.archiver.apply(settings.archive)
+        self.adopter.settings = settings.archive
+        self.changes.tracked_bytes_min = settings.archive.placeholder_bytes_min
 
 
 def connect_services(
@@ -162,4 +176,4 @@ def connect_services(
         backing=backing,
         settings=settings.archive,
     )
-    return DiskServices(files, claims, recall, ender, disks, hydration, archiver, adopter)
+    return DiskServices(files, claims, recall, ender, disks, hydration, archiver, adopter, changes)

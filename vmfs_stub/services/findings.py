@@ -7,19 +7,30 @@ the daemon runs is taken back by whoever sees that it is: `status` tells how thi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from vmfs_stub.core.errors import RecallError, StoreUnavailable, VmfsStubError
 
 FINDINGS_MAX = 1000
 
+Severity = Literal["problem", "warning", "note"]
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """``subject`` names the disk or map; ``is_problem`` when somebody has to act, else it may pass by itself."""
+    """``subject`` names the disk or map.
+
+    With the severity ``problem`` somebody has to act; a ``warning`` may pass by itself, a ``note`` needs nobody.
+    """
 
     subject: str
     error: VmfsStubError
-    is_problem: bool
+    severity: Severity
+
+    @property
+    def is_problem(self) -> bool:
+        """Whether somebody has to act."""
+        return self.severity == "problem"
 
 
 class Findings:
@@ -28,15 +39,16 @@ class Findings:
     def __init__(self) -> None:
         self._findings: dict[tuple[str, type[VmfsStubError], bool], Finding] = {}
 
-    def add(self, subject: str, error: VmfsStubError, *, stays: bool = True) -> None:
+    def add(self, subject: str, error: VmfsStubError, *, stays: bool = True, severity: Severity | None = None) -> None:
         """Remember an error; unless it ``stays`` until the daemon ends, `settle` takes it back.
 
-        A store that is away may come back by itself; for anything else somebody has to act.
+        Without a ``severity``: a store that is away may come back by itself; for anything else somebody has to act.
         """
         if len(self._findings) >= FINDINGS_MAX:
             self._findings.pop(next(iter(self._findings)))
-        may_pass = isinstance(error, (StoreUnavailable, RecallError))
-        self._findings[subject, type(error), stays] = Finding(subject, error, is_problem=not may_pass)
+        if severity is None:
+            severity = "warning" if isinstance(error, (StoreUnavailable, RecallError)) else "problem"
+        self._findings[subject, type(error), stays] = Finding(subject, error, severity)
 
     def settle(self, subject: str, kind: type[VmfsStubError]) -> None:
         """Take back what was found of ``subject`` and does not stay: it is over."""

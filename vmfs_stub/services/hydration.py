@@ -38,6 +38,9 @@ STEPS_BESIDE_GUESTS = 1
 RETRY_INTERVAL_S = 30.0
 """After an error, a hold or too little space, how long until the next try."""
 
+PACE_LOOK_S = 1.0
+"""How soon a limit of speed that was changed is seen by who waits for it."""
+
 
 @dataclass(slots=True)
 class Course:
@@ -49,8 +52,33 @@ class Course:
     ended: trio.Event = field(default_factory=trio.Event)
 
 
+class Pace:
+    """A limit of bytes per second that may change meanwhile; ``bytes_per_s_max`` of 0 is none."""
+
+    def __init__(self, bytes_per_s_max: Callable[[], int]) -> None:
+        self._bytes_per_s_max = bytes_per_s_max
+        self._limit = bytes_per_s_max()
+        self._began_s = trio.current_time()
+        self._done = 0
+
+    async def keep(self, count: int) -> None:
+        """Wait until ``count`` more bytes are within the limit; a new limit counts from when it is first seen."""
+        self._done += count
+        while True:
+            if self._limit != (limit := self._bytes_per_s_max()):
+                self._limit, self._began_s, self._done = limit, trio.current_time(), 0
+            left_s = self._began_s + self._done / limit - trio.current_time() if limit else 0.0
+            if left_s <= 0:
+                return
+            await trio.sleep(min(left_s, PACE_LOOK_S))
+
+
 class HydrationService:
-    """Runs one course per placeholder."""
+    """Runs one course per placeholder.
+
+    Attributes: ``enabled`` counts for what begins after it was changed, ``bytes_per_s_max`` and ``free_floor_percent``
+    from the next step on, also of what is under way.
+    """
 
     def __init__(
         self,
@@ -70,9 +98,9 @@ class HydrationService:
         self._disks = disks
         self._recall = recall
         self._backing = backing
-        self._enabled = enabled
-        self._bytes_per_s_max = bytes_per_s_max
-        self._free_floor_percent = free_floor_percent
+        self.enabled = enabled
+        self.bytes_per_s_max = bytes_per_s_max
+        self.free_floor_percent = free_floor_percent
         self._steps_at_once = steps_at_once
         self._courses: dict[int, Course] = {}
 
@@ -81,7 +109,7 @@ class HydrationService:
 
         Bring the rest back, too, if that is wanted; without a rest it becomes an ordinary file.
         """
-        if self._enabled and disk.ino not in self._courses:
+        if self.enabled and disk.ino not in self._courses:
             self._start(disk)
 
     async def resume(self, path_fd: int) -> None:
@@ -117,7 +145,7 @@ class HydrationService:
             course = self._courses[disk.ino] = Course(disk, commanded=True)
             try:
                 await placeholder.set_hydrate()
-                await self._hydrate(course, progress, bytes_per_s_max=0)
+                await self._hydrate(course, progress, Pace(lambda: 0))
             finally:
                 self._courses.pop(disk.ino, None)
                 course.ended.set()
@@ -162,18 +190,18 @@ class HydrationService:
     async def _try(self, course: Course) -> bool:
         """Whether the course is over; false when it should be tried again later."""
         try:
-            await self._hydrate(course, lambda count: None, bytes_per_s_max=self._bytes_per_s_max)
+            await self._hydrate(course, lambda count: None, Pace(lambda: self.bytes_per_s_max))
         except (VmfsStubError, OSError) as exc:
             log.warning("%s: hydration pauses: %s", course.disk.label, exc)
             return False
         return True
 
-    async def _hydrate(self, course: Course, progress: Callable[[int], None], *, bytes_per_s_max: int) -> None:
+    async def _hydrate(self, course: Course, progress: Callable[[int], None], pace: Pace) -> None:
         placeholder = course.disk.placeholder
         if placeholder is None:
             return
         self._recall.claims.use(placeholder.maps.record.vm_id)
-        started, done, chunk = trio.current_time(), 0, 0
+        chunk = 0
         step = max(1, STEP_BYTES // placeholder.chunk_size)
         slots = trio.CapacityLimiter(self._steps_at_once)
         with single_error():
@@ -188,10 +216,8 @@ class HydrationService:
                     slots.total_tokens = STEPS_BESIDE_GUESTS if beside_guests else self._steps_at_once
                     await slots.acquire_on_behalf_of(token)
                     nursery.start_soon(self._step, placeholder, found * placeholder.chunk_size, size, slots, token)
-                    done += size
                     progress(size)
-                    if bytes_per_s_max:
-                        await trio.sleep(max(0.0, started + done / bytes_per_s_max - trio.current_time()))
+                    await pace.keep(size)
         if placeholder.next_absent(0) is None and course.disk.has_name:
             await self._disks.graduate(course.disk)
 
@@ -211,11 +237,11 @@ class HydrationService:
     def _check_space(self, disk: Disk, needed_bytes: int) -> None:
         # statvfs of a mounted local filesystem does not wait for the disk.
         vfs = self._files.call("hydrate.space", os.statvfs, self._backing)
-        floor = vfs.f_blocks * vfs.f_frsize * self._free_floor_percent / 100
+        floor = vfs.f_blocks * vfs.f_frsize * self.free_floor_percent / 100
         free = vfs.f_bavail * vfs.f_frsize
         if free - needed_bytes < floor:
             raise NoSpace(
-                f"{disk.label}: {needed_bytes >> 20} MiB more would leave less than {self._free_floor_percent:g} % of "
+                f"{disk.label}: {needed_bytes >> 20} MiB more would leave less than {self.free_floor_percent:g} % of "
                 f"the backing filesystem free ({free >> 20} MiB are); make room, or lower [primary] free_floor_percent"
             )
 

@@ -60,8 +60,8 @@ class PlaceholderMaker:
         self._disks = disks
         self._store = store
         self._private = private
-        self._resident_head_bytes = resident_head_bytes
-        self._resident_tail_bytes = resident_tail_bytes
+        self.resident_head_bytes = resident_head_bytes
+        self.resident_tail_bytes = resident_tail_bytes
 
     def prepare(self, vm: Vm, source: Source, point_id: PointId) -> None:
         """Step 3: note durably that a pin of this placeholder is about to be made.  Blocking; raises PrimaryError."""
@@ -133,8 +133,8 @@ class PlaceholderMaker:
         if disk.changes.is_doubtful:
             return []
         count = block_count(size)
-        head = Extent(0, min(count, -(-self._resident_head_bytes // BLOCK_SIZE)))
-        tail = Extent(max(0, count - -(-self._resident_tail_bytes // BLOCK_SIZE)), count)
+        head = Extent(0, min(count, -(-self.resident_head_bytes // BLOCK_SIZE)))
+        tail = Extent(max(0, count - -(-self.resident_tail_bytes // BLOCK_SIZE)), count)
         before = disk.placeholder
         return [
             run

@@ -42,6 +42,7 @@ from vmfs_stub.services.mover import Mover
 from vmfs_stub.services.origin import open_table
 from vmfs_stub.services.placeholder import Placeholder
 from vmfs_stub.services.recall_failures import RecallFailures
+from vmfs_stub.services.recall_waits import RecallWaits
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.chunk_table import ChunkTable
 from vmfs_stub.store.objects import Buffer
@@ -104,7 +105,10 @@ class RecallCounters:
 
 
 class RecallService:
-    """Fetches, verifies and fills chunks of placeholders."""
+    """Fetches, verifies and fills chunks of placeholders.
+
+    Attributes: ``deadline_s``, ``waiting_max`` and ``fetch_bytes_max`` count for what begins after they were changed.
+    """
 
     def __init__(
         self,
@@ -127,10 +131,10 @@ class RecallService:
         self._threads = threads
         self._mover = mover
         self.deadline_s = deadline_s
-        self._slots = trio.Semaphore(concurrency_max)
+        self._slots = trio.CapacityLimiter(concurrency_max)
         self._background_slots = trio.Semaphore(background_max)
-        self._waiting_max = waiting_max
-        self._fetch_bytes_max = fetch_bytes_max
+        self.waiting_max = waiting_max
+        self.fetch_bytes_max = fetch_bytes_max
         self._failures = failures
         self._flights: dict[tuple[Placeholder, int], Flight] = {}
         """By opening: what lands for one that is over fills nothing, and helps no later one of the same disk."""
@@ -144,6 +148,11 @@ class RecallService:
         self.claims = claims
         self.held = False
         self.counters = RecallCounters()
+        self.waits = RecallWaits()
+
+    def set_concurrency(self, concurrency_max: int) -> None:
+        """How many fetches for guests are under way at once, from the next on."""
+        self._slots.total_tokens = concurrency_max
 
     # For those who wait
 
@@ -159,7 +168,7 @@ class RecallService:
             )
         self._refuse_again(placeholder, offset, length)
         self.claims.use(placeholder.maps.record.vm_id)
-        with self._waiting(placeholder):
+        with self.waits.measured(), self._waiting(placeholder):
             away: VmfsStubError | None = None
             with trio.move_on_after(self.deadline_s):
                 while chunks := placeholder.absent_chunks(offset, length):
@@ -200,9 +209,9 @@ class RecallService:
     @contextmanager
     def _waiting(self, placeholder: Placeholder) -> Iterator[None]:
         """Within the block a guest waits.  Raises RecallOverload."""
-        if self.counters.waiting >= self._waiting_max:
+        if self.counters.waiting >= self.waiting_max:
             raise RecallOverload(
-                f"{placeholder.label}: {self._waiting_max} recalls wait already ([recall] recall_queue_max); try again"
+                f"{placeholder.label}: {self.waiting_max} recalls wait already ([recall] recall_queue_max); try again"
             )
         self.counters.waiting += 1
         try:
@@ -291,7 +300,7 @@ class RecallService:
                 async with trio.open_nursery() as nursery:
                     if zeros:
                         nursery.start_soon(self._fill_zeros, placeholder, zeros, flights)
-                    for fetch in plan_fetches(frames, fetch_bytes_max=self._fetch_bytes_max):
+                    for fetch in plan_fetches(frames, fetch_bytes_max=self.fetch_bytes_max):
                         nursery.start_soon(self._fetch, placeholder, fetch, flights, demand)
         except BaseException:
             for flight in flights.values():
@@ -366,6 +375,7 @@ class RecallService:
 
     def _arrived(self, placeholder: Placeholder, flights: Mapping[int, Flight], chunks: Collection[int]) -> None:
         self._failures.arrived(placeholder, chunks)
+        self.waits.arrived()
         for chunk in chunks:
             flights[chunk].land()
 

@@ -62,7 +62,7 @@ class Sources:
         self._threads = threads
         self._disks = disks
         self._backing = backing
-        self._placeholder_bytes_min = placeholder_bytes_min
+        self.placeholder_bytes_min = placeholder_bytes_min
 
     async def reserve(self, vm: Vm, scope: trio.CancelScope, stack: AsyncExitStack, *, archive: bool) -> list[Source]:
         """Reserve every file of ``vm`` until ``stack`` ends; ``scope`` is cancelled when an open wins.
@@ -109,7 +109,7 @@ class Sources:
         disk = reservation.disk
         st = disk.fstat()
         mtime_ns = st.st_mtime_ns if disk.placeholder is None else disk.placeholder.mtime_ns
-        is_worth_it = is_worth_placeholder(st.st_size, st.st_blocks * 512, bytes_min=self._placeholder_bytes_min)
+        is_worth_it = is_worth_placeholder(st.st_size, st.st_blocks * 512, bytes_min=self.placeholder_bytes_min)
         is_apt = disk.placeholder is not None or is_worth_it
         placeholder_id = PlaceholderId(secrets.token_hex(16)) if archive and is_apt else None
         names = tuple(file.relative for file in files)

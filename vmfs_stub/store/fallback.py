@@ -22,6 +22,7 @@ from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.impatience import Impatience
 from vmfs_stub.store.manifest import Manifest
+from vmfs_stub.store.objects import ObjectStore
 from vmfs_stub.store.objects_url import StoreAt, open_objects
 from vmfs_stub.store.segments import Segment
 from vmfs_stub.store.store import Store
@@ -134,14 +135,21 @@ class ReplicatedStore(Store):
     """
 
     @classmethod
-    def at(cls, plain: Store, place: StoreAt | None, *, patience_s: float | None = None) -> ReplicatedStore | None:
-        """With the replica at that place; None where there is none.
+    def at(
+        cls,
+        plain: Store,
+        place: StoreAt | None,
+        *,
+        patience_s: float | None = None,
+        objects: ObjectStore | None = None,
+    ) -> ReplicatedStore | None:
+        """With the replica at that place, by way of ``objects`` if given; None where there is none.
 
         Without ``patience_s`` the store has half the time of a short call, so that the replica has the other half.
         """
         if place is None:
             return None
-        replica = Store(open_objects(place), plain.description, plain.key)
+        replica = Store(objects or open_objects(place), plain.description, plain.key)
         return cls(plain, replica, Fallback(patience_s=place.timeout_s / 2 if patience_s is None else patience_s))
 
     def __init__(self, plain: Store, replica: Store, fallback: Fallback) -> None:
