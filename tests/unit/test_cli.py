@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -24,8 +25,10 @@ from vmfs_stub.cli import main as cli
 from vmfs_stub.cli.exit_codes import ExitCode
 from vmfs_stub.cli.output import bytes_text
 from vmfs_stub.config import load_config
+from vmfs_stub.config_policy import IdleConfig, RuleConfig
 from vmfs_stub.control.client import ControlClient
 from vmfs_stub.core.errors import DaemonUnreachable
+from vmfs_stub.core.policy import DEFAULT_RULE
 from vmfs_stub.core.times import time_text
 from vmfs_stub.mount import mountpoint as mountpoints
 from vmfs_stub.mount import syscalls
@@ -415,16 +418,28 @@ def test_the_template_shows_the_defaults(run: Run, tmp_path: Path, mountpoint: P
     assert run(*init_arguments(tmp_path, mountpoint)).code == 0
     plain = load_config(path)
     text = path.read_text()
-    lines = [
-        line.removeprefix("# ") if line.startswith("# ") and line.split()[2:3] == ["="] else line
-        for line in text.splitlines()
-        if "socket =" not in line and "keep_deleted_days =" not in line  # without a default, an example
-    ]
-    path.write_text("\n".join(lines))
+    examples = ("socket =", "keep_deleted_days =", "_watermark_percent =")  # without a default
+    before, begin, after = text.partition("# [[policy.rules]]")
+    rules, end, after = after.partition("[retention]")
+
+    def uncommented(part: str) -> str:
+        lines = [
+            line.removeprefix("# ") if line.startswith("# ") and line.split()[2:3] in (["="], []) else line
+            for line in part.splitlines()
+            if not any(example in line for example in examples)
+        ]
+        return "\n".join(lines) + "\n"
+
+    path.write_text(uncommented(before) + uncommented(end + after))
     assert load_config(path) == plain
-    for section in type(plain).model_fields:
-        for key in type(getattr(plain, section)).model_fields:
-            assert f"{key} = " in text
+    path.write_text(before + uncommented(begin + rules) + end + after)
+    kept, usual = load_config(path).archive_policy.rules
+    assert not kept.archives
+    assert replace(usual, not_started_for_s=None, point_age_max_s=None, target_s=None) == DEFAULT_RULE
+    sections = [type(getattr(plain, section)) for section in type(plain).model_fields]
+    for section in (*sections, RuleConfig, IdleConfig):
+        for key in section.model_fields:
+            assert f"{key} = " in text or f"[[policy.{key}]]" in text
 
 
 @pytest.mark.parametrize(

@@ -429,7 +429,7 @@ def stricter(draw: st.DrawFn, policy: Policy) -> Policy:
     return changed
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(st.data(), some_facts(), policies())
 def test_what_is_stricter_never_archives_more(data: st.DataObject, facts: Facts, policy: Policy) -> None:
     harder = stricter(data.draw, policy)
@@ -437,7 +437,7 @@ def test_what_is_stricter_never_archives_more(data: st.DataObject, facts: Facts,
         assert decide(facts, policy, now_s=NOW_S).archives
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(histories(), st.integers(1, 80), st.integers(1, 80), st.sampled_from((0.8, 0.9, 0.95)))
 def test_a_longer_window_never_holds_where_a_shorter_one_does_not(
     samples: tuple[Sample, ...], one: int, other: int, share: float
@@ -451,7 +451,7 @@ def test_a_longer_window_never_holds_where_a_shorter_one_does_not(
             assert decide(vm(OFF, samples), Policy((shorter,)), now_s=NOW_S).archives
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(st.data(), some_facts(), policies(), st.floats(0, 1))
 def test_missing_samples_never_archive(data: st.DataObject, facts: Facts, policy: Policy, used: float) -> None:
     count = len(facts.samples)
@@ -470,7 +470,7 @@ NEVER: dict[str, dict[str, object]] = {
 }
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(some_facts(), policies(), st.floats(0, 1), st.sampled_from(sorted(NEVER)), st.booleans())
 def test_what_is_never_archived(facts: Facts, policy: Policy, used: float, why: str, would: bool) -> None:
     if would:
@@ -479,7 +479,7 @@ def test_what_is_never_archived(facts: Facts, policy: Policy, used: float, why: 
     assert not archived([replace(facts, **NEVER[why])], policy, used=used)  # type: ignore[arg-type]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data(), policies(), st.floats(0, 1))
 def test_limits_of_a_job(data: st.DataObject, policy: Policy, used: float) -> None:
     """No more than a job may archive; for the watermark no more than it takes, each of which is needed."""
@@ -500,7 +500,7 @@ def test_limits_of_a_job(data: st.DataObject, policy: Policy, used: float) -> No
         assert smallest_last < excess
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(some_facts(), policies())
 def test_where_all_is_known_of_long_rest_it_is_archived(facts: Facts, policy: Policy) -> None:
     """The other properties would hold of a policy that archives nothing."""
