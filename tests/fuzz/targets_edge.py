@@ -25,7 +25,7 @@ from vmfs_stub.config import load_config
 from vmfs_stub.config_policy import RULES_MAX
 from vmfs_stub.control.client import ControlClient
 from vmfs_stub.control.jobs import open_jobs
-from vmfs_stub.control.messages import DiskRow, JobInfo
+from vmfs_stub.control.messages import DiskRow, JobInfo, PolicyRow
 from vmfs_stub.control.metrics import Metrics
 from vmfs_stub.control.server import ControlServer
 from vmfs_stub.core.errors import (
@@ -185,6 +185,8 @@ QUESTIONS: tuple[Question, ...] = (
     lambda client: client.start_recall(["db"]),
     lambda client: client.hold(),
     lambda client: client.shutdown(force=True),
+    lambda client: client.policy(),
+    lambda client: client.protect(["db"], protected=True),
 )
 HTTP_TOKENS = (
     b"\r\n", b"\r\n\r\n", b"Transfer-Encoding: chunked\r\n", b"content-length: 99999999999\r\n", b"ffffffff\r\n",
@@ -315,6 +317,9 @@ class ControlReplyTarget(_HttpTarget):
         for row in reply if isinstance(reply, list) else []:
             if isinstance(row, DiskRow):
                 bytes_text(row.size_bytes), bytes_text(row.resident_bytes), time_text(row.last_access)
+            if isinstance(row, PolicyRow):
+                require("\n" not in row.reason, "a reason of several lines")
+                bytes_text(row.frees_bytes), f"{row.usable_s:.0f}"
             if isinstance(row, JobInfo):
                 time_text(row.started), time_text(row.ended)
         return type(reply)
@@ -399,6 +404,7 @@ class CatalogTarget(_DatabaseTarget):
             for value in (*catalog.jobs(count_max=100), *catalog.known_vms(), *catalog.accesses(VmId("0" * 32))):
                 json.dumps(repr(value))
             catalog.last_accesses()
+            catalog.last_opens()
             catalog.start_job(JobId("f" * 32), kind="recall", vms=[], caller_uid=1, now=99.0)
             catalog.end_job(JobId("f" * 32), state="done", report={}, error=None, now=100.0)
             catalog.see_vms([(VmId("e" * 32), "new")], now=100.0)

@@ -83,6 +83,7 @@ def test_accesses(catalog: Catalog) -> None:
         ("disk.raw", "/usr/bin/qemu", 64055, 5.0),
     ]
     assert catalog.last_accesses() == {(VM, "disk.raw"): 7.0, (VM, r"bad\xff"): 6.0}
+    assert sorted(catalog.last_opens()) == [(VM, "", 7.0), (VM, "/usr/bin/qemu", 5.0)]
 
 
 def test_access_rows_are_bounded(catalog: Catalog) -> None:

@@ -36,7 +36,17 @@ from vmfs_stub.store.objects_url import StoreAt, open_objects
 from vmfs_stub.store.store import Store
 
 HERE = Path(__file__).parent
-LS_FIELDS = ["vm", "disk", "path", "state", "size_bytes", "resident_bytes", "restore_points", "last_access"]
+LS_FIELDS = [
+    "vm",
+    "disk",
+    "path",
+    "state",
+    "size_bytes",
+    "resident_bytes",
+    "restore_points",
+    "last_access",
+    "protected",
+]
 
 
 @pytest.fixture
@@ -84,7 +94,20 @@ def start_daemon(config: Path, tmp_path: Path) -> Iterator[StartDaemon]:
 
 COMMANDS = (
     *("init", "mount", "unmount", "ls", "backup", "archive", "recall", "restore", "points", "verify", "scrub"),
-    *("adopt", "forget", "gc", "leave", "hold", "unhold", "status", "doctor", "store"),
+    *(
+        "adopt",
+        "forget",
+        "gc",
+        "leave",
+        "policy",
+        "protect",
+        "unprotect",
+        "hold",
+        "unhold",
+        "status",
+        "doctor",
+        "store",
+    ),
 )
 HEAVY = (
     "pydantic",
@@ -130,6 +153,28 @@ def test_no_daemon_is_7(run: Run, config: Path) -> None:
         assert "no daemon answers" in result.err
 
 
+def test_policy(run: Run, start_daemon: StartDaemon) -> None:
+    start_daemon()
+    rows = json.loads(run("policy", "--json").out)
+    assert [(row["vm"], row["archives"], row["numbers"]) for row in rows] == [
+        ("db", False, {"used_s": 0.0}),
+        ("web", True, {"used_s": 0.0}),
+    ]
+    assert run("policy").out.splitlines() == [
+        "VM\tSTATE\tDECISION\tRULE\tFREES\tSECONDS\tREASON",
+        "db\toff\tkeep\t-\t1.0 GiB\t9\tno rule is for it",
+        "web\toff\tarchive\tdefault\t1.0 GiB\t9\toff for 14 days",
+    ]
+
+
+def test_protect(run: Run, start_daemon: StartDaemon) -> None:
+    start_daemon()
+    assert run("protect", "db", "web").out.startswith("protected: db, web; `vmfs-stub unprotect`")
+    assert run("unprotect", "db").out == "no longer protected: db\n"
+    assert run("protect", "nope").code == ExitCode.NOT_FOUND
+    assert run("protect").code == ExitCode.USAGE
+
+
 def test_ls(run: Run, start_daemon: StartDaemon) -> None:
     start_daemon()
     rows = json.loads(run("ls", "--json").out)
@@ -137,7 +182,7 @@ def test_ls(run: Run, start_daemon: StartDaemon) -> None:
     assert (rows[0]["state"], rows[0]["last_access"]) == ("placeholder", None)
     assert [row["vm"] for row in json.loads(run("ls", "web", "--json").out)] == ["web"]
     lines = run("ls").out.splitlines()
-    assert lines[1] == "db\tdisk.raw\tplaceholder\t1.0 GiB\t4.0 KiB\t2\t-"
+    assert lines[1] == "db\tdisk.raw\tplaceholder\t1.0 GiB\t4.0 KiB\t2\t-\t-"
     unknown = run("ls", "nope")
     assert (unknown.code, unknown.out) == (ExitCode.NOT_FOUND, "")
     assert "no VM is called 'nope'" in unknown.err

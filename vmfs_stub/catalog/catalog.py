@@ -205,6 +205,11 @@ class Catalog:
         rows = self._read("SELECT vm, disk, max(opened) FROM access GROUP BY vm, disk")
         return {(VmId(row[0]), row[1]): row[2] for row in rows}
 
+    def last_opens(self) -> list[tuple[VmId, str, float]]:
+        """When each VM was last opened by each executable ("" where that could not be told): VM, executable, time."""
+        rows = self._read("SELECT vm, executable, max(opened) FROM access GROUP BY vm, executable")
+        return [(VmId(row[0]), row[1], row[2]) for row in rows]
+
     @contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:
         with self._lock, _translated(self._path), self._connection:

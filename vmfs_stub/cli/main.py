@@ -26,6 +26,8 @@ from vmfs_stub.cli import (
     ls,
     mount,
     points,
+    policy,
+    protect,
     recall,
     replicate,
     restore,
@@ -67,6 +69,9 @@ app.command("scrub")(scrub.scrub)
 app.command("gc")(gc.gc)
 app.command("replicate")(replicate.replicate)
 app.command("forget")(forget.forget)
+app.command("policy")(policy.policy)
+app.command("protect")(protect.protect)
+app.command("unprotect")(protect.unprotect)
 app.command("hold")(hold.hold)
 app.command("unhold")(hold.unhold)
 app.command("status")(status.status)
