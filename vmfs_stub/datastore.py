@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from typing import TypeVar
@@ -30,7 +31,7 @@ from vmfs_stub.control.messages import (
     error_info,
 )
 from vmfs_stub.control.peer import Peer
-from vmfs_stub.core.errors import InUse, PrimaryIOError, Protected, RecallsHeld
+from vmfs_stub.core.errors import InUse, PrimaryIOError, Protected, RecallsHeld, VmNotFound
 from vmfs_stub.core.ids import JobId, PointId, VmId
 from vmfs_stub.core.names import printable
 from vmfs_stub.core.times import time_text
@@ -300,8 +301,9 @@ class Datastore:
     async def _back_up(
         self, vm: Vm, progress: Callable[[int], None], *, archive: bool, claimed: Mapping[VmId, int] | None
     ) -> VmOutcome:
-        if archive and await self._threads.files(self._inventory.is_protected, vm):
-            raise _protected(vm)
+        with suppress(VmNotFound):  # whoever archives it says what became of it
+            if archive and await self._threads.files(self._inventory.is_protected, vm):
+                raise _protected(vm)
         for file in vm.files:
             await self._hydration.stop(file.ino)
         try:

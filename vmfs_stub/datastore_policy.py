@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from vmfs_stub.catalog.catalog import Catalog
 from vmfs_stub.config import Config
@@ -31,10 +32,7 @@ class Decided:
 
 
 class DatastorePolicy:
-    """Decides of a datastore's VMs; ``backing_fd`` stays the caller's.
-
-    Attributes: ``policy`` is what it goes by, and may be replaced.
-    """
+    """Decides of a datastore's VMs; ``backing_fd`` stays the caller's."""
 
     def __init__(
         self,
@@ -50,10 +48,10 @@ class DatastorePolicy:
         hypervisor: Hypervisor | None = None,
         link: LinkDomains = no_links,
     ) -> None:
-        self.policy = config.archive_policy
+        self._threads = threads
         self._backing_fd = backing_fd
-        archive = config.archive
-        self.facts = FactsService(
+        self._policy = config.archive_policy
+        self._facts = FactsService(
             threads=threads,
             services=services,
             store=store,
@@ -63,13 +61,13 @@ class DatastorePolicy:
             hypervisor=hypervisor or NoHypervisor(),
             link=link,
             backing_fd=backing_fd,
-            settings=FactsSettings(
-                placeholder_bytes_min=archive.placeholder_bytes_min,
-                resident_bytes=archive.resident_head_bytes + archive.resident_tail_bytes,
-                boot_bytes=config.policy.boot_bytes,
-                store_bytes_per_s=config.policy.store_bytes_per_s,
-            ),
+            settings=_facts_settings(config),
         )
+
+    def configure(self, config: Config) -> None:
+        """Go by another configuration from the next decision on."""
+        self._policy = config.archive_policy
+        self._facts.settings = _facts_settings(config)
 
     async def decide(
         self, vms: Sequence[Vm], *, now_s: float | None = None, never: Mapping[VmId, Sequence[str]] | None = None
@@ -80,11 +78,24 @@ class DatastorePolicy:
         Unix time, by default the clock's; ``never`` are more reasons against some.
         """
         now_s = time.time() if now_s is None else now_s
-        facts = await self.facts.gather(vms, self.policy, now_s=now_s, never=never)
+        policy = self._policy
+        facts = await self._facts.gather(vms, policy, now_s=now_s, never=never)
         vfs = os.fstatvfs(self._backing_fd)
         size_bytes, free_bytes = vfs.f_blocks * vfs.f_frsize, vfs.f_bavail * vfs.f_frsize
-        decisions = decide_all(facts, self.policy, now_s=now_s, size_bytes=size_bytes, free_bytes=free_bytes)
+        decisions = await self._threads.compute(
+            partial(decide_all, facts, policy, now_s=now_s, size_bytes=size_bytes, free_bytes=free_bytes)
+        )
         return [Decided(*each) for each in zip(vms, facts, decisions, strict=True)]
+
+
+def _facts_settings(config: Config) -> FactsSettings:
+    archive = config.archive
+    return FactsSettings(
+        placeholder_bytes_min=archive.placeholder_bytes_min,
+        resident_bytes=archive.resident_head_bytes + archive.resident_tail_bytes,
+        boot_bytes=config.policy.boot_bytes,
+        store_bytes_per_s=config.policy.store_bytes_per_s,
+    )
 
 
 def policy_row(decided: Decided) -> PolicyRow:

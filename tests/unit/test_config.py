@@ -77,6 +77,7 @@ def test_sizes_may_have_units() -> None:
         ('[replica]\nurl = "s3://b/p"\naccess_key_id = "a"\n', r"c\.toml:9:2: replica: .*go together"),
         ("recall = nope\n", r"c\.toml:9:10: not valid TOML: Invalid value$"),
         ('x = "', r"c\.toml:9:6: not valid TOML: Expected.*|c\.toml:9:6: .*Unterminated string"),
+        ('"a\\nb" = 1\n', r"c\.toml:9:1: store\.a\\nb: no such key"),
         ("[policy]\nrule = 1\n", r"c\.toml:10:1: policy\.rule: no such key"),
         ("policy.archives_per_job_max = -1\n", r"c\.toml:9:1: store\.policy: no such key"),
         ("[policy]\nrecalled_for_min = '7 dayz'\n", r"c\.toml:10:20: policy\.recalled_for_min: not a length of time"),

@@ -239,20 +239,29 @@ async def test_what_the_catalog_knows(rig: Rig) -> None:
         assert (await facts_of(services, catalog=catalog)).samples == ()
 
 
-async def test_the_last_point_is_asked_for_where_a_rule_needs_it(rig: Rig) -> None:
+async def test_the_last_point_is_asked_for_where_it_decides(rig: Rig) -> None:
     needs = Policy((Rule("r", off_for_s=DAY_S, point_age_max_s=DAY_S),), size_bytes_min=1)
+    now_s = time.time()
     async with rig.running() as services:
+        rested = FakeCatalog({rig.vm("vm").id: [Sample(now_s - 9 * DAY_S, now_s, 9 * DAY_S, 0, 0, 0, 0)]})
+        assert (await facts_of(services, catalog=rested, policy=needs)).last_point_s is None
         await services.archive("vm", archive=False)
-        assert (await facts_of(services)).last_point_s is None
-        last_s = (await facts_of(services, policy=needs)).last_point_s
-        assert last_s is not None
-        assert abs(time.time() - last_s) < 60
+        listed: list[str] = []
+        rig.objects.before = lambda call, key: listed.append(call)
+        assert (await facts_of(services, policy=needs)).last_point_s is None  # it is not known to rest
+        assert (await facts_of(services, catalog=rested)).last_point_s is None  # no rule asks for it
+        assert listed == []
+        found = await facts_of(services, catalog=rested, policy=needs)
+        assert found.last_point_s is not None
+        assert abs(now_s - found.last_point_s) < 60
+        assert decide(found, needs, now_s=now_s).archives
 
         def refuse(call: str, key: str) -> None:
             raise StoreUnavailable("away")
 
         rig.objects.before = refuse
-        assert (await facts_of(services, policy=needs)).last_point_s is None
+        assert (await facts_of(services, catalog=rested, policy=needs)).last_point_s is None
+        rig.objects.before = lambda call, key: None
 
 
 async def test_nothing_is_changed(rig: Rig) -> None:

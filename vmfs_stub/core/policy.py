@@ -42,8 +42,8 @@ class WhenRunning(Enum):
 class Match:
     """Which VMs a rule is for: all that is given has to match; sizes in bytes.
 
-    ``names`` and ``paths`` are shell patterns, of which one has to match; ``metadata`` are values of the domain's
-    metadata.
+    ``names`` and ``paths`` are shell patterns, of which one has to match; a path is that of the VM's directory or file
+    at the top of the datastore.  ``metadata`` are values of the domain's metadata.
     """
 
     names: tuple[str, ...] = ()

@@ -10,14 +10,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Protocol
 
 from vmfs_stub.core.errors import ClaimedElsewhere, HypervisorAway, VmfsStubError
 from vmfs_stub.core.ids import VmId
 from vmfs_stub.core.names import printable
-from vmfs_stub.core.policy import Facts, Policy, predicted_usable_s
+from vmfs_stub.core.policy import Facts, Policy, decide, predicted_usable_s
 from vmfs_stub.core.unused import SPAN_S_MIN, last_start_s
 from vmfs_stub.core.usage import GuestState, Sample
 from vmfs_stub.inventory.domain import Domain
@@ -114,12 +114,14 @@ class _Known:
     links: Links | None
     samples: Mapping[VmId, Sequence[Sample]]
     used_s: Mapping[VmId, float]
-    points_s: Mapping[VmId, float]
     elsewhere: frozenset[str]
 
 
 class FactsService:
-    """Gathers facts; ``backing_fd`` is the backing directory, and stays the caller's."""
+    """Gathers facts; ``backing_fd`` is the backing directory, and stays the caller's.
+
+    Attributes: ``settings`` may be replaced.
+    """
 
     def __init__(
         self,
@@ -147,7 +149,7 @@ class FactsService:
         self._hypervisor = hypervisor
         self._link = link
         self._backing_fd = backing_fd
-        self._settings = settings
+        self.settings = settings
 
     async def gather(
         self,
@@ -164,7 +166,23 @@ class FactsService:
         known = await self._ask(vms, policy, now_s)
         on_disk = await self._threads.files(self._look, vms)
         more = never or {}
-        return [self._facts(vm, on_disk[vm.id], known, more.get(vm.id, ()), now_s) for vm in vms]
+
+        def all_facts() -> list[Facts]:
+            return [self._facts(vm, on_disk[vm.id], known, more.get(vm.id, ())) for vm in vms]
+
+        # Of thousands of VMs that takes a while, which guests must not wait for.
+        found = await self._threads.compute(all_facts)
+        for number in await self._threads.compute(_wanting_points, found, policy, now_s):
+            found[number] = replace(found[number], last_point_s=await self._last_point_s(found[number].vm_id))
+        return found
+
+    async def _last_point_s(self, vm_id: VmId) -> float | None:
+        try:
+            points = await self._threads.background(self._store.points, vm_id)
+        except VmfsStubError as exc:
+            log.warning("VM %s: which restore points there are cannot be told: %s", vm_id, exc)
+            return None
+        return points[-1].created_s if points else None
 
     async def _ask(self, vms: Sequence[Vm], policy: Policy, now_s: float) -> _Known:
         links: Links | None = None
@@ -174,24 +192,18 @@ class FactsService:
             log.warning("no VM is archived: %s", exc)
         samples: Mapping[VmId, Sequence[Sample]] = {}
         used_s: Mapping[VmId, float] = {}
-        points_s: Mapping[VmId, float] = {}
         try:
             samples = await self._threads.files(self._samples.all_samples, now_s - _longest_window_s(policy))
             used_s = _uses(await self._threads.files(self._opens.last_opens))
         except VmfsStubError as exc:
             log.warning("how VMs were used cannot be told, so that none is idle: %s", exc)
             samples = {}
-        if any(rule.point_age_max_s is not None for rule in policy.rules):
-            try:
-                points_s = {vm.vm_id: vm.points[-1].created_s for vm in await self._threads.background(self._store.vms)}
-            except VmfsStubError as exc:
-                log.warning("which restore points there are cannot be told: %s", exc)
         elsewhere = frozenset(
             finding.subject for finding in self._findings.all() if isinstance(finding.error, ClaimedElsewhere)
         )
-        return _Known(links, samples, used_s, points_s, elsewhere)
+        return _Known(links, samples, used_s, elsewhere)
 
-    def _facts(self, vm: Vm, on_disk: _OnDisk, known: _Known, more: Sequence[str], now_s: float) -> Facts:
+    def _facts(self, vm: Vm, on_disk: _OnDisk, known: _Known, more: Sequence[str]) -> Facts:
         domains = () if known.links is None else known.links.of(vm.id)
         domain = domains[0] if len(domains) == 1 else None
         state = self._state(on_disk, domains, is_away=known.links is None)
@@ -211,14 +223,13 @@ class FactsService:
             frees_bytes=frees_bytes,
             usable_s=predicted_usable_s(
                 frees_bytes + on_disk.archived_bytes,
-                boot_bytes=self._settings.boot_bytes,
-                bytes_per_s=self._settings.store_bytes_per_s,
+                boot_bytes=self.settings.boot_bytes,
+                bytes_per_s=self.settings.store_bytes_per_s,
             ),
             metadata={} if domain is None else domain.metadata,
             state_since_s=None if domain is None else domain.state_since_s,
             last_started_s=last_start_s(samples),
             last_used_s=known.used_s.get(vm.id),
-            last_point_s=known.points_s.get(vm.id),
             last_recalled_s=on_disk.recalled_s,
             samples=samples,
             is_protected=vm.is_protected or any(map(_is_protected, domains)),
@@ -262,11 +273,11 @@ class FactsService:
         known = self._disks.placeholders.get(st.st_ino)
         occupied = min(st.st_size, st.st_blocks * 512)
         if known is None and not is_worth_placeholder(
-            st.st_size, st.st_blocks * 512, bytes_min=self._settings.placeholder_bytes_min
+            st.st_size, st.st_blocks * 512, bytes_min=self.settings.placeholder_bytes_min
         ):
             return
         on_disk.apt_count += 1
-        stays_bytes = self._settings.resident_bytes
+        stays_bytes = self.settings.resident_bytes
         if known is not None:
             stays_bytes += PLACEHOLDER_OWN_BYTES
             on_disk.placeholder_count += 1
@@ -305,6 +316,15 @@ def _uses(opens: Sequence[tuple[VmId, str, float]]) -> dict[VmId, float]:
         if not executable or PurePosixPath(executable).name.startswith(HYPERVISORS):
             found[vm_id] = max(opened_s, found.get(vm_id, opened_s))
     return found
+
+
+def _wanting_points(all_facts: Sequence[Facts], policy: Policy, now_s: float) -> list[int]:
+    """Which of these VMs are archived if only their last restore point is not too old: it takes a listing for each."""
+    with_age = {rule.name for rule in policy.rules if rule.point_age_max_s is not None}
+    if not with_age:
+        return []
+    decisions = [decide(replace(facts, last_point_s=now_s), policy, now_s=now_s) for facts in all_facts]
+    return [number for number, each in enumerate(decisions) if each.archives and each.rule in with_age]
 
 
 def _longest_window_s(policy: Policy) -> float:
