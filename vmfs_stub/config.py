@@ -11,14 +11,20 @@ import ipaddress
 import os
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from vmfs_stub.config_policy import PolicyConfig
+from vmfs_stub.config_values import ByteCount
+from vmfs_stub.config_values import Section as _Section
 from vmfs_stub.core.errors import ConfigError
-from vmfs_stub.core.names import LOCK_FILE, MAPS_DIR, PRIVATE_DIR
+from vmfs_stub.core.names import LOCK_FILE, MAPS_DIR, PRIVATE_DIR, printable
+from vmfs_stub.core.policy import Policy
 from vmfs_stub.core.retention import Retention
+from vmfs_stub.core.toml_places import Place, TomlPlaces
 
 DEFAULT_CONFIG_PATH = Path("/etc/vmfs-stub/config.toml")
 CONFIG_ENVIRONMENT = "VMFS_STUB_CONFIG"
@@ -27,27 +33,13 @@ RUNTIME_ROOT = Path("/run/vmfs-stub")
 GUEST_TIMEOUT_S = 30
 """SCSI time-out of a Linux guest: a recall that takes longer than this resets the guest's disk."""
 
-_UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-_SIZE = re.compile(r"([0-9]{1,19}) *([A-Za-z]*)")
-BYTES_MAX = 2**63 - 1
 CONFIG_BYTES_MAX = 256 << 10
 _DOTS_MAX = 128
 """In one line: tomllib needs time by the square of a dotted key's parts, and no key here has more than two."""
 _ERRORS_MAX = 20
-"""More are not told at once: the lines of each are looked for in all of the file."""
-
-
-def parse_bytes(value: object) -> object:
-    """Number of bytes of ``"8 MiB"``; whatever is not a string is returned as it is, for pydantic to judge."""
-    if not isinstance(value, str):
-        return value
-    match = _SIZE.fullmatch(value.strip())
-    if match is None or match[2].upper() not in _UNITS:
-        raise ValueError('not a size: write bytes, or a whole number with KiB, MiB, GiB or TiB, as in "8 MiB"')
-    return int(match[1]) * _UNITS[match[2].upper()]
-
-
-ByteCount = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, le=BYTES_MAX)]
+"""More are not told at once."""
+_PARSER_PLACE = re.compile(r" \(at line ([0-9]+), column ([0-9]+)\)$")
+_AT_END = " (at end of document)"
 
 
 def _absolute(value: Path) -> Path:
@@ -56,10 +48,6 @@ def _absolute(value: Path) -> Path:
     if "\0" in str(value):
         raise ValueError("must not hold the character NUL")
     return Path(os.path.normpath(value))
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
 
 class DatastoreConfig(_Section):
@@ -152,7 +140,7 @@ class HydrationConfig(_Section):
 
 
 class ArchiveConfig(_Section):
-    """Turning VMs into placeholders; ``enabled`` will let a backup job do so by policy, and has no effect yet.
+    """Turning VMs into placeholders; ``enabled`` lets a backup job do so by [policy].
 
     ``min_copies`` of 0 stands for as many as there are places for; see `Config.min_copies`.
     """
@@ -283,6 +271,7 @@ class Config(_Section):
     recall: RecallConfig = RecallConfig()
     hydration: HydrationConfig = HydrationConfig()
     archive: ArchiveConfig = ArchiveConfig()
+    policy: PolicyConfig = PolicyConfig()
     retention: RetentionConfig = RetentionConfig()
     usage: UsageConfig = UsageConfig()
     scrub: ScrubConfig = ScrubConfig()
@@ -303,6 +292,11 @@ class Config(_Section):
     def min_copies(self) -> int:
         """How many copies of what is released must have been read back before: that in the store, and the replica's."""
         return self.archive.min_copies or (2 if self.replica.url else 1)
+
+    @property
+    def archive_policy(self) -> Policy:
+        """Which VMs a backup job makes placeholders of; what is too small for `archive` is too small there, too."""
+        return self.policy.policy(size_bytes_min=self.archive.placeholder_bytes_min)
 
     @property
     def private_dir(self) -> Path:
@@ -383,10 +377,6 @@ class Config(_Section):
                 "recall.store_timeout_s is not below recall.recall_deadline_s: a read that the store does not answer "
                 "cannot be tried again before the guest's read fails"
             )
-        if self.archive.enabled:
-            found.append(
-                "archive.enabled has no effect yet, since idle VMs are not recognised: use `vmfs-stub archive VM`"
-            )
         address = self.monitoring.address
         if address is not None and not ipaddress.ip_address(address[0]).is_loopback:
             found.append(
@@ -461,44 +451,49 @@ def parse_config(text: str, *, origin: str) -> Config:
     try:
         values = tomllib.loads(text)
     except ValueError as exc:  # tomllib's own kind, and that of a number of too many digits
-        raise ConfigError(f"{origin}: not valid TOML: {exc}") from exc
+        raise ConfigError(_not_toml(str(exc), text, origin)) from exc
     except RecursionError as exc:
         raise ConfigError(f"{origin}: not valid TOML: nested too deeply") from exc
     try:
         return Config.model_validate(values)
     except ValidationError as exc:
         found = exc.errors(include_url=False, include_input=False)
-        lines = [_describe(one["loc"], one["type"], one["msg"], text, origin) for one in found[:_ERRORS_MAX]]
+        places = TomlPlaces(text)
+        lines = [_describe(one["loc"], one["type"], one["msg"], places, origin) for one in found[:_ERRORS_MAX]]
         raise ConfigError("\n".join(lines)) from exc
 
 
-def _describe(loc: tuple[int | str, ...], kind: str, message: str, text: str, origin: str) -> str:
-    keys = [str(part) for part in loc]
-    where = place_of(keys, text, origin)
+def _not_toml(message: str, text: str, origin: str) -> str:
+    """What the parser says, with the place where everybody looks for it."""
+    match = _PARSER_PLACE.search(message)
+    if match is not None:
+        return f"{origin}:{match[1]}:{match[2]}: not valid TOML: {message.removesuffix(match[0])}"
+    if message.endswith(_AT_END):
+        line = text.count("\n") + 1
+        return f"{origin}:{line}:{len(text) - text.rfind(chr(10))}: not valid TOML: {message}"
+    return f"{origin}: not valid TOML: {message}"
+
+
+def _describe(loc: tuple[int | str, ...], kind: str, message: str, places: TomlPlaces, origin: str) -> str:
+    """One line of an error: an unknown key is shown where it is, what is missing where it should be, else the value."""
+    where = _where(places.of(loc, value=kind != "extra_forbidden"), origin)
     if kind == "extra_forbidden":
         message = "no such key (see the commented file that `vmfs-stub init` writes)"
     elif kind == "missing":
         message = "is missing"
-    return ": ".join(filter(None, (where, ".".join(keys), message.removeprefix("Value error, "))))
+    return ": ".join(filter(None, (where, _key_text(loc), message.removeprefix("Value error, "))))
 
 
-def place_of(keys: list[str], text: str, origin: str) -> str:
-    """``origin:line`` of ``section.key`` in the TOML ``text``, or of its section; ``origin`` where neither is plain."""
-    line = _line_of(keys, text)
-    return f"{origin}:{line}" if line else origin
+def place_of(keys: Sequence[str], text: str, origin: str) -> str:
+    """``origin:line:column`` of a key in the TOML ``text``, or of the table that it belongs to."""
+    return _where(TomlPlaces(text).of(keys), origin)
 
 
-def _line_of(keys: list[str], text: str) -> int | None:
-    """Line (from 1) of ``section.key``, else of its section; None when neither is written plainly."""
-    section, section_line = "", None
-    for number, line in enumerate(text.splitlines(), start=1):
-        header, closed, _ = line.strip().partition("]")
-        if closed and header.startswith("[") and not header.startswith("[["):
-            section = header[1:].strip()
-            if keys and section == keys[0]:
-                section_line = number
-            continue
-        pair = re.match(r"\s*([A-Za-z0-9_.\-]+)\s*=", line)
-        if pair is not None and [*filter(None, [section]), *pair[1].split(".")] == keys:
-            return number
-    return section_line
+def _where(place: Place | None, origin: str) -> str:
+    return origin if place is None else f"{origin}:{place.line}:{place.column}"
+
+
+def _key_text(loc: tuple[int | str, ...]) -> str:
+    """``policy.rules[2].idle``: elements are counted from 1, as people do."""
+    text = "".join(f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in loc)
+    return printable(text.removeprefix("."))

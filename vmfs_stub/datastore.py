@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from typing import TypeVar
@@ -24,23 +25,26 @@ from vmfs_stub.control.messages import (
     JobInfo,
     JobKind,
     JobReport,
+    PolicyRow,
     Status,
     VmOutcome,
     VmUsage,
     error_info,
 )
 from vmfs_stub.control.peer import Peer
-from vmfs_stub.core.errors import InUse, PrimaryIOError, RecallsHeld
+from vmfs_stub.core.errors import InUse, PrimaryIOError, Protected, RecallsHeld, VmNotFound
 from vmfs_stub.core.ids import JobId, PointId, VmId
 from vmfs_stub.core.names import printable
 from vmfs_stub.core.times import time_text
 from vmfs_stub.datastore_listing import Listing, only_warned
 from vmfs_stub.datastore_monitoring import Monitoring
+from vmfs_stub.datastore_policy import DatastorePolicy, policy_row
 from vmfs_stub.datastore_status import Health
 from vmfs_stub.datastore_usage import Usage
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.vm import UnreadVm, Vm, VmFile
 from vmfs_stub.mount.serving import Mount
+from vmfs_stub.primary.files import sync_filesystem
 from vmfs_stub.primary.tree import open_beneath
 from vmfs_stub.services import memory
 from vmfs_stub.services.adopt import Missed, Wanted
@@ -92,6 +96,7 @@ class Datastore:
         self._settings = settings
         config = settings.current
         self._threads = threads
+        self._inventory = inventory
         self._store = store
         self._claims = services.claims
         self._replica = replica
@@ -148,6 +153,18 @@ class Datastore:
             backing_fd=self._backing_fd,
         )
         self._disks.on_graduated = self.listing.graduated
+        self.policy_view = DatastorePolicy(
+            config=config,
+            threads=threads,
+            services=services,
+            store=store,
+            findings=findings,
+            samples=catalog,
+            last_use=self.usage.sampler.last_use,
+            hypervisor=hypervisor,
+            link=self.usage.link,
+            backing_fd=self._backing_fd,
+        )
         self._disks.on_open = self.listing.opened
         self._recall.held = config.hold_path.exists()
 
@@ -170,6 +187,22 @@ class Datastore:
     async def status(self) -> Status:
         """What the daemon knows about itself; ``healthy`` is false when an operator has to act."""
         return await self.health.status()
+
+    async def policy(self) -> list[PolicyRow]:
+        """What a backup job's policy would do now, one row per VM; changes nothing."""
+        return [policy_row(each) for each in await self.policy_view.decide((await self.listing.scan()).vms)]
+
+    async def protect(self, vms: Sequence[str], *, protected: bool, peer: Peer) -> None:
+        """Never archive the named VMs, or allow it again.  Raises VmNotFound, AmbiguousName, PrimaryIOError."""
+        for vm in await self._named(vms):
+            await self._threads.files(self._inventory.protect, vm, protected)
+        backing = self._config.datastore.backing
+        try:
+            await self._threads.files(self._files.call, "protect.sync", sync_filesystem, backing)
+        except OSError as exc:
+            raise PrimaryIOError(
+                f"that may not outlast a power cut: {backing} cannot be synced: {exc.strerror}"
+            ) from exc
 
     async def replicate(self) -> None:
         """Bring restore points of this datastore's VMs into the replica, those that were left behind, too."""
@@ -216,9 +249,11 @@ class Datastore:
         return self._start("backup", scan.vms, step, peer=peer, tolerant=True, unread=scan.unread)
 
     async def start_archive(self, vms: Sequence[str], *, peer: Peer) -> JobId:
-        """Back up the named VMs and make placeholders of them; raises InUse."""
+        """Back up the named VMs and make placeholders of them; raises InUse, Protected."""
         found = await self._named(vms)
         for vm in found:
+            if vm.is_protected:
+                raise _protected(vm)
             for file in vm.files:
                 disk = self._disks.get(file.ino)
                 if disk is not None and disk.open_count:
@@ -311,6 +346,9 @@ class Datastore:
     async def _back_up(
         self, vm: Vm, progress: Callable[[int], None], *, archive: bool, claimed: Mapping[VmId, int] | None
     ) -> VmOutcome:
+        with suppress(VmNotFound):  # whoever archives it says what became of it
+            if archive and await self._threads.files(self._inventory.is_protected, vm):
+                raise _protected(vm)
         for file in vm.files:
             await self._hydration.stop(file.ino)
         try:
@@ -391,6 +429,10 @@ class Datastore:
             await self._hydration.bring_back(path_fd, progress=progress)
         finally:
             os.close(path_fd)
+
+
+def _protected(vm: Vm) -> Protected:
+    return Protected(f"VM {vm.name} is protected from being archived; `vmfs-stub unprotect` allows it again")
 
 
 def _not_forgotten(vm: Vm, error: Exception) -> str:

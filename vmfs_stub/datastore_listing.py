@@ -117,6 +117,7 @@ class Listing:
                         resident_bytes=min(st.st_size, st.st_blocks * 512),
                         restore_points=self._point_counts.get(vm.id, 0),
                         last_access=last or None,
+                        protected=vm.is_protected,
                     )
                 )
         return rows

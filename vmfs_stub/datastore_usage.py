@@ -25,7 +25,10 @@ GAP_SHARE = 0.01
 
 
 class Usage:
-    """What `usage` shows; ``sampler`` has work of its own that goes on beside the datastore's."""
+    """What `usage` shows; ``sampler`` has work of its own that goes on beside the datastore's.
+
+    ``link`` tells which domains are which VMs; it blocks.
+    """
 
     def __init__(
         self,
@@ -41,11 +44,13 @@ class Usage:
         self._threads = threads
         self._catalog = catalog
         self._interval_s = config.usage.interval_s
+        domains = Domains(backing=config.datastore.backing, files=files)
+        self.link = partial(domains.link, mountpoint=config.datastore.mountpoint)
         self.sampler = UsageSampler(
             catalog=catalog,
             threads=threads,
             hypervisor=hypervisor,
-            domains=Domains(backing=config.datastore.backing, files=files),
+            domains=domains,
             mount=mount_usage,
             scan=scan,
             mountpoint=config.datastore.mountpoint,

@@ -39,6 +39,7 @@ LIVE: Final = frozenset(
         "archive.resident_head_bytes",
         "archive.resident_tail_bytes",
         "archive.placeholder_bytes_min",
+        "policy.*",
         "retention.*",
         "scrub.*",
         "primary.free_floor_percent",

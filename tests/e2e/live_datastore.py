@@ -23,7 +23,7 @@ from scripts.lab.datastore import Settings, ended, with_settings
 from vmfs_stub.control.client import ControlClient
 from vmfs_stub.control.messages import JobInfo
 from vmfs_stub.core.errors import DaemonUnreachable
-from vmfs_stub.core.names import XATTR_PREFIX
+from vmfs_stub.core.names import RECALLED_XATTR, XATTR_PREFIX
 from vmfs_stub.mount import mountpoint as mountpoints
 from vmfs_stub.mount import syscalls
 
@@ -234,8 +234,9 @@ class LiveDatastore:
     # What is left
 
     def private_xattrs(self, path: Path) -> list[str]:
-        """Our extended attributes on a backing file."""
-        return [name for name in os.listxattr(path) if name.startswith(XATTR_PREFIX)]
+        """Our extended attributes on a backing file, but for the note that it was a placeholder once."""
+        names = [name for name in os.listxattr(path) if name.startswith(XATTR_PREFIX)]
+        return [name for name in names if name != RECALLED_XATTR]
 
     def durable_maps(self) -> list[Path]:
         return sorted((self.backing / ".vmfs-stub/maps").iterdir())

@@ -365,7 +365,7 @@ def test_json_of_ls_status_and_points(make_datastore: MakeDatastore) -> None:
 
     other, row = sorted(datastore.rows(), key=lambda row: str(row["vm"]))
     assert set(row) == {
-        "vm", "disk", "path", "state", "size_bytes", "resident_bytes", "restore_points", "last_access"
+        "vm", "disk", "path", "state", "size_bytes", "resident_bytes", "restore_points", "protected", "last_access"
     }  # fmt: skip
     assert (row["vm"], row["disk"], row["path"]) == ("vm", "disk.raw", str(disk))
     assert (row["state"], row["size_bytes"], row["restore_points"]) == ("placeholder", SIZE, 1)

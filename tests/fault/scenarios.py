@@ -35,6 +35,7 @@ from vmfs_stub.core.errors import (
     ObjectMissing,
     PointNotFound,
     PrimaryIOError,
+    Protected,
     StoreConflict,
     UnknownFormat,
     VmfsStubError,
@@ -892,6 +893,31 @@ async def _list_and_recall(datastore: Datastore, services: Services) -> None:
     await _done(datastore, await datastore.start_recall(["vm"], peer=ROOT_PEER))
 
 
+async def protect_and_decide(services: Services) -> None:
+    """A VM that came back once is protected, then no longer; the policy changes nothing."""
+    sizes = "placeholder_bytes_min = 1\nresident_head_bytes = 0\nresident_tail_bytes = 0\n"
+    await with_datastore(services, f"[archive]\n{sizes}", _protect_and_decide)
+
+
+async def _protect_and_decide(datastore: Datastore, services: Services) -> None:
+    for protected in (True, False):
+        await datastore.protect(["vm"], protected=protected, peer=ROOT_PEER)
+        rows = await datastore.policy()
+        if not rows:
+            raise OSError(errno.EIO, "a VM that cannot be read")
+        (row,) = rows
+        if (row.protected, row.archives, "is protected" in row.reason) != (protected, False, protected):
+            raise NotWhole(f"protected is {protected}, and {row.reason}")
+        if protected:
+            try:
+                await datastore.start_archive(["vm"], peer=ROOT_PEER)
+            except Protected:
+                continue
+            raise NotWhole("a protected VM is archived")
+        if not services.files.spoiled and "was recalled" not in row.reason:
+            raise NotWhole(f"it came back just now, and {row.reason}")
+
+
 async def _back_up_and_forget(datastore: Datastore, services: Services) -> None:
     """What goes wrong with forgetting fails no backup, and is told."""
     job = await datastore.start_backup(["vm"], archive=False, peer=ROOT_PEER)
@@ -1042,6 +1068,7 @@ SCENARIOS = [
     Scenario("serve_beside_others", archived, serve_beside_others),
     Scenario("use_mount", archived, use_mount),
     Scenario("use_datastore", archived, use_datastore),
+    Scenario("protect_and_decide", returned, protect_and_decide),
     Scenario("start_with_unfinished_map", unfinished, start_only),
     Scenario("start_after_kill_while_punching", killed("archive.punch", archive), start_only),
     Scenario("start_after_kill_at_commit", killed("archive.record_sync", archive), start_only),

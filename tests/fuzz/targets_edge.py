@@ -23,9 +23,10 @@ from vmfs_stub.catalog.usage_rows import LastUse
 from vmfs_stub.cli.init import _config_text
 from vmfs_stub.cli.output import bytes_text
 from vmfs_stub.config import load_config
+from vmfs_stub.config_policy import RULES_MAX
 from vmfs_stub.control.client import ControlClient
 from vmfs_stub.control.jobs import open_jobs
-from vmfs_stub.control.messages import DiskRow, JobInfo
+from vmfs_stub.control.messages import DiskRow, JobInfo, PolicyRow
 from vmfs_stub.control.metrics import Metrics
 from vmfs_stub.control.server import ControlServer
 from vmfs_stub.core.errors import (
@@ -55,6 +56,8 @@ class ConfigTarget(Target):
         b"\n[store]\n",
         b"[[recall]]", b"=", b"#", b"recall.", b"1979-05-27T07:32:00Z", b"true", b'"1        "', b" " * 200, b"\r\n",
         b"\n[datastore.x]", b"runtime_dir", b'url = "file:///x"', b"x = [\n[ ", b"\xff",
+        b"\n[[policy.rules]]\n", b"\n[policy.rules.idle]\n", b'"14d"', b"idle = {", b"'a.b'.\"c\" = 1",
+        b'names = ["*", ',
     )  # fmt: skip
 
     def seeds(self) -> list[bytes]:
@@ -62,14 +65,18 @@ class ConfigTarget(Target):
             name="vms", backing=Path("/srv/b"), mountpoint=Path("/srv/m"), runtime_dir=None, store="file:///srv/store"
         )
         lines = [line.partition(" # ")[0] for line in plain.splitlines()]
-        plain = "\n".join(line for line in lines if not line.startswith("# ") or " = " in line)
-        full = "\n".join(line.removeprefix("# ") if " = " in line else line for line in plain.splitlines())
+        plain = "\n".join(line for line in lines if not line.startswith("# ") or " = " in line or "[[" in line)
+        full = "\n".join(line.removeprefix("# ") for line in plain.splitlines())
         return [plain.encode(), full.encode()]
 
     def call(self, data: bytes) -> object:
         path = self.place / "config.toml"
         path.write_bytes(data)
-        config = load_config(path)
+        try:
+            config = load_config(path)
+        except ConfigError as exc:
+            check_places(str(exc), path, data)
+            raise
         check_config_paths(config.private_dir, config.socket_path, config.log_path, config.datastore.mountpoint)
         require(config.private_dir.parent == config.datastore.backing, "private state lies elsewhere")
         for section in config:
@@ -77,7 +84,16 @@ class ConfigTarget(Target):
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     require(0 <= value < 2**63, f"{section[0]}.{key} is out of all bounds")
         require(all(isinstance(text, str) for text in config.warnings), "warnings")
+        require(0 < len(config.archive_policy.rules) <= RULES_MAX, "rules")
         return None
+
+
+def check_places(message: str, path: Path, data: bytes) -> None:
+    """Each place that an error names is one of the file."""
+    lines = data.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
+    for line, column in re.findall(rf"^{re.escape(str(path))}:([0-9]+):([0-9]+): ", message, re.MULTILINE):
+        require(0 < int(line) <= len(lines), "a line that the file does not have", line)
+        require(0 < int(column) <= len(lines[int(line) - 1]) + 1, "a column that the line does not have", column)
 
 
 def check_config_paths(*paths: Path) -> None:
@@ -173,6 +189,8 @@ QUESTIONS: tuple[Question, ...] = (
     lambda client: client.reload(),
     lambda client: client.shutdown(force=True),
     lambda client: client.usage("db", days=14),
+    lambda client: client.policy(),
+    lambda client: client.protect(["db"], protected=True),
 )
 HTTP_TOKENS = (
     b"\r\n", b"\r\n\r\n", b"Transfer-Encoding: chunked\r\n", b"content-length: 99999999999\r\n", b"ffffffff\r\n",
@@ -303,6 +321,9 @@ class ControlReplyTarget(_HttpTarget):
         for row in reply if isinstance(reply, list) else []:
             if isinstance(row, DiskRow):
                 bytes_text(row.size_bytes), bytes_text(row.resident_bytes), time_text(row.last_access)
+            if isinstance(row, PolicyRow):
+                require("\n" not in row.reason, "a reason of several lines")
+                bytes_text(row.frees_bytes), f"{row.usable_s:.0f}"
             if isinstance(row, JobInfo):
                 time_text(row.started), time_text(row.ended)
         return type(reply)

@@ -110,6 +110,29 @@ class FakeTarget:
             findings=[] if self.healthy else [finding],
         )
 
+    async def policy(self) -> list[messages.PolicyRow]:
+        return [
+            messages.PolicyRow(
+                vm=name,
+                vm_id=f"{number:032x}",
+                path=name,
+                state="off",
+                archives=name == "web",
+                rule="default" if name == "web" else None,
+                reason="off for 14 days" if name == "web" else "no rule is for it",
+                when_running="skip",
+                frees_bytes=1 << 30,
+                usable_s=9.0,
+                numbers={"used_s": 0.0},
+            )
+            for number, name in enumerate(KNOWN_VMS)
+        ]
+
+    async def protect(self, vms: Sequence[str], *, protected: bool, peer: Peer) -> None:
+        self.calls.append(("protect", tuple(vms), protected, peer))
+        if unknown := sorted(set(vms).difference(KNOWN_VMS)):
+            raise VmNotFound(f"no VM is called {unknown[0]!r}")
+
     async def hold(self, *, peer: Peer) -> None:
         self.calls.append(("hold", peer))
         self.held = True

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -24,8 +25,10 @@ from vmfs_stub.cli import main as cli
 from vmfs_stub.cli.exit_codes import ExitCode
 from vmfs_stub.cli.output import bytes_text
 from vmfs_stub.config import load_config
+from vmfs_stub.config_policy import IdleConfig, RuleConfig
 from vmfs_stub.control.client import ControlClient
 from vmfs_stub.core.errors import DaemonUnreachable
+from vmfs_stub.core.policy import DEFAULT_RULE
 from vmfs_stub.core.times import time_text
 from vmfs_stub.mount import mountpoint as mountpoints
 from vmfs_stub.mount import syscalls
@@ -33,7 +36,17 @@ from vmfs_stub.store.objects_url import StoreAt, open_objects
 from vmfs_stub.store.store import Store
 
 HERE = Path(__file__).parent
-LS_FIELDS = ["vm", "disk", "path", "state", "size_bytes", "resident_bytes", "restore_points", "last_access"]
+LS_FIELDS = [
+    "vm",
+    "disk",
+    "path",
+    "state",
+    "size_bytes",
+    "resident_bytes",
+    "restore_points",
+    "last_access",
+    "protected",
+]
 
 
 @pytest.fixture
@@ -81,7 +94,20 @@ def start_daemon(config: Path, tmp_path: Path) -> Iterator[StartDaemon]:
 
 COMMANDS = (
     *("init", "mount", "unmount", "ls", "backup", "archive", "recall", "restore", "points", "verify", "scrub"),
-    *("adopt", "forget", "gc", "leave", "hold", "unhold", "status", "doctor", "store"),
+    *(
+        "adopt",
+        "forget",
+        "gc",
+        "leave",
+        "policy",
+        "protect",
+        "unprotect",
+        "hold",
+        "unhold",
+        "status",
+        "doctor",
+        "store",
+    ),
 )
 HEAVY = (
     "pydantic",
@@ -127,6 +153,28 @@ def test_no_daemon_is_7(run: Run, config: Path) -> None:
         assert "no daemon answers" in result.err
 
 
+def test_policy(run: Run, start_daemon: StartDaemon) -> None:
+    start_daemon()
+    rows = json.loads(run("policy", "--json").out)
+    assert [(row["vm"], row["archives"], row["numbers"]) for row in rows] == [
+        ("db", False, {"used_s": 0.0}),
+        ("web", True, {"used_s": 0.0}),
+    ]
+    assert run("policy").out.splitlines() == [
+        "VM\tSTATE\tDECISION\tRULE\tFREES\tSECONDS\tREASON",
+        "db\toff\tkeep\t-\t1.0 GiB\t9\tno rule is for it",
+        "web\toff\tarchive\tdefault\t1.0 GiB\t9\toff for 14 days",
+    ]
+
+
+def test_protect(run: Run, start_daemon: StartDaemon) -> None:
+    start_daemon()
+    assert run("protect", "db", "web").out.startswith("protected: db, web; `vmfs-stub unprotect`")
+    assert run("unprotect", "db").out == "no longer protected: db\n"
+    assert run("protect", "nope").code == ExitCode.NOT_FOUND
+    assert run("protect").code == ExitCode.USAGE
+
+
 def test_ls(run: Run, start_daemon: StartDaemon) -> None:
     start_daemon()
     rows = json.loads(run("ls", "--json").out)
@@ -134,7 +182,7 @@ def test_ls(run: Run, start_daemon: StartDaemon) -> None:
     assert (rows[0]["state"], rows[0]["last_access"]) == ("placeholder", None)
     assert [row["vm"] for row in json.loads(run("ls", "web", "--json").out)] == ["web"]
     lines = run("ls").out.splitlines()
-    assert lines[1] == "db\tdisk.raw\tplaceholder\t1.0 GiB\t4.0 KiB\t2\t-"
+    assert lines[1] == "db\tdisk.raw\tplaceholder\t1.0 GiB\t4.0 KiB\t2\t-\t-"
     unknown = run("ls", "nope")
     assert (unknown.code, unknown.out) == (ExitCode.NOT_FOUND, "")
     assert "no VM is called 'nope'" in unknown.err
@@ -449,16 +497,28 @@ def test_the_template_shows_the_defaults(run: Run, tmp_path: Path, mountpoint: P
     assert run(*init_arguments(tmp_path, mountpoint)).code == 0
     plain = load_config(path)
     text = path.read_text()
-    lines = [
-        line.removeprefix("# ") if line.startswith("# ") and line.split()[2:3] == ["="] else line
-        for line in text.splitlines()
-        if "socket =" not in line and "keep_deleted_days =" not in line  # without a default, an example
-    ]
-    path.write_text("\n".join(lines))
+    examples = ("socket =", "keep_deleted_days =", "_watermark_percent =")  # without a default
+    before, begin, after = text.partition("# [[policy.rules]]")
+    rules, end, after = after.partition("[retention]")
+
+    def uncommented(part: str) -> str:
+        lines = [
+            line.removeprefix("# ") if line.startswith("# ") and line.split()[2:3] in (["="], []) else line
+            for line in part.splitlines()
+            if not any(example in line for example in examples)
+        ]
+        return "\n".join(lines) + "\n"
+
+    path.write_text(uncommented(before) + uncommented(end + after))
     assert load_config(path) == plain
-    for section in type(plain).model_fields:
-        for key in type(getattr(plain, section)).model_fields:
-            assert f"{key} = " in text
+    path.write_text(before + uncommented(begin + rules) + end + after)
+    kept, usual = load_config(path).archive_policy.rules
+    assert not kept.archives
+    assert replace(usual, not_started_for_s=None, point_age_max_s=None, target_s=None) == DEFAULT_RULE
+    sections = [type(getattr(plain, section)) for section in type(plain).model_fields]
+    for section in (*sections, RuleConfig, IdleConfig):
+        for key in section.model_fields:
+            assert f"{key} = " in text or f"[[policy.{key}]]" in text
 
 
 @pytest.mark.parametrize(

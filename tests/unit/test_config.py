@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from vmfs_stub.config import DEFAULT_CONFIG_PATH, config_path, load_config, parse_bytes, parse_config
+from vmfs_stub.config import DEFAULT_CONFIG_PATH, config_path, load_config, parse_config
+from vmfs_stub.config_values import parse_bytes
 from vmfs_stub.core.errors import ConfigError
+from vmfs_stub.core.policy import DAY_S, DEFAULT_RULE, Idleness, Match, Policy, Rule, WhenRunning
 from vmfs_stub.core.retention import Retention
 
 MINIMAL = """\
@@ -63,20 +65,30 @@ def test_sizes_may_have_units() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[recall]\nrecall_dedline_s = 3\n", r"c\.toml:10: recall\.recall_dedline_s: no such key"),
-        ("[recal]\nx = 3\n", r"c\.toml:9: recal: no such key"),
-        ("[recall]\n\nrecall_deadline_s = -1\n", r"c\.toml:11: recall\.recall_deadline_s: .*greater than 0"),
-        ("[recall]\nrecall_bytes_max = -1\n", r"c\.toml:10: recall\.recall_bytes_max: .*greater"),
-        ("[retention]\nkeep_daily = -1\n", r"c\.toml:10: retention\.keep_daily: .*greater"),
-        ("[retention]\nkeep_deleted_days = 0\n", r"c\.toml:10: retention\.keep_deleted_days: .*greater"),
-        ("[archive]\nmin_copies = 3\n", r"c\.toml:10: archive\.min_copies: .*less"),
+        ("[recall]\nrecall_dedline_s = 3\n", r"c\.toml:10:1: recall\.recall_dedline_s: no such key"),
+        ("[recal]\nx = 3\n", r"c\.toml:9:2: recal: no such key"),
+        ("[recall]\n\nrecall_deadline_s = -1\n", r"c\.toml:11:21: recall\.recall_deadline_s: .*greater than 0"),
+        ("[recall]\nrecall_bytes_max = -1\n", r"c\.toml:10:20: recall\.recall_bytes_max: .*greater"),
+        ("[retention]\nkeep_daily = -1\n", r"c\.toml:10:14: retention\.keep_daily: .*greater"),
+        ("[retention]\nkeep_deleted_days = 0\n", r"c\.toml:10:21: retention\.keep_deleted_days: .*greater"),
+        ("[archive]\nmin_copies = 3\n", r"c\.toml:10:14: archive\.min_copies: .*less"),
         ("[archive]\nmin_copies = 2\n", r"c\.toml: archive\.min_copies is 2, and there is no second place"),
         ('[replica]\nurl = "file:///srv/store"\n', r"c\.toml: replica\.url is that of the store"),
-        ('[replica]\nurl = "s3://b/p"\naccess_key_id = "a"\n', r"c\.toml:9: replica: .*go together"),
-        ("recall = nope\n", r"c\.toml: not valid TOML: .*line 9"),
-        ('[monitoring]\nlisten = "localhost:1"\n', r"c\.toml:10: monitoring\.listen: 'localhost' is no IP address"),
-        ('[monitoring]\nlisten = "127.0.0.1"\n', r"c\.toml:10: monitoring\.listen: must be an IP address and a port"),
-        ('[control]\nsocket = "rel/sock"\n', r"c\.toml:10: control\.socket: must be an absolute path"),
+        ('[monitoring]\nlisten = "localhost:1"\n', r"c\.toml:10:10: monitoring\.listen: 'localhost' is no IP address"),
+        (
+            '[monitoring]\nlisten = "127.0.0.1"\n',
+            r"c\.toml:10:10: monitoring\.listen: must be an IP address and",
+        ),
+        ('[replica]\nurl = "s3://b/p"\naccess_key_id = "a"\n', r"c\.toml:9:2: replica: .*go together"),
+        ("recall = nope\n", r"c\.toml:9:10: not valid TOML: Invalid value$"),
+        ('x = "', r"c\.toml:9:6: not valid TOML: Expected.*|c\.toml:9:6: .*Unterminated string"),
+        ('"a\\nb" = 1\n', r"c\.toml:9:1: store\.a\\nb: no such key"),
+        ("[policy]\nrule = 1\n", r"c\.toml:10:1: policy\.rule: no such key"),
+        ("policy.archives_per_job_max = -1\n", r"c\.toml:9:1: store\.policy: no such key"),
+        ("[policy]\nrecalled_for_min = '7 dayz'\n", r"c\.toml:10:20: policy\.recalled_for_min: not a length of time"),
+        ("[policy]\nunused_for_min = 3\n", r"c\.toml:10:18: policy\.unused_for_min: must be at least"),
+        ("[policy]\nhigh_watermark_percent = 80\nlow_watermark_percent = 81\n", r"c\.toml:9:2: policy: low_w"),
+        ('[control]\nsocket = "rel/sock"\n', r"c\.toml:10:10: control\.socket: must be an absolute path"),
     ],
 )
 def test_errors_name_file_line_and_key(text: str, message: str) -> None:
@@ -184,3 +196,100 @@ def test_metrics_for_everybody_are_a_warning() -> None:
     for listen, expected in (("127.0.0.1:9640", 0), ("[::1]:9640", 0), ("0.0.0.0:9640", 1), ("10.1.2.3:9640", 1)):
         config = parse_config(MINIMAL + f'[monitoring]\nlisten = "{listen}"\n', origin="c.toml")
         assert len(config.warnings) == expected, listen
+
+
+RULES = (
+    MINIMAL
+    + """
+[policy]
+archives_per_job_max = 3
+recalled_for_min = "36h"
+high_watermark_percent = 85
+low_watermark_percent = 80.5
+
+[[policy.rules]]   # the lab
+name = "lab"
+names = ["lab-*", "test?"]
+metadata = { group = "lab", "a.b" = "c" }
+idle = { window = "2d", share = 0.9, cpu_percent_max = 2, disk_bytes_per_s_max = "1 MiB" }
+when_running = "shutdown"
+target = "90s"
+
+[[policy.rules]]
+name = "kept"
+paths = ["keep/*"]
+size_min = "1 GiB"
+size_max = "2 GiB"
+archive = false
+
+[[policy.rules]]
+name = "rest"
+off_for = "14d"
+not_started_for = 5184000
+point_age_max = "30m"
+[policy.rules.idle]
+window = "14d"
+"""
+)
+
+
+def test_policy() -> None:
+    assert parse_config(MINIMAL, origin="c.toml").archive_policy == Policy((DEFAULT_RULE,))
+    assert parse_config(RULES, origin="c.toml").archive_policy == Policy(
+        (
+            Rule(
+                "lab",
+                Match(("lab-*", "test?"), metadata={"group": "lab", "a.b": "c"}),
+                idle=Idleness(2 * DAY_S, 0.9, 2.0, 1 << 20),
+                when_running=WhenRunning.SHUTDOWN,
+                target_s=90.0,
+            ),
+            Rule("kept", Match((), ("keep/*",), {}, 1 << 30, 2 << 30), archives=False),
+            Rule(
+                "rest",
+                off_for_s=14 * DAY_S,
+                not_started_for_s=60 * DAY_S,
+                idle=Idleness(14 * DAY_S),
+                point_age_max_s=1800,
+            ),
+        ),
+        archives_per_job_max=3,
+        recalled_for_s_min=1.5 * DAY_S,
+        high_watermark=0.85,
+        low_watermark=0.805,
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('name = "lab"', 'nam = "lab"', r"c.toml:16:1: policy.rules[1].nam: no such key"),
+        ('name = "lab"', 'nam = "lab"', r"c.toml:15:1: policy.rules[1].name: is missing"),
+        ('"test?"', "7", r"c.toml:17:19: policy.rules[1].names[2]: Input should be a valid string"),
+        ('"a.b" = "c"', '"a.b" = 1', r"c.toml:18:37: policy.rules[1].metadata.a.b: Input should be a valid string"),
+        ("share = 0.9", "share = 0.999", r"c.toml:19:33: policy.rules[1].idle.share: Input should be less"),
+        ("share = 0.9", "shar = 0.9", r"c.toml:19:25: policy.rules[1].idle.shar: no such key"),
+        ('window = "2d"', 'window = "2h"', r'c.toml:19:19: policy.rules[1].idle.window: must be at least "1d"'),
+        ('"1 MiB"', '"1 Mb"', r"c.toml:19:82: policy.rules[1].idle.disk_bytes_per_s_max: not a size"),
+        (
+            '"shutdown"',
+            '"destroy"',
+            r"c.toml:20:16: policy.rules[1].when_running: Input should be 'skip', 'shutdown' or",
+        ),
+        ('"90s"', "-1", r"c.toml:21:10: policy.rules[1].target: Input should be greater"),
+        ("archive = false", "", r"c.toml:23:1: policy.rules[2]: has no condition"),
+        ('name = "rest"', 'name = "lab"', r"c.toml:15:10: policy.rules: two rules are called 'lab'"),
+        ('off_for = "14d"', 'off_for = "14 moons"', r"c.toml:32:11: policy.rules[3].off_for: not a length of time"),
+        (
+            '[policy.rules.idle]\nwindow = "14d"',
+            "[policy.rules.idle]\n",
+            r"c.toml:35:15: policy.rules[3].idle.window: is mis",
+        ),
+        ('window = "14d"', 'window = "14d"\nwindw = 1', r"c.toml:37:1: policy.rules[3].idle.windw: no such key"),
+    ],
+)
+def test_errors_of_rules_name_line_and_column(old: str, new: str, message: str) -> None:
+    assert RULES.count(old) == 1
+    with pytest.raises(ConfigError) as caught:
+        parse_config(RULES.replace(old, new), origin="c.toml")
+    assert any(line.startswith(message) for line in str(caught.value).splitlines()), str(caught.value)

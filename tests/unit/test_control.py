@@ -73,11 +73,29 @@ async def test_disks_and_status(socket_path: Path) -> None:
         assert status.healthy
 
 
+async def test_policy(socket_path: Path) -> None:
+    async with open_fake_daemon(socket_path):
+        rows = await ask(socket_path, lambda client: client.policy())
+        assert [(row.vm, row.archives, row.rule, row.reason) for row in rows] == [
+            ("db", False, None, "no rule is for it"),
+            ("web", True, "default", "off for 14 days"),
+        ]
+
+
+async def test_protecting_nothing_or_what_is_not_there_is_refused(socket_path: Path) -> None:
+    async with open_fake_daemon(socket_path):
+        with pytest.raises(errors.ConfigError, match="name at least one VM"):
+            await ask(socket_path, lambda client: client.protect([], protected=True))
+        with pytest.raises(errors.VmNotFound, match="nope"):
+            await ask(socket_path, lambda client: client.protect(["nope"], protected=True))
+
+
 async def test_changing_commands_carry_and_log_the_caller(socket_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with open_fake_daemon(socket_path) as target:
         with caplog.at_level(logging.INFO, logger="vmfs_stub"):
             await ask(socket_path, lambda client: client.hold())
             await ask(socket_path, lambda client: client.unhold())
+            await ask(socket_path, lambda client: client.protect(["db", "web"], protected=False))
             await ask(socket_path, lambda client: client.start_backup(["db"], archive=False))
             await ask(socket_path, lambda client: client.start_archive(["db", "web"]))
             await ask(socket_path, lambda client: client.start_recall(["db"]))
@@ -88,6 +106,7 @@ async def test_changing_commands_carry_and_log_the_caller(socket_path: Path, cap
         assert target.calls == [
             ("hold", ME),
             ("unhold", ME),
+            ("protect", ("db", "web"), False, ME),
             ("backup", ("db",), False, ME),
             ("archive", ("db", "web"), ME),
             ("recall", ("db",), ME),
@@ -101,6 +120,7 @@ async def test_changing_commands_carry_and_log_the_caller(socket_path: Path, cap
             for what in (
                 "hold",
                 "unhold",
+                "protect of 'db', 'web' protected=False",
                 "backup of 'db' archive=False",
                 "archive of 'db', 'web'",
                 "recall of 'db'",

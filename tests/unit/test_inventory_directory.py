@@ -48,6 +48,50 @@ def test_directories_and_files_are_vms(backing: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["db", "web.qcow2"])
+def test_protection_stays_with_the_entry(backing: Path, name: str) -> None:
+    make(backing / "db/disk.raw")
+    make(backing / "web.qcow2")
+    inventory = DirectoryInventory(backing)
+    stem = name.partition(".")[0]
+
+    def protected() -> list[str]:
+        return [vm.name for vm in inventory.scan().vms if vm.is_protected]
+
+    assert protected() == []
+    vm = inventory.find(stem)
+    inventory.protect(vm, False)
+    inventory.protect(vm, True)
+    inventory.protect(vm, True)
+    assert protected() == [stem]
+    assert inventory.is_protected(vm)
+    (backing / name).rename(backing / "renamed")
+    assert protected() == ["renamed"]
+    with pytest.raises(VmNotFound, match="renamed or replaced"):
+        inventory.protect(vm, False)
+    make(backing / name / "disk.raw" if stem == "db" else backing / name)
+    with pytest.raises(VmNotFound, match="renamed or replaced"):
+        inventory.protect(vm, False)
+    assert protected() == ["renamed"]
+    inventory.protect(inventory.find("renamed"), False)
+    assert protected() == []
+
+
+def test_protecting_breaks_no_lease(backing: Path) -> None:
+    """As an archive in progress holds one."""
+    path = make(backing / "web.raw")
+    inventory = DirectoryInventory(backing)
+    vm = inventory.find("web")
+    fd = os.open(path, os.O_RDWR)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        inventory.protect(vm, True)
+        assert inventory.is_protected(vm)
+        assert fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_WRLCK
+    finally:
+        os.close(fd)
+
+
 def test_symlinks_and_special_files_are_not_followed(backing: Path, tmp_path: Path) -> None:
     make(tmp_path / "outside/secret.raw")
     (backing / "link").symlink_to(tmp_path / "outside")

@@ -4,8 +4,8 @@
     1    failed, in a way that none of the others describes
     2    usage or configuration: nothing was tried
     3    no such VM, restore point or job, or a name that several VMs have
-    4    refused: in use, held, locked, claimed by another host, needed by a placeholder, exists already, or not
-         supported here
+    4    refused: in use, held, protected, locked, claimed by another host, needed by a placeholder, exists already, or
+         not supported here
     5    secondary storage: not there, another one, denied, full, or an object is missing
     6    damaged data was found; it was not used
     7    no daemon answers

@@ -10,7 +10,7 @@ from vmfs_stub.cli.context import argument_names, client_of, load_config_of
 from vmfs_stub.cli.output import bytes_text, say_json, say_table
 from vmfs_stub.core.times import time_text
 
-_HEADERS = ("VM", "DISK", "STATE", "SIZE", "RESIDENT", "POINTS", "LAST ACCESS")
+_HEADERS = ("VM", "DISK", "STATE", "SIZE", "RESIDENT", "POINTS", "LAST ACCESS", "PROTECTED")
 
 
 def ls(
@@ -18,7 +18,7 @@ def ls(
     vm: Annotated[str | None, typer.Argument(help="Name or id of a VM; all without.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON list, for programs.")] = False,
 ) -> None:
-    """List disks: state, size, what is resident, restore points, last access."""
+    """List disks: state, size, what is resident, restore points, last access, protection."""
     client = client_of(load_config_of(ctx))
     rows = client.list_disks(argument_names([vm])[0] if vm is not None else None)
     if json:
@@ -33,6 +33,7 @@ def ls(
             bytes_text(row.resident_bytes),
             str(row.restore_points),
             time_text(row.last_access),
+            "yes" if row.protected else "-",
         )
         for row in rows
     ]

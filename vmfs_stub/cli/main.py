@@ -26,6 +26,8 @@ from vmfs_stub.cli import (
     ls,
     mount,
     points,
+    policy,
+    protect,
     recall,
     reload,
     replicate,
@@ -70,6 +72,9 @@ app.command("scrub")(scrub.scrub)
 app.command("gc")(gc.gc)
 app.command("replicate")(replicate.replicate)
 app.command("forget")(forget.forget)
+app.command("policy")(policy.policy)
+app.command("protect")(protect.protect)
+app.command("unprotect")(protect.unprotect)
 app.command("hold")(hold.hold)
 app.command("unhold")(hold.unhold)
 app.command("reload")(reload.reload)

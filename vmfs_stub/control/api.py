@@ -39,6 +39,7 @@ USAGE_DAYS_MAX = 730
 
 DISKS = TypeAdapter(list[messages.DiskRow])
 JOBS = TypeAdapter(list[messages.JobInfo])
+POLICY = TypeAdapter(list[messages.PolicyRow])
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -63,6 +64,8 @@ class ControlApi:
             ("/v1/disks", self._disks, get),
             ("/v1/usage", self._usage, get),
             ("/v1/status", self._status, get),
+            ("/v1/policy", self._policy, get),
+            ("/v1/protect", self._protect, post),
             ("/v1/hold", self._hold, post),
             ("/v1/unhold", self._unhold, post),
             ("/v1/reload", self._reload, post),
@@ -125,6 +128,16 @@ class ControlApi:
 
     async def _status(self, request: Request) -> Response:
         return _json(await self._target.status())
+
+    async def _policy(self, request: Request) -> Response:
+        return Response(POLICY.dump_json(await self._target.policy()), media_type="application/json")
+
+    async def _protect(self, request: Request) -> Response:
+        body = await _body(request, messages.ProtectRequest)
+        _require_vms(body)
+        peer = _logged(request, "protect", body.vms, protected=body.protected)
+        await self._target.protect(body.vms, protected=body.protected, peer=peer)
+        return Response(status_code=204)
 
     async def _hold(self, request: Request) -> Response:
         await self._target.hold(peer=_logged(request, "hold"))
@@ -230,7 +243,7 @@ async def _body(request: Request, model: type[M]) -> M:
         raise ConfigError(f"the request cannot be used: {exc.errors()[0]['msg']}") from exc
 
 
-def _require_vms(body: messages.JobRequest) -> None:
+def _require_vms(body: messages.JobRequest | messages.ProtectRequest) -> None:
     if not body.vms:
         raise ConfigError("name at least one VM")
 

@@ -30,6 +30,7 @@ _POLL_S_MIN, _POLL_S_MAX = 0.05, 1.0
 
 _DISKS = TypeAdapter(list[messages.DiskRow])
 _JOBS = TypeAdapter(list[messages.JobInfo])
+_POLICY = TypeAdapter(list[messages.PolicyRow])
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,14 @@ class ControlClient:
     def status(self) -> messages.Status:
         """What the daemon knows about itself."""
         return self._parsed(TypeAdapter(messages.Status), self._send("GET", "/v1/status"))
+
+    def policy(self) -> list[messages.PolicyRow]:
+        """What a backup job's policy would do now with each VM."""
+        return self._parsed(_POLICY, self._send("GET", "/v1/policy"))
+
+    def protect(self, vms: Sequence[str], *, protected: bool) -> None:
+        """Never archive these VMs, or allow it again."""
+        self._send("POST", "/v1/protect", messages.ProtectRequest(vms=list(vms), protected=protected))
 
     def hold(self) -> None:
         """Refuse new recalls."""

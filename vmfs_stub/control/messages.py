@@ -48,6 +48,28 @@ class DiskRow(_Message):
     resident_bytes: int
     restore_points: int
     last_access: float | None
+    protected: bool = False
+
+
+class PolicyRow(_Message):
+    """What the policy would do now with one VM, as `policy` shows it; ``reason`` is one line with the numbers.
+
+    ``rule`` is the name of the rule that decided, None if none did; ``when_running`` what a job does first with a VM
+    that runs.  ``frees_bytes`` are what primary gets back, ``usable_s`` the predicted seconds from start to usable.
+    """
+
+    vm: Shown
+    vm_id: str
+    path: Shown
+    state: Shown
+    archives: bool
+    rule: Shown | None
+    reason: Shown
+    when_running: Shown
+    frees_bytes: int
+    usable_s: float
+    protected: bool = False
+    numbers: dict[str, float] = {}
 
 
 class UsageSpan(_Message):
@@ -232,6 +254,13 @@ class JobRequest(_Message):
 
     vms: list[str] = Field(default=[], max_length=100_000)
     archive: bool = True
+
+
+class ProtectRequest(_Message):
+    """Protect these VMs, or with ``protected`` false no longer."""
+
+    vms: list[str] = Field(default=[], max_length=100_000)
+    protected: bool = True
 
 
 class AdoptRequest(_Message):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from vmfs_stub.control.messages import DiskRow, JobInfo, Status, VmUsage
+from vmfs_stub.control.messages import DiskRow, JobInfo, PolicyRow, Status, VmUsage
 from vmfs_stub.control.peer import Peer
 from vmfs_stub.core.ids import JobId
 from vmfs_stub.services.adoption_choice import Told
@@ -41,6 +41,14 @@ class DatastoreTarget(Protocol):
         """
         ...
 
+    async def policy(self) -> list[PolicyRow]:
+        """What a backup job's policy would do now, one row per VM; changes nothing."""
+        ...
+
+    async def protect(self, vms: Sequence[str], *, protected: bool, peer: Peer) -> None:
+        """Never archive the named VMs, or allow it again.  Raises VmNotFound, AmbiguousName, PrimaryIOError."""
+        ...
+
     async def shutdown(self, *, force: bool, peer: Peer) -> None:
         """Flush, unmount and stop; returns when the unmount is certain, before the process ends.
 
@@ -65,7 +73,7 @@ class JobTarget(Protocol):
         ...
 
     async def start_archive(self, vms: Sequence[str], *, peer: Peer) -> JobId:
-        """Back up the named VMs and make placeholders of them; raises InUse."""
+        """Back up the named VMs and make placeholders of them; raises InUse, Protected."""
         ...
 
     async def start_recall(self, vms: Sequence[str], *, peer: Peer) -> JobId:

@@ -13,6 +13,7 @@ are translated at the edge of the adapter that met them, with ``raise ... from e
     │   ├── InUse                somebody has a disk of the VM open
     │   ├── Abandoned            somebody opened or changed something of the VM during the job
     │   ├── RecallsHeld          `hold` is in force for this datastore
+    │   ├── Protected            `protect` says that the VM is never to be archived
     │   ├── PointPinned          placeholders depend on the restore point
     │   ├── ClaimedElsewhere     the newest state of the VM is in another datastore
     │   ├── DatastoreLocked      another daemon, here or on another host, serves this backing directory
@@ -98,6 +99,10 @@ class Abandoned(Refused):
 
 class RecallsHeld(Refused):
     """`hold` is in force for this datastore."""
+
+
+class Protected(Refused):
+    """An operator has said that the VM is never to be archived."""
 
 
 class PointPinned(Refused):

@@ -35,6 +35,12 @@ XATTR_PREFIX = "trusted.vmfs-stub."
 VM_XATTR = XATTR_PREFIX + "vm"
 """Identity of a VM, on its top directory or top file."""
 
+PROTECTED_XATTR = XATTR_PREFIX + "protected"
+"""On the top directory or top file of a VM that must never be archived; its value is no matter."""
+
+RECALLED_XATTR = XATTR_PREFIX + "recalled"
+"""On a file that was a placeholder: when it became an ordinary file again, nanoseconds since the epoch in digits."""
+
 TOP_MODE_XATTR = XATTR_PREFIX + "mode"
 """Mode that the top directory shows through the mount, as octal digits; the backing directory itself stays 0700."""
 

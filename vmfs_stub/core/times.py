@@ -25,3 +25,12 @@ def age_text(seconds: float) -> str:
         if count > 0:
             return f"{count} {unit}{'' if count == 1 else 's'}"
     return "less than a minute"
+
+
+def span_text(seconds: float) -> str:
+    """A length of time of ``seconds`` in its largest unit, with one decimal where that says more: ``1.5 days``."""
+    for length, unit in _UNITS:
+        if seconds >= length:
+            count = f"{seconds / length:.1f}".removesuffix(".0")
+            return f"{count} {unit}{'' if count == '1' else 's'}"
+    return f"{max(seconds, 0):.0f} s"

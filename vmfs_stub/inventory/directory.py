@@ -17,11 +17,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from vmfs_stub.core.errors import PrimaryError, PrimaryIOError, Unsupported, VmfsStubError
+from vmfs_stub.core.errors import PrimaryError, PrimaryIOError, Unsupported, VmfsStubError, VmNotFound
 from vmfs_stub.core.ids import VmId
 from vmfs_stub.core.names import PRIVATE_DIR, printable
 from vmfs_stub.core.sites import PLAIN, FileCalls
 from vmfs_stub.inventory.identity import ensure_vm_id, read_vm_id
+from vmfs_stub.inventory.protection import is_protected, set_protected
 from vmfs_stub.inventory.vm import Scan, UnreadVm, Vm, VmFile
 
 NO_VMS = frozenset({PRIVATE_DIR, "lost+found"})
@@ -82,6 +83,31 @@ class DirectoryInventory:
             )
         return ids
 
+    def is_protected(self, vm: Vm) -> bool:
+        """Whether a VM that was found is protected now.  Raises as `protect`."""
+        with self._found(vm) as path_fd:
+            return is_protected(path_fd, files=self._files)
+
+    def protect(self, vm: Vm, protected: bool) -> None:
+        """Protect a VM that was found, or no longer; the caller syncs.  Raises VmNotFound, PrimaryIOError."""
+        with self._lock, self._found(vm) as path_fd:
+            set_protected(path_fd, protected, files=self._files)
+
+    @contextmanager
+    def _found(self, vm: Vm) -> Iterator[int]:
+        """The VM's top entry (O_PATH), if it is still the one that was found."""
+        with self._opened() as (top_fd, _):
+            try:
+                path_fd = self._files.call("inventory.open", os.open, vm.path, _HANDLE, dir_fd=top_fd)
+            except FileNotFoundError as exc:
+                raise _moved(vm) from exc
+            try:
+                if read_vm_id(path_fd, files=self._files) != vm.id:
+                    raise _moved(vm)
+                yield path_fd
+            finally:
+                os.close(path_fd)
+
     def _id(self, top_fd: int, name: str, device: int) -> list[VmId | None]:
         """The id of the VM of that name, if it is one; None when it has no id yet."""
         path_fd = self._files.call("inventory.open", os.open, name, _HANDLE, dir_fd=top_fd)
@@ -136,7 +162,9 @@ class DirectoryInventory:
                 return None
             if stat.S_ISDIR(st.st_mode):
                 files = sorted(self._walk(path_fd, name, "", device, _DEPTH_MAX), key=lambda file: file.relative)
-                return Vm(ensure_vm_id(path_fd, files=self._files), printable(name), name, True, tuple(files))
+                vm_id = ensure_vm_id(path_fd, files=self._files)
+                protected = is_protected(path_fd, files=self._files)
+                return Vm(vm_id, printable(name), name, True, tuple(files), protected)
             if stat.S_ISREG(st.st_mode):
                 stem = printable(PurePosixPath(name).stem)
                 return Vm(
@@ -145,6 +173,7 @@ class DirectoryInventory:
                     name,
                     False,
                     (VmFile(name, name, st.st_size, st.st_ino),),
+                    is_protected(path_fd, files=self._files),
                 )
             return None
         finally:
@@ -182,6 +211,10 @@ class DirectoryInventory:
                 yield VmFile(path, relative, st.st_size, st.st_ino)
         finally:
             os.close(child_fd)
+
+
+def _moved(vm: Vm) -> VmNotFound:
+    return VmNotFound(f"VM {vm.name} was renamed or replaced meanwhile; `vmfs-stub ls` shows how it is now")
 
 
 def _list_names(fd: int) -> list[str]:

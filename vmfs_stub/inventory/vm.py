@@ -29,13 +29,17 @@ class VmFile:
 
 @dataclass(frozen=True, slots=True)
 class Vm:
-    """One VM; ``path`` is its top directory or its only file, relative to the backing directory."""
+    """One VM; ``path`` is its top directory or its only file, relative to the backing directory.
+
+    ``is_protected``: an operator has said that it is never to be archived.
+    """
 
     id: VmId
     name: str
     path: str
     is_directory: bool
     files: tuple[VmFile, ...]
+    is_protected: bool = False
 
     @property
     def size_bytes(self) -> int:

@@ -21,6 +21,7 @@ ERRNO_BY_TYPE: Final[Mapping[type[errors.VmfsStubError], int]] = MappingProxyTyp
         errors.InUse: errno.EBUSY,
         errors.Abandoned: errno.EBUSY,
         errors.RecallsHeld: errno.EBUSY,
+        errors.Protected: errno.EBUSY,
         errors.PointPinned: errno.EBUSY,
         errors.ClaimedElsewhere: errno.EIO,
         errors.DatastoreLocked: errno.EBUSY,

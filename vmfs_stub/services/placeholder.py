@@ -30,6 +30,7 @@ from vmfs_stub.paced_io import WriteBackFailed, write_buffers
 from vmfs_stub.primary.durable_map import MapState
 from vmfs_stub.primary.files import FileCalls, punch_hole
 from vmfs_stub.primary.placeholder import PlaceholderMaps
+from vmfs_stub.primary.recall_note import note_recalled
 from vmfs_stub.services.locks import RangeLock, SharedSync
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.objects import Buffer
@@ -337,8 +338,8 @@ class Placeholder:
 
         False when it has ended meanwhile: whoever ended it does what comes after.
 
-        Order: data and bits durable, state noted, times set, record removed and that durable.  The map goes last, by
-        the caller, after the pin.
+        Order: data and bits durable, state noted, times set, the time of the recall noted, record removed and that
+        durable.  The map goes last, by the caller, after the pin.
         """
         async with self._locks.hold(0, _ANY_CHUNK):
             if self.ended:
@@ -358,6 +359,7 @@ class Placeholder:
         mtime_ns = self.maps.live.guest_mtime_ns or self.maps.record.mtime_ns
         atime_ns = os.fstat(self._fd).st_atime_ns
         self._files.call("graduate.times", os.utime, self._fd, ns=(atime_ns, mtime_ns))
+        note_recalled(self._files, self._fd, label=self.label)
         try:
             self._files.call("graduate.record", os.removexattr, self._fd, PLACEHOLDER_XATTR)
         except OSError as exc:
