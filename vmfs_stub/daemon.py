@@ -46,6 +46,7 @@ from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.primary.serving_mark import PACE, Machine, OwnCalls, Pace, ServingMark
 from vmfs_stub.services import memory
 from vmfs_stub.services.archive import ArchiveSettings
+from vmfs_stub.services.bandwidth import Bandwidth
 from vmfs_stub.services.datastore_lock import end_at_once, take_lock
 from vmfs_stub.services.disk_services import DiskServices, ServiceSettings, connect_services
 from vmfs_stub.services.disks import Disks
@@ -164,6 +165,7 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
                 placeholders=placeholders,
                 changes_left=recovered.changes,
                 findings=findings,
+                bandwidth=Bandwidth(config.jobs.bandwidth),
             )
             async with (
                 _laid_down(background, services.disks),
@@ -178,6 +180,7 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
                 datastore = Datastore(
                     config=config,
                     threads=threads,
+                    private=private,
                     inventory=DirectoryInventory(backing, files=files),
                     catalog=catalog,
                     store=store,
@@ -194,6 +197,7 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
                 background.start_soon(datastore.health.watch_store)
                 background.start_soon(datastore.replicate)
                 background.start_soon(datastore.listing.record_accesses)
+                background.start_soon(datastore.work.watch_guests)
                 background.start_soon(services.ender.run)
                 background.start_soon(services.claims.run)
                 background.start_soon(_sync_regularly, services.disks, config.primary.sync_interval_s)

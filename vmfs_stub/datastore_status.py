@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 
 import trio
@@ -51,6 +52,7 @@ class Health:
         mount: Mount,
         listing: Listing,
         backing_fd: int,
+        jobs_paused: Callable[[], bool],
     ) -> None:
         self._config = config
         self._threads = threads
@@ -63,6 +65,7 @@ class Health:
         self._mount = mount
         self._listing = listing
         self._backing_fd = backing_fd
+        self._jobs_paused = jobs_paused
         self._started_s = time.time()
         self._store_error: str | None = None
 
@@ -99,6 +102,7 @@ class Health:
                 version=version("vmfs-stub"),
                 started=self._started_s,
                 held=self._recall.held,
+                jobs_paused=self._jobs_paused(),
                 recalled_bytes=counters.demand_bytes + counters.background_bytes,
                 recalled_on_demand_bytes=counters.demand_bytes,
                 waiting_reads=counters.waiting,

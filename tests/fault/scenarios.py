@@ -865,6 +865,7 @@ def _datastore(services: Services, config: Config, catalog: Catalog, jobs: Jobs)
     return Datastore(
         config=config,
         threads=services.threads,
+        private=services.private,
         inventory=DirectoryInventory(rig.backing, files=services.files),
         catalog=catalog,
         store=services.store,

@@ -33,7 +33,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "control": frozenset({"core", "config", "services"}),
     "cli": frozenset({"core", "config", "services", "store", "control.client", "control.messages", "mount.mountpoint"}),
 }
-WIRING = frozenset({"daemon", "datastore", "datastore_listing", "datastore_status"})
+WIRING = frozenset({"daemon", "datastore", "datastore_jobs", "datastore_listing", "datastore_status"})
 """What puts the parts together: may import all but the CLI, and only `mount` may import it."""
 STARTS_THE_DAEMON = ("cli/mount.py", "daemon")
 

@@ -19,12 +19,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from vmfs_stub.catalog.migrations import MIGRATIONS
 from vmfs_stub.core.errors import NoSpace, PrimaryIOError, UnknownFormat
 from vmfs_stub.core.ids import JobId, VmId
 from vmfs_stub.core.names import printable
 from vmfs_stub.core.sites import PLAIN, FileCalls
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _BUSY_TIMEOUT_S = 10.0
 _ACCESS_ROWS_PER_DISK = 32
 """Executables and users remembered per disk: any user who may read a disk could otherwise add rows without end."""
@@ -254,6 +255,9 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     if version == 0:
         schema = resources.files("vmfs_stub.catalog").joinpath("schema.sql").read_text(encoding="utf-8")
         connection.executescript(f"BEGIN;\n{schema}\nCOMMIT;")
+    elif version in MIGRATIONS:
+        steps = "\n".join(MIGRATIONS[step] for step in range(version, SCHEMA_VERSION))
+        connection.executescript(f"BEGIN IMMEDIATE;\n{steps}\nPRAGMA user_version = {SCHEMA_VERSION};\nCOMMIT;")
     elif version != SCHEMA_VERSION:
         raise UnknownFormat(
             f"{path} was written by another version (schema {version}, this one knows {SCHEMA_VERSION}); upgrade "

@@ -3,7 +3,7 @@
 -- Nothing here is needed to bring bytes back: a lost catalog costs history and usage, never data.  It is written by
 -- one process, the daemon that holds the datastore's lock.  All times are seconds since the epoch (REAL).
 
-PRAGMA user_version = 1;
+PRAGMA user_version = 2;
 
 -- VMs that an inventory scan has met.
 CREATE TABLE vms (
@@ -17,7 +17,7 @@ CREATE TABLE vms (
 CREATE TABLE jobs (
     id          TEXT PRIMARY KEY CHECK (length(id) = 32),   -- JobId
     kind        TEXT NOT NULL,
-    state       TEXT NOT NULL CHECK (state IN ('running', 'done', 'failed', 'interrupted')),
+    state       TEXT NOT NULL CHECK (state IN ('running', 'done', 'failed', 'cancelled', 'interrupted')),
     vms         TEXT NOT NULL CHECK (json_valid(vms)),      -- JSON list of the VMs asked for; [] means all
     caller_uid  INTEGER NOT NULL,                           -- user at the other end of the control socket
     started     REAL NOT NULL,

@@ -22,6 +22,7 @@ from vmfs_stub.cli import (
     gc,
     hold,
     init,
+    jobs,
     leave,
     ls,
     mount,
@@ -67,6 +68,7 @@ app.command("scrub")(scrub.scrub)
 app.command("gc")(gc.gc)
 app.command("replicate")(replicate.replicate)
 app.command("forget")(forget.forget)
+app.command("jobs")(jobs.jobs)
 app.command("hold")(hold.hold)
 app.command("unhold")(hold.unhold)
 app.command("status")(status.status)
