@@ -208,7 +208,7 @@ async def test_an_idle_guest_is_shut_down_and_its_vm_archived(rig: Rig) -> None:
         results = await run(job)
         assert outcomes(results) == {"a": "archived"}
         assert results["a"].guest == "stopped"
-        assert job.hypervisor.asked == ["domains", "shut down a", "domains"]
+        assert job.hypervisor.asked == ["domains", "domains", "shut down a", "domains"]
         assert state_of(job.hypervisor) is GuestState.OFF
         assert services.private.stopped.all() == []
         await job.guests.settle(job.all_vms)
@@ -223,7 +223,7 @@ async def test_a_rule_that_stops_none_leaves_a_running_guest_alone(rig: Rig) -> 
         results = await run(job)
         assert outcomes(results) == {"a": "backed up"}
         assert results["a"].message == "not archived: its guest runs, and the rule stops none"
-        assert job.hypervisor.asked == ["domains"]
+        assert job.hypervisor.asked == ["domains", "domains"]
 
 
 async def test_a_guest_that_does_not_power_off_is_left_alone(rig: Rig, autojump_clock: object) -> None:
@@ -315,7 +315,22 @@ async def test_policy_is_asked_again_before_a_guest_is_stopped(rig: Rig) -> None
         job.policy.archives = {"a": WhenRunning.SHUTDOWN}
         job.policy.answers = {"a": [True, False]}
         assert outcomes(await run(job)) == {"a": "backed up"}
-        assert job.hypervisor.asked == ["domains"]
+        assert job.hypervisor.asked == ["domains", "domains"]
+
+
+async def test_a_guest_that_was_started_since_policy_was_asked_is_not_stopped(rig: Rig) -> None:
+    make_vms(rig, "a")
+    async with rig.running() as services:
+        job = JobRig(services, hypervisor_of("a", state=GuestState.OFF))
+        job.policy.archives = {"a": WhenRunning.SHUTDOWN}
+        (uuid,) = job.hypervisor.known
+        watch = Watch(began=lambda vm: job.hypervisor.put(uuid, state=GuestState.RUNNING))
+        (result,) = await job.jobs().run(job.vms(), placeholders=BY_POLICY, tolerant=True, watch=watch)
+        assert (result.outcome, result.message) == (
+            "backed up",
+            "not archived: its guest was started since policy decided",
+        )
+        assert state_of(job.hypervisor) is GuestState.RUNNING
 
 
 async def test_memory_is_only_saved_where_it_can_be_archived(rig: Rig) -> None:
@@ -330,7 +345,7 @@ async def test_memory_is_only_saved_where_it_can_be_archived(rig: Rig) -> None:
             results = await run(job)
             assert outcomes(results) == {"a": "backed up"}
             assert why in results["a"].message
-            assert job.hypervisor.asked == ["domains"]
+            assert job.hypervisor.asked == ["domains", "domains"]
 
 
 async def test_saved_memory_is_archived_with_the_disks(rig: Rig) -> None:

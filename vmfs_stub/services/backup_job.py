@@ -171,10 +171,13 @@ class _Run:
         self._waiting = deque(self._results)
         self._claimed: Mapping[VmId, int] | None = None
         self._tried = self._failed = 0
+        self._ran: frozenset[str] = frozenset()
+        """Domains that ran when policy was asked: one that was started since is none that it meant."""
 
     async def run(self) -> list[VmResult]:
         vms = [result.vm for result in self._results]
         if self._placeholders is Placeholders.BY_POLICY:
+            self._ran = await self._jobs.guests.all_running()
             decisions, why = await self._jobs.decisions(vms)
             for result in self._results:
                 result.decision = decisions.get(result.vm.id) or Decision(result.vm.id, result.vm.name, False, why)
@@ -279,6 +282,8 @@ class _Run:
         vm = result.vm
         if decision.when_running is WhenRunning.SKIP:
             return "its guest runs, and the rule stops none"
+        if domain.uuid not in self._ran:
+            return "its guest was started since policy decided"
         # Once it is off it is no idle VM that runs, so this is when policy has to be sure.
         if kept := await self._ask_again(vm):
             return kept

@@ -21,9 +21,9 @@ LOOK_INTERVAL_S = 1.0
 """How long a wait may go on before the limit is looked at again: the next window may have opened."""
 
 
-def local_minute() -> int:
-    """The minute of the day of this host's time zone."""
-    now = time.localtime()
+def local_minute(at_s: float | None = None) -> int:
+    """The minute of the day in this host's time zone, now or at ``at_s`` (seconds since the epoch)."""
+    now = time.localtime(at_s)
     return now.tm_hour * 60 + now.tm_min
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import trio
 
-from vmfs_stub.core.errors import InUse, PrimaryIOError, VmfsStubError
+from vmfs_stub.core.errors import HypervisorAway, InUse, PrimaryIOError, VmfsStubError
 from vmfs_stub.core.policy import WhenRunning
 from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.inventory.vm import Vm
@@ -91,6 +91,14 @@ class StoppedGuests:
             names = ", ".join(domain.name for domain in found)
             raise NotStopped(f"VM {vm.name}: {len(found)} domains have disks in it ({names}); none of them is stopped")
         return found[0] if found and not found[0].state.is_off else None
+
+    async def all_running(self) -> frozenset[str]:
+        """The UUIDs of all domains that are not off; none while the hypervisor does not answer."""
+        try:
+            return frozenset(domain.uuid for domain in await self._hypervisor.domains() if not domain.state.is_off)
+        except HypervisorAway as exc:
+            log.warning("no guest is stopped by this job: %s", exc)
+            return frozenset()
 
     @asynccontextmanager
     async def stopped(self, vm: Vm, domain: Domain, how: WhenRunning) -> AsyncIterator[Stopped]:
