@@ -25,6 +25,7 @@ from vmfs_stub.catalog.catalog import Catalog
 from vmfs_stub.config import Config
 from vmfs_stub.control.jobs import open_jobs
 from vmfs_stub.control.metrics import Metrics
+from vmfs_stub.control.readiness import tell_ready
 from vmfs_stub.control.server import open_control
 from vmfs_stub.core.errors import (
     CorruptStoreObject,
@@ -215,6 +216,7 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
                     ):
                         memory.settle()
                         log.info("%s is served at %s", backing, config.datastore.mountpoint)
+                        tell_ready()
                         yield stop
 
 

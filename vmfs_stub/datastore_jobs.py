@@ -178,7 +178,7 @@ class DatastoreJobs:
         known = {job.id for job in found}
         with only_warned("the jobs of earlier daemons could not be read"):
             kept = await self._threads.files(self._catalog.jobs, count_max=self._config.control.jobs_kept)
-            found += [_info(record) for record in kept if record.id not in known]
+            found += [info for record in kept if record.id not in known and (info := _info(record)) is not None]
         return sorted(found, key=lambda job: job.started, reverse=True)
 
     async def cancel(self, job_id: JobId) -> None:
@@ -342,12 +342,16 @@ def _outcome(result: VmResult, *, kind: JobKind = "backup") -> VmOutcome:
     return VmOutcome.model_validate(fields)
 
 
-def _info(record: JobRecord) -> JobInfo:
-    """A job of an earlier daemon."""
+def _info(record: JobRecord) -> JobInfo | None:
+    """A job of an earlier daemon; None when what the catalog has of it makes no sense."""
     fields = {
         name: getattr(record, name) for name in ("id", "kind", "state", "caller_uid", "started", "ended", "error")
     }
-    return JobInfo.model_validate({**fields, "vms": list(record.vms), "result": record.report})
+    try:
+        return JobInfo.model_validate({**fields, "vms": list(record.vms), "result": record.report})
+    except ValueError as exc:
+        log.warning("job %s is left out, since the catalog has it wrong: %s", printable(record.id), exc)
+        return None
 
 
 def _not_forgotten(vm: Vm, error: Exception) -> str:

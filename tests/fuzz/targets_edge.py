@@ -166,7 +166,10 @@ QUESTIONS: tuple[Question, ...] = (
     lambda client: client.job(JobId("9" * 32)),
     lambda client: client.metrics(),
     lambda client: client.start_backup(["db", "w\u00e9b"], archive=True),
+    lambda client: client.start_backup([], archive=False, rehearsal=True),
     lambda client: client.start_recall(["db"]),
+    lambda client: client.cancel_job(JobId("9" * 32)),
+    lambda client: client.pause_jobs(paused=True),
     lambda client: client.hold(),
     lambda client: client.shutdown(force=True),
 )

@@ -195,3 +195,73 @@ def test_one_in_memory_works_alike() -> None:
     catalog.see_vms([(VmId("1" * 32), "vm")], now=1.0)
     assert [known.name for known in catalog.known_vms()] == ["vm"]
     catalog.close()
+
+
+VERSION_1 = """
+PRAGMA user_version = 1;
+CREATE TABLE vms (
+    id TEXT PRIMARY KEY CHECK (length(id) = 32), name TEXT NOT NULL, first_seen REAL NOT NULL, last_seen REAL NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE jobs (
+    id TEXT PRIMARY KEY CHECK (length(id) = 32), kind TEXT NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('running', 'done', 'failed', 'interrupted')),
+    vms TEXT NOT NULL CHECK (json_valid(vms)), caller_uid INTEGER NOT NULL, started REAL NOT NULL, ended REAL,
+    report TEXT CHECK (report IS NULL OR json_valid(report)), error TEXT CHECK (error IS NULL OR json_valid(error))
+) STRICT, WITHOUT ROWID;
+CREATE INDEX jobs_by_start ON jobs (started DESC);
+CREATE TABLE access (
+    vm TEXT NOT NULL CHECK (length(vm) = 32), disk TEXT NOT NULL, executable TEXT NOT NULL, uid INTEGER NOT NULL,
+    opened REAL NOT NULL, PRIMARY KEY (vm, disk, executable, uid)
+) STRICT, WITHOUT ROWID;
+"""
+
+
+def of_version_1(path: Path) -> None:
+    """As the first version wrote it, with a job, a VM and an access."""
+    connection = sqlite3.connect(path)
+    connection.executescript(VERSION_1)
+    with connection:
+        connection.execute("INSERT INTO vms VALUES (?, 'web', 1, 2)", (VM,))
+        connection.execute("INSERT INTO jobs VALUES (?, 'backup', 'done', '[\"a\"]', 0, 1, 2, '{}', NULL)", (JOB,))
+        connection.execute("INSERT INTO access VALUES (?, 'd', '', 0, 5)", (VM,))
+    connection.close()
+
+
+def columns(path: Path) -> dict[str, list[tuple[object, ...]]]:
+    connection = sqlite3.connect(path)
+    tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_schema ORDER BY name")]
+    found = {name: connection.execute("SELECT * FROM pragma_table_xinfo(?)", (name,)).fetchall() for name in tables}
+    connection.close()
+    return found
+
+
+def test_an_earlier_catalog_is_taken_over_with_all_that_it_knows(path: Path, tmp_path: Path) -> None:
+    of_version_1(path)
+    catalog = Catalog.open(path)
+    other = JobId("c" * 32)
+    catalog.start_job(other, kind="backup", vms=[], caller_uid=0, now=3.0)
+    catalog.end_job(other, state="cancelled", report={}, error=None, now=4.0)
+    assert [(job.id, job.state, job.vms) for job in catalog.jobs(count_max=9)] == [
+        (other, "cancelled", ()),
+        (JOB, "done", ("a",)),
+    ]
+    assert [vm.name for vm in catalog.known_vms()] == ["web"]
+    assert [access.disk for access in catalog.accesses(VM)] == ["d"]
+    catalog.close()
+    Catalog.open(tmp_path / "new").close()
+    assert columns(path) == columns(tmp_path / "new")
+    assert list(path.parent.glob("*.damaged-*")) == []
+
+
+def test_a_step_that_fails_leaves_the_earlier_catalog(path: Path) -> None:
+    of_version_1(path)
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE jobs_new (id)")  # nobody's, and in the way
+    connection.commit()
+    connection.close()
+    Catalog.open(path).close()
+    (aside,) = path.parent.glob("*.damaged-1")
+    kept = sqlite3.connect(aside)
+    assert kept.execute("SELECT count(*) FROM jobs").fetchone() == (1,)
+    assert kept.execute("PRAGMA user_version").fetchone() == (1,)
+    kept.close()
