@@ -42,6 +42,9 @@ from vmfs_stub.store.store import Store
 
 log = logging.getLogger(__name__)
 
+LISTED_MAX = 200
+"""Jobs that are listed, each with its report; older ones have to be named."""
+
 V = TypeVar("V", Vm, Wanted)
 
 Step = Callable[[V, Callable[[int], None]], Awaitable[VmOutcome]]
@@ -128,7 +131,7 @@ class DatastoreJobs:
             async def rehearse(progress: JobProgress) -> JobReport:
                 return JobReport(vms=[_outcome(each) for each in await self._backups.rehearse(scan.vms)])
 
-            return self._jobs.start("backup", [vm.name for vm in scan.vms], rehearse, peer=peer)
+            return self._jobs.start("rehearsal", [vm.name for vm in scan.vms], rehearse, peer=peer)
         by_policy = archive and self._config.archive.enabled
         placeholders = Placeholders.BY_POLICY if by_policy else Placeholders.NONE
         return self._start_backing_up("backup", scan, placeholders, tolerant=not vms, peer=peer)
@@ -167,19 +170,19 @@ class DatastoreJobs:
         try:
             return await self._jobs.wait(job_id, wait_s=wait_s)
         except NotFound:
-            earlier = [job for job in await self.jobs() if job.id == job_id]
-            if not earlier:
+            record = await self._threads.files(self._catalog.job, job_id)
+            if record is None or (info := _info(record)) is None:
                 raise
-            return earlier[0]
+            return info
 
     async def jobs(self) -> list[JobInfo]:
         """Running and recent jobs, those of earlier daemons included, newest first."""
         found = self._jobs.list()
         known = {job.id for job in found}
         with only_warned("the jobs of earlier daemons could not be read"):
-            kept = await self._threads.files(self._catalog.jobs, count_max=self._config.control.jobs_kept)
+            kept = await self._threads.files(self._catalog.jobs, count_max=LISTED_MAX)
             found += [info for record in kept if record.id not in known and (info := _info(record)) is not None]
-        return sorted(found, key=lambda job: job.started, reverse=True)
+        return sorted(found, key=lambda job: job.started, reverse=True)[:LISTED_MAX]
 
     async def cancel(self, job_id: JobId) -> None:
         """Tell a running job to end; raises NotFound, Refused."""

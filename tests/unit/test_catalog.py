@@ -61,6 +61,8 @@ def test_only_the_newest_jobs_are_kept(catalog: Catalog) -> None:
     catalog.forget_jobs(keep=2)
     assert [job.id for job in catalog.jobs(count_max=10)] == [ids[5], ids[4], ids[0]]
     assert [job.id for job in catalog.jobs(count_max=1)] == [ids[5]]
+    assert catalog.job(ids[4]) == catalog.jobs(count_max=2)[1]
+    assert catalog.job(ids[3]) is None
 
 
 def test_a_restart_interrupts_what_was_running(path: Path) -> None:

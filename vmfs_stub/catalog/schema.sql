@@ -13,7 +13,7 @@ CREATE TABLE vms (
     last_seen   REAL NOT NULL                               -- a VM that is gone keeps its row
 ) STRICT, WITHOUT ROWID;
 
--- Jobs: backup, archive, recall.
+-- Jobs: backup, archive, recall, adopt, rehearsal.
 CREATE TABLE jobs (
     id          TEXT PRIMARY KEY CHECK (length(id) = 32),   -- JobId
     kind        TEXT NOT NULL,

@@ -21,7 +21,7 @@ BACKING_HEADER = "vmfs-stub-backing"
 """The request header that names the backing directory that a request is for, as `backing_name` writes it."""
 
 DiskState = Literal["resident", "placeholder", "recalling"]
-JobKind = Literal["backup", "archive", "recall", "adopt"]
+JobKind = Literal["backup", "archive", "recall", "adopt", "rehearsal"]
 JobState = Literal["running", "done", "failed", "cancelled", "interrupted"]
 
 Shown = Annotated[str, BeforeValidator(lambda text: printable(text) if isinstance(text, str) else text)]
