@@ -338,8 +338,8 @@ def _outcome(result: VmResult, *, kind: JobKind = "backup") -> VmOutcome:
         "error": None if result.error is None else failure_info(f"{kind} of VM {result.vm.name}", result.error),
         "forgotten": result.forgotten,
         "seconds": round(result.seconds, 3),
-        "reason": "" if decision is None else decision.reason,
-        "rule": None if decision is None else decision.rule,
+        "reason": "" if decision is None else printable(decision.reason),
+        "rule": None if decision is None or decision.rule is None else printable(decision.rule),
         "guest": result.guest,
     }
     return VmOutcome.model_validate(fields)

@@ -19,6 +19,7 @@ from vmfs_stub.core.policy import WhenRunning
 from vmfs_stub.core.usage import GuestState
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.services.backup_job import JobSettings, Placeholders, VmResult, Watch
+from vmfs_stub.services.hooks import HookCall, Hooks
 
 BY_POLICY = Placeholders.BY_POLICY
 
@@ -186,6 +187,8 @@ async def test_a_pause_begins_no_further_vm(rig: Rig) -> None:
         results = await jobs.run(job.vms(), placeholders=BY_POLICY, tolerant=True, watch=Watch(ended=ended))
         assert [result.outcome for result in results] == ["backed up", "not tried"]
         assert "jobs --unpause" in results[1].message
+        named = await run(job, Placeholders.OF_ALL)  # by an operator, who knows
+        assert outcomes(named) == {"a": "archived", "b": "archived"}
 
 
 # Guests that run
@@ -361,3 +364,73 @@ async def test_saved_memory_is_archived_with_the_disks(rig: Rig) -> None:
         assert state_of(job.hypervisor) is GuestState.SAVED
         assert results["a"].report is not None
         assert "a/a.save" in results["a"].report.placeholders
+
+
+# Hooks
+
+
+class FakeHooks(Hooks):
+    """Forbids what is in ``forbidden``; ``told`` is what they were told, in order."""
+
+    def __init__(self, *forbidden: str) -> None:
+        super().__init__()
+        self.forbidden = forbidden
+        self.told: list[tuple[str, str, str]] = []
+
+    async def before(self, call: HookCall) -> str:
+        self.told.append(("before", call.what, call.vm))
+        return "not today" if call.what in self.forbidden else ""
+
+    async def after(self, call: HookCall, outcome: str) -> None:
+        self.told.append(("after", call.what, outcome))
+
+
+async def test_hooks_are_told_of_every_step(rig: Rig) -> None:
+    make_vms(rig, "a")
+    async with rig.running() as services:
+        hooks = FakeHooks()
+        job = JobRig(services, hypervisor_of("a"), hooks=hooks)
+        job.policy.archives = {"a": WhenRunning.SHUTDOWN}
+        await run(job)
+        assert hooks.told == [
+            ("before", "archive", "a"),
+            ("before", "stop", "a"),
+            ("after", "stop", "stopped"),
+            ("after", "archive", "archived"),
+        ]
+
+
+async def test_hooks_are_told_of_a_guest_that_is_started_again(rig: Rig) -> None:
+    make_vms(rig, "a")
+    async with rig.running() as services:
+        hooks = FakeHooks()
+        job = JobRig(services, hypervisor_of("a"), hooks=hooks)
+        job.policy.archives = {"a": WhenRunning.SHUTDOWN}
+        services.files.fail("archive.seek", 1, OSError(errno.EIO, "planted"))
+        await run(job)
+        assert [told[:2] for told in hooks.told[-3:]] == [("after", "stop"), ("after", "start"), ("after", "archive")]
+
+
+async def test_a_bug_in_hooks_ends_no_job(rig: Rig) -> None:
+    make_vms(rig, "a", "b")
+
+    class Broken(FakeHooks):
+        async def after(self, call: HookCall, outcome: str) -> None:
+            raise ValueError("a bug")
+
+    async with rig.running() as services:
+        job = JobRig(services, hooks=Broken(), settings=JobSettings(parallel=1))
+        assert outcomes(await run(job)) == {"a": "backed up", "b": "backed up"}
+
+
+@pytest.mark.parametrize(("forbidden", "outcome"), [("archive", "skipped"), ("stop", "backed up")])
+async def test_a_hook_keeps_a_vm_from_being_touched(rig: Rig, forbidden: str, outcome: str) -> None:
+    make_vms(rig, "a", "b")
+    async with rig.running() as services:
+        job = JobRig(services, hypervisor_of("a"), hooks=FakeHooks(forbidden))
+        job.policy.archives = {"a": WhenRunning.SHUTDOWN}
+        results = await run(job)
+        assert outcomes(results) == {"a": outcome, "b": "backed up"}
+        assert "not today" in results["a"].message
+        assert results["a"].error is None
+        assert not any("shut down" in asked for asked in job.hypervisor.asked)

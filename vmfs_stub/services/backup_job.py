@@ -208,7 +208,7 @@ class _Run:
                 await self._try(result)
 
     def _why_stopped(self) -> str:
-        if self._jobs.is_paused():
+        if self._jobs.is_paused() and self._placeholders is not Placeholders.OF_ALL:  # which an operator has named
             return "backup jobs are paused; `vmfs-stub jobs --unpause` lets them go on"
         settings = self._settings
         if self._failed < max(1, settings.failures_count_min):
@@ -237,9 +237,12 @@ class _Run:
                 result.message = "; ".join(filter(None, (result.message, "its guest was stopped and started again")))
             result.seconds = trio.current_time() - began_s
             self._watch.ended(result)
-        if result.guest == "started again":
-            await self._jobs.hooks.after(replace(call, what="start", undo=""), result.guest)
-        await self._jobs.hooks.after(call, f"{result.outcome}{f': {result.message}' if result.message else ''}")
+        try:
+            if result.guest == "started again":
+                await self._jobs.hooks.after(replace(call, what="start", undo=""), result.guest)
+            await self._jobs.hooks.after(call, f"{result.outcome}{f': {result.message}' if result.message else ''}")
+        except Exception:
+            log.exception("the hook after the %s of VM %s failed unexpectedly", call.what, call.vm)
 
     async def _back_up(self, result: VmResult, call: HookCall) -> None:
         vm = result.vm
