@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from vmfs_stub.config_policy import PolicyConfig
 from vmfs_stub.config_values import ByteCount
@@ -25,6 +25,7 @@ from vmfs_stub.core.names import LOCK_FILE, MAPS_DIR, PRIVATE_DIR, printable
 from vmfs_stub.core.policy import Policy
 from vmfs_stub.core.retention import Retention
 from vmfs_stub.core.toml_places import Place, TomlPlaces
+from vmfs_stub.core.windows import Window, Windows, minute_of
 
 DEFAULT_CONFIG_PATH = Path("/etc/vmfs-stub/config.toml")
 CONFIG_ENVIRONMENT = "VMFS_STUB_CONFIG"
@@ -142,15 +143,73 @@ class HydrationConfig(_Section):
 class ArchiveConfig(_Section):
     """Turning VMs into placeholders; ``enabled`` lets a backup job do so by [policy].
 
-    ``min_copies`` of 0 stands for as many as there are places for; see `Config.min_copies`.
+    With ``dry_run`` a backup job only says which VMs it would make placeholders of.  ``min_copies`` of 0 stands for as
+    many as there are places for; see `Config.min_copies`.
     """
 
     enabled: bool = False
+    dry_run: bool = False
     min_copies: int = Field(default=0, ge=0, le=2)
     workers: int = Field(default=2, ge=1, le=64)
     resident_head_bytes: ByteCount = 1 << 20
     resident_tail_bytes: ByteCount = 1 << 20
     placeholder_bytes_min: ByteCount = 8 << 20
+
+
+def _minute(value: object) -> object:
+    return minute_of(value) if isinstance(value, str) else value
+
+
+class WindowConfig(_Section):
+    """A time of day, in the host's time zone, and how many bytes per second backups may read in it; 0: no limit."""
+
+    start: Annotated[int, BeforeValidator(_minute), Field(alias="from", ge=0, lt=1440)]
+    end: Annotated[int, BeforeValidator(_minute), Field(alias="to", ge=0, lt=1440)]
+    bytes_per_s_max: ByteCount = 0
+
+
+class JobsConfig(_Section):
+    """Backup jobs: ``parallel`` VMs at once; guests get ``shutdown_limit_s`` to power off.
+
+    A job ends when of at least ``failures_count_min`` VMs that failed the share is above ``failures_percent_max``.
+    ``save_dir`` is where the hypervisor puts the memory of guests that it saves.
+    """
+
+    parallel: int = Field(default=2, ge=1, le=64)
+    failures_percent_max: float = Field(default=50, ge=0, le=100)
+    failures_count_min: int = Field(default=5, ge=1, le=1_000_000)
+    windows: tuple[WindowConfig, ...] = Field(default=(), max_length=100)
+    bytes_per_s_max_outside: ByteCount = 0
+    shutdown_limit_s: float = Field(default=300, gt=0, le=86400)
+    save_dir: Path = Path("/var/lib/libvirt/qemu/save")
+
+    @field_validator("save_dir")
+    @classmethod
+    def _is_absolute(cls, value: Path) -> Path:
+        return _absolute(value)
+
+    @property
+    def bandwidth(self) -> Windows:
+        """How fast backups may read, by time of day."""
+        windows = [Window(each.start, each.end, each.bytes_per_s_max) for each in self.windows]
+        return Windows(tuple(windows), self.bytes_per_s_max_outside)
+
+
+class HooksConfig(_Section):
+    """Commands to run before and after something is done to a VM, each a list of words; empty: none."""
+
+    before: tuple[str, ...] = Field(default=(), max_length=100)
+    after: tuple[str, ...] = Field(default=(), max_length=100)
+    limit_s: float = Field(default=60, gt=0, le=3600)
+
+    @field_validator("before", "after")
+    @classmethod
+    def _is_command(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value:
+            _absolute(Path(value[0]))
+        if any("\0" in word for word in value):
+            raise ValueError("must not hold the character NUL")
+        return value
 
 
 RuleCount = Annotated[int, Field(ge=0, le=1_000_000)]
@@ -272,6 +331,8 @@ class Config(_Section):
     hydration: HydrationConfig = HydrationConfig()
     archive: ArchiveConfig = ArchiveConfig()
     policy: PolicyConfig = PolicyConfig()
+    jobs: JobsConfig = JobsConfig()
+    hooks: HooksConfig = HooksConfig()
     retention: RetentionConfig = RetentionConfig()
     usage: UsageConfig = UsageConfig()
     scrub: ScrubConfig = ScrubConfig()
@@ -342,6 +403,11 @@ class Config(_Section):
     def hold_path(self) -> Path:
         """Exists while recalls are held."""
         return self.private_dir / "hold"
+
+    @property
+    def jobs_paused_path(self) -> Path:
+        """Exists while backup jobs are paused."""
+        return self.private_dir / "jobs-paused"
 
     @property
     def store_copy_path(self) -> Path:

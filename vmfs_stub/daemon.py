@@ -27,6 +27,7 @@ from vmfs_stub.config import Config
 from vmfs_stub.control.jobs import Jobs, open_jobs
 from vmfs_stub.control.metrics import Metrics
 from vmfs_stub.control.metrics_port import MetricsPort
+from vmfs_stub.control.readiness import tell_ready
 from vmfs_stub.control.server import open_control
 from vmfs_stub.core.errors import (
     ConfigError,
@@ -54,6 +55,7 @@ from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.primary.serving_mark import PACE, Machine, OwnCalls, Pace, ServingMark
 from vmfs_stub.services import memory
 from vmfs_stub.services.archive import ArchiveSettings
+from vmfs_stub.services.bandwidth import Bandwidth
 from vmfs_stub.services.datastore_lock import end_at_once, take_lock
 from vmfs_stub.services.disk_services import DiskServices, ServiceSettings, connect_services
 from vmfs_stub.services.disks import Disks
@@ -178,6 +180,7 @@ async def _open_datastore(
             open_mover(_mover_settings(config, store), guests, _index_told(findings), lock=mover_lock) as mover,
             trio.open_nursery() as background,
         ):
+            bandwidth = Bandwidth(config.jobs.bandwidth)
             services = connect_services(
                 background,
                 _service_settings(config),
@@ -193,6 +196,7 @@ async def _open_datastore(
                 placeholders=placeholders,
                 changes_left=recovered.changes,
                 findings=findings,
+                bandwidth=bandwidth,
             )
             async with (
                 _laid_down(background, services.disks),
@@ -207,6 +211,7 @@ async def _open_datastore(
                 datastore = Datastore(
                     settings=settings,
                     threads=threads,
+                    private=private,
                     inventory=DirectoryInventory(backing, files=files),
                     catalog=catalog,
                     store=store,
@@ -240,6 +245,8 @@ async def _open_datastore(
                     store=store,
                     mover=mover,
                     findings=findings,
+                    bandwidth=bandwidth,
+                    datastore=datastore,
                 )
                 metrics = make_metrics(datastore, services, mount, jobs, clients, mover)
                 background.start_soon(datastore.health.watch_store)
@@ -251,6 +258,7 @@ async def _open_datastore(
                 background.start_soon(datastore.replicate)
                 background.start_soon(datastore.listing.record_accesses)
                 background.start_soon(datastore.usage.sampler.run)
+                background.start_soon(datastore.work.watch_guests)
                 background.start_soon(services.ender.run)
                 background.start_soon(services.claims.run)
                 background.start_soon(_sync_regularly, services.disks, settings)
@@ -268,6 +276,7 @@ async def _open_datastore(
                     ):
                         memory.settle()
                         log.info("%s is served at %s", backing, config.datastore.mountpoint)
+                        tell_ready()
                         yield stop
 
 
@@ -392,6 +401,8 @@ def follow(
     store: Store,
     mover: ProcessMover,
     findings: Findings,
+    bandwidth: Bandwidth,
+    datastore: Datastore,
 ) -> None:
     """Give everybody who has a value of the configuration the new one when it is reloaded."""
     slot_bytes = max(_fetch_bytes_max(settings.current), store.chunk_size)
@@ -403,6 +414,8 @@ def follow(
 
         def take() -> None:
             services.apply(limits)
+            datastore.apply(new)
+            bandwidth.windows = new.jobs.bandwidth
             jobs.running_max, jobs.kept = new.control.jobs_running_max, new.control.jobs_kept
             findings.settle("configuration", ConfigError)
 

@@ -1,78 +1,54 @@
-"""The datastore as the control API sees it: runs jobs, holds recalls, ends.
+"""The datastore as the control API sees it: lists disks, runs jobs, holds recalls, ends.
 
 Purpose: turns requests into calls of services and their results into messages.  It decides nothing about bytes.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import socket
-import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
 
 import trio
 
 from vmfs_stub.catalog.catalog import Catalog
 from vmfs_stub.config import Config
-from vmfs_stub.control.jobs import JobProgress, Jobs, failed_outcome, failure_info, one_by_one
-from vmfs_stub.control.messages import (
-    DiskRow,
-    JobInfo,
-    JobKind,
-    JobReport,
-    PolicyRow,
-    Status,
-    VmOutcome,
-    VmUsage,
-    error_info,
-)
+from vmfs_stub.control.jobs import Jobs
+from vmfs_stub.control.messages import DiskRow, JobInfo, PolicyRow, Status, VmUsage
 from vmfs_stub.control.peer import Peer
-from vmfs_stub.core.errors import InUse, PrimaryIOError, Protected, RecallsHeld, VmNotFound
-from vmfs_stub.core.ids import JobId, PointId, VmId
-from vmfs_stub.core.names import printable
-from vmfs_stub.core.times import time_text
+from vmfs_stub.core.errors import InUse, PrimaryIOError
+from vmfs_stub.core.ids import JobId, VmId
+from vmfs_stub.core.policy import Decision
+from vmfs_stub.datastore_jobs import DatastoreJobs
 from vmfs_stub.datastore_listing import Listing, only_warned
 from vmfs_stub.datastore_monitoring import Monitoring
 from vmfs_stub.datastore_policy import DatastorePolicy, policy_row
 from vmfs_stub.datastore_status import Health
 from vmfs_stub.datastore_usage import Usage
 from vmfs_stub.inventory.directory import DirectoryInventory
-from vmfs_stub.inventory.vm import UnreadVm, Vm, VmFile
+from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.mount.serving import Mount
 from vmfs_stub.primary.files import sync_filesystem
-from vmfs_stub.primary.tree import open_beneath
-from vmfs_stub.services import memory
-from vmfs_stub.services.adopt import Missed, Wanted
+from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.services.adoption_choice import Told
-from vmfs_stub.services.disk_name import disk_label
+from vmfs_stub.services.backup_job import Decide
 from vmfs_stub.services.disk_services import DiskServices
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.hypervisor import Hypervisor
 from vmfs_stub.services.mount_usage import MountUsage
 from vmfs_stub.services.replication import ReplicaService
-from vmfs_stub.services.retention import apply_rules, problem_of
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.settings import Settings
 from vmfs_stub.store.store import Store
-
-log = logging.getLogger(__name__)
-
-V = TypeVar("V", Vm, Wanted)
-
-Step = Callable[[V, Callable[[int], None]], Awaitable[VmOutcome]]
-"""What a job does with one VM; the function gets the number of bytes dealt with since it was last called."""
 
 
 class Datastore:
     """Implements what control.target describes; wired together by the daemon.
 
-    Attributes: ``listing``, ``usage``, ``health`` and ``monitoring`` have work of their own that goes on beside the
-    datastore's.
+    ``decide`` says what jobs archive; by default that is the configured policy.
+
+    Attributes: ``listing``, ``usage``, ``health``, ``monitoring`` and ``work`` (jobs) have work of their own that goes
+    on beside the datastore's.
     """
 
     def __init__(
@@ -80,6 +56,7 @@ class Datastore:
         *,
         settings: Settings,
         threads: Threads,
+        private: PrivateState,
         inventory: DirectoryInventory,
         catalog: Catalog,
         store: Store,
@@ -92,24 +69,18 @@ class Datastore:
         mount: Mount,
         reserve: Callable[[], None],
         stop: trio.Event,
+        decide: Decide | None = None,
     ) -> None:
         self._settings = settings
         config = settings.current
         self._threads = threads
+        self._files = services.files
         self._inventory = inventory
-        self._store = store
-        self._claims = services.claims
         self._replica = replica
         self._disks = services.disks
         self._recall = services.recall
-        self._hydration = services.hydration
-        self._archiver = services.archiver
-        self._adopter = services.adopter
-        self._jobs = jobs
         self._mount = mount
-        self._fill_reserve = reserve
         self._stop = stop
-        self._files = services.files
         flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
         self._backing_fd = self._files.call("list.backing", os.open, config.datastore.backing, flags)
         self.listing = Listing(
@@ -129,6 +100,34 @@ class Datastore:
             mount_usage=mount_usage,
             files=services.files,
             scan=self.listing.scan,
+        )
+        self.policy_view = DatastorePolicy(
+            config=config,
+            threads=threads,
+            services=services,
+            store=store,
+            findings=findings,
+            samples=catalog,
+            last_use=self.usage.sampler.last_use,
+            hypervisor=hypervisor,
+            link=self.usage.link,
+            backing_fd=self._backing_fd,
+        )
+        self.work = DatastoreJobs(
+            settings=settings,
+            threads=threads,
+            private=private,
+            inventory=inventory,
+            catalog=catalog,
+            store=store,
+            replica=replica,
+            services=services,
+            jobs=jobs,
+            listing=self.listing,
+            backing_fd=self._backing_fd,
+            reserve=reserve,
+            hypervisor=hypervisor,
+            decide=decide or self._decide,
         )
         self.monitoring = Monitoring(
             settings=settings,
@@ -151,26 +150,20 @@ class Datastore:
             listing=self.listing,
             monitoring=self.monitoring,
             backing_fd=self._backing_fd,
+            jobs_paused=lambda: self.work.paused,
         )
         self._disks.on_graduated = self.listing.graduated
-        self.policy_view = DatastorePolicy(
-            config=config,
-            threads=threads,
-            services=services,
-            store=store,
-            findings=findings,
-            samples=catalog,
-            last_use=self.usage.sampler.last_use,
-            hypervisor=hypervisor,
-            link=self.usage.link,
-            backing_fd=self._backing_fd,
-        )
         self._disks.on_open = self.listing.opened
         self._recall.held = config.hold_path.exists()
 
     @property
     def _config(self) -> Config:
         return self._settings.current
+
+    def apply(self, config: Config) -> None:
+        """Go by another configuration, in what is not read from it when it is needed."""
+        self.policy_view.configure(config)
+        self.work.apply(config)
 
     def close(self) -> None:
         """Give back the descriptor of the backing directory."""
@@ -194,7 +187,7 @@ class Datastore:
 
     async def protect(self, vms: Sequence[str], *, protected: bool, peer: Peer) -> None:
         """Never archive the named VMs, or allow it again.  Raises VmNotFound, AmbiguousName, PrimaryIOError."""
-        for vm in await self._named(vms):
+        for vm in await self.work.named(vms):
             await self._threads.files(self._inventory.protect, vm, protected)
         backing = self._config.datastore.backing
         try:
@@ -238,203 +231,37 @@ class Datastore:
 
     # Jobs
 
-    async def start_backup(self, vms: Sequence[str], *, archive: bool, peer: Peer) -> JobId:
+    async def start_backup(self, vms: Sequence[str], *, archive: bool, rehearsal: bool = False, peer: Peer) -> JobId:
         """Back up the named VMs (none named: all)."""
-        # Whether a VM is idle is decided from usage samples, and none are kept yet: none count as idle.
-        if vms:
-            named = await self._named(vms)
-            return self._start("backup", named, self._backing_up(named, archive=False), peer=peer)
-        scan = await self.listing.scan()
-        step = self._backing_up(scan.vms, archive=False)
-        return self._start("backup", scan.vms, step, peer=peer, tolerant=True, unread=scan.unread)
+        return await self.work.start_backup(vms, archive=archive, rehearsal=rehearsal, peer=peer)
 
     async def start_archive(self, vms: Sequence[str], *, peer: Peer) -> JobId:
         """Back up the named VMs and make placeholders of them; raises InUse, Protected."""
-        found = await self._named(vms)
-        for vm in found:
-            if vm.is_protected:
-                raise _protected(vm)
-            for file in vm.files:
-                disk = self._disks.get(file.ino)
-                if disk is not None and disk.open_count:
-                    raise InUse(f"VM {vm.name} is in use: {disk.label} is open; shut it down first")
-        return self._start("archive", found, self._backing_up(found, archive=True), peer=peer)
+        return await self.work.start_archive(vms, peer=peer)
 
     async def start_recall(self, vms: Sequence[str], *, peer: Peer) -> JobId:
         """Bring the named VMs back in full; raises RecallsHeld."""
-        found = await self._named(vms)
-        if self._recall.held:
-            raise RecallsHeld("recalls are held for this datastore; `vmfs-stub unhold` allows them again")
-        return self._start("recall", found, self._bring_back, peer=peer)
+        return await self.work.start_recall(vms, peer=peer)
 
     async def start_adopt(self, vms: Sequence[str], *, everything: bool, told: Told, peer: Peer) -> JobId:
         """Make placeholders here of the named VMs of the store, or of all that are not here."""
-
-        async def work(progress: JobProgress) -> JobReport:
-            # Which VMs there are takes as long as the store does.
-            progress.update(doing="looking for VMs in the store")
-            wanted, missed = await self._adopter.find(vms, everything=everything)
-            return await self._each("adopt", wanted, partial(self._adopt, told=told), progress, failed=missed)
-
-        return self._jobs.start("adopt", list(vms), work, peer=peer)
+        return await self.work.start_adopt(vms, everything=everything, told=told, peer=peer)
 
     async def job(self, job_id: JobId, *, wait_s: float) -> JobInfo:
         """State of one job when it has ended, or after so many seconds; raises NotFound."""
-        return await self._jobs.wait(job_id, wait_s=wait_s)
+        return await self.work.job(job_id, wait_s=wait_s)
 
     async def jobs(self) -> list[JobInfo]:
-        """Running and recent jobs, newest first."""
-        return self._jobs.list()
+        """Running and recent jobs, those of earlier daemons included, newest first."""
+        return await self.work.jobs()
 
-    async def _named(self, names: Sequence[str]) -> list[Vm]:
-        scan = await self.listing.scan()
-        return [scan.find(name) for name in dict.fromkeys(names)]
+    async def cancel_job(self, job_id: JobId, *, peer: Peer) -> None:
+        """Tell a running job to end where it is; raises NotFound, Refused."""
+        await self.work.cancel(job_id)
 
-    def _start(
-        self,
-        kind: JobKind,
-        vms: Sequence[Vm],
-        step: Step[Vm],
-        *,
-        peer: Peer,
-        tolerant: bool = False,
-        unread: Sequence[UnreadVm] = (),
-    ) -> JobId:
-        work = partial(self._each, kind, vms, step, tolerant=tolerant, failed=unread)
-        return self._jobs.start(kind, [vm.name for vm in vms], work, peer=peer)
+    async def pause_jobs(self, *, paused: bool, peer: Peer) -> None:
+        """Pause backup jobs until they are let go on, also after a restart."""
+        await self.work.pause(paused=paused)
 
-    async def _each(
-        self,
-        kind: JobKind,
-        vms: Sequence[V],
-        step: Step[V],
-        progress: JobProgress,
-        *,
-        failed: Sequence[UnreadVm | Missed],
-        tolerant: bool = False,
-    ) -> JobReport:
-        """Run ``step`` for one VM after the other; what goes wrong with one, whatever it is, spoils no other's turn."""
-        done, total = 0, sum(vm.size_bytes for vm in vms)
-
-        def advance(count: int, doing: str) -> None:
-            nonlocal done
-            done += count
-            progress.update(done_bytes=min(done, total), total_bytes=total, doing=doing)
-
-        def reporting(vm: V) -> Callable[[int], None]:
-            advance(0, doing := f"{kind} of {vm.name}")
-            return partial(advance, doing=doing)
-
-        outcomes = [failed_outcome(each.name, error_info(each.error)) for each in failed]
-        outcomes += await one_by_one(kind, vms, lambda vm: step(vm, reporting(vm)), tolerant=tolerant)
-        await self._threads.files(self._fill_reserve)
-        await self._threads.files(memory.give_back)
-        return JobReport(vms=outcomes)
-
-    def _backing_up(self, vms: Sequence[Vm], *, archive: bool) -> Step[Vm]:
-        """The step of a job that backs up these VMs; the claims of many are listed once, not for each."""
-        claimed: Mapping[VmId, int] | None = None
-
-        async def step(vm: Vm, progress: Callable[[int], None]) -> VmOutcome:
-            nonlocal claimed
-            if claimed is None and len(vms) > 1:
-                claimed = await self._claims.survey()
-            return await self._back_up(vm, progress, archive=archive, claimed=claimed)
-
-        return step
-
-    async def _back_up(
-        self, vm: Vm, progress: Callable[[int], None], *, archive: bool, claimed: Mapping[VmId, int] | None
-    ) -> VmOutcome:
-        with suppress(VmNotFound):  # whoever archives it says what became of it
-            if archive and await self._threads.files(self._inventory.is_protected, vm):
-                raise _protected(vm)
-        for file in vm.files:
-            await self._hydration.stop(file.ino)
-        try:
-            report = await self._archiver.run(vm, archive=archive, progress=progress, claimed=claimed)
-        finally:
-            if self._replica is not None:
-                self._replica.due([vm.id])
-        await self.listing.backed_up(vm.id, is_archived=bool(report.placeholders))
-        outcome = "archived" if report.placeholders else "backed up"
-        abandoned, placeholders = printable(report.abandoned), [printable(path) for path in report.placeholders]
-        left_out = [printable(path) for path in report.left_out]
-        message = abandoned
-        if left_out and not message:
-            message = f"without {len(left_out)} FIFOs, sockets or devices, which no backup holds: {left_out[0]}"
-        forgotten, retention = await self._forget(vm)
-        shown = {
-            "placeholders": placeholders,
-            "abandoned": abandoned,
-            "left_out": left_out,
-            "forgotten": forgotten,
-            "message": "; ".join(filter(None, (message, report.warning, retention))),
-            "outcome": outcome,
-        }
-        return VmOutcome.model_validate({**asdict(report), **shown})
-
-    async def _forget(self, vm: Vm) -> tuple[list[PointId], str]:
-        """Apply [retention] to a VM that was backed up: what was forgotten, and what to say of it.
-
-        Whatever goes wrong with that is no failure of the backup.
-        """
-        rules = self._config.retention.rules
-        if rules.keeps_all:
-            return [], ""
-        try:
-            verdicts = await apply_rules(
-                self._threads, self._store, vm.id, rules, host=socket.gethostname(), now_s=time.time()
-            )
-        except Exception as exc:
-            return [], _not_forgotten(vm, exc)
-        forgotten = [verdict.point.point_id for verdict in verdicts if not verdict.is_kept]
-        problem = problem_of(verdicts)
-        if problem is not None:
-            return forgotten, _not_forgotten(vm, problem)
-        return forgotten, f"older restore points forgotten: {len(forgotten)}" if forgotten else ""
-
-    async def _adopt(self, wanted: Wanted, progress: Callable[[int], None], *, told: Told) -> VmOutcome:
-        report = await self._adopter.run(wanted, told=told, progress=progress)
-        for warning in report.warnings:
-            log.warning("VM %s: %s", wanted.name, printable(warning))
-        await self.listing.adopted(wanted.vm.vm_id, wanted.name, created_s=report.created_s)
-        message = f"as it was at {time_text(report.created_s)}, restore point {report.point_id}"
-        if report.warnings:
-            more = len(report.warnings) - 1
-            message += f"; {report.warnings[0]}{f' (and {more} more in the log)' if more else ''}"
-        fields = {
-            "vm": wanted.name,
-            "outcome": "adopted",
-            "message": message,
-            "vm_id": wanted.vm.vm_id,
-            "point_id": report.point_id,
-            "placeholders": [printable(path) for path in report.placeholders],
-        }
-        return VmOutcome.model_validate(fields)
-
-    async def _bring_back(self, vm: Vm, progress: Callable[[int], None]) -> VmOutcome:
-        for file in vm.files:
-            if self._disks.placeholders.get(file.ino) is not None:
-                await self._bring_file_back(file, progress)
-        return VmOutcome(vm=vm.name, outcome="recalled")
-
-    async def _bring_file_back(self, file: VmFile, progress: Callable[[int], None]) -> None:
-        try:
-            opened = partial(self._files.call, "hydrate.open", open_beneath, self._backing_fd, file.path)
-            path_fd = await self._threads.files(opened)
-        except OSError as exc:
-            raise PrimaryIOError(f"{disk_label(file.path)}: cannot be opened: {exc.strerror}") from exc
-        try:
-            await self._hydration.bring_back(path_fd, progress=progress)
-        finally:
-            os.close(path_fd)
-
-
-def _protected(vm: Vm) -> Protected:
-    return Protected(f"VM {vm.name} is protected from being archived; `vmfs-stub unprotect` allows it again")
-
-
-def _not_forgotten(vm: Vm, error: Exception) -> str:
-    failure = failure_info(f"forgetting restore points of VM {vm.name}", error)
-    return f"not all restore points that are due could be forgotten: {failure.message}"
+    async def _decide(self, vms: Sequence[Vm]) -> Mapping[VmId, Decision]:
+        return {each.vm.id: each.decision for each in await self.policy_view.decide(vms)}

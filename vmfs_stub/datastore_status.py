@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 import trio
@@ -56,6 +56,7 @@ class Health:
         listing: Listing,
         monitoring: Monitoring,
         backing_fd: int,
+        jobs_paused: Callable[[], bool],
     ) -> None:
         self._settings = settings
         self._threads = threads
@@ -69,6 +70,7 @@ class Health:
         self._listing = listing
         self._monitoring = monitoring
         self._backing_fd = backing_fd
+        self._jobs_paused = jobs_paused
         self.started_s = time.time()
         self._store_error: str | None = None
 
@@ -86,6 +88,7 @@ class Health:
                 version=version("vmfs-stub"),
                 started=self.started_s,
                 held=self._recall.held,
+                jobs_paused=self._jobs_paused(),
                 recalled_bytes=counters.demand_bytes + counters.background_bytes,
                 recalled_on_demand_bytes=counters.demand_bytes,
                 waiting_reads=counters.waiting,

@@ -23,6 +23,7 @@ from scripts.lab.soak_seeds import SeedSoak
 from scripts.lab.soak_sites import SiteSoak
 from scripts.lab.soak_steps import StepSoak
 from tests.collection import hosts
+from tests.fault import racing_guests
 from tests.model import play
 
 
@@ -41,6 +42,8 @@ class Soak(Protocol):
 _MODEL = "Random lives of a datastore with kills and power losses, every byte compared with memory."
 _COLLECTION = "Garbage collection beside backups of hosts that stop for long, with lagging lists and late requests."
 
+_POLICY = "Guests that are started at a random step of the job that archives their VM."
+
 SOAKS: Mapping[str, Soak] = {
     "collection": SeedSoak("collection", hosts.play, about=_COLLECTION),
     "churn": StepSoak("churn", Churn),
@@ -49,6 +52,7 @@ SOAKS: Mapping[str, Soak] = {
     "hosts": HostsSoak(),
     "kills": KillSoak(),
     "model": SeedSoak("model", play.play, about=_MODEL, has_place=True),
+    "policy": SeedSoak("policy", racing_guests.play_alone, about=_POLICY),
     "sites": SiteSoak(),
 }
 

@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import trio
 
-from tests import store_points
+from tests import backup_jobs, store_points
 from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, RigFiles, Services, survives_kill
 from tests.fake_hypervisor import FakeHypervisor, domain
 from tests.store_fakes import FakeObjects, SitedObjects, packs_condemned, refused_deletes
@@ -41,6 +41,8 @@ from vmfs_stub.core.errors import (
     VmfsStubError,
 )
 from vmfs_stub.core.ids import JobId, PackId, PlaceholderId, PointId, VmId, WriterId
+from vmfs_stub.core.policy import WhenRunning
+from vmfs_stub.core.usage import GuestState
 from vmfs_stub.datastore import Datastore
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.mount.attributes import Change, Requester
@@ -52,6 +54,7 @@ from vmfs_stub.primary.serving_mark import Machine, Mark, Pace, ServingMark, enc
 from vmfs_stub.services import scrub, verify
 from vmfs_stub.services.adopt import Wanted
 from vmfs_stub.services.adoption_choice import Told
+from vmfs_stub.services.backup_job import Placeholders
 from vmfs_stub.services.mount_usage import MountUsage
 from vmfs_stub.services.replication import catch_up
 from vmfs_stub.services.restore import STAGING, restore_point
@@ -869,6 +872,7 @@ def _datastore(services: Services, config: Config, catalog: Catalog, jobs: Jobs)
     return Datastore(
         settings=Settings(config),
         threads=services.threads,
+        private=services.private,
         inventory=DirectoryInventory(rig.backing, files=services.files),
         catalog=catalog,
         store=services.store,
@@ -1018,6 +1022,21 @@ def expect(found: bytes, wanted: bytes, path: str) -> None:
         raise NotWhole(f"{path}: {len(found)} of {len(wanted)} bytes; block {at // BLOCK} is wrong")
 
 
+async def stop_and_archive(services: Services) -> None:
+    """A job that policy lets shut a guest down."""
+    state = GuestState.RUNNING
+    hypervisor = FakeHypervisor(domain("vm", *(backup_jobs.MOUNT / path for path in PATHS), state=state))
+    job = backup_jobs.JobRig(services, hypervisor)
+    job.policy.archives = {"vm": WhenRunning.SHUTDOWN}
+    (result,) = await job.jobs().run(job.vms(), placeholders=Placeholders.BY_POLICY, tolerant=False)
+    (guest,) = hypervisor.known.values()
+    was_seen_to = guest.state.is_off == (result.outcome == "archived") or services.private.stopped.all()
+    if not was_seen_to and not services.files.dead:
+        raise NotWhole(f"the VM is {result.outcome}, and its guest {guest.state}")
+    if result.error is not None:
+        raise result.error
+
+
 SCENARIOS = [
     Scenario("archive", nothing, archive),
     Scenario("archive_again", partly_recalled, archive),
@@ -1027,6 +1046,7 @@ SCENARIOS = [
     Scenario("archive_without_room", nothing, archive_without_room),
     Scenario("archive_condemned", returned, archive_condemned),
     Scenario("archive_damaged_segments", with_damaged_segments, archive),
+    Scenario("stop_and_archive", nothing, stop_and_archive),
     Scenario("back_up", nothing, back_up),
     Scenario("back_up_placeholder", partly_recalled, back_up),
     Scenario("back_up_untouched", backed_up, back_up),

@@ -49,6 +49,7 @@ class FakeTarget:
         self._jobs = jobs
         self.calls: list[tuple[Any, ...]] = []
         self.held = False
+        self.paused = False
         self.busy = False
         self.broken = False
         self.healthy = True
@@ -103,7 +104,9 @@ class FakeTarget:
         finding = messages.Finding(severity="problem", subject="store", message="gone; bring it back")
         return messages.Status(
             healthy=self.healthy,
-            daemon=messages.DaemonStatus(pid=os.getpid(), version="0", started=1.0, held=self.held),
+            daemon=messages.DaemonStatus(
+                pid=os.getpid(), version="0", started=1.0, held=self.held, jobs_paused=self.paused
+            ),
             mount=messages.MountStatus(mountpoint="/srv/vms", backing=str(BACKING), mounted=True),
             store=messages.StoreStatus(url="file:///srv/store", store_id=None, reachable=self.healthy),
             jobs=[job for job in self._jobs.list() if job.state == "running"],
@@ -153,8 +156,8 @@ class FakeTarget:
             raise InUse("db/disk.raw is open in process 7")
         self.stopping.set()
 
-    async def start_backup(self, vms: Sequence[str], *, archive: bool, peer: Peer) -> JobId:
-        self.calls.append(("backup", tuple(vms), archive, peer))
+    async def start_backup(self, vms: Sequence[str], *, archive: bool, rehearsal: bool = False, peer: Peer) -> JobId:
+        self.calls.append(("backup", tuple(vms), archive, *(["rehearsal"] if rehearsal else []), peer))
         return self._jobs.start("backup", vms, self._work(vms), peer=peer)
 
     async def start_archive(self, vms: Sequence[str], *, peer: Peer) -> JobId:
@@ -174,6 +177,14 @@ class FakeTarget:
 
     async def jobs(self) -> list[messages.JobInfo]:
         return self._jobs.list()
+
+    async def cancel_job(self, job_id: JobId, *, peer: Peer) -> None:
+        self.calls.append(("cancel", job_id, peer))
+        self._jobs.cancel(job_id)
+
+    async def pause_jobs(self, *, paused: bool, peer: Peer) -> None:
+        self.calls.append(("pause" if paused else "unpause", peer))
+        self.paused = paused
 
     def _work(self, vms: Sequence[str]) -> Any:
         async def work(progress: JobProgress) -> messages.JobReport:

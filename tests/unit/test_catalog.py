@@ -62,6 +62,8 @@ def test_only_the_newest_jobs_are_kept(catalog: Catalog) -> None:
     catalog.forget_jobs(keep=2)
     assert [job.id for job in catalog.jobs(count_max=10)] == [ids[5], ids[4], ids[0]]
     assert [job.id for job in catalog.jobs(count_max=1)] == [ids[5]]
+    assert catalog.job(ids[4]) == catalog.jobs(count_max=2)[1]
+    assert catalog.job(ids[3]) is None
 
 
 def test_a_restart_interrupts_what_was_running(path: Path) -> None:
@@ -275,7 +277,26 @@ def test_an_older_catalog_is_brought_to_this_version(path: Path, tmp_path: Path)
     assert (catalog.is_new, catalog.is_rebuild_due) == (False, True)
     assert [(vm.name, vm.last_point) for vm in catalog.known_vms()] == [("web", None)]
     assert catalog.last_done(("backup",)) == 3.0
+    other = JobId("c" * 32)
+    catalog.start_job(other, kind="backup", vms=[], caller_uid=0, now=3.0)
+    catalog.end_job(other, state="cancelled", report={}, error=None, now=4.0)
+    assert [(job.id, job.state) for job in catalog.jobs(count_max=9)] == [(other, "cancelled"), (JOB, "done")]
     catalog.close()
     Catalog.open(tmp_path / "fresh.sqlite").close()
     assert described(path) == described(tmp_path / "fresh.sqlite")
     assert described(path)["version"] == [(SCHEMA_VERSION,)]
+
+
+def test_a_step_that_fails_leaves_the_earlier_catalog(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    connection.executescript(SCHEMA_1)
+    connection.execute("INSERT INTO jobs VALUES (?, 'backup', 'done', '[\"a\"]', 0, 1, 2, '{}', NULL)", (JOB,))
+    connection.execute("CREATE TABLE jobs_new (id)")  # nobody's, and in the way
+    connection.commit()
+    connection.close()
+    Catalog.open(path).close()
+    (aside,) = path.parent.glob("*.damaged-1")
+    kept = sqlite3.connect(aside)
+    assert kept.execute("SELECT count(*) FROM jobs").fetchone() == (1,)
+    assert kept.execute("PRAGMA user_version").fetchone() == (1,)
+    kept.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -293,3 +294,41 @@ def test_errors_of_rules_name_line_and_column(old: str, new: str, message: str) 
     with pytest.raises(ConfigError) as caught:
         parse_config(RULES.replace(old, new), origin="c.toml")
     assert any(line.startswith(message) for line in str(caught.value).splitlines()), str(caught.value)
+
+
+JOBS = """
+[jobs]
+parallel = 4
+windows = [
+    {from = "22:00", to = "06:00", bytes_per_s_max = "200 MiB"},
+    {from = "06:00", to = "24:00"},
+]
+bytes_per_s_max_outside = "10 MiB"
+[hooks]
+before = ["/usr/local/bin/hook", "--flag"]
+"""
+
+
+def test_windows_and_hooks() -> None:
+    config = parse_config(MINIMAL + JOBS, origin="test")
+    windows = config.jobs.bandwidth
+    assert [windows.limit(minute) for minute in (0, 359, 360, 1319, 1320)] == [200 << 20, 200 << 20, 0, 0, 200 << 20]
+    assert windows.outside == 10 << 20
+    assert config.hooks.before == ("/usr/local/bin/hook", "--flag")
+    assert config.hooks.after == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('[jobs]\nwindows = [{from = "25:00", to = "06:00"}]', "jobs.windows[1].from: not a time of day"),
+        ('[jobs]\nwindows = [{from = "22:00"}]', "jobs.windows[1].to: is missing"),
+        ('[jobs]\nwindows = [{from = "22:00", to = "06:00", rate = 1}]', "no such key"),
+        ('[hooks]\nafter = ["hook"]', "hooks.after: must be an absolute path"),
+        ('[hooks]\nbefore = "/bin/true"', "hooks.before"),
+        ("[jobs]\nparallel = 0", "jobs.parallel"),
+    ],
+)
+def test_what_is_wrong_with_jobs_and_hooks(text: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(complaint)):
+        parse_config(MINIMAL + text, origin="test")

@@ -221,6 +221,48 @@ async def test_a_bug_in_a_handler_is_an_answer(socket_path: Path, caplog: pytest
         assert (await ask(socket_path, lambda client: client.status())).healthy
 
 
+async def test_a_job_is_cancelled_and_its_report_kept(socket_path: Path) -> None:
+    async with open_fake_daemon(socket_path) as target:
+        target.may_finish = trio.Event()
+        job_id = await ask(socket_path, lambda client: client.start_backup(["db"], archive=True, rehearsal=True))
+        await target.working.wait()
+        await ask(socket_path, lambda client: client.cancel_job(job_id))
+        ended = await ask(socket_path, lambda client: client.wait_job(job_id, lambda _: None))
+        assert (ended.state, ended.error) == ("cancelled", None)
+        with pytest.raises(errors.Refused, match="is over"):
+            await ask(socket_path, lambda client: client.cancel_job(job_id))
+        with pytest.raises(errors.NotFound):
+            await ask(socket_path, lambda client: client.cancel_job(messages.JobId("f" * 32)))
+        assert target.calls[0] == ("backup", ("db",), True, "rehearsal", ME)
+        await ask(socket_path, lambda client: client.pause_jobs(paused=True))
+        assert (await ask(socket_path, lambda client: client.status())).daemon.jobs_paused
+        await ask(socket_path, lambda client: client.pause_jobs(paused=False))
+        assert target.calls[-2:] == [("pause", ME), ("unpause", ME)]
+
+
+async def test_what_is_known_of_a_cancelled_job_is_its_report() -> None:
+    history = FakeHistory()
+    async with open_jobs(history, running_max=2, kept=10) as jobs:
+        added = trio.Event()
+
+        async def work(progress: JobProgress) -> messages.JobReport:
+            progress.add(messages.VmOutcome(vm="a", outcome="backed up"))
+            added.set()
+            await trio.sleep_forever()
+            raise AssertionError
+
+        job_id = jobs.start("backup", ["a", "b"], work, peer=ME)
+        await added.wait()
+        running = jobs.get(job_id)
+        assert running.state == "running"
+        assert running.result is not None
+        jobs.cancel(job_id)
+        ended = await jobs.wait(job_id, wait_s=10)
+        assert ended.state == "cancelled"
+        assert ended.result == running.result
+    assert history.ended == [(job_id, "cancelled")]
+
+
 async def test_jobs_report_progress_and_outcome(socket_path: Path) -> None:
     async with open_fake_daemon(socket_path) as target:
         target.may_finish = trio.Event()

@@ -39,6 +39,7 @@ WIRING = frozenset(
     {
         "daemon",
         "datastore",
+        "datastore_jobs",
         "datastore_listing",
         "datastore_metrics",
         "datastore_monitoring",

@@ -247,6 +247,16 @@ class Catalog:
             "ORDER BY started DESC, id LIMIT ?",
             (count_max,),
         )
+        return self._jobs_of(rows)
+
+    def job(self, job_id: JobId) -> JobRecord | None:
+        """One job; None when none of that id is remembered."""
+        rows = self._read(
+            "SELECT id, kind, state, vms, caller_uid, started, ended, report, error FROM jobs WHERE id = ?", (job_id,)
+        )
+        return next(iter(self._jobs_of(rows)), None)
+
+    def _jobs_of(self, rows: Iterable[Sequence[Any]]) -> list[JobRecord]:
         try:
             return [_job_of(row) for row in rows]
         except (ValueError, TypeError, RecursionError) as exc:

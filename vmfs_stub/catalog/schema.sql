@@ -17,7 +17,7 @@ CREATE TABLE IF NOT EXISTS vms (
     last_recalled  REAL                                     -- when a disk of it last became an ordinary file again
 ) STRICT, WITHOUT ROWID;
 
--- Jobs: backup, archive, recall.
+-- Jobs: backup, archive, recall, adopt, rehearsal.
 CREATE TABLE IF NOT EXISTS jobs (
     id          TEXT PRIMARY KEY CHECK (length(id) = 32),   -- JobId
     kind        TEXT NOT NULL,

@@ -16,7 +16,8 @@ def backup(
     no_archive: Annotated[
         bool, typer.Option("--no-archive", help="Make no placeholders, whatever the configuration says.")
     ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done to each, and why.")] = False,
 ) -> None:
     """Back up VMs; those in use are skipped, or refused when they are named."""
     client = client_of(load_config_of(ctx))
-    follow_job(client, client.start_backup(argument_names(vms), archive=not no_archive))
+    follow_job(client, client.start_backup(argument_names(vms), archive=not no_archive, rehearsal=dry_run))

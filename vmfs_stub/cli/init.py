@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import re
+import sys
 import tempfile
 from importlib.resources import files
 from pathlib import Path
@@ -93,6 +94,21 @@ def init(
     _make_mountpoint(config.datastore.mountpoint)
     _write_new(target, text)
     say(f"wrote {target}; look at it, then run `vmfs-stub mount`")
+    _say_units(target)
+
+
+def _say_units(target: Path) -> None:
+    """How systemd serves the datastore and backs it up every night; its units find configurations in one place."""
+    from importlib import resources
+
+    if target.parent != Path("/etc/vmfs-stub") or not Path("/run/systemd/system").is_dir():
+        return
+    units, name = resources.files("vmfs_stub").joinpath("units"), target.stem
+    say("or have systemd do that, and back it up every night:")
+    if not any(Path(directory, "vmfs-stub").exists() for directory in ("/usr/local/bin", "/usr/bin")):
+        say(f"  ln -s {os.path.abspath(sys.argv[0])} /usr/local/bin/vmfs-stub")
+    say(f"  cp {units}/* /etc/systemd/system/ && systemctl daemon-reload")
+    say(f"  systemctl enable --now vmfs-stub@{name}.service vmfs-stub-backup@{name}.timer")
 
 
 def _check_key(config: Config, *, encrypt: bool) -> None:

@@ -18,7 +18,7 @@ from vmfs_stub.core.errors import Refused
 
 if TYPE_CHECKING:
     from vmfs_stub.control.client import ControlClient
-    from vmfs_stub.control.messages import JobInfo, JobReport, Progress
+    from vmfs_stub.control.messages import JobInfo, JobReport, Progress, VmOutcome
     from vmfs_stub.core.ids import JobId
 
     Show = Callable[[Progress], None]
@@ -33,7 +33,9 @@ def follow_job(client: ControlClient, job_id: JobId, *, json: bool = False) -> J
         with progress_shown() as show:
             info = client.wait_job(job_id, lambda job: show(job.progress))
     except KeyboardInterrupt:
-        warn(f"job {job_id} goes on in the daemon; `vmfs-stub status` shows it")
+        warn(
+            f"job {job_id} goes on in the daemon; `vmfs-stub jobs` shows it, `vmfs-stub jobs --cancel {job_id}` ends it"
+        )
         raise typer.Exit(ExitCode.INTERRUPTED) from None
     return _report(info, json=json)
 
@@ -46,9 +48,11 @@ def _report(info: JobInfo, *, json: bool) -> JobReport:
         say_json([vm.model_dump(mode="json") for vm in report.vms])
     for vm in () if json else report.vms:
         if vm.error is None:
-            say(f"{vm.vm}: {vm.outcome}{f' ({vm.message})' if vm.message else ''}")
+            say(outcome_text(vm))
         else:
-            warn(f"{vm.vm}: {vm.outcome}: {vm.error.message}")
+            warn(outcome_text(vm))
+    if info.state == "cancelled":
+        raise Refused(f"the {info.kind} job {info.id} was cancelled")
     if info.state == "interrupted":
         raise Refused(f"the {info.kind} job {info.id} was interrupted: the daemon stopped")
     if info.error is None:
@@ -57,6 +61,15 @@ def _report(info: JobInfo, *, json: bool) -> JobReport:
     if any(vm.error is not None for vm in report.vms):  # each was told above
         raise typer.Exit(exit_code_of(error))
     raise error
+
+
+def outcome_text(vm: VmOutcome) -> str:
+    """What became of a VM, in one line."""
+    if vm.error is not None:
+        return f"{vm.vm}: {vm.outcome}: {vm.error.message}"
+    reason = (vm.model_extra or {}).get("reason") or ""
+    said = "; ".join(filter(None, (vm.message, reason if reason not in vm.message else "")))
+    return f"{vm.vm}: {vm.outcome}{f' ({said})' if said else ''}"
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from vmfs_stub.cli import (
     gc,
     hold,
     init,
+    jobs,
     leave,
     ls,
     mount,
@@ -75,6 +76,7 @@ app.command("forget")(forget.forget)
 app.command("policy")(policy.policy)
 app.command("protect")(protect.protect)
 app.command("unprotect")(protect.unprotect)
+app.command("jobs")(jobs.jobs)
 app.command("hold")(hold.hold)
 app.command("unhold")(hold.unhold)
 app.command("reload")(reload.reload)

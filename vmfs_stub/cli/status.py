@@ -33,6 +33,7 @@ def _say_status(found: Status) -> None:
     say("healthy" if found.healthy else "UNHEALTHY")
     daemon = found.daemon
     held = ", recalls are held" if daemon.held else ""
+    held += ", backup jobs are paused" if daemon.jobs_paused else ""
     waiting = f", {daemon.waiting_reads} reads wait for a recall" if daemon.waiting_reads else ""
     say(f"daemon: pid {daemon.pid}, version {daemon.version}, since {time_text(daemon.started)}{held}{waiting}")
     mount = found.mount

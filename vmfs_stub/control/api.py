@@ -75,7 +75,10 @@ class ControlApi:
             ("/v1/recall", self._recall, post),
             ("/v1/adopt", self._adopt, post),
             ("/v1/jobs", self._jobs, get),
+            ("/v1/jobs/pause", self._pause, post),
+            ("/v1/jobs/unpause", self._unpause, post),
             ("/v1/jobs/{job_id}", self._job, get),
+            ("/v1/jobs/{job_id}/cancel", self._cancel, post),
             ("/metrics", self._metrics_text, get),
         ]
         return Starlette(routes=[Route(path, self._bounded(path, end), methods=how) for path, end, how in routes])
@@ -157,8 +160,9 @@ class ControlApi:
 
     async def _backup(self, request: Request) -> Response:
         body = await _body(request, messages.JobRequest)
-        peer = _logged(request, "backup", body.vms, archive=body.archive)
-        return _started(await self._target.start_backup(body.vms, archive=body.archive, peer=peer))
+        flags = {"archive": body.archive, **({"rehearsal": True} if body.rehearsal else {})}
+        peer = _logged(request, "backup", body.vms, **flags)
+        return _started(await self._target.start_backup(body.vms, **flags, peer=peer))
 
     async def _archive(self, request: Request) -> Response:
         body = await _body(request, messages.JobRequest)
@@ -184,6 +188,19 @@ class ControlApi:
 
     async def _job(self, request: Request) -> Response:
         return _json(await self._target.job(JobId(request.path_params["job_id"]), wait_s=_wait_s(request)))
+
+    async def _cancel(self, request: Request) -> Response:
+        job_id = JobId(request.path_params["job_id"])
+        await self._target.cancel_job(job_id, peer=_logged(request, "cancelling a job"))
+        return Response(status_code=204)
+
+    async def _pause(self, request: Request) -> Response:
+        await self._target.pause_jobs(paused=True, peer=_logged(request, "pausing backup jobs"))
+        return Response(status_code=204)
+
+    async def _unpause(self, request: Request) -> Response:
+        await self._target.pause_jobs(paused=False, peer=_logged(request, "unpausing backup jobs"))
+        return Response(status_code=204)
 
     async def _metrics_text(self, request: Request) -> Response:
         return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE})

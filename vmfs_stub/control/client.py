@@ -144,9 +144,9 @@ class ControlClient:
         """Unmount and stop the daemon; when this returns it is unmounted, but the process may still be ending."""
         self._send("POST", "/v1/shutdown", messages.ShutdownRequest(force=force))
 
-    def start_backup(self, vms: Sequence[str], *, archive: bool) -> JobId:
-        """Start a backup of these VMs, or of all."""
-        return self._start("/v1/backup", messages.JobRequest(vms=list(vms), archive=archive))
+    def start_backup(self, vms: Sequence[str], *, archive: bool, rehearsal: bool = False) -> JobId:
+        """Start a backup of these VMs, or of all; with ``rehearsal`` the job only says what it would do."""
+        return self._start("/v1/backup", messages.JobRequest(vms=list(vms), archive=archive, rehearsal=rehearsal))
 
     def start_archive(self, vms: Sequence[str]) -> JobId:
         """Start to make placeholders of these VMs."""
@@ -171,6 +171,14 @@ class ControlClient:
     def jobs(self) -> list[messages.JobInfo]:
         """Running and recent jobs, newest first."""
         return self._parsed(_JOBS, self._send("GET", "/v1/jobs"))
+
+    def cancel_job(self, job_id: JobId) -> None:
+        """Tell a running job to end where it is."""
+        self._send("POST", f"/v1/jobs/{quote(job_id, safe='')}/cancel")
+
+    def pause_jobs(self, *, paused: bool) -> None:
+        """Pause backup jobs, or let them go on."""
+        self._send("POST", f"/v1/jobs/{'pause' if paused else 'unpause'}")
 
     def metrics(self) -> str:
         """The daemon's metrics as text."""

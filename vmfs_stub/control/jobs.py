@@ -55,6 +55,16 @@ class JobProgress:
 
     def __init__(self) -> None:
         self._progress = Progress()
+        self._outcomes: list[VmOutcome] = []
+
+    def add(self, outcome: VmOutcome) -> None:
+        """What became of a VM; shown while the job runs, and the report of one that is cancelled."""
+        self._outcomes.append(outcome)
+
+    @property
+    def report(self) -> JobReport:
+        """Of the VMs that the job is done with."""
+        return JobReport(vms=list(self._outcomes))
 
     def update(self, *, done_bytes: int = 0, total_bytes: int = 0, doing: str = "") -> None:
         """Replace what is shown; ``total_bytes`` of 0 is unknown."""
@@ -91,6 +101,7 @@ class Jobs:
         self.ended: Counter[tuple[str, str]] = Counter()
         self.last_done: dict[str, float] = {}
         self.on_end: Callable[[JobInfo], None] = lambda info: None
+        self._scopes: dict[JobId, trio.CancelScope] = {}  # and of these
         self._history_limiter = trio.CapacityLimiter(1)  # records of one job stay in order
 
     def start(self, kind: JobKind, vms: Sequence[str], work: JobWork, *, peer: Peer) -> JobId:
@@ -104,6 +115,7 @@ class Jobs:
         progress = JobProgress()
         self._progress[job_id] = progress
         self._ends[job_id] = trio.Event()
+        self._scopes[job_id] = trio.CancelScope()
         self._jobs[job_id] = JobInfo(
             id=job_id, kind=kind, state="running", vms=list(vms), caller_uid=peer.uid, started=self._clock()
         )
@@ -115,9 +127,13 @@ class Jobs:
         """A running or recent job; raises NotFound."""
         info = self._jobs.get(job_id)
         if info is None:
-            raise NotFound(f"no job {job_id} is known to this daemon; `vmfs-stub status` lists running ones")
+            raise NotFound(f"no job {job_id} is known to this daemon; `vmfs-stub jobs` lists them")
         progress = self._progress.get(job_id)
-        return info if progress is None else info.model_copy(update={"progress": progress.current})
+        if progress is None:
+            return info
+        report = progress.report
+        result = report.model_dump(mode="json") if report.vms else None
+        return info.model_copy(update={"progress": progress.current, "result": result})
 
     async def wait(self, job_id: JobId, *, wait_s: float) -> JobInfo:
         """The same, when the job has ended, or after so many seconds.  Raises NotFound."""
@@ -125,6 +141,14 @@ class Jobs:
             with trio.move_on_after(wait_s):
                 await ended.wait()
         return self.get(job_id)
+
+    def cancel(self, job_id: JobId) -> JobInfo:
+        """End a running job where it is: when `wait` says so, it has.  Raises NotFound, Refused when it is over."""
+        info = self.get(job_id)
+        if (scope := self._scopes.get(job_id)) is None:
+            raise Refused(f"the {info.kind} job {job_id} is over ({info.state}): there is nothing to cancel")
+        scope.cancel()
+        return info
 
     def list(self) -> list[JobInfo]:
         """Running and recent jobs, newest first."""
@@ -138,18 +162,24 @@ class Jobs:
             )
         )
         outcome: dict[str, Any] = {"state": "interrupted"}
+        scope = self._scopes[job_id]
         try:
-            report = await work(progress)
+            with scope:
+                report = await work(progress)
+            if scope.cancelled_caught:
+                report = progress.report
             failed = next((vm.error for vm in report.vms if vm.error is not None), None)
-            state = "done" if failed is None else "failed"
+            state = "cancelled" if scope.cancelled_caught else "done" if failed is None else "failed"
             outcome = {"state": state, "result": report.model_dump(mode="json"), "error": failed}
         except Exception as exc:  # whatever it is, one job must not end the mount
             outcome = {"state": "failed", "error": failure_info(f"{info.kind} job {job_id}", exc)}
         finally:
+            if outcome["state"] == "interrupted" and progress.report.vms:
+                outcome["result"] = progress.report.model_dump(mode="json")
             ended = info.model_copy(update={**outcome, "ended": self._clock(), "progress": progress.current})
             self._jobs[job_id] = ended
             self._count(ended)
-            del self._progress[job_id]
+            del self._progress[job_id], self._scopes[job_id]
             self._ends.pop(job_id).set()
             await self._record(lambda: self._record_end(ended))
 

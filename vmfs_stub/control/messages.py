@@ -21,8 +21,8 @@ BACKING_HEADER = "vmfs-stub-backing"
 """The request header that names the backing directory that a request is for, as `backing_name` writes it."""
 
 DiskState = Literal["resident", "placeholder", "recalling"]
-JobKind = Literal["backup", "archive", "recall", "adopt"]
-JobState = Literal["running", "done", "failed", "interrupted"]
+JobKind = Literal["backup", "archive", "recall", "adopt", "rehearsal"]
+JobState = Literal["running", "done", "failed", "cancelled", "interrupted"]
 
 Shown = Annotated[str, BeforeValidator(lambda text: printable(text) if isinstance(text, str) else text)]
 """Text that may hold names which users chose: JSON takes only Unicode, and a terminal obeys control characters."""
@@ -118,6 +118,7 @@ class DaemonStatus(_Message):
     version: str
     started: float
     held: bool = False
+    jobs_paused: bool = False
     recalled_bytes: int = 0
     recalled_on_demand_bytes: int = 0
     waiting_reads: int = 0
@@ -199,7 +200,10 @@ class ErrorInfo(_Message):
 
 
 class VmOutcome(BaseModel):
-    """What a job did to one VM; ``outcome`` is a word or two, ``message`` a detail; more fields may come."""
+    """What a job did to one VM; ``outcome`` is a word or two, ``message`` a detail; more fields may come.
+
+    Of a backup job: ``reason`` and ``rule`` of policy's decision, ``seconds``, and the fields of BackupReport.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -250,10 +254,14 @@ class Status(_Message):
 
 
 class JobRequest(_Message):
-    """Start a job on these VMs; no VM means all where the job allows that."""
+    """Start a job on these VMs; no VM means all where the job allows that.
+
+    With ``rehearsal`` a backup job only says what it would do.
+    """
 
     vms: list[str] = Field(default=[], max_length=100_000)
     archive: bool = True
+    rehearsal: bool = False
 
 
 class ProtectRequest(_Message):

@@ -68,8 +68,11 @@ class UsageTarget(Protocol):
 class JobTarget(Protocol):
     """Work that takes long."""
 
-    async def start_backup(self, vms: Sequence[str], *, archive: bool, peer: Peer) -> JobId:
-        """Back up the named VMs (none named: all); ``archive`` allows placeholders where policy says so."""
+    async def start_backup(self, vms: Sequence[str], *, archive: bool, rehearsal: bool = False, peer: Peer) -> JobId:
+        """Back up the named VMs (none named: all); ``archive`` allows placeholders where policy says so.
+
+        With ``rehearsal`` the job only says what it would do.  Raises Refused while backup jobs are paused.
+        """
         ...
 
     async def start_archive(self, vms: Sequence[str], *, peer: Peer) -> JobId:
@@ -92,7 +95,15 @@ class JobTarget(Protocol):
         ...
 
     async def jobs(self) -> list[JobInfo]:
-        """Running and recent jobs, newest first."""
+        """Running and recent jobs, those of earlier daemons included, newest first."""
+        ...
+
+    async def cancel_job(self, job_id: JobId, *, peer: Peer) -> None:
+        """Tell a running job to end where it is; raises NotFound, Refused when it is over."""
+        ...
+
+    async def pause_jobs(self, *, paused: bool, peer: Peer) -> None:
+        """Whether backup jobs are paused: none starts, and one that runs begins no further VM."""
         ...
 
 

@@ -26,6 +26,9 @@ DATASTORE_FILE = "datastore"
 CLAIMS_DIR = "claims"
 """Directory in it with a note of each claim that the datastore holds."""
 
+STOPPED_DIR = "stopped"
+"""Directory in it with a note of each guest that a job has asked to stop."""
+
 RESERVE_FILE = "reserve"
 """File in it that keeps space back."""
 

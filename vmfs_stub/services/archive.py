@@ -7,6 +7,7 @@ Order, and what a crash between any two steps leaves:
 3. for each disk: the durable map, *prepared*: from now on the next start knows which pins to remove;
    pins, then the manifest;                                      — crash: map and pin are removed at start-up
    then, with ``min_copies`` of 2, the copy in the replica;      — crash: the same
+   whoever decided that placeholders are to be is asked again: a changed mind makes a backup of it;
 4. the blocks that stay are entered into the map;                — crash: the same
 5. size, times and lease looked at again, then the record set and synced: the commit point of that disk;
                                                                  — crash: a placeholder; start-up finishes it
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -46,6 +47,7 @@ from vmfs_stub.core.names import printable
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PrivateState
+from vmfs_stub.services.bandwidth import Bandwidth
 from vmfs_stub.services.claims import Claims, kept_for
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.disk_parts import DiskParts
@@ -65,6 +67,9 @@ from vmfs_stub.store.pins import Pin, new_pin
 from vmfs_stub.store.store import Store
 
 log = logging.getLogger(__name__)
+
+Recheck = Callable[[], Awaitable[str]]
+"""Asked while the VM is reserved: why it is not to become a placeholder after all; empty when it is."""
 
 LEFT_OUT_LOGGED = 20
 """Names of what is not backed up that go into the log, for each VM and job; the job's outcome counts them all."""
@@ -101,6 +106,8 @@ class BackupReport:
     left_out: list[str] = field(default_factory=list)
     """Paths of what no backup holds: FIFOs, sockets, devices."""
     warning: str = ""
+    kept: str = ""
+    """Why no placeholders were made after all."""
 
 
 class Archiver:
@@ -120,8 +127,10 @@ class Archiver:
         private: PrivateState,
         backing: Path,
         settings: ArchiveSettings,
+        bandwidth: Bandwidth | None = None,
     ) -> None:
         self._files = files
+        self._bandwidth = bandwidth or Bandwidth()
         self._threads = threads
         self._claims = claims
         self._ender = ender
@@ -165,11 +174,12 @@ class Archiver:
         archive: bool,
         progress: Callable[[int], None],
         claimed: Mapping[VmId, int] | None = None,
+        recheck: Recheck | None = None,
     ) -> BackupReport:
         """Make a restore point of ``vm``; with ``archive`` its disks become placeholders.
 
         ``progress`` gets the number of bytes that were dealt with since it was last called.  ``claimed`` is what
-        `Claims.survey` returned, for a job of many VMs.
+        `Claims.survey` returned, for a job of many VMs.  ``recheck`` has the last word on placeholders.
         Raises InUse, Abandoned (an open won before any disk was a placeholder), ClaimedElsewhere, StoreError,
         IntegrityError, PrimaryError; the VM is then as it was.
         """
@@ -185,12 +195,14 @@ class Archiver:
                     first_file = await self._back_up(vm, sources, report, progress)
                     if archive:
                         await self._make_second_copy(vm, report)
+                        report.kept = "" if recheck is None else await recheck()
+                    if archive and not report.kept:
                         await self._make_placeholders(vm, sources, report, committed, first_file=first_file)
             if scope.cancelled_caught:
                 report.abandoned = f"VM {vm.name} was opened while it was being backed up; it goes first"
                 if not committed:
                     raise Abandoned(report.abandoned)
-            elif archive or free_at is not None:
+            elif (archive and not report.kept) or free_at is not None:
                 free_at = report.point_id
         finally:
             with trio.CancelScope(shield=True):
@@ -282,13 +294,18 @@ class Archiver:
                 return await backup.commit(self._point_order(vm, sources, report.point_id, others.top), files)
 
     async def _counted(self, disk: Disk, since: Changed | None, report: BackupReport) -> AsyncGenerator[Part, None]:
-        """The parts of a disk; the report counts what of them is read."""
+        """The parts of a disk, those that are read when they may be; the report counts them."""
         async with aclosing(self._parts.of(disk, since)) as parts:
             async for part in parts:
-                if part.content is Content.DATA:
-                    end = min(disk.fstat().st_size, part.chunks.end * self._chunk_size)
-                    report.read_bytes += end - part.chunks.start * self._chunk_size
-                yield part
+                if part.content is not Content.DATA:
+                    yield part
+                    continue
+                for piece in self._bandwidth.pieces(part, self._chunk_size):
+                    end = min(disk.fstat().st_size, piece.chunks.end * self._chunk_size)
+                    count = end - piece.chunks.start * self._chunk_size
+                    await self._bandwidth.take(count)
+                    report.read_bytes += count
+                    yield piece
 
     def _point_order(self, vm: Vm, sources: Sequence[Source], point_id: PointId, top: StoredFile | None) -> PointOrder:
         return PointOrder(

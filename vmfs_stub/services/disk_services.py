@@ -11,6 +11,7 @@ from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.services.adopt import Adopter
 from vmfs_stub.services.archive import Archiver, ArchiveSettings
+from vmfs_stub.services.bandwidth import Bandwidth
 from vmfs_stub.services.changes import Changes
 from vmfs_stub.services.changes_left import ChangesLeft
 from vmfs_stub.services.claims import Claims
@@ -90,6 +91,7 @@ def connect_services(
     placeholders: PlaceholderIndex,
     changes_left: ChangesLeft,
     findings: Findings,
+    bandwidth: Bandwidth | None = None,
 ) -> DiskServices:
     """Make the services; their background work runs in ``nursery``, and ends when that is cancelled.
 
@@ -163,6 +165,7 @@ def connect_services(
         private=private,
         backing=backing,
         settings=settings.archive,
+        bandwidth=bandwidth,
     )
     adopter = Adopter(
         files=files,

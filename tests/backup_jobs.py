@@ -1,0 +1,116 @@
+"""Backup jobs on the services of a rig, with a simulated hypervisor and a policy that says what a test wants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.datastore_harness import Services
+from tests.fake_hypervisor import FakeHypervisor
+from vmfs_stub.core.ids import PointId, VmId
+from vmfs_stub.core.policy import Decision, WhenRunning
+from vmfs_stub.inventory.directory import DirectoryInventory
+from vmfs_stub.inventory.vm import Vm
+from vmfs_stub.services.backup_job import BackupJobs, JobSettings
+from vmfs_stub.services.hooks import Hooks
+from vmfs_stub.services.managed_save import ManagedSave
+from vmfs_stub.services.stopped_guests import StoppedGuests
+
+MOUNT = Path("/srv/vms")
+
+
+def archived(vm: Vm, when_running: WhenRunning = WhenRunning.SKIP) -> Decision:
+    return Decision(vm.id, vm.name, True, "idle for 20 days", rule="idle", when_running=when_running)
+
+
+def kept(vm: Vm) -> Decision:
+    return Decision(vm.id, vm.name, False, "used yesterday", rule="idle")
+
+
+@dataclass
+class Policy:
+    """Says of the VMs in ``archives`` that they are to be archived; ``asked`` is of which it was asked, in order.
+
+    ``errors`` are raised by the next questions; ``answers`` are taken instead, one for each question about the VM.
+    """
+
+    archives: dict[str, WhenRunning] = field(default_factory=dict)
+    asked: list[tuple[str, ...]] = field(default_factory=list)
+    errors: list[Exception] = field(default_factory=list)
+    answers: dict[str, list[bool]] = field(default_factory=dict)
+
+    async def decide(self, vms: Sequence[Vm]) -> Mapping[VmId, Decision]:
+        self.asked.append(tuple(vm.name for vm in vms))
+        if self.errors:
+            raise self.errors.pop(0)
+        return {vm.id: self._decision(vm) for vm in vms}
+
+    def _decision(self, vm: Vm) -> Decision:
+        says = vm.name in self.archives
+        if self.answers.get(vm.name):
+            says = self.answers[vm.name].pop(0)
+        return archived(vm, self.archives.get(vm.name, WhenRunning.SKIP)) if says else kept(vm)
+
+
+@dataclass
+class JobRig:
+    """What a test changes before, and looks at after, a job."""
+
+    services: Services
+    hypervisor: FakeHypervisor = field(default_factory=FakeHypervisor)
+    policy: Policy = field(default_factory=Policy)
+    settings: JobSettings = field(default_factory=JobSettings)
+    hooks: Hooks = field(default_factory=Hooks)
+    paused: bool = False
+    protected: set[VmId] = field(default_factory=set)
+    made: dict[VmId, bool] = field(default_factory=dict)
+    save_dir: Path = Path("/var/lib/libvirt/qemu/save")
+    limit_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        services = self.services
+        self.guests = StoppedGuests(
+            hypervisor=self.hypervisor,
+            threads=services.threads,
+            private=services.private,
+            placeholders=services.disks.placeholders,
+            managed_save=ManagedSave(self.save_dir, MOUNT),
+            limit_s=self.limit_s,
+            placeholder_bytes_min=services.rig.settings.placeholder_bytes_min,
+        )
+
+    def jobs(self) -> BackupJobs:
+        return BackupJobs(
+            settings=self.settings,
+            archiver=self.services.archiver,
+            claims=self.services.claims,
+            hydration=self.services.hydration,
+            guests=self.guests,
+            hooks=self.hooks,
+            decide=self.policy.decide,
+            is_protected=self._is_protected,
+            made=self._made,
+            forget=self._forget,
+            backed_up=lambda vm_id: None,
+            found_again=self._found_again,
+            is_paused=lambda: self.paused,
+        )
+
+    def vms(self) -> tuple[Vm, ...]:
+        return DirectoryInventory(self.services.rig.backing, files=self.services.files).scan().vms
+
+    async def all_vms(self) -> Sequence[Vm]:
+        return self.vms()
+
+    async def _is_protected(self, vm: Vm) -> bool:
+        return vm.id in self.protected
+
+    async def _made(self, vm_id: VmId, *, is_archived: bool) -> None:
+        self.made[vm_id] = is_archived
+
+    async def _forget(self, vm: Vm) -> tuple[list[PointId], str]:
+        return [], ""
+
+    async def _found_again(self, vm: Vm) -> Vm:
+        return next(each for each in self.vms() if each.id == vm.id)
