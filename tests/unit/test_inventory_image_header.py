@@ -36,9 +36,7 @@ def test_what_qemu_img_makes_is_understood(tmp_path: Path, compat: str, clusters
 
 
 def test_a_data_file_snapshots_and_encryption_are_seen(tmp_path: Path) -> None:
-    data = read_header(
-        made(tmp_path / "with.qcow2", "-f", "qcow2", "-o", f"data_file={tmp_path / 'data.raw'}", "1M")
-    )
+    data = read_header(made(tmp_path / "with.qcow2", "-f", "qcow2", "-o", f"data_file={tmp_path / 'data.raw'}", "1M"))
     assert data.data_file == str(tmp_path / "data.raw")
     path = tmp_path / "snap.qcow2"
     made(path, "-f", "qcow2", "1M")
@@ -51,7 +49,9 @@ def test_a_data_file_snapshots_and_encryption_are_seen(tmp_path: Path) -> None:
 
 def test_a_base_named_by_json_is_understood(tmp_path: Path) -> None:
     made(tmp_path / "base.qcow2", "-f", "qcow2", "1M")
-    named = "json:" + json.dumps({"driver": "qcow2", "file": {"driver": "file", "filename": str(tmp_path / "base.qcow2")}})
+    named = "json:" + json.dumps(
+        {"driver": "qcow2", "file": {"driver": "file", "filename": str(tmp_path / "base.qcow2")}}
+    )
     head = read_header(made(tmp_path / "over.qcow2", "-f", "qcow2", "-b", named, "-F", "qcow2", "1M"))
     assert head.base is not None
     assert local_names(head.base) == (str(tmp_path / "base.qcow2"),)
