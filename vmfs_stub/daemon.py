@@ -53,6 +53,7 @@ from vmfs_stub.services.file_reads import FileReads, open_ring
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.guest_activity import GuestActivity
 from vmfs_stub.services.hydration import STEPS_AT_ONCE, STEPS_AT_ONCE_FAR
+from vmfs_stub.services.hypervisor import NoHypervisor
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recovery import Recovered, Recovery
 from vmfs_stub.services.replication import ReplicaService
@@ -135,6 +136,7 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
     store = open_store(config)
     replicated = ReplicatedStore.at(store, _store_at(config).replica(config.replica))
     placeholders, findings, guests, stop = PlaceholderIndex(), Findings(), GuestActivity(), trio.Event()
+    hypervisor = NoHypervisor()
     private, recovered = look_at_placeholders(config, files, placeholders)
     for subject, error in recovered.findings:
         findings.add(subject, error)
@@ -164,6 +166,8 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
                 placeholders=placeholders,
                 changes_left=recovered.changes,
                 findings=findings,
+                mountpoint=config.datastore.mountpoint,
+                hypervisor=hypervisor,
             )
             async with (
                 _laid_down(background, services.disks),
@@ -185,6 +189,7 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
                     if replicated is None
                     else ReplicaService(threads=threads, store=replicated, mover=mover),
                     services=services,
+                    hypervisor=hypervisor,
                     findings=findings,
                     jobs=jobs,
                     mount=mount,

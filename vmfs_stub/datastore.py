@@ -29,12 +29,13 @@ from vmfs_stub.control.messages import (
     error_info,
 )
 from vmfs_stub.control.peer import Peer
-from vmfs_stub.core.errors import InUse, PrimaryIOError, RecallsHeld
+from vmfs_stub.core.errors import InUse, PrimaryIOError, RecallsHeld, Refused
 from vmfs_stub.core.ids import JobId, PointId, VmId
 from vmfs_stub.core.names import printable
 from vmfs_stub.core.times import time_text
 from vmfs_stub.datastore_listing import Listing, only_warned
 from vmfs_stub.datastore_status import Health
+from vmfs_stub.inventory.chains import Chains, why_never
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.vm import UnreadVm, Vm, VmFile
 from vmfs_stub.mount.serving import Mount
@@ -45,6 +46,7 @@ from vmfs_stub.services.adoption_choice import Told
 from vmfs_stub.services.disk_name import disk_label
 from vmfs_stub.services.disk_services import DiskServices
 from vmfs_stub.services.findings import Findings
+from vmfs_stub.services.hypervisor import Hypervisor, NoHypervisor
 from vmfs_stub.services.replication import ReplicaService
 from vmfs_stub.services.retention import apply_rules, problem_of
 from vmfs_stub.services.threads import Threads
@@ -79,8 +81,11 @@ class Datastore:
         mount: Mount,
         reserve: Callable[[], None],
         stop: trio.Event,
+        hypervisor: Hypervisor | None = None,
     ) -> None:
         self._config = config
+        self._hypervisor = hypervisor or NoHypervisor()
+        self._chains = services.chains
         self._threads = threads
         self._store = store
         self._claims = services.claims
@@ -181,6 +186,8 @@ class Datastore:
                 disk = self._disks.get(file.ino)
                 if disk is not None and disk.open_count:
                     raise InUse(f"VM {vm.name} is in use: {disk.label} is open; shut it down first")
+        # Images before those that they are based on, which may be archived only then.
+        found = (await self._look_at_chains()).in_order(found)
         return self._start("archive", found, self._backing_up(found, archive=True), peer=peer)
 
     async def start_recall(self, vms: Sequence[str], *, peer: Peer) -> JobId:
@@ -260,11 +267,24 @@ class Datastore:
 
         async def step(vm: Vm, progress: Callable[[int], None]) -> VmOutcome:
             nonlocal claimed
+            if archive:
+                await self._check_may_be_archived(vm)
             if claimed is None and len(vms) > 1:
                 claimed = await self._claims.survey()
             return await self._back_up(vm, progress, archive=archive, claimed=claimed)
 
         return step
+
+    async def _look_at_chains(self) -> Chains:
+        domains = await self._hypervisor.domains()
+        return await self._chains.look((await self.listing.scan()).vms, domains)
+
+    async def _check_may_be_archived(self, vm: Vm) -> None:
+        """Raises Refused with all reasons, HypervisorAway."""
+        chains = await self._look_at_chains()
+        reasons = why_never(vm, chains.domains_of(vm), chains)
+        if reasons:
+            raise Refused(f"VM {vm.name} is not archived: {'; '.join(reasons)}")
 
     async def _back_up(
         self, vm: Vm, progress: Callable[[int], None], *, archive: bool, claimed: Mapping[VmId, int] | None

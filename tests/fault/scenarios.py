@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import stat
+import struct
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import closing, contextmanager, suppress
@@ -21,6 +22,7 @@ import trio
 
 from tests import store_points
 from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, RigFiles, Services, survives_kill
+from tests.fake_hypervisor import FakeHypervisor, domain
 from tests.store_fakes import FakeObjects, SitedObjects, packs_condemned, refused_deletes
 from tests.store_points import KEY_SOURCE
 from vmfs_stub.catalog.catalog import Catalog
@@ -50,11 +52,13 @@ from vmfs_stub.primary.serving_mark import Machine, Mark, Pace, ServingMark, enc
 from vmfs_stub.services import scrub, verify
 from vmfs_stub.services.adopt import Wanted
 from vmfs_stub.services.adoption_choice import Told
+from vmfs_stub.services.associated import AssociatedFiles
 from vmfs_stub.services.replication import catch_up
 from vmfs_stub.services.restore import STAGING, restore_point
 from vmfs_stub.services.scrub_progress import ScrubProgress
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.store import format as store_format
+from vmfs_stub.store.associated_files import ASSOCIATED, decode_associated
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.collector import Collector
 from vmfs_stub.store.condemned import Condemned, encode_condemned
@@ -79,6 +83,7 @@ from vmfs_stub.store.keys import (
     quarantine_key,
 )
 from vmfs_stub.store.leases import LeaseState, encode_lease
+from vmfs_stub.store.manifest import Manifest
 from vmfs_stub.store.mirrored_deletes import MirroredDeletes
 from vmfs_stub.store.moved import Move, encode_moved
 from vmfs_stub.store.objects import ObjectStore
@@ -262,6 +267,34 @@ async def partly_recalled_twice(rig: Rig) -> None:
     await partly_recalled(rig)
 
 
+NVRAM = "guest_VARS.fd"
+TPM = "swtpm/76000000-0000-0000-0000-000000000000/tpm2"
+
+
+async def with_domain(rig: Rig) -> None:
+    """The VM is a domain's with NVRAM and a TPM; its second disk is an overlay, on an image of a VM of its own."""
+    (rig.base / NVRAM).write_bytes(b"nvram")
+    (rig.base / TPM).mkdir(parents=True)
+    (rig.base / TPM / "state").write_bytes(b"sealed")
+    rig.make_disk("golden/base.img", overlay_head("/nowhere"))
+    xml = "<domain><devices><tpm><backend type='emulator' version='2.0'/></tpm></devices></domain>"
+    guest = domain("v", rig.mountpoint / DISK, uuid="76".ljust(32, "0"))
+    rig.hypervisor = FakeHypervisor(replace(guest, nvram=rig.base / NVRAM, xml=xml))
+
+
+async def with_domain_archived(rig: Rig) -> None:
+    """The same, with placeholders of which not even the heads are here."""
+    await with_domain(rig)
+    async with rig.running() as services:
+        await services.archive("golden")
+
+
+def overlay_head(base: str) -> bytes:
+    """What an image that is based on ``base`` begins with, and a chunk more."""
+    fixed = struct.pack(">IIQIIQIIQQIIQ", 0x514649FB, 2, 72, len(base), 16, CHUNK, 0, 0, 0, 0, 0, 0, 0)
+    return (fixed + base.encode()).ljust(2 * CHUNK, b"x")
+
+
 # Acts
 
 
@@ -279,6 +312,48 @@ async def archive(services: Services) -> None:
         report = await services.archive("vm")
     if report.abandoned:
         raise OSError(errno.EIO, report.abandoned)
+
+
+async def archive_domain(services: Services) -> None:
+    """What belongs to a VM beside its disks is in its restore point, unless it is said not to be."""
+    _set_domain(services)
+    with translated():
+        report = await services.archive("vm")
+    manifest = _last_manifest(services)
+    told = decode_associated(manifest.metadata.get(ASSOCIATED, "[]"), "manifest")
+    if {file.data for file in told} != {b"nvram", b"sealed"} and not report.warning:
+        raise NotWhole(f"without a word left out: {told}")
+    if report.abandoned:
+        raise OSError(errno.EIO, report.abandoned)
+
+
+def _set_domain(services: Services) -> None:
+    hypervisor = services.rig.hypervisor
+    assert hypervisor is not None
+    services.archiver.associated = AssociatedFiles(
+        files=services.files,
+        threads=services.threads,
+        hypervisor=hypervisor,
+        chains=services.chains,
+        swtpm=services.rig.base / "swtpm",
+    ).of
+
+
+def _last_manifest(services: Services) -> Manifest:
+    vm_id = services.rig.vm("vm").id
+    store = services.rig.store
+    return store.open_point(vm_id, store.points(vm_id)[-1].point_id).manifest
+
+
+async def look_at_chains(services: Services) -> None:
+    """Whatever goes wrong, an image of which it cannot be told what it is based on is said to be one."""
+    assert services.rig.hypervisor is not None
+    vms = DirectoryInventory(services.rig.backing, files=services.files).scan().vms
+    chains = await services.chains.look(vms, await services.rig.hypervisor.domains())
+    if "golden/base.img" not in chains.bases and "golden/base.img" not in chains.problems:
+        raise NotWhole(f"a base was missed: {chains}")
+    if chains.problems and not services.files.spoiled:
+        raise NotWhole(f"problems: {chains.problems}")
 
 
 async def archive_after(services: Services, site: str, code: int) -> None:
@@ -993,6 +1068,9 @@ SCENARIOS = [
     Scenario("archive_without_room", nothing, archive_without_room),
     Scenario("archive_condemned", returned, archive_condemned),
     Scenario("archive_damaged_segments", with_damaged_segments, archive),
+    Scenario("archive_domain", with_domain, archive_domain),
+    Scenario("look_at_chains", with_domain, look_at_chains),
+    Scenario("look_at_archived_chains", with_domain_archived, look_at_chains),
     Scenario("back_up", nothing, back_up),
     Scenario("back_up_placeholder", partly_recalled, back_up),
     Scenario("back_up_untouched", backed_up, back_up),

@@ -1,4 +1,4 @@
-"""The heads of images: what QEMU writes is understood, what a guest makes up is never taken for an image without base."""
+"""The heads of images: what QEMU writes is understood; what a guest makes up never passes for one without a base."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.services.adopt import Adopter
 from vmfs_stub.services.archive import Archiver, ArchiveSettings
+from vmfs_stub.services.associated import AssociatedFiles
 from vmfs_stub.services.changes import Changes
 from vmfs_stub.services.changes_left import ChangesLeft
 from vmfs_stub.services.claims import Claims
@@ -19,6 +20,8 @@ from vmfs_stub.services.file_reads import FileReads
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.guest_activity import GuestActivity
 from vmfs_stub.services.hydration import HydrationService
+from vmfs_stub.services.hypervisor import Hypervisor
+from vmfs_stub.services.image_chains import ImageChains
 from vmfs_stub.services.mover import Mover
 from vmfs_stub.services.placeholder_ender import PlaceholderEnder
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
@@ -58,6 +61,7 @@ class DiskServices:
     hydration: HydrationService
     archiver: Archiver
     adopter: Adopter
+    chains: ImageChains
 
 
 def connect_services(
@@ -76,10 +80,13 @@ def connect_services(
     placeholders: PlaceholderIndex,
     changes_left: ChangesLeft,
     findings: Findings,
+    mountpoint: Path | None = None,
+    hypervisor: Hypervisor | None = None,
 ) -> DiskServices:
     """Make the services; their background work runs in ``nursery``, and ends when that is cancelled.
 
-    What guests read, and what is adopted, comes from ``reading``: the store, or the store with its replica.
+    What guests read, and what is adopted, comes from ``reading``: the store, or the store with its replica.  With a
+    ``hypervisor``, what it knows of a VM goes into its restore points; it names files below the ``mountpoint``.
     """
     failures = RecallFailures(findings)
     claims = Claims(
@@ -162,4 +169,14 @@ def connect_services(
         backing=backing,
         settings=settings.archive,
     )
-    return DiskServices(files, claims, recall, ender, disks, hydration, archiver, adopter)
+    chains = ImageChains(
+        files=files,
+        threads=threads,
+        disks=disks,
+        reading=reading,
+        backing=backing,
+        mountpoint=mountpoint or backing,
+    )
+    if hypervisor is not None:
+        archiver.associated = AssociatedFiles(files=files, threads=threads, hypervisor=hypervisor, chains=chains).of
+    return DiskServices(files, claims, recall, ender, disks, hydration, archiver, adopter, chains)
