@@ -272,7 +272,7 @@ TPM = "swtpm/76000000-0000-0000-0000-000000000000/tpm2"
 
 
 async def with_domain(rig: Rig) -> None:
-    """The VM is a domain's with NVRAM and a TPM; its second disk is an overlay, on an image of a VM of its own."""
+    """The VM is a domain's with NVRAM and a TPM; beside it is one whose image is based on something."""
     (rig.base / NVRAM).write_bytes(b"nvram")
     (rig.base / TPM).mkdir(parents=True)
     (rig.base / TPM / "state").write_bytes(b"sealed")
@@ -283,10 +283,9 @@ async def with_domain(rig: Rig) -> None:
 
 
 async def with_domain_archived(rig: Rig) -> None:
-    """The same, with placeholders of which not even the heads are here."""
+    """The same, with placeholders."""
     await with_domain(rig)
-    async with rig.running() as services:
-        await services.archive("golden")
+    await archived(rig)
 
 
 def overlay_head(base: str) -> bytes:
