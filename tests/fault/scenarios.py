@@ -347,8 +347,10 @@ def _last_manifest(services: Services) -> Manifest:
 async def look_at_chains(services: Services) -> None:
     """Whatever goes wrong, an image of which it cannot be told what it is based on is said to be one."""
     assert services.rig.hypervisor is not None
-    vms = DirectoryInventory(services.rig.backing, files=services.files).scan().vms
-    chains = await services.chains.look(vms, await services.rig.hypervisor.domains())
+    scan = DirectoryInventory(services.rig.backing, files=services.files).scan()
+    if scan.unread:
+        raise scan.unread[0].error
+    chains = await services.chains.look(scan.vms, await services.rig.hypervisor.domains())
     if "golden/base.img" not in chains.bases and "golden/base.img" not in chains.problems:
         raise NotWhole(f"a base was missed: {chains}")
     if chains.problems and not services.files.spoiled:
