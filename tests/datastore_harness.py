@@ -291,6 +291,7 @@ class Services:
         self.archiver = self.connected.archiver
         self.adopter = self.connected.adopter
         self.chains = self.connected.chains
+        self.groups = self.connected.groups
 
     async def open(self, path: str) -> Disk:
         """Open as a guest does; owes one `disks.release`."""

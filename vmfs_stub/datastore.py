@@ -29,7 +29,7 @@ from vmfs_stub.control.messages import (
     error_info,
 )
 from vmfs_stub.control.peer import Peer
-from vmfs_stub.core.errors import InUse, PrimaryIOError, RecallsHeld, Refused
+from vmfs_stub.core.errors import HypervisorAway, InUse, PrimaryIOError, RecallsHeld, Refused
 from vmfs_stub.core.ids import JobId, PointId, VmId
 from vmfs_stub.core.names import printable
 from vmfs_stub.core.times import time_text
@@ -86,6 +86,7 @@ class Datastore:
         self._config = config
         self._hypervisor = hypervisor or NoHypervisor()
         self._chains = services.chains
+        self._groups = services.groups
         self._threads = threads
         self._store = store
         self._claims = services.claims
@@ -170,6 +171,7 @@ class Datastore:
 
     async def start_backup(self, vms: Sequence[str], *, archive: bool, peer: Peer) -> JobId:
         """Back up the named VMs (none named: all)."""
+        await self._group()
         # Whether a VM is idle is decided from usage samples, and none are kept yet: none count as idle.
         if vms:
             named = await self._named(vms)
@@ -180,6 +182,7 @@ class Datastore:
 
     async def start_archive(self, vms: Sequence[str], *, peer: Peer) -> JobId:
         """Back up the named VMs and make placeholders of them; raises InUse."""
+        await self._group()
         found = await self._named(vms)
         for vm in found:
             for file in vm.files:
@@ -274,6 +277,17 @@ class Datastore:
             return await self._back_up(vm, progress, archive=archive, claimed=claimed)
 
         return step
+
+    async def _group(self) -> None:
+        """Have files that are one domain's be one VM from now on."""
+        try:
+            domains = await self._hypervisor.domains()
+        except HypervisorAway as exc:
+            log.info("which files belong together stays as it is known: %s", exc)
+            return
+        if domains:
+            vms = (await self.listing.scan()).vms
+            await self._groups.regroup(vms, domains, await self._chains.look(vms, domains))
 
     async def _look_at_chains(self) -> Chains:
         domains = await self._hypervisor.domains()

@@ -1,6 +1,8 @@
-"""The inventory of a host without libvirt: what lies at the top of the backing directory is a VM.
+"""The inventory: what lies at the top of the backing directory is a VM.
 
-Each directory is a VM of that name with all regular files in it; each regular file is a VM named by its stem.
+Each directory is a VM of that name with all regular files in it; each regular file is a VM named by its stem.  Files
+that were marked as the disks of one domain (`services/vm_groups.py`) are one VM of the domain's name: what says so is
+on the files, and needs no libvirt.
 Symbolic links are not followed, other filesystems are not entered, and only O_PATH and directory descriptors are
 opened, so that a scan neither wakes a placeholder nor breaks an archive's lease.  Must not know what a placeholder
 is or whether a VM is running.
@@ -13,7 +15,7 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -21,7 +23,7 @@ from vmfs_stub.core.errors import PrimaryError, PrimaryIOError, Unsupported, Vmf
 from vmfs_stub.core.ids import VmId
 from vmfs_stub.core.names import PRIVATE_DIR, printable
 from vmfs_stub.core.sites import PLAIN, FileCalls
-from vmfs_stub.inventory.identity import ensure_vm_id, read_vm_id
+from vmfs_stub.inventory.identity import ensure_identity, read_vm_id
 from vmfs_stub.inventory.vm import Scan, UnreadVm, Vm, VmFile
 
 NO_VMS = frozenset({PRIVATE_DIR, "lost+found"})
@@ -54,7 +56,7 @@ class DirectoryInventory:
         with self._lock, self._opened() as (top_fd, device):
             names = self._names(top_fd)
             found = [self._tolerant_vm(top_fd, name, device) for name in names if name not in NO_VMS]
-        vms = sorted((vm for vm in found if isinstance(vm, Vm)), key=lambda vm: (vm.name, vm.path))
+        vms = sorted(_together([vm for vm in found if isinstance(vm, Vm)]), key=lambda vm: (vm.name, vm.path))
         return Scan(tuple(vms), tuple(vm for vm in found if isinstance(vm, UnreadVm)))
 
     def find(self, name: str) -> Vm:
@@ -136,16 +138,12 @@ class DirectoryInventory:
                 return None
             if stat.S_ISDIR(st.st_mode):
                 files = sorted(self._walk(path_fd, name, "", device, _DEPTH_MAX), key=lambda file: file.relative)
-                return Vm(ensure_vm_id(path_fd, files=self._files), printable(name), name, True, tuple(files))
+                vm_id = ensure_identity(path_fd, files=self._files).vm_id
+                return Vm(vm_id, printable(name), name, True, tuple(files))
             if stat.S_ISREG(st.st_mode):
+                identity, file = ensure_identity(path_fd, files=self._files), VmFile(name, name, st.st_size, st.st_ino)
                 stem = printable(PurePosixPath(name).stem)
-                return Vm(
-                    ensure_vm_id(path_fd, files=self._files),
-                    stem,
-                    name,
-                    False,
-                    (VmFile(name, name, st.st_size, st.st_ino),),
-                )
+                return Vm(identity.vm_id, stem, name, False, (file,), identity.group)
             return None
         finally:
             os.close(path_fd)
@@ -182,6 +180,21 @@ class DirectoryInventory:
                 yield VmFile(path, relative, st.st_size, st.st_ino)
         finally:
             os.close(child_fd)
+
+
+def _together(vms: Sequence[Vm]) -> Iterator[Vm]:
+    """The same VMs, with those that are files of one group as one; names of one file count once."""
+    groups: dict[VmId, list[Vm]] = {}
+    for vm in vms:
+        if vm.group is None:
+            yield vm
+        else:
+            groups.setdefault(vm.id, []).append(vm)
+    for vm_id, members in groups.items():
+        files = tuple(sorted((vm.files[0] for vm in members), key=lambda file: file.path))
+        # Half renamed: whatever name is taken, it is the same one until the rest follows.
+        group = min((vm.group for vm in members if vm.group is not None), key=lambda group: group.name)
+        yield Vm(vm_id, printable(group.name), files[0].path, False, files, group)
 
 
 def _list_names(fd: int) -> list[str]:

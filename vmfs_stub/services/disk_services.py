@@ -28,6 +28,7 @@ from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recall import RecallService
 from vmfs_stub.services.recall_failures import RecallFailures
 from vmfs_stub.services.threads import Threads
+from vmfs_stub.services.vm_groups import VmGroups
 from vmfs_stub.store.store import Store
 
 
@@ -62,6 +63,7 @@ class DiskServices:
     archiver: Archiver
     adopter: Adopter
     chains: ImageChains
+    groups: VmGroups
 
 
 def connect_services(
@@ -177,6 +179,7 @@ def connect_services(
         backing=backing,
         mountpoint=mountpoint or backing,
     )
+    groups = VmGroups(files=files, threads=threads, disks=disks, backing=backing)
     if hypervisor is not None:
         archiver.associated = AssociatedFiles(files=files, threads=threads, hypervisor=hypervisor, chains=chains).of
-    return DiskServices(files, claims, recall, ender, disks, hydration, archiver, adopter, chains)
+    return DiskServices(files, claims, recall, ender, disks, hydration, archiver, adopter, chains, groups)

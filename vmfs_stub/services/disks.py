@@ -348,6 +348,10 @@ class Disks:
         """The open disk of that inode, if it is open."""
         return self._open.get(ino)
 
+    def is_reserved(self, ino: int) -> bool:
+        """Whether a job has the disk of that inode for itself."""
+        return ino in self._reservations
+
     def open_disks(self) -> list[Disk]:
         """Disks that guests have open."""
         return [disk for disk in self._open.values() if disk.open_count]
