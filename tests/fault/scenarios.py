@@ -267,6 +267,7 @@ async def partly_recalled_twice(rig: Rig) -> None:
     await partly_recalled(rig)
 
 
+LOOSE = ("a.img", "b.img")
 NVRAM = "guest_VARS.fd"
 TPM = "swtpm/76000000-0000-0000-0000-000000000000/tpm2"
 
@@ -286,6 +287,13 @@ async def with_domain_archived(rig: Rig) -> None:
     """The same, with placeholders."""
     await with_domain(rig)
     await archived(rig)
+
+
+async def with_loose_disks(rig: Rig) -> None:
+    """Two files at the top that a domain has together."""
+    for name in LOOSE:
+        rig.make_disk(name, name.encode() * CHUNK)
+    rig.hypervisor = FakeHypervisor(domain("web", *(rig.mountpoint / name for name in LOOSE)))
 
 
 def overlay_head(base: str) -> bytes:
@@ -342,6 +350,19 @@ def _last_manifest(services: Services) -> Manifest:
     vm_id = services.rig.vm("vm").id
     store = services.rig.store
     return store.open_point(vm_id, store.points(vm_id)[-1].point_id).manifest
+
+
+async def group_files(services: Services) -> None:
+    """They are one VM afterwards, or are not and the next look makes them one."""
+    assert services.rig.hypervisor is not None
+    inventory = DirectoryInventory(services.rig.backing, files=services.files)
+    domains = await services.rig.hypervisor.domains()
+    with translated():
+        vms = inventory.scan().vms
+        await services.groups.regroup(vms, domains, await services.chains.look(vms, domains))
+        tops = {vm.tops for vm in inventory.scan().vms}
+    if LOOSE not in tops and not services.files.spoiled:
+        raise NotWhole(f"not grouped: {tops}")
 
 
 async def look_at_chains(services: Services) -> None:
@@ -1070,6 +1091,7 @@ SCENARIOS = [
     Scenario("archive_condemned", returned, archive_condemned),
     Scenario("archive_damaged_segments", with_damaged_segments, archive),
     Scenario("archive_domain", with_domain, archive_domain),
+    Scenario("group_files", with_loose_disks, group_files),
     Scenario("look_at_chains", with_domain, look_at_chains),
     Scenario("look_at_archived_chains", with_domain_archived, look_at_chains),
     Scenario("back_up", nothing, back_up),

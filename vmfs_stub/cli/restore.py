@@ -13,7 +13,6 @@ from vmfs_stub.cli.job_progress import advance_shown
 from vmfs_stub.cli.key_options import KeyOption, PassphraseOption, StoreOption
 from vmfs_stub.cli.output import bytes_text, say, warn
 from vmfs_stub.services.stored_vms import find_stored
-from vmfs_stub.store.associated_files import NVRAM, TPM
 
 
 def restore(
@@ -47,10 +46,14 @@ def restore(
     )
     for line in _beside_lines(report.beside, to):
         say(line)
+    if only_domain and not report.beside:
+        warn("warning: this restore point has no definition of a domain, NVRAM or TPM state")
 
 
 def _beside_lines(beside: Mapping[str, Sequence[str]], to: Path) -> Iterator[str]:
     """What an operator does with what was written beside the VM's files."""
+    from vmfs_stub.store.associated_files import NVRAM, TPM
+
     for name in beside.get("domain", ()):
         yield f"its definition is {to / name}: see that the paths in it are right, then `virsh define {to / name}`"
     for kind, what in ((NVRAM, "its NVRAM"), (TPM, "the state of its TPM")):
