@@ -155,8 +155,12 @@ async def test_what_is_too_large_is_left_out(rig: Rig, tmp_path: Path, monkeypat
 async def test_what_is_below_the_mount_is_never_opened_there(rig: Rig) -> None:
     """It is in the datastore already; a daemon that opens its own mount may wait for itself."""
     rig.hypervisor = FakeHypervisor(of_vm(rig, nvram=rig.mountpoint / "vm/VARS.fd"))
-    manifest, _ = await backed_up(rig)
+    manifest, warning = await backed_up(rig)
     assert ASSOCIATED not in manifest.metadata
+    assert "in a VM of its own" in warning
+    rig.make_disk("vm/VARS.fd", b"vars")
+    _, warning = await backed_up(rig)
+    assert warning == ""
 
 
 async def test_neither_a_fifo_nor_a_link_is_read(rig: Rig, tmp_path: Path) -> None:

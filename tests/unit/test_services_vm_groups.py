@@ -118,6 +118,17 @@ async def test_an_iso_and_a_disk_of_two_domains_are_nobodys_part(rig: Rig) -> No
         assert not await regroup(services, replace(one, disks=tuple(disks)), two)
 
 
+async def test_nvram_at_the_top_is_part_of_it(rig: Rig) -> None:
+    for name in ("vm.img", "a_VARS.fd"):
+        rig.make_disk(name, name.encode() * CHUNK)
+    async with rig.running() as services:
+        before = {vm.name: vm.id for vm in scan(rig).values()}
+        told = replace(domain("web", rig.mountpoint / "vm.img"), nvram=rig.mountpoint / "a_VARS.fd")
+        assert await regroup(services, told)
+        assert scan(rig)["web"].tops == ("a_VARS.fd", "vm.img")
+        assert scan(rig)["web"].id == before["vm"]
+
+
 async def test_a_group_follows_its_domains_name_and_stays_without_the_domain(rig: Rig) -> None:
     for name in ("a.img", "b.img"):
         rig.make_disk(name, name.encode() * CHUNK)

@@ -20,7 +20,7 @@ from vmfs_stub.inventory.vm import Vm, VmFile
 
 @dataclass(frozen=True, slots=True)
 class DiskUse:
-    """A domain, and that disk of it which an image is."""
+    """A domain, and that disk of it which an image is; its NVRAM counts as one."""
 
     domain: Domain
     disk: DomainDisk
@@ -63,15 +63,15 @@ class Chains:
 
     def never(self, vm: Vm) -> tuple[str, ...]:
         """Why a VM must not be archived as things are, as far as its images' chains say; empty when it may be."""
-        return tuple(reason for file in vm.files for reason in self._reasons(vm, file))
+        own = {self.place(file) for file in vm.files}
+        return tuple(reason for file in vm.files for reason in self._reasons(file, own))
 
-    def _reasons(self, vm: Vm, file: VmFile) -> Iterator[str]:
+    def _reasons(self, file: VmFile, own: Collection[str]) -> Iterator[str]:
         place, shown = self.place(file), printable(file.path)
         if place in self.problems:
             yield f"{shown}: {self.problems[place]}"
         if place in self.in_circles:
             yield f"{shown}: the chain of its bases runs in a circle"
-        own = {self.place(each) for each in vm.files}
         for overlay in self._above(place):
             why = "" if overlay in own else self._needs_base(overlay)
             if why:

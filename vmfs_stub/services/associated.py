@@ -83,6 +83,7 @@ class AssociatedFiles:
             domains = ()
             warnings.append(f"the restore point is without the domain's definition: {exc}")
         own = await self._chains.domains_of(vm, domains)
+        warnings += await self._threads.files(self._elsewhere, vm, own)
         metadata = dict(_definitions(own, warnings))
         if files := await self._threads.files(self._collected, own, warnings):
             metadata[ASSOCIATED] = encode_associated(files)
@@ -121,6 +122,16 @@ class AssociatedFiles:
             warnings.append(f"the restore point is without the TPM state in {directory}: {exc.strerror}")
             return
         yield from ((TPM, directory / name) for name in sorted(names) if not name.endswith(".lock") and name != ".lock")
+
+    def _elsewhere(self, vm: Vm, domains: Sequence[Domain]) -> list[str]:
+        """What to say of NVRAM that is another VM's file here: the daemon must not open what lies below its mount."""
+        paths = [domain.nvram for domain in domains if domain.nvram is not None]
+        own = {file.path for file in vm.files}
+        return [
+            f"the restore point is without {printable(str(path))}: it is in this datastore, in a VM of its own"
+            for path in paths
+            if not self._chains.is_outside(path) and self._chains.place_of(path) not in own
+        ]
 
     def _read(self, kind: str, path: Path) -> AssociatedFile | None:
         """One file; None when it is not there, or is none.  Raises OSError, ValueError when it is too large."""

@@ -20,7 +20,7 @@ from vmfs_stub.core.errors import VmfsStubError
 from vmfs_stub.core.ids import PointId, VmId
 from vmfs_stub.core.names import printable
 from vmfs_stub.inventory.chains import Chains, DiskUse
-from vmfs_stub.inventory.domain import Domain
+from vmfs_stub.inventory.domain import Domain, DomainDisk
 from vmfs_stub.inventory.identity import read_vm_id
 from vmfs_stub.inventory.image_header import HEAD_BYTES, RAW, ImageHeader, is_asked, local_names, read_header
 from vmfs_stub.inventory.vm import Vm, VmFile
@@ -35,9 +35,12 @@ log = logging.getLogger(__name__)
 
 SETTLED_NS: Final = 2_000_000_000
 """A file that changed so lately may change again without its times telling: what was read of it is not kept."""
+NVRAM_TARGET: Final = "nvram"
+"""As what the NVRAM of a domain counts among its disks."""
 PATHS_KEPT_S: Final = 30.0
 """How long a path is taken to lead where it led."""
-_IMAGE_BYTES_MIN = 72
+_IMAGE_BYTES_MIN = 512
+"""Of a qcow2 image: its first cluster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,10 @@ class ImageChains:
         uses = await self._threads.files(self._uses, domains)
         return Chains({}, uses).domains_of(vm)
 
+    def place_of(self, path: Path) -> str | None:
+        """The place of a path that a domain names; None when it cannot be told.  Blocking."""
+        return self._place(str(path))
+
     def is_outside(self, path: Path) -> bool:
         """Whether a path that a domain names leads out of this datastore for certain.  Blocking."""
         place = self._place(str(path))
@@ -132,7 +139,7 @@ class ImageChains:
             self._paths_s = time.monotonic()
         uses: dict[str, list[DiskUse]] = {}
         for domain in domains:
-            for disk in domain.disks:
+            for disk in (*domain.disks, *_nvram_of(domain)):
                 place = None if disk.path is None else self._place(str(disk.path))
                 if place is not None:
                     uses.setdefault(place, []).append(DiskUse(domain, disk))
@@ -169,12 +176,12 @@ class ImageChains:
         """
         found: list[tuple[VmFile, str, list[str]]] = []
         problems: dict[str, str] = {}
-        for file in files:
-            of = uses.get(file.path, [])
-            if file.size < _IMAGE_BYTES_MIN or not is_asked(file.path, {use.disk.format for use in of}):
-                continue
+        asked = [file for file in files if self._is_asked(file, uses.get(file.path, ()))]
+        headers = await self._threads.files(self._known_headers, asked)
+        for file in asked:
+            of = uses.get(file.path, ())
             try:
-                header = await self._header(file)
+                header = headers.get(file.path) or await self._header(file)
                 names = [name for name in (header.base, header.data_file) if name]
                 found += [(file, name, self._paths_of(file, name, of)) for name in names]
             except (VmfsStubError, OSError, ValueError) as exc:
@@ -185,6 +192,29 @@ class ImageChains:
             elif header.data_file is not None:
                 problems[file.path] = "its data is in another file, which would have to be archived with it"
         return found, problems
+
+    def _is_asked(self, file: VmFile, uses: Sequence[DiskUse]) -> bool:
+        return file.size >= _IMAGE_BYTES_MIN and is_asked(file.path, {use.disk.format for use in uses})
+
+    def _known_headers(self, files: Sequence[VmFile]) -> dict[str, ImageHeader]:
+        """By path those that were read before, of files that have not changed since: most, and in one go."""
+        found = {}
+        for file in files:
+            if file.ino in self._headers:
+                with suppress(OSError):
+                    path_fd = self._open(file.path)
+                    try:
+                        known = self._known_header(os.fstat(path_fd))
+                    finally:
+                        os.close(path_fd)
+                    found.update({} if known is None else {file.path: known})
+        return found
+
+    def _known_header(self, st: os.stat_result) -> ImageHeader | None:
+        known = self._headers.get(st.st_ino)
+        return (
+            known.header if known is not None and (known.ctime_ns, known.size) == (st.st_ctime_ns, st.st_size) else None
+        )
 
     def _paths_of(self, file: VmFile, name: str, uses: Iterable[DiskUse]) -> list[str]:
         """The absolute paths that the name of a base may stand for.
@@ -205,9 +235,6 @@ class ImageChains:
         path_fd = await self._threads.files(self._open, file.path)
         try:
             st = os.fstat(path_fd)
-            known = self._headers.get(st.st_ino)
-            if known is not None and (known.ctime_ns, known.size) == (st.st_ctime_ns, st.st_size):
-                return known.header
             head = await self._disks.head(path_fd, HEAD_BYTES)
         finally:
             os.close(path_fd)
@@ -230,7 +257,7 @@ class ImageChains:
         point = await self._threads.background(self._reading.open_point, record.vm_id, record.point_id)
         (ref,) = await self._threads.background(point.chunks(record.file_index).locate, 0, 1)
         if ref is None:
-            return bytes(_IMAGE_BYTES_MIN)
+            return bytes(HEAD_BYTES)
         (chunk,) = await self._threads.background(self._reading.fetch, [ref])
         return chunk[:HEAD_BYTES]
 
@@ -285,3 +312,7 @@ class ImageChains:
             point_id = None if known is None or known.record is None else known.record.point_id
             return BaseOf(file.relative, name, place, vm_id, st.st_size, mtime_ns, point_id)
         return base
+
+
+def _nvram_of(domain: Domain) -> list[DomainDisk]:
+    return [] if domain.nvram is None else [DomainDisk(NVRAM_TARGET, NVRAM_TARGET, "file", domain.nvram, "raw")]

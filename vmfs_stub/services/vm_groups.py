@@ -1,4 +1,4 @@
-"""Makes one VM of the files at the top that are the disks of one domain, and of the bases that only it uses.
+"""Makes one VM of the files at the top that are disks or NVRAM of one domain, and of the bases that only it uses.
 
 An external snapshot puts an overlay beside the disk: both are one VM, which only together is of any use.  That is
 written on each file (`inventory/identity.py`), so that it is known when libvirt is away, and until libvirt says
@@ -133,13 +133,13 @@ def _own_places(domains: Sequence[Domain], chains: Chains) -> list[tuple[Domain,
 def _reached(domain: Domain, chains: Chains) -> dict[str, bool]:
     """The places of a domain's disks, and of all that they are based on; whether by way of one that it may write."""
     disks = [
-        (use.disk.is_read_only, use.disk.target, place)
+        (use.disk.is_read_only, use.disk.device != "disk", use.disk.target, place)
         for place, several in chains.uses.items()
         for use in several
         if use.domain.uuid == domain.uuid
     ]
     found: dict[str, bool] = {}
-    todo = [(place, not is_read_only) for is_read_only, _, place in sorted(disks)]
+    todo = [(place, not is_read_only) for is_read_only, _, _, place in sorted(disks)]
     while todo:
         place, is_own = todo.pop(0)
         if place not in found:
