@@ -967,6 +967,7 @@ def _datastore(services: Services, config: Config, catalog: Catalog, jobs: Jobs)
         store=services.store,
         replica=None,
         services=services.connected,
+        hypervisor=rig.hypervisor,
         findings=services.findings,
         jobs=jobs,
         mount=cast("Mount", SimpleNamespace(ended=trio.Event())),
