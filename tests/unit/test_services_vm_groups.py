@@ -118,6 +118,25 @@ async def test_an_iso_and_a_disk_of_two_domains_are_nobodys_part(rig: Rig) -> No
         assert not await regroup(services, replace(one, disks=tuple(disks)), two)
 
 
+async def test_nothing_is_taken_apart_because_something_cannot_be_read(rig: Rig) -> None:
+    make_base(rig, "vm.qcow2")
+    make_overlay(rig, "vm.snap1", "vm.qcow2")
+    told = guest(rig, "web", "vm.snap1")
+    async with rig.running() as services:
+        await regroup(services, told)
+        for number in (1, 2):
+            services.files.fail("chain.read", number, OSError(5, os.strerror(5)))
+            assert not await regroup(services, told)
+        assert scan(rig)["web"].tops == ("vm.qcow2", "vm.snap1")
+        # One of them is archived, and the other one is said to be another domain's by now.
+        rig.make_disk("b.img", b"b" * CHUNK)
+        both = with_format(domain("web", rig.mountpoint / "vm.snap1", rig.mountpoint / "b.img"), "qcow2")
+        assert await regroup(services, both)
+        await services.archive("web")
+        assert not await regroup(services, told, domain("other", rig.mountpoint / "b.img"))
+        assert list(scan(rig)) == ["web"]
+
+
 async def test_nvram_at_the_top_is_part_of_it(rig: Rig) -> None:
     for name in ("vm.img", "a_VARS.fd"):
         rig.make_disk(name, name.encode() * CHUNK)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,15 @@ class Marking:
     group: Group | None
 
 
+@dataclass(frozen=True, slots=True)
+class Regrouping:
+    """What is to be marked for one domain; ``vms`` are those that it changes."""
+
+    domain: str
+    markings: Sequence[Marking]
+    vms: Sequence[Vm]
+
+
 class VmGroups:
     """Groups the files of one datastore."""
 
@@ -55,15 +64,15 @@ class VmGroups:
         What cannot be changed now is logged, and left as it is.
         """
         changed = False
-        for name, markings in wanted_markings(vms, domains, chains).items():
-            inos = {marking.file.ino for marking in markings}
+        for wanted in wanted_regroupings(vms, domains, chains):
+            name, inos = printable(wanted.domain), {file.ino for vm in wanted.vms for file in vm.files}
             if any(self._disks.placeholders.get(ino) is not None or self._disks.is_reserved(ino) for ino in inos):
-                log.info("the files of %s are not made one VM while one is archived or in a job", printable(name))
+                log.info("the files of %s stay the VMs that they are while one is archived or in a job", name)
                 continue
             try:
-                changed |= await self._threads.files(self._mark, markings)
+                changed |= await self._threads.files(self._mark, wanted.markings)
             except (OSError, VmfsStubError) as exc:
-                log.warning("the files of %s could not all be marked as one VM: %s", printable(name), exc)
+                log.warning("the files of %s could not all be marked as one VM: %s", name, exc)
                 changed = True
         return changed
 
@@ -89,32 +98,41 @@ class VmGroups:
             os.close(path_fd)
 
 
-def wanted_markings(vms: Sequence[Vm], domains: Sequence[Domain], chains: Chains) -> Mapping[str, Sequence[Marking]]:
-    """By name of the domain, its files of which any has to be marked anew, all of them.  Pure."""
+def wanted_regroupings(vms: Sequence[Vm], domains: Sequence[Domain], chains: Chains) -> list[Regrouping]:
+    """What has to be marked so that each domain's own files at the top are one VM, and nothing else.  Pure.
+
+    Where it cannot be told what an image is based on, all that has to do with its domain stays as it is.
+    """
     at_top = {file.path: (vm, file) for vm in vms if not vm.is_directory for file in vm.files}
-    wanted: dict[str, list[Marking]] = {}
-    kept: set[str] = set()
-    known = {domain.uuid for domain in domains}
-    for domain, places in _own_places(domains, chains):
-        members = [at_top[place] for place in places if place in at_top]
-        is_grouped = any(vm.group is not None and vm.group.domain == domain.uuid for vm, _ in members)
+    wanted: list[Regrouping] = []
+    right: set[str] = set()
+    sure: set[str] = set()
+    for domain, own, reached in _own_places(domains, chains):
+        unsure = {place for place in reached if place in chains.problems}
+        grouped = [vm for vm in vms if vm.group is not None and vm.group.domain == domain.uuid]
+        if unsure or any(chains.place(file) in chains.problems for vm in grouped for file in vm.files):
+            continue
+        sure.add(domain.uuid)
+        members = [at_top[place] for place in own if place in at_top]
+        is_grouped = any(vm in grouped for vm, _ in members)
         if len({file.ino for _, file in members}) < 2 and not is_grouped:
             continue
-        kept.update(file.path for _, file in members)
+        right.update(file.path for _, file in members)
         group = Group(domain.name, domain.uuid)
-        grouped = Counter(vm.id for vm, _ in members if vm.group is not None and vm.group.domain == domain.uuid)
-        vm_id = grouped.most_common(1)[0][0] if grouped else _first_file(members, chains).id
+        counts = Counter(vm.id for vm, _ in members if vm in grouped)
+        vm_id = counts.most_common(1)[0][0] if counts else _first_file(members, chains).id
         if any(vm.id != vm_id or vm.group != group for vm, _ in members):
-            wanted[domain.name] = [Marking(file, vm_id, group) for _, file in members]
+            markings = [Marking(file, vm_id, group) for _, file in members]
+            wanted.append(Regrouping(domain.name, markings, [vm for vm, _ in members]))
     for path, (vm, file) in at_top.items():
-        # Of a domain that is not known now nobody says that it is another one's.
-        if vm.group is not None and vm.group.domain in known and path not in kept:
-            wanted.setdefault(f"{vm.group.name}, and of {path}", []).append(Marking(file, None, None))
+        # Of a domain that is not known now nobody says that the file is not its any more.
+        if vm.group is not None and vm.group.domain in sure and path not in right:
+            wanted.append(Regrouping(vm.group.name, [Marking(file, None, None)], [vm]))
     return wanted
 
 
-def _own_places(domains: Sequence[Domain], chains: Chains) -> list[tuple[Domain, list[str]]]:
-    """Of each domain the places that nobody else uses: its disks, each followed by what it is based on."""
+def _own_places(domains: Sequence[Domain], chains: Chains) -> list[tuple[Domain, list[str], Collection[str]]]:
+    """Of each domain the places that nobody else uses, its disks, each followed by what it is based on; and all."""
     reached = [(domain, _reached(domain, chains)) for domain in domains]
     users = Counter(place for _, places in reached for place in places)
     return [
@@ -125,6 +143,7 @@ def _own_places(domains: Sequence[Domain], chains: Chains) -> list[tuple[Domain,
                 for place, is_own in places.items()
                 if is_own and users[place] == 1 and set(chains.overlays.get(place, ())) <= places.keys()
             ],
+            places.keys(),
         )
         for domain, places in reached
     ]
