@@ -279,15 +279,14 @@ class Datastore:
         return step
 
     async def _group(self) -> None:
-        """Have files that are one domain's be one VM from now on."""
+        """Have files that are one domain's be one VM from now on; where that cannot be told they stay what they are."""
         try:
             domains = await self._hypervisor.domains()
-        except HypervisorAway as exc:
+            if domains:
+                vms = (await self.listing.scan()).vms
+                await self._groups.regroup(vms, domains, await self._chains.look(vms, domains))
+        except (HypervisorAway, PrimaryIOError) as exc:
             log.info("which files belong together stays as it is known: %s", exc)
-            return
-        if domains:
-            vms = (await self.listing.scan()).vms
-            await self._groups.regroup(vms, domains, await self._chains.look(vms, domains))
 
     async def _look_at_chains(self) -> Chains:
         domains = await self._hypervisor.domains()

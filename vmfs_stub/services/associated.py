@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Final
 from xml.etree import ElementTree
 
-from vmfs_stub.core.errors import HypervisorAway
+from vmfs_stub.core.errors import HypervisorAway, PrimaryIOError
 from vmfs_stub.core.names import printable
 from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.primary.files import FileCalls, read_fully
 from vmfs_stub.services.hypervisor import Hypervisor
-from vmfs_stub.services.image_chains import ImageChains
+from vmfs_stub.services.image_chains import BaseOf, ImageChains
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.associated_files import (
     ASSOCIATED,
@@ -82,7 +82,13 @@ class AssociatedFiles:
         except HypervisorAway as exc:
             domains = ()
             warnings.append(f"the restore point is without the domain's definition: {exc}")
-        own = await self._chains.domains_of(vm, domains)
+        own: Sequence[Domain] = ()
+        bases: Sequence[BaseOf] = ()
+        try:
+            own = await self._chains.domains_of(vm, domains)
+            bases = await self._chains.bases_of(vm, domains)
+        except PrimaryIOError as exc:
+            warnings.append(f"the restore point may be without what belongs to the VM: {exc}")
         warnings += await self._threads.files(self._elsewhere, vm, own)
         metadata = dict(_definitions(own, warnings))
         if files := await self._threads.files(self._collected, own, warnings):
@@ -90,7 +96,7 @@ class AssociatedFiles:
             if len(metadata[ASSOCIATED]) > ENCODED_BYTES_MAX:
                 del metadata[ASSOCIATED]
                 warnings.append("the restore point is without NVRAM and TPM state: they are too large")
-        if bases := await self._chains.bases_of(vm, domains):
+        if bases:
             metadata[BASES] = json.dumps([asdict(base) for base in bases])
         return Associated(metadata, warnings)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vmfs_stub.core.errors import VmfsStubError
+from vmfs_stub.core.errors import PrimaryIOError, VmfsStubError
 from vmfs_stub.core.ids import PointId, VmId
 from vmfs_stub.core.names import printable
 from vmfs_stub.inventory.chains import Chains, DiskUse
@@ -93,7 +93,10 @@ class ImageChains:
         self._headers: dict[int, _Known] = {}
 
     async def look(self, vms: Sequence[Vm], domains: Sequence[Domain]) -> Chains:
-        """The chains of all images of a datastore, of which these are all VMs, and all domains of this host."""
+        """The chains of all images of a datastore, of which these are all VMs, and all domains of this host.
+
+        Raises PrimaryIOError when it cannot be told where the disks of a domain are.
+        """
         files = [file for vm in vms for file in vm.files]
         places = {file.ino: file.path for file in reversed(files)}
         first_names = {file.path: places[file.ino] for file in files}
@@ -111,7 +114,7 @@ class ImageChains:
         return Chains(bases, uses, resident, open_, problems, places)
 
     async def domains_of(self, vm: Vm, domains: Sequence[Domain]) -> tuple[Domain, ...]:
-        """Those of ``domains`` that have a disk in ``vm``, by name."""
+        """Those of ``domains`` that have a disk in ``vm``, by name.  Raises as `look`."""
         uses = await self._threads.files(self._uses, domains)
         return Chains({}, uses).domains_of(vm)
 
@@ -125,7 +128,7 @@ class ImageChains:
         return place is not None and place.startswith("/")
 
     async def bases_of(self, vm: Vm, domains: Sequence[Domain]) -> list[BaseOf]:
-        """What the images of one VM are based on directly; a base that cannot be told is left out."""
+        """What the images of one VM are based on directly, but for bases that cannot be told.  Raises as `look`."""
         uses = await self._threads.files(self._uses, domains)
         named, _ = await self._named(vm.files, uses)
         return await self._threads.files(self._identified, vm, named, uses)
@@ -140,9 +143,8 @@ class ImageChains:
         uses: dict[str, list[DiskUse]] = {}
         for domain in domains:
             for disk in (*domain.disks, *_nvram_of(domain)):
-                place = None if disk.path is None else self._place(str(disk.path))
-                if place is not None:
-                    uses.setdefault(place, []).append(DiskUse(domain, disk))
+                if disk.path is not None:
+                    uses.setdefault(self._place_of_disk(disk.path), []).append(DiskUse(domain, disk))
         return uses
 
     def _told(self, uses: Mapping[str, Sequence[DiskUse]]) -> list[tuple[str, str]]:
@@ -152,11 +154,19 @@ class ImageChains:
             for use in each:
                 overlay = place
                 for path in use.disk.backing:
-                    base = self._place(str(path))
-                    if base is not None:
-                        found.append((overlay, base))
-                        overlay = base
+                    base = self._place_of_disk(path)
+                    found.append((overlay, base))
+                    overlay = base
         return found
+
+    def _place_of_disk(self, path: Path) -> str:
+        """Raises PrimaryIOError."""
+        try:
+            return self._paths.locate(str(path))
+        except (OSError, ValueError) as exc:
+            raise PrimaryIOError(
+                f"where the disk {printable(str(path))} of a domain lies cannot be told: {exc}"
+            ) from exc
 
     def _place(self, path: str) -> str | None:
         try:
