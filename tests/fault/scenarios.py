@@ -618,6 +618,15 @@ async def restore(services: Services) -> None:
         expect((target / path.removeprefix("vm/")).read_bytes(), content, f"restored {path}")
 
 
+async def restore_with_domain(services: Services) -> None:
+    """As `restore`, with what belongs to the VM beside its disks."""
+    await restore(services)
+    target = services.rig.base / "restored"
+    expect((target / NVRAM).read_bytes(), b"nvram", NVRAM)
+    if "<domain>" not in (target / "domain.xml").read_text():
+        raise NotWhole("the domain's definition is another one")
+
+
 async def restore_undone(services: Services) -> None:
     """One that fails when a part has its final name already, and another."""
     services.files.fail("restore.unlink", 1, OSError(errno.EIO, os.strerror(errno.EIO)))
@@ -1127,6 +1136,7 @@ SCENARIOS = [
     Scenario("adopt_after_failed_rename", lost, adopt_after_look, brings=True),
     Scenario("restore", archived, restore),
     Scenario("restore_undone", archived, restore_undone),
+    Scenario("restore_domain", with_domain_archived, restore_with_domain),
     Scenario("check_store", archived, check_store),
     Scenario("scrub_store", nothing, scrub_store),
     Scenario("collect", with_garbage, collect),

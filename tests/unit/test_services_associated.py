@@ -14,6 +14,7 @@ import pytest
 from tests.datastore_harness import BLOCK, CHUNK, Rig, Services, temporary_rig
 from tests.fake_hypervisor import FakeHypervisor, domain
 from tests.unit.test_services_image_chains import make_base, make_overlay
+from vmfs_stub.cli.restore import _beside_lines
 from vmfs_stub.core.errors import CorruptManifest
 from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.services import associated
@@ -191,6 +192,15 @@ async def test_what_an_image_is_based_on_is_noted_with_its_identity(rig: Rig) ->
         "mtime_ns": stored.mtime_ns,
         "point_id": golden.point_id,
     }
+
+
+def test_an_operator_is_told_what_to_do_with_it() -> None:
+    beside = {"domain": ["domain.xml"], "nvram": ["x_VARS.fd"], "tpm": ["tpm2/state"]}
+    told = list(_beside_lines(beside, Path("/out")))
+    assert "virsh define /out/domain.xml" in told[0]
+    assert "NVRAM is /out/x_VARS.fd" in told[1]
+    assert "TPM is /out/tpm2/state" in told[2]
+    assert list(_beside_lines({}, Path("/out"))) == []
 
 
 SOUND = AssociatedFile("nvram", "/var/lib/x_VARS.fd", 0o600, b"x" * 10_000)
