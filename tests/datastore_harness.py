@@ -50,6 +50,7 @@ from vmfs_stub.services.file_reads import FileReads, open_ring
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.guest_activity import GuestActivity
 from vmfs_stub.services.hydration import STEPS_AT_ONCE
+from vmfs_stub.services.hypervisor import Hypervisor
 from vmfs_stub.services.local_mover import LocalMover
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recovery import Recovered, Recovery
@@ -289,6 +290,8 @@ class Services:
         self.hydration = self.connected.hydration
         self.archiver = self.connected.archiver
         self.adopter = self.connected.adopter
+        self.chains = self.connected.chains
+        self.groups = self.connected.groups
 
     async def open(self, path: str) -> Disk:
         """Open as a guest does; owes one `disks.release`."""
@@ -348,6 +351,10 @@ class Rig:
             host="host1",
             datastore="vms",
         )
+        self.hypervisor: Hypervisor | None = None
+        """What tells of domains in later lives."""
+        self.mountpoint = base / "mount"
+        """Where the datastore would be mounted, for what names files there."""
 
     def add_replica(self) -> None:
         """From now on the store has a replica, and nothing is released that is not in it."""
@@ -541,6 +548,8 @@ class Rig:
             placeholders=placeholders,
             changes_left=recovered.changes,
             findings=findings,
+            mountpoint=self.mountpoint,
+            hypervisor=self.hypervisor,
         )
         return Services(self, files, threads, recovered, private, connected, findings, store, replicated)
 

@@ -197,6 +197,8 @@ async def _open_datastore(
                 changes_left=recovered.changes,
                 findings=findings,
                 bandwidth=bandwidth,
+                mountpoint=config.datastore.mountpoint,
+                hypervisor=hypervisor,
             )
             async with (
                 _laid_down(background, services.disks),

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import stat
+import struct
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import closing, contextmanager, suppress
@@ -54,6 +55,7 @@ from vmfs_stub.primary.serving_mark import Machine, Mark, Pace, ServingMark, enc
 from vmfs_stub.services import scrub, verify
 from vmfs_stub.services.adopt import Wanted
 from vmfs_stub.services.adoption_choice import Told
+from vmfs_stub.services.associated import AssociatedFiles
 from vmfs_stub.services.backup_job import Placeholders
 from vmfs_stub.services.mount_usage import MountUsage
 from vmfs_stub.services.replication import catch_up
@@ -62,6 +64,7 @@ from vmfs_stub.services.scrub_progress import ScrubProgress
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.settings import Settings
 from vmfs_stub.store import format as store_format
+from vmfs_stub.store.associated_files import ASSOCIATED, decode_associated
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.collector import Collector
 from vmfs_stub.store.condemned import Condemned, encode_condemned
@@ -86,6 +89,7 @@ from vmfs_stub.store.keys import (
     quarantine_key,
 )
 from vmfs_stub.store.leases import LeaseState, encode_lease
+from vmfs_stub.store.manifest import Manifest
 from vmfs_stub.store.mirrored_deletes import MirroredDeletes
 from vmfs_stub.store.moved import Move, encode_moved
 from vmfs_stub.store.objects import ObjectStore
@@ -269,6 +273,41 @@ async def partly_recalled_twice(rig: Rig) -> None:
     await partly_recalled(rig)
 
 
+LOOSE = ("a.img", "b.img")
+NVRAM = "guest_VARS.fd"
+TPM = "swtpm/76000000-0000-0000-0000-000000000000/tpm2"
+
+
+async def with_domain(rig: Rig) -> None:
+    """The VM is a domain's with NVRAM and a TPM; beside it is one whose image is based on something."""
+    (rig.base / NVRAM).write_bytes(b"nvram")
+    (rig.base / TPM).mkdir(parents=True)
+    (rig.base / TPM / "state").write_bytes(b"sealed")
+    rig.make_disk("golden/base.img", overlay_head("/nowhere"))
+    xml = "<domain><devices><tpm><backend type='emulator' version='2.0'/></tpm></devices></domain>"
+    guest = domain("v", rig.mountpoint / DISK, uuid="76".ljust(32, "0"))
+    rig.hypervisor = FakeHypervisor(replace(guest, nvram=rig.base / NVRAM, xml=xml))
+
+
+async def with_domain_archived(rig: Rig) -> None:
+    """The same, with placeholders."""
+    await with_domain(rig)
+    await archived(rig)
+
+
+async def with_loose_disks(rig: Rig) -> None:
+    """Two files at the top that a domain has together."""
+    for name in LOOSE:
+        rig.make_disk(name, name.encode() * CHUNK)
+    rig.hypervisor = FakeHypervisor(domain("web", *(rig.mountpoint / name for name in LOOSE)))
+
+
+def overlay_head(base: str) -> bytes:
+    """What an image that is based on ``base`` begins with, and a chunk more."""
+    fixed = struct.pack(">IIQIIQIIQQIIQ", 0x514649FB, 2, 72, len(base), 16, CHUNK, 0, 0, 0, 0, 0, 0, 0)
+    return (fixed + base.encode()).ljust(2 * CHUNK, b"x")
+
+
 # Acts
 
 
@@ -286,6 +325,63 @@ async def archive(services: Services) -> None:
         report = await services.archive("vm")
     if report.abandoned:
         raise OSError(errno.EIO, report.abandoned)
+
+
+async def archive_domain(services: Services) -> None:
+    """What belongs to a VM beside its disks is in its restore point, unless it is said not to be."""
+    _set_domain(services)
+    with translated():
+        report = await services.archive("vm")
+    manifest = _last_manifest(services)
+    told = decode_associated(manifest.metadata.get(ASSOCIATED, "[]"), "manifest")
+    if {file.data for file in told} != {b"nvram", b"sealed"} and not report.warning:
+        raise NotWhole(f"without a word left out: {told}")
+    if report.abandoned:
+        raise OSError(errno.EIO, report.abandoned)
+
+
+def _set_domain(services: Services) -> None:
+    hypervisor = services.rig.hypervisor
+    assert hypervisor is not None
+    services.archiver.associated = AssociatedFiles(
+        files=services.files,
+        threads=services.threads,
+        hypervisor=hypervisor,
+        chains=services.chains,
+        swtpm=services.rig.base / "swtpm",
+    ).of
+
+
+def _last_manifest(services: Services) -> Manifest:
+    vm_id = services.rig.vm("vm").id
+    store = services.rig.store
+    return store.open_point(vm_id, store.points(vm_id)[-1].point_id).manifest
+
+
+async def group_files(services: Services) -> None:
+    """They are one VM afterwards, or are not and the next look makes them one."""
+    assert services.rig.hypervisor is not None
+    inventory = DirectoryInventory(services.rig.backing, files=services.files)
+    domains = await services.rig.hypervisor.domains()
+    with translated():
+        vms = inventory.scan().vms
+        await services.groups.regroup(vms, domains, await services.chains.look(vms, domains))
+        tops = {vm.tops for vm in inventory.scan().vms}
+    if LOOSE not in tops and not services.files.spoiled:
+        raise NotWhole(f"not grouped: {tops}")
+
+
+async def look_at_chains(services: Services) -> None:
+    """Whatever goes wrong, an image of which it cannot be told what it is based on is said to be one."""
+    assert services.rig.hypervisor is not None
+    scan = DirectoryInventory(services.rig.backing, files=services.files).scan()
+    if scan.unread:
+        raise scan.unread[0].error
+    chains = await services.chains.look(scan.vms, await services.rig.hypervisor.domains())
+    if "golden/base.img" not in chains.bases and "golden/base.img" not in chains.problems:
+        raise NotWhole(f"a base was missed: {chains}")
+    if chains.problems and not services.files.spoiled:
+        raise NotWhole(f"problems: {chains.problems}")
 
 
 async def archive_after(services: Services, site: str, code: int) -> None:
@@ -526,6 +622,15 @@ async def restore(services: Services) -> None:
         raise
     for path, content in first_contents().items():
         expect((target / path.removeprefix("vm/")).read_bytes(), content, f"restored {path}")
+
+
+async def restore_with_domain(services: Services) -> None:
+    """As `restore`, with what belongs to the VM beside its disks."""
+    await restore(services)
+    target = services.rig.base / "restored"
+    expect((target / NVRAM).read_bytes(), b"nvram", NVRAM)
+    if "<domain>" not in (target / "domain.xml").read_text():
+        raise NotWhole("the domain's definition is another one")
 
 
 async def restore_undone(services: Services) -> None:
@@ -878,7 +983,7 @@ def _datastore(services: Services, config: Config, catalog: Catalog, jobs: Jobs)
         store=services.store,
         replica=None,
         services=services.connected,
-        hypervisor=FakeHypervisor(domain("vm", *(rig.base / "mount" / path for path in PATHS))),
+        hypervisor=rig.hypervisor,
         mount_usage=MountUsage(()),
         findings=services.findings,
         jobs=jobs,
@@ -1047,6 +1152,10 @@ SCENARIOS = [
     Scenario("archive_condemned", returned, archive_condemned),
     Scenario("archive_damaged_segments", with_damaged_segments, archive),
     Scenario("stop_and_archive", nothing, stop_and_archive),
+    Scenario("archive_domain", with_domain, archive_domain),
+    Scenario("group_files", with_loose_disks, group_files),
+    Scenario("look_at_chains", with_domain, look_at_chains),
+    Scenario("look_at_archived_chains", with_domain_archived, look_at_chains),
     Scenario("back_up", nothing, back_up),
     Scenario("back_up_placeholder", partly_recalled, back_up),
     Scenario("back_up_untouched", backed_up, back_up),
@@ -1079,6 +1188,7 @@ SCENARIOS = [
     Scenario("adopt_after_failed_rename", lost, adopt_after_look, brings=True),
     Scenario("restore", archived, restore),
     Scenario("restore_undone", archived, restore_undone),
+    Scenario("restore_domain", with_domain_archived, restore_with_domain),
     Scenario("check_store", archived, check_store),
     Scenario("scrub_store", nothing, scrub_store),
     Scenario("collect", with_garbage, collect),

@@ -30,7 +30,7 @@ from vmfs_stub.core.ids import DatastoreId, PlaceholderId
 from vmfs_stub.core.names import PLACEHOLDER_XATTR, TOP_MODE_XATTR, VM_XATTR
 from vmfs_stub.core.origin import Origin
 from vmfs_stub.core.residency import block_count
-from vmfs_stub.inventory.identity import new_vm_id, read_vm_id, write_vm_id
+from vmfs_stub.inventory.identity import Group, new_vm_id, read_identity, write_vm_id
 from vmfs_stub.mount.inodes import read_top_mode
 from vmfs_stub.primary.changed_map import ChangedMap, ChangedState
 from vmfs_stub.primary.changed_record import ChangedRecord, Seen, decode_changed, encode_changed
@@ -477,15 +477,20 @@ class VmIdentityTarget(Target):
     def seeds(self) -> list[bytes]:
         write_vm_id(self._fd, new_vm_id())
         mine = os.getxattr(self._path, VM_XATTR)
-        return [mine, mine.replace(b'"ino": ', b'"ino": 1'), json.dumps({"vm": "0" * 32}).encode()]
+        write_vm_id(self._fd, new_vm_id(), group=Group("web", "1" * 32))
+        grouped = os.getxattr(self._path, VM_XATTR)
+        return [mine, grouped, mine.replace(b'"ino": ', b'"ino": 1'), json.dumps({"vm": "0" * 32}).encode()]
 
     def call(self, data: bytes) -> object:
         if not data or len(data) > 60_000:
             return None
         os.setxattr(self._path, VM_XATTR, data)
-        vm_id = read_vm_id(self._fd)
-        require(vm_id is None or is_id(vm_id), "an id that is none")
-        return vm_id
+        identity = read_identity(self._fd)
+        if identity is not None:
+            check_types(identity)
+            require(is_id(identity.vm_id), "an id that is none")
+            require(identity.group is None or is_id(identity.group.domain), "a domain that is none")
+        return identity
 
     def edit_json(self, data: bytes, edit: Edit) -> bytes:
         return edit(data)

@@ -22,6 +22,7 @@ COUNTS: Mapping[str, int] = {
     "quarantine": 1_500, "moved": 1_500, "claim": 1_500,
     "config": 600, "fuse-init": 2_000, "control-request": 200, "control-reply": 1_000,
     "catalog": 400, "chunk-index": 300,
+    "image-header": 2_000, "associated": 1_500,
     "sealed-frame": 2_000, "sealed-object": 2_000, "key-document": 1_500, "seen-store": 1_500,
 }  # fmt: skip
 """Inputs of each: about two seconds' worth."""

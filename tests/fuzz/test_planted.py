@@ -21,8 +21,9 @@ from vmfs_stub.control.peer import Peer
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import CorruptStoreObject
 from vmfs_stub.core.ids import JobId
+from vmfs_stub.inventory import image_header
 from vmfs_stub.primary import envelope, record
-from vmfs_stub.store import aes_sealing, frames, key_documents, manifest
+from vmfs_stub.store import aes_sealing, associated_files, frames, key_documents, manifest
 from vmfs_stub.store.documents import Fields
 from vmfs_stub.store.key_documents import encode_key_document
 from vmfs_stub.store.pins import Pin
@@ -77,6 +78,23 @@ def test_memory_by_a_length_field_is_found(fuzz: Fuzz, monkeypatch: pytest.Monke
 def test_a_path_that_leads_out_is_found(fuzz: Fuzz, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest, "_check_tree", lambda files, key: None)
     assert "a path that leads out" in signatures(fuzz("manifest", count=3_000))
+
+
+def test_a_base_that_is_missed_is_found(fuzz: Fuzz, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert signatures(fuzz("image-header", count=2_000)) == []
+    name = image_header._name
+
+    def careless(head: bytes, at: int, length: int, cluster_bytes: int) -> str | None:
+        return name(head, at, length, cluster_bytes) if length < 100 else None
+
+    monkeypatch.setattr(image_header, "_name", careless)
+    assert "a base that is missed, or made up" in signatures(fuzz("image-header", count=5_000))
+
+
+def test_a_name_of_an_associated_file_that_leads_out_is_found(fuzz: Fuzz, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert signatures(fuzz("associated", count=2_000)) == []
+    monkeypatch.setattr(associated_files, "_is_name", lambda part: True)
+    assert "a path that leads out" in signatures(fuzz("associated", count=3_000))
 
 
 def test_a_file_that_is_written_outside_is_found(fuzz: Fuzz, monkeypatch: pytest.MonkeyPatch) -> None:

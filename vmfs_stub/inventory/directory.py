@@ -1,6 +1,8 @@
-"""The inventory of a host without libvirt: what lies at the top of the backing directory is a VM.
+"""The inventory: what lies at the top of the backing directory is a VM.
 
-Each directory is a VM of that name with all regular files in it; each regular file is a VM named by its stem.
+Each directory is a VM of that name with all regular files in it; each regular file is a VM named by its stem.  Files
+that were marked as the disks of one domain (`services/vm_groups.py`) are one VM of the domain's name: what says so is
+on the files, and needs no libvirt.
 Symbolic links are not followed, other filesystems are not entered, and only O_PATH and directory descriptors are
 opened, so that a scan neither wakes a placeholder nor breaks an archive's lease.  Must not know what a placeholder
 is or whether a VM is running.
@@ -13,15 +15,15 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 
 from vmfs_stub.core.errors import PrimaryError, PrimaryIOError, Unsupported, VmfsStubError, VmNotFound
 from vmfs_stub.core.ids import VmId
 from vmfs_stub.core.names import PRIVATE_DIR, printable
 from vmfs_stub.core.sites import PLAIN, FileCalls
-from vmfs_stub.inventory.identity import ensure_vm_id, read_vm_id
+from vmfs_stub.inventory.identity import ensure_identity, read_vm_id
 from vmfs_stub.inventory.protection import is_protected, set_protected
 from vmfs_stub.inventory.vm import Scan, UnreadVm, Vm, VmFile
 
@@ -55,7 +57,7 @@ class DirectoryInventory:
         with self._lock, self._opened() as (top_fd, device):
             names = self._names(top_fd)
             found = [self._tolerant_vm(top_fd, name, device) for name in names if name not in NO_VMS]
-        vms = sorted((vm for vm in found if isinstance(vm, Vm)), key=lambda vm: (vm.name, vm.path))
+        vms = sorted(_together([vm for vm in found if isinstance(vm, Vm)]), key=lambda vm: (vm.name, vm.path))
         return Scan(tuple(vms), tuple(vm for vm in found if isinstance(vm, UnreadVm)))
 
     def find(self, name: str) -> Vm:
@@ -85,28 +87,30 @@ class DirectoryInventory:
 
     def is_protected(self, vm: Vm) -> bool:
         """Whether a VM that was found is protected now.  Raises as `protect`."""
-        with self._found(vm) as path_fd:
-            return is_protected(path_fd, files=self._files)
+        with self._found(vm) as path_fds:
+            return any(is_protected(path_fd, files=self._files) for path_fd in path_fds)
 
     def protect(self, vm: Vm, protected: bool) -> None:
         """Protect a VM that was found, or no longer; the caller syncs.  Raises VmNotFound, PrimaryIOError."""
-        with self._lock, self._found(vm) as path_fd:
-            set_protected(path_fd, protected, files=self._files)
+        with self._lock, self._found(vm) as path_fds:
+            for path_fd in path_fds:
+                set_protected(path_fd, protected, files=self._files)
 
     @contextmanager
-    def _found(self, vm: Vm) -> Iterator[int]:
-        """The VM's top entry (O_PATH), if it is still the one that was found."""
-        with self._opened() as (top_fd, _):
-            try:
-                path_fd = self._files.call("inventory.open", os.open, vm.path, _HANDLE, dir_fd=top_fd)
-            except FileNotFoundError as exc:
-                raise _moved(vm) from exc
-            try:
+    def _found(self, vm: Vm) -> Iterator[list[int]]:
+        """The VM's entries at the top (O_PATH), if they are still those that were found."""
+        with self._opened() as (top_fd, _), ExitStack() as stack:
+            path_fds = []
+            for top in vm.tops:
+                try:
+                    path_fd = self._files.call("inventory.open", os.open, top, _HANDLE, dir_fd=top_fd)
+                except FileNotFoundError as exc:
+                    raise _moved(vm) from exc
+                stack.callback(os.close, path_fd)
                 if read_vm_id(path_fd, files=self._files) != vm.id:
                     raise _moved(vm)
-                yield path_fd
-            finally:
-                os.close(path_fd)
+                path_fds.append(path_fd)
+            yield path_fds
 
     def _id(self, top_fd: int, name: str, device: int) -> list[VmId | None]:
         """The id of the VM of that name, if it is one; None when it has no id yet."""
@@ -162,19 +166,14 @@ class DirectoryInventory:
                 return None
             if stat.S_ISDIR(st.st_mode):
                 files = sorted(self._walk(path_fd, name, "", device, _DEPTH_MAX), key=lambda file: file.relative)
-                vm_id = ensure_vm_id(path_fd, files=self._files)
+                vm_id = ensure_identity(path_fd, files=self._files).vm_id
                 protected = is_protected(path_fd, files=self._files)
-                return Vm(vm_id, printable(name), name, True, tuple(files), protected)
+                return Vm(vm_id, printable(name), name, True, tuple(files), is_protected=protected)
             if stat.S_ISREG(st.st_mode):
+                identity, file = ensure_identity(path_fd, files=self._files), VmFile(name, name, st.st_size, st.st_ino)
                 stem = printable(PurePosixPath(name).stem)
-                return Vm(
-                    ensure_vm_id(path_fd, files=self._files),
-                    stem,
-                    name,
-                    False,
-                    (VmFile(name, name, st.st_size, st.st_ino),),
-                    is_protected(path_fd, files=self._files),
-                )
+                protected = is_protected(path_fd, files=self._files)
+                return Vm(identity.vm_id, stem, name, False, (file,), identity.group, is_protected=protected)
             return None
         finally:
             os.close(path_fd)
@@ -215,6 +214,22 @@ class DirectoryInventory:
 
 def _moved(vm: Vm) -> VmNotFound:
     return VmNotFound(f"VM {vm.name} was renamed or replaced meanwhile; `vmfs-stub ls` shows how it is now")
+
+
+def _together(vms: Sequence[Vm]) -> Iterator[Vm]:
+    """The same VMs, with those that are files of one group as one; names of one file count once."""
+    groups: dict[VmId, list[Vm]] = {}
+    for vm in vms:
+        if vm.group is None:
+            yield vm
+        else:
+            groups.setdefault(vm.id, []).append(vm)
+    for vm_id, members in groups.items():
+        files = tuple(sorted((vm.files[0] for vm in members), key=lambda file: file.path))
+        # Half renamed: whatever name is taken, it is the same one until the rest follows.
+        group = min((vm.group for vm in members if vm.group is not None), key=lambda group: group.name)
+        protected = any(vm.is_protected for vm in members)
+        yield Vm(vm_id, printable(group.name), files[0].path, False, files, group, is_protected=protected)
 
 
 def _list_names(fd: int) -> list[str]:

@@ -14,6 +14,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from vmfs_stub.core.errors import PrimaryIOError, Unsupported
 from vmfs_stub.core.ids import VmId
@@ -57,8 +58,24 @@ def generation(path_fd: int) -> str:
     return f"{handle.handle_type:x}:{bytes(handle.f_handle[: handle.handle_bytes]).hex()}"
 
 
-def read_vm_id(path_fd: int, *, files: FileCalls = PLAIN) -> VmId | None:
-    """The id recorded for this very inode; None when there is none, it is damaged, or it came with a copy."""
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The VM that several files at the top are together: ``name`` and UUID (32 hex digits) of their domain."""
+
+    name: str
+    domain: str
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Whose a file or directory is; all files of a group have the id of the group."""
+
+    vm_id: VmId
+    group: Group | None = None
+
+
+def read_identity(path_fd: int, *, files: FileCalls = PLAIN) -> Identity | None:
+    """What is recorded for this very inode; None when there is nothing, it is damaged, or it came with a copy."""
     try:
         raw = files.call("inventory.identity", os.getxattr, f"/proc/self/fd/{path_fd}", VM_XATTR)
     except OSError as exc:
@@ -70,16 +87,28 @@ def read_vm_id(path_fd: int, *, files: FileCalls = PLAIN) -> VmId | None:
     try:
         record = json.loads(raw)
         vm, ino, made_for = record["vm"], record["ino"], record["generation"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        group, domain = record.get("group"), record.get("domain")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     if not isinstance(vm, str) or _ID.fullmatch(vm) is None:
         return None
-    return VmId(vm) if ino == os.fstat(path_fd).st_ino and made_for == generation(path_fd) else None
+    if ino != os.fstat(path_fd).st_ino or made_for != generation(path_fd):
+        return None
+    is_group = isinstance(group, str) and group and isinstance(domain, str) and _ID.fullmatch(domain) is not None
+    return Identity(VmId(vm), Group(group, domain) if is_group else None)
 
 
-def write_vm_id(path_fd: int, vm_id: VmId, *, files: FileCalls = PLAIN) -> None:
-    """Record ``vm_id`` for this inode; raises Unsupported and PrimaryIOError."""
+def read_vm_id(path_fd: int, *, files: FileCalls = PLAIN) -> VmId | None:
+    """The id recorded for this very inode; None as for `read_identity`."""
+    identity = read_identity(path_fd, files=files)
+    return None if identity is None else identity.vm_id
+
+
+def write_vm_id(path_fd: int, vm_id: VmId, *, group: Group | None = None, files: FileCalls = PLAIN) -> None:
+    """Record ``vm_id`` for this inode, as one of a ``group``; raises Unsupported and PrimaryIOError."""
     record = {"vm": vm_id, "ino": os.fstat(path_fd).st_ino, "generation": generation(path_fd)}
+    if group is not None:
+        record.update(group=group.name, domain=group.domain)
     try:
         raw = json.dumps(record).encode("ascii")
         files.call("inventory.identify", os.setxattr, f"/proc/self/fd/{path_fd}", VM_XATTR, raw)
@@ -89,17 +118,17 @@ def write_vm_id(path_fd: int, vm_id: VmId, *, files: FileCalls = PLAIN) -> None:
         raise PrimaryIOError(f"cannot write its identity, the attribute {VM_XATTR}: {exc.strerror}") from exc
 
 
-def ensure_vm_id(path_fd: int, make_id: Callable[[], VmId] = new_vm_id, *, files: FileCalls = PLAIN) -> VmId:
-    """The id of this inode, made and recorded when it has none of its own.
+def ensure_identity(path_fd: int, make_id: Callable[[], VmId] = new_vm_id, *, files: FileCalls = PLAIN) -> Identity:
+    """The identity of this inode, made and recorded when it has none of its own.
 
     Callers serialise this for one inode; only the daemon calls it.
     """
-    known = read_vm_id(path_fd, files=files)
+    known = read_identity(path_fd, files=files)
     if known is not None:
         return known
     vm_id = make_id()
     write_vm_id(path_fd, vm_id, files=files)
-    return vm_id
+    return Identity(vm_id)
 
 
 _NO_XATTRS = (

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from vmfs_stub.core.errors import AmbiguousName, VmfsStubError, VmNotFound
 from vmfs_stub.core.ids import VmId
 from vmfs_stub.core.names import printable
+from vmfs_stub.inventory.identity import Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +30,9 @@ class VmFile:
 
 @dataclass(frozen=True, slots=True)
 class Vm:
-    """One VM; ``path`` is its top directory or its only file, relative to the backing directory.
+    """One VM; ``path`` is its top directory or its first file, relative to the backing directory.
 
+    A VM that is no directory is one file at the top, or several that a domain has together (`identity.Group`).
     ``is_protected``: an operator has said that it is never to be archived.
     """
 
@@ -39,12 +41,23 @@ class Vm:
     path: str
     is_directory: bool
     files: tuple[VmFile, ...]
+    group: Group | None = None
     is_protected: bool = False
 
     @property
     def size_bytes(self) -> int:
         """Of all its files."""
         return sum(file.size for file in self.files)
+
+    @property
+    def tops(self) -> tuple[str, ...]:
+        """Its entries at the top of the backing directory."""
+        return (self.path,) if self.is_directory else tuple(file.path for file in self.files)
+
+    @property
+    def is_called(self) -> frozenset[str]:
+        """All that it answers to."""
+        return frozenset({self.name, self.entry, *(() if self.is_directory else map(printable, self.tops))})
 
     @property
     def entry(self) -> str:
@@ -83,7 +96,7 @@ class Scan:
         found = [vm for vm in self.vms if vm.id == name]
         unread = []
         if not found:
-            found = [vm for vm in self.vms if name in (vm.name, vm.entry)]
+            found = [vm for vm in self.vms if name in vm.is_called]
             unread = [vm for vm in self.unread if name in vm.is_called]
         if len(found) + len(unread) > 1:
             candidates = [f"{vm.entry} (id {vm.id})" for vm in found] + [printable(vm.path) for vm in unread]

@@ -218,6 +218,11 @@ def top_of(manifest: Manifest) -> StoredFile:
         (only,) = manifest.files
         if only.kind is FileKind.FILE and "/" not in only.path:
             return only
+    if len(manifest.files) > 1 and not manifest.metadata.get("path", "/").endswith("/"):
+        raise Refused(
+            f"VM {printable(manifest.vm_name)} was several files at the top of its datastore, which cannot be adopted "
+            "together yet; write it out with `vmfs-stub restore`"
+        )
     raise Refused(
         f"restore point {manifest.point_id} of VM {printable(manifest.vm_name)} does not say what its directory was; "
         "write it out with `vmfs-stub restore`"

@@ -47,6 +47,7 @@ from vmfs_stub.core.names import printable
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PrivateState
+from vmfs_stub.services.associated import Associated, nothing_associated
 from vmfs_stub.services.bandwidth import Bandwidth
 from vmfs_stub.services.claims import Claims, kept_for
 from vmfs_stub.services.disk import Disk
@@ -141,6 +142,8 @@ class Archiver:
         self._parts = DiskParts(files=files, threads=threads, recall=recall, chunk_size=store.chunk_size)
         self._backing = backing
         self.settings = settings
+        self.associated: Callable[[Vm], Awaitable[Associated]] = nothing_associated
+        """What belongs to a VM beside its files; whoever knows the hypervisor sets it."""
         self._sources = Sources(
             files=files,
             threads=threads,
@@ -187,12 +190,15 @@ class Archiver:
         committed: list[Disk] = []
         sources: list[Source] = []
         free_at: PointId | None = None
+        still_held = ""
+        # Before the files are reserved: what is asked for it may look into them.
+        associated = await self.associated(vm)
         try:
             with trio.CancelScope() as scope:
                 async with AsyncExitStack() as stack:
                     sources = await self._sources.reserve(vm, scope, stack, archive=archive)
                     free_at = await self._claims.begin(vm.id, self._points(vm, sources), claimed)
-                    first_file = await self._back_up(vm, sources, report, progress)
+                    first_file = await self._back_up(vm, sources, report, associated.metadata, progress)
                     if archive:
                         await self._make_second_copy(vm, report)
                         report.kept = "" if recheck is None else await recheck()
@@ -213,7 +219,8 @@ class Archiver:
                 if free_at is not None and None not in self._points(vm, sources):
                     inos = {source.disk.ino for source in sources}
                     moved = self._disks.placeholders.moved_out(vm.id, inos, free_at)
-                    report.warning = kept_for(moved) or await self._claims.set_free(vm.id, free_at)
+                    still_held = kept_for(moved) or await self._claims.set_free(vm.id, free_at)
+        report.warning = "; ".join(filter(None, (*associated.warnings, still_held)))
         if report.warning:
             log.warning("VM %s: %s", vm.name, report.warning)
         return report
@@ -236,7 +243,12 @@ class Archiver:
     # Copy, verify, commit to the store
 
     async def _back_up(
-        self, vm: Vm, sources: Sequence[Source], report: BackupReport, progress: Callable[[int], None]
+        self,
+        vm: Vm,
+        sources: Sequence[Source],
+        report: BackupReport,
+        metadata: Mapping[str, str],
+        progress: Callable[[int], None],
     ) -> int:
         """Returns where in the restore point's list of files the regular ones begin."""
         others = await self._threads.files(other_entries, self._backing, vm, files=self._files)
@@ -244,7 +256,7 @@ class Archiver:
             log.warning("VM %s: %s is a FIFO, socket or device: it is not backed up", vm.name, printable(path))
         report.left_out = others.left_out
         changed = await self._last_points.changed(sources)
-        copy = partial(self._copy, vm, sources, report, others, progress)
+        copy = partial(self._copy, vm, sources, report, others, metadata, progress)
         try:
             counts = await copy(changed)
         except (IntegrityError, NotFound, ObjectMissing, StoreConflict) as exc:
@@ -273,6 +285,7 @@ class Archiver:
         sources: Sequence[Source],
         report: BackupReport,
         others: OtherEntries,
+        metadata: Mapping[str, str],
         progress: Callable[[int], None],
         changed: Sequence[Changed | None],
     ) -> WriterCounts:
@@ -291,7 +304,8 @@ class Archiver:
                     if source.placeholder_id is not None:
                         await self._threads.files(self._maker.prepare, vm, source, report.point_id)
                 files = [*map(PointFile, others.stored), *_point_files(sources)]
-                return await backup.commit(self._point_order(vm, sources, report.point_id, others.top), files)
+                point = self._point_order(vm, sources, report.point_id, others.top, metadata)
+                return await backup.commit(point, files)
 
     async def _counted(self, disk: Disk, since: Changed | None, report: BackupReport) -> AsyncGenerator[Part, None]:
         """The parts of a disk, those that are read when they may be; the report counts them."""
@@ -307,13 +321,25 @@ class Archiver:
                     report.read_bytes += count
                     yield piece
 
-    def _point_order(self, vm: Vm, sources: Sequence[Source], point_id: PointId, top: StoredFile | None) -> PointOrder:
+    def _point_order(
+        self,
+        vm: Vm,
+        sources: Sequence[Source],
+        point_id: PointId,
+        top: StoredFile | None,
+        metadata: Mapping[str, str],
+    ) -> PointOrder:
         return PointOrder(
             vm_id=vm.id,
             point_id=point_id,
             vm_name=vm.name,
             host=self.settings.host,
-            metadata={"inventory": "directory", "path": vm.entry, "datastore": self.settings.datastore},
+            metadata={
+                **metadata,
+                "inventory": "directory",
+                "path": vm.entry,
+                "datastore": self.settings.datastore,
+            },
             pins=[self._pin(source.placeholder_id) for source in sources if source.placeholder_id is not None],
             top=top,
         )

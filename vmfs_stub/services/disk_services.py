@@ -11,6 +11,7 @@ from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.services.adopt import Adopter
 from vmfs_stub.services.archive import Archiver, ArchiveSettings
+from vmfs_stub.services.associated import AssociatedFiles
 from vmfs_stub.services.bandwidth import Bandwidth
 from vmfs_stub.services.changes import Changes
 from vmfs_stub.services.changes_left import ChangesLeft
@@ -20,12 +21,15 @@ from vmfs_stub.services.file_reads import FileReads
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.guest_activity import GuestActivity
 from vmfs_stub.services.hydration import HydrationService
+from vmfs_stub.services.hypervisor import Hypervisor
+from vmfs_stub.services.image_chains import ImageChains
 from vmfs_stub.services.mover import Mover
 from vmfs_stub.services.placeholder_ender import PlaceholderEnder
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recall import RecallService
 from vmfs_stub.services.recall_failures import RecallFailures
 from vmfs_stub.services.threads import Threads
+from vmfs_stub.services.vm_groups import VmGroups
 from vmfs_stub.store.store import Store
 
 
@@ -60,6 +64,8 @@ class DiskServices:
     archiver: Archiver
     adopter: Adopter
     changes: Changes
+    chains: ImageChains
+    groups: VmGroups
 
     def apply(self, settings: ServiceSettings) -> None:
         """From now on these limits count; steps of a hydration under way at once stay as they were at the start."""
@@ -92,10 +98,13 @@ def connect_services(
     changes_left: ChangesLeft,
     findings: Findings,
     bandwidth: Bandwidth | None = None,
+    mountpoint: Path | None = None,
+    hypervisor: Hypervisor | None = None,
 ) -> DiskServices:
     """Make the services; their background work runs in ``nursery``, and ends when that is cancelled.
 
-    What guests read, and what is adopted, comes from ``reading``: the store, or the store with its replica.
+    What guests read, and what is adopted, comes from ``reading``: the store, or the store with its replica.  With a
+    ``hypervisor``, what it knows of a VM goes into its restore points; it names files below the ``mountpoint``.
     """
     failures = RecallFailures(findings)
     claims = Claims(
@@ -179,4 +188,15 @@ def connect_services(
         backing=backing,
         settings=settings.archive,
     )
-    return DiskServices(files, claims, recall, ender, disks, hydration, archiver, adopter, changes)
+    chains = ImageChains(
+        files=files,
+        threads=threads,
+        disks=disks,
+        reading=reading,
+        backing=backing,
+        mountpoint=mountpoint or backing,
+    )
+    groups = VmGroups(files=files, threads=threads, disks=disks, backing=backing)
+    if hypervisor is not None:
+        archiver.associated = AssociatedFiles(files=files, threads=threads, hypervisor=hypervisor, chains=chains).of
+    return DiskServices(files, claims, recall, ender, disks, hydration, archiver, adopter, changes, chains, groups)

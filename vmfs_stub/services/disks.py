@@ -20,10 +20,12 @@ from pathlib import Path
 
 import trio
 
+from vmfs_stub.core.chunking import BLOCK_SIZE
 from vmfs_stub.core.errors import InUse, VmfsStubError
 from vmfs_stub.core.ids import VmId
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PlaceholderMaps, PrivateState
+from vmfs_stub.primary.tree import reopen
 from vmfs_stub.services.changes import Changes
 from vmfs_stub.services.disk import Caller, Disk
 from vmfs_stub.services.disk_closer import DiskCloser
@@ -260,6 +262,42 @@ class Disks:
         self.attributes_changed(disk.ino)
         return disk
 
+    async def head(self, path_fd: int, size: int) -> bytes | None:
+        """Up to ``size`` bytes at the start of a file; None when they are absent: nothing is recalled for this.
+
+        Not a use of the file: no job that has reserved it gives up, and none finds it open.  Raises as `open`.
+        """
+        ino = os.fstat(path_fd).st_ino
+        async with self._ino_lock(ino):
+            reservation = self._reservations.get(ino)
+            disk = self._open.get(ino) if reservation is None else reservation.disk
+            if disk is not None:
+                return await self._head_of(disk, size)
+            if self.placeholders.get(ino) is None:
+                return await self._threads.files(self._plain_head, path_fd, size)
+            disk = await self._opener.open(path_fd)
+            try:
+                return await self._head_of(disk, size)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._closer.close(disk)
+
+    async def _head_of(self, disk: Disk, size: int) -> bytes | None:
+        head = await self._threads.files(self._files.call, "chain.read", os.pread, disk.fd, size, 0)
+        # Now, not before: an archive may have made it a placeholder meanwhile, and given the space back.
+        placeholder = disk.placeholder
+        for length in (len(head), min(len(head), BLOCK_SIZE)):
+            if placeholder is None or not length or placeholder.is_resident(0, length):
+                return head[:length]
+        return None
+
+    def _plain_head(self, path_fd: int, size: int) -> bytes:
+        fd = self._files.call("chain.open", reopen, path_fd, os.O_RDONLY)
+        try:
+            return self._files.call("chain.read", os.pread, fd, size, 0)
+        finally:
+            os.close(fd)
+
     # Operations by path
 
     def stat_override(self, st: os.stat_result) -> StatOverride | None:
@@ -316,6 +354,10 @@ class Disks:
     def get(self, ino: int) -> Disk | None:
         """The open disk of that inode, if it is open."""
         return self._open.get(ino)
+
+    def is_reserved(self, ino: int) -> bool:
+        """Whether a job has the disk of that inode for itself."""
+        return ino in self._reservations
 
     def open_disks(self) -> list[Disk]:
         """Disks that guests have open."""

@@ -142,17 +142,18 @@ class Sources:
 
         Raises Abandoned, PrimaryIOError.
         """
-        try:
-            path_fd = self._files.call("archive.look", open_beneath, backing_fd, vm.path)
-        except OSError as exc:
-            if exc.errno in (errno.ENOENT, errno.ENOTDIR):
-                raise Abandoned(f"VM {vm.name} was renamed or removed since the job began; run it again") from exc
-            raise PrimaryIOError(f"VM {vm.name}: cannot look whether it is still there: {exc.strerror}") from exc
-        try:
-            if read_vm_id(path_fd, files=self._files) != vm.id:
-                raise Abandoned(f"VM {vm.name}: another VM has its name since the job began; run it again")
-        finally:
-            os.close(path_fd)
+        for top in vm.tops:
+            try:
+                path_fd = self._files.call("archive.look", open_beneath, backing_fd, top)
+            except OSError as exc:
+                if exc.errno in (errno.ENOENT, errno.ENOTDIR):
+                    raise Abandoned(f"VM {vm.name} was renamed or removed since the job began; run it again") from exc
+                raise PrimaryIOError(f"VM {vm.name}: cannot look whether it is still there: {exc.strerror}") from exc
+            try:
+                if read_vm_id(path_fd, files=self._files) != vm.id:
+                    raise Abandoned(f"VM {vm.name}: another VM has its name since the job began; run it again")
+            finally:
+                os.close(path_fd)
 
 
 def is_worth_placeholder(size: int, occupied_bytes: int, *, bytes_min: int) -> bool:

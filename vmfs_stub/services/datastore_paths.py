@@ -1,0 +1,84 @@
+"""Where a path that a hypervisor or an image names leads: below the backing directory, or elsewhere on this host.
+
+The mount itself is never touched: a daemon that waits for its own mount may wait for ever.  What lies below the
+mountpoint is looked up below the backing directory instead, and one component after the other, so that a symbolic link
+may lead in from outside, and out again.  Blocking.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Final
+
+from vmfs_stub.core.sites import FileCalls
+
+LINKS_MAX: Final = 40
+"""Symbolic links on one path, as many as the kernel follows."""
+
+
+class DatastorePaths:
+    """Tells of paths where they lead; what is found out is kept until `forget`."""
+
+    def __init__(self, *, files: FileCalls, backing: Path, mountpoint: Path) -> None:
+        self._files = files
+        self._mountpoint = str(mountpoint)
+        self._backing = str(backing)
+        self._tops: tuple[str, str] | None = None
+        self._known: dict[str, str] = {}
+
+    def forget(self) -> None:
+        """Look anew from now on: links may lead elsewhere by now."""
+        self._known.clear()
+        self._tops = None
+
+    def locate(self, path: str) -> str:
+        """The place of an absolute path: relative to the backing directory, or absolute when it lies outside.
+
+        Its last component need not exist.  Raises OSError when a link below the backing directory cannot be read.
+        """
+        known = self._known.get(path)
+        if known is None:
+            backing, mountpoint = self._resolved_tops()
+            at = self._walked(path, backing, mountpoint)
+            known = self._known[path] = at.removeprefix(f"{backing}/") if at.startswith(f"{backing}/") else at
+        return known
+
+    def _resolved_tops(self) -> tuple[str, str]:
+        """Backing directory and mountpoint as they are without links; of the mountpoint itself nothing is asked."""
+        if self._tops is None:
+            above, _, name = self._mountpoint.rpartition("/")
+            self._tops = self._walked(self._backing, "", ""), f"{self._walked(above, '', '')}/{name}"
+        return self._tops
+
+    def _walked(self, path: str, backing: str, mountpoint: str) -> str:
+        todo, at, links = path.split("/")[::-1], "", 0
+        while todo:
+            name = todo.pop()
+            if name in ("", "."):
+                continue
+            if name == "..":
+                at = (mountpoint if backing and at == backing else at).rpartition("/")[0]
+                continue
+            at = f"{at}/{name}"
+            if mountpoint and at in (mountpoint, self._mountpoint):
+                at = backing
+                continue
+            target = self._target(at, is_inside=bool(backing) and at.startswith(f"{backing}/"))
+            if target is not None and links < LINKS_MAX:
+                links += 1
+                todo += target.split("/")[::-1]
+                at = "" if target.startswith("/") else at.rpartition("/")[0]
+        return at or "/"
+
+    def _target(self, path: str, *, is_inside: bool) -> str | None:
+        """Where a symbolic link leads; None for what is none, or cannot be told outside the backing directory."""
+        try:
+            return self._files.call("chain.link", os.readlink, path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as exc:
+            if is_inside and exc.errno != errno.EINVAL:
+                raise
+            return None
