@@ -11,7 +11,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -210,6 +210,21 @@ class MountConfig(_Section):
     allow_other: bool = True
 
 
+class LibvirtConfig(_Section):
+    """The hypervisor; ``enabled`` of "auto": used where its binding is installed and its socket is there."""
+
+    enabled: bool | Literal["auto"] = "auto"
+    uri: str = Field(default="qemu:///system", min_length=1, max_length=4096)
+    timeout_s: float = Field(default=10, gt=0, le=600)
+    require_stop_on_error: bool = True
+    save_dir: Path = Path("/var/lib/libvirt/qemu/save")
+
+    @field_validator("save_dir")
+    @classmethod
+    def _is_absolute(cls, value: Path) -> Path:
+        return _absolute(value)
+
+
 class ControlConfig(_Section):
     """The daemon's control socket; without ``socket`` it is control.sock in the runtime directory."""
 
@@ -240,6 +255,7 @@ class Config(_Section):
     primary: PrimaryConfig = PrimaryConfig()
     mount: MountConfig = MountConfig()
     control: ControlConfig = ControlConfig()
+    libvirt: LibvirtConfig = LibvirtConfig()
 
     @model_validator(mode="after")
     def _replica_is_another_place(self) -> Config:

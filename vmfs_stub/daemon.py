@@ -53,6 +53,8 @@ from vmfs_stub.services.file_reads import FileReads, open_ring
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.guest_activity import GuestActivity
 from vmfs_stub.services.hydration import STEPS_AT_ONCE, STEPS_AT_ONCE_FAR
+from vmfs_stub.services.hypervisor import NoHypervisor, WatchedHypervisor
+from vmfs_stub.services.libvirt_hypervisor import LibvirtSettings, open_libvirt
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recovery import Recovered, Recovery
 from vmfs_stub.services.replication import ReplicaService
@@ -171,6 +173,7 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
                 open_mount(
                     filesystem, mountpoint=config.datastore.mountpoint, settings=_mount_settings(config)
                 ) as mount,
+                _open_hypervisor(config) as hypervisor,
                 open_jobs(catalog, running_max=config.control.jobs_running_max, kept=config.control.jobs_kept) as jobs,
             ):
                 services.disks.attributes_changed = mount.attributes_changed
@@ -185,6 +188,7 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
                     if replicated is None
                     else ReplicaService(threads=threads, store=replicated, mover=mover),
                     services=services,
+                    hypervisor=hypervisor,
                     findings=findings,
                     jobs=jobs,
                     mount=mount,
@@ -194,6 +198,7 @@ async def _open_datastore(config: Config, files: FileCalls) -> AsyncIterator[tri
                 background.start_soon(datastore.health.watch_store)
                 background.start_soon(datastore.replicate)
                 background.start_soon(datastore.listing.record_accesses)
+                background.start_soon(datastore.notes.run)
                 background.start_soon(services.ender.run)
                 background.start_soon(services.claims.run)
                 background.start_soon(_sync_regularly, services.disks, config.primary.sync_interval_s)
@@ -237,6 +242,23 @@ async def _open_filesystem(
     finally:
         with trio.CancelScope(shield=True):
             await filesystem.aclose()
+
+
+@asynccontextmanager
+async def _open_hypervisor(config: Config) -> AsyncIterator[WatchedHypervisor]:
+    """What runs VMs on this host; one that does not answer keeps nothing here from being served."""
+    libvirt = config.libvirt
+    if libvirt.enabled is False:
+        yield NoHypervisor()
+        return
+    settings = LibvirtSettings(
+        uri=libvirt.uri,
+        timeout_s=libvirt.timeout_s,
+        mountpoint=config.datastore.mountpoint,
+        is_optional=libvirt.enabled == "auto",
+    )
+    async with open_libvirt(settings) as hypervisor:
+        yield hypervisor
 
 
 def open_store(config: Config) -> Store:

@@ -42,9 +42,12 @@ from vmfs_stub.primary.tree import open_beneath
 from vmfs_stub.services import memory
 from vmfs_stub.services.adopt import Missed, Wanted
 from vmfs_stub.services.adoption_choice import Told
+from vmfs_stub.services.archive_notes import ArchiveNotes
 from vmfs_stub.services.disk_name import disk_label
 from vmfs_stub.services.disk_services import DiskServices
+from vmfs_stub.services.domains import refuse_archives
 from vmfs_stub.services.findings import Findings
+from vmfs_stub.services.hypervisor import WatchedHypervisor
 from vmfs_stub.services.replication import ReplicaService
 from vmfs_stub.services.retention import apply_rules, problem_of
 from vmfs_stub.services.threads import Threads
@@ -61,7 +64,7 @@ Step = Callable[[V, Callable[[int], None]], Awaitable[VmOutcome]]
 class Datastore:
     """Implements what control.target describes; wired together by the daemon.
 
-    Attributes: ``listing`` and ``health`` have work of their own that goes on beside the datastore's.
+    Attributes: ``listing``, ``health`` and ``notes`` have work of their own that goes on beside the datastore's.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Datastore:
         store: Store,
         replica: ReplicaService | None,
         services: DiskServices,
+        hypervisor: WatchedHypervisor,
         findings: Findings,
         jobs: Jobs,
         mount: Mount,
@@ -112,11 +116,20 @@ class Datastore:
             store=store,
             replica=replica,
             services=services,
+            hypervisor=hypervisor,
             findings=findings,
             jobs=jobs,
             mount=mount,
             listing=self.listing,
             backing_fd=self._backing_fd,
+        )
+        self._hypervisor = hypervisor
+        self.notes = ArchiveNotes(
+            hypervisor=hypervisor,
+            scan=self.listing.scan,
+            placeholders=self._disks.placeholders,
+            mountpoint=config.datastore.mountpoint,
+            datastore=config.datastore.name,
         )
         self._disks.on_open = self.listing.opened
         self._recall.held = config.hold_path.exists()
@@ -181,6 +194,12 @@ class Datastore:
                 disk = self._disks.get(file.ino)
                 if disk is not None and disk.open_count:
                     raise InUse(f"VM {vm.name} is in use: {disk.label} is open; shut it down first")
+        await refuse_archives(
+            found,
+            self._hypervisor,
+            mountpoint=self._config.datastore.mountpoint,
+            require_stop_on_error=self._config.libvirt.require_stop_on_error,
+        )
         return self._start("archive", found, self._backing_up(found, archive=True), peer=peer)
 
     async def start_recall(self, vms: Sequence[str], *, peer: Peer) -> JobId:

@@ -14,6 +14,7 @@ from vmfs_stub.control.jobs import Jobs
 from vmfs_stub.control.messages import (
     DaemonStatus,
     Finding,
+    LibvirtStatus,
     MountStatus,
     RecallStatus,
     ReplicaStatus,
@@ -25,6 +26,8 @@ from vmfs_stub.datastore_listing import Listing
 from vmfs_stub.mount.serving import Mount
 from vmfs_stub.services.disk_services import DiskServices
 from vmfs_stub.services.findings import Findings
+from vmfs_stub.services.hypervisor import Hypervisor
+from vmfs_stub.services.libvirt_hypervisor import LibvirtHypervisor
 from vmfs_stub.services.replication import ReplicaService
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.store import Store
@@ -46,6 +49,7 @@ class Health:
         store: Store,
         replica: ReplicaService | None,
         services: DiskServices,
+        hypervisor: Hypervisor,
         findings: Findings,
         jobs: Jobs,
         mount: Mount,
@@ -58,6 +62,7 @@ class Health:
         self._replica = replica
         self._disks = services.disks
         self._recall = services.recall
+        self._hypervisor = hypervisor
         self._findings = findings
         self._jobs = jobs
         self._mount = mount
@@ -89,6 +94,10 @@ class Health:
                 Finding(severity="problem" if must_act else "warning", subject="replica", message=message)
                 for must_act, message in self._replica.problems()
             ]
+        libvirt = self._libvirt_status()
+        if libvirt is not None and not libvirt.connected:
+            message = f"{libvirt.uri} does not answer: {libvirt.last_error}; VMs that run are not told from idle ones"
+            findings.append(Finding(severity="warning", subject="libvirt", message=message))
         mounted = not self._mount.ended.is_set()
         healthy = mounted and self._store_error is None and all(f.severity != "problem" for f in findings)
         counters = self._recall.counters
@@ -118,6 +127,7 @@ class Health:
                 last_error=self._store_error,
             ),
             replica=self._replica_status(),
+            libvirt=libvirt,
             jobs=[job for job in self._jobs.list() if job.state == "running"],
             recalls=self._recalls(),
             findings=findings,
@@ -133,6 +143,17 @@ class Health:
             last_error=None if away is None else str(away),
             behind=sum(self._replica.lag.values()),
             reads=self._replica.reads,
+        )
+
+    def _libvirt_status(self) -> LibvirtStatus | None:
+        libvirt = self._hypervisor
+        if not isinstance(libvirt, LibvirtHypervisor) or not libvirt.is_used:
+            return None
+        return LibvirtStatus(
+            uri=libvirt.uri,
+            connected=not libvirt.is_away,
+            away_since=libvirt.away_since_s,
+            last_error=libvirt.away_reason,
         )
 
     def _stored_elsewhere(self) -> str | None:

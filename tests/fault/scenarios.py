@@ -50,6 +50,7 @@ from vmfs_stub.primary.serving_mark import Machine, Mark, Pace, ServingMark, enc
 from vmfs_stub.services import scrub, verify
 from vmfs_stub.services.adopt import Wanted
 from vmfs_stub.services.adoption_choice import Told
+from vmfs_stub.services.hypervisor import NoHypervisor
 from vmfs_stub.services.replication import catch_up
 from vmfs_stub.services.restore import STAGING, restore_point
 from vmfs_stub.services.scrub_progress import ScrubProgress
@@ -870,6 +871,7 @@ def _datastore(services: Services, config: Config, catalog: Catalog, jobs: Jobs)
         store=services.store,
         replica=None,
         services=services.connected,
+        hypervisor=NoHypervisor(),
         findings=services.findings,
         jobs=jobs,
         mount=cast("Mount", SimpleNamespace(ended=trio.Event())),

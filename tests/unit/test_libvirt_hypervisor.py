@@ -138,7 +138,7 @@ async def test_domains_and_readings_come_with_the_time_that_an_event_told() -> N
         assert (found.state, found.state_since_s) == (GuestState.OFF, None)
         with trio.fail_after(5):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(hypervisor.wait_changed)
+                nursery.start_soon(hypervisor.wait_changed, hypervisor.changes)
                 await trio.testing.wait_all_tasks_blocked()
                 libvirt.put(VM.uuid, GuestState.RUNNING)
         (found,) = await hypervisor.domains()

@@ -45,6 +45,10 @@ def _say_status(found: Status) -> None:
         there = f"{replica.behind} restore points behind, {replica.reads} reads answered for the store"
         away = f"NOT reachable: {replica.last_error}"
         say(f"replica: {replica.url} {f'reachable, {there}' if replica.reachable else away}")
+    if (libvirt := found.libvirt) is not None:
+        since = "" if libvirt.away_since is None else f" since {time_text(libvirt.away_since)}"
+        away = f"NOT reachable{since}: {libvirt.last_error}"
+        say(f"libvirt: {libvirt.uri} {'connected' if libvirt.connected else away}")
     for job in found.jobs:
         names = ", ".join(job.vms) or "all VMs"
         done, total = bytes_text(job.progress.done_bytes), bytes_text(job.progress.total_bytes)

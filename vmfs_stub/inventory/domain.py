@@ -98,3 +98,10 @@ def reason_without_stop(domain: Domain, *, below: Path) -> str | None:
         f"domain {domain.name}: {named} without error_policy='stop' rerror_policy='stop': a recall that fails would be "
         "an error of the guest's disk; `vmfs-stub doctor` shows the change, [libvirt] require_stop_on_error waives it"
     )
+
+
+def reasons_against(domain: Domain, *, below: Path, require_stop_on_error: bool) -> tuple[str, ...]:
+    """Why a domain with disks in ``below``, a mountpoint, must not be archived, whoever asks for it."""
+    found = [f"domain {domain.name}: {problem}" for problem in domain.problems]
+    reason = reason_without_stop(domain, below=below) if require_stop_on_error else None
+    return tuple(found if reason is None else [*found, reason])

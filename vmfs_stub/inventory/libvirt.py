@@ -83,7 +83,7 @@ class LibvirtConnection:
         self._changes = 0
 
     @classmethod
-    def open(cls, uri: str, told: Told, *, is_ours: Callable[[Path], bool] = lambda path: False) -> LibvirtConnection:
+    def to(cls, uri: str, told: Told, *, is_ours: Callable[[Path], bool] = lambda path: False) -> LibvirtConnection:
         """Connect; ``told`` hears of what happens to domains from now on.
 
         ``is_ours`` tells whether a path lies on the datastore's mount.  Raises HypervisorAway; may take for ever where

@@ -92,7 +92,10 @@ class _State:
 
 
 class LibvirtHypervisor:
-    """Attributes: ``away_since_s`` and ``away_reason`` say since when and why libvirt does not answer, while so."""
+    """Attributes: ``away_since_s`` and ``away_reason`` say since when and why libvirt does not answer, while so.
+
+    ``changes`` counts what happened to domains, and libvirt's coming and going.
+    """
 
     def __init__(
         self,
@@ -103,9 +106,7 @@ class LibvirtHypervisor:
         backoff_s: tuple[float, float] = BACKOFF_S,
     ) -> None:
         self._settings = settings
-        self._connect = connect or partial(
-            _connect, settings.uri, is_ours=partial(_lies_in, os.path.realpath(settings.mountpoint))
-        )
+        self._dial = connect or partial(_dial, settings.uri, is_ours=partial(_lies_in, settings.mountpoint))
         self._clock = clock
         self._backoff_s = backoff_s
         self._calls = WorkerPool("libvirt", CALLS_MAX)
@@ -120,6 +121,7 @@ class LibvirtHypervisor:
         self._states: dict[str, _State] = {}
         self._state_events: dict[str, float] = {}
         self._forgot_s = -math.inf
+        self.changes = 0
         self.away_since_s: float | None = None
         self.away_reason = ""
 
@@ -134,13 +136,19 @@ class LibvirtHypervisor:
         return self._connection is None and not self._is_absent
 
     @property
+    def is_used(self) -> bool:
+        """Whether this is a host with libvirt, be it away or not."""
+        return not self._is_absent
+
+    @property
     def _is_absent(self) -> bool:
         """Whether this host counts as one without libvirt."""
         return self._settings.is_optional and not self._was_seen
 
-    async def wait_changed(self) -> None:
-        """Wait until something happens to a domain, or libvirt comes or goes; callers look at what by themselves."""
-        await self._changed.wait()
+    async def wait_changed(self, seen: int) -> None:
+        """Wait until something happens to a domain, or libvirt comes or goes: until ``changes`` is not ``seen``."""
+        while self.changes == seen:
+            await self._changed.wait()
 
     # Asking
 
@@ -254,6 +262,7 @@ class LibvirtHypervisor:
         return known.since_s
 
     def _tell(self) -> None:
+        self.changes += 1
         self._changed.set()
         self._changed = trio.Event()
 
@@ -301,7 +310,7 @@ class LibvirtHypervisor:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._give_up_waiting)
             try:
-                connection = await self._connecting.run(partial(self._connect, told), abandonable=True)
+                connection = await self._connecting.run(partial(self._dial, told), abandonable=True)
             except (HypervisorAway, NoThread) as exc:
                 if str(exc) != self.away_reason:
                     log.warning("libvirt is away: %s", exc)
@@ -367,9 +376,7 @@ def look_at_domains(settings: LibvirtSettings) -> list[Domain]:
 
     def look() -> None:
         try:
-            connection = _connect(
-                settings.uri, lambda event: None, is_ours=partial(_lies_in, os.path.realpath(settings.mountpoint))
-            )
+            connection = _dial(settings.uri, lambda event: None, is_ours=partial(_lies_in, settings.mountpoint))
             answers.put(connection.domains())
             connection.close()
         except HypervisorAway as exc:
@@ -390,8 +397,8 @@ def is_there(uri: str) -> bool:
     return libvirt.has_binding() and any(socket.exists() for socket in libvirt.sockets_of(uri))
 
 
-def _connect(uri: str, told: Told, *, is_ours: Callable[[Path], bool]) -> LibvirtConnection:
-    return LibvirtConnection.open(uri, told, is_ours=is_ours)
+def _dial(uri: str, told: Told, *, is_ours: Callable[[Path], bool]) -> LibvirtConnection:
+    return LibvirtConnection.to(uri, told, is_ours=is_ours)
 
 
 def _tell_loop(token: trio.lowlevel.TrioToken, happened: Callable[[DomainEvent], None], event: DomainEvent) -> None:
@@ -400,5 +407,6 @@ def _tell_loop(token: trio.lowlevel.TrioToken, happened: Callable[[DomainEvent],
         token.run_sync_soon(happened, event)
 
 
-def _lies_in(directory: str, path: Path) -> bool:
-    return Path(os.path.realpath(path)).is_relative_to(directory)
+def _lies_in(directory: Path, path: Path) -> bool:
+    """Blocks, and may ask the mount that this process serves: only for threads."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory))
