@@ -147,10 +147,11 @@ def test_archives_are_refused_with_the_reason(datastore: LiveDatastore, libvirt:
     libvirt.define(libvirt.domain_xml("kept", [LabDisk(path)], more=protected))
     assert "protected" in datastore.cli("archive", "kept", check=4).err
 
-    path = datastore.add_vm("tpm", image(SIZE, seed=3))
-    tpm = "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>"
-    libvirt.define(libvirt.domain_xml("tpm", [LabDisk(path)], devices=tpm))
-    assert "TPM" in datastore.cli("archive", "tpm", check=4).err
+    path = datastore.add_vm("shared", image(SIZE, seed=3))
+    second = f"<source file='{path.with_name('second.raw')}'/><target dev='vdb' bus='virtio'/><shareable/>"
+    second = f"<disk type='file' device='disk'><driver error_policy='stop'/>{second}</disk>"
+    libvirt.define(libvirt.domain_xml("shared", [LabDisk(path)], devices=second))
+    assert "disk vdb is shared with other domains" in datastore.cli("archive", "shared", check=4).err
 
 
 def test_a_running_vm_is_refused_by_name(datastore: LiveDatastore, libvirt: PrivateLibvirt) -> None:

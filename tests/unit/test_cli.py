@@ -178,7 +178,7 @@ def test_status_and_hold(run: Run, start_daemon: StartDaemon) -> None:
     daemon = start_daemon()
     status = json.loads(run("status", "--json").out)
     assert status["daemon"]["pid"] == daemon.pid
-    assert set(status) == {"healthy", "daemon", "mount", "store", "replica", "jobs", "recalls", "findings"}
+    assert set(status) == {"healthy", "daemon", "mount", "store", "replica", "libvirt", "jobs", "recalls", "findings"}
     assert run("hold").code == 0
     assert "recalls are held" in run("status").out
     assert run("unhold").code == 0
