@@ -54,6 +54,11 @@ _OWN: Final = {
     "/run/libvirt": "run",
 }
 """Directories that are compiled into libvirtd, and where each is instead, below its home."""
+_USERS: Final = {
+    "passwd": {"libvirt-qemu": "libvirt-qemu:x:64055:64055::/nonexistent:/usr/sbin/nologin"},
+    "group": {"libvirt-qemu": "libvirt-qemu:x:64055:", "kvm": "kvm:x:64056:"},
+}
+"""libvirtd does not start without them, whoever it runs guests as; a package that we do without would make them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,10 @@ class PrivateLibvirt:
         self._was_shared = bool(mounts_at(shared))
         for folder in (*_OWN.values(), "sockets"):
             (home / folder).mkdir()
+        for file, users in _USERS.items():
+            lines = Path("/etc", file).read_text().splitlines()
+            missing = set(users) - {line.partition(":")[0] for line in lines}
+            (home / file).write_text("\n".join([*lines, *(users[name] for name in sorted(missing))]) + "\n")
         (home / "etc/qemu").mkdir()
         (home / "lib/qemu").mkdir()
         (home / "etc/qemu.conf").write_text(_QEMU_CONFIG)
@@ -113,6 +122,7 @@ class PrivateLibvirt:
         """Start it; returns when it answers.  Guests of an earlier one are taken over.  Raises LabError."""
         self._share()
         binds = [f"mkdir -p {there} && mount --bind {self.home / here} {there}" for there, here in _OWN.items()]
+        binds += [f"mount --bind {self.home / file} /etc/{file}" for file in _USERS]
         start = f"exec libvirtd --config {self.home / 'etc/libvirtd.conf'} --pid-file {self.home / 'libvirtd.pid'}"
         script = " && ".join([*binds, start])
         with (self.home / "output").open("ab") as output:

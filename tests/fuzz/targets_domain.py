@@ -32,7 +32,8 @@ class DomainXmlTarget(Target):
     bound = Bound(base_bytes=4 << 20, per_byte=300)
     tokens = (
         b"<!DOCTYPE d [<!ENTITY e 'x'>]>", b"&e;", b"<![CDATA[", b"]]>", b"<!--", b"<?xml version='1.0' encoding='x'?>",
-        b"<backingStore>", b"<source file='/x'/>", b"<disk>", b"</disk>", b"<shareable/>", b"<tpm/>", b"&#0;",
+        b"<backingStore>", b"<source file='/x'/>", b"<source file='x'/>", b"<disk>", b"</disk>", b"&#0;",
+        b"<shareable/>", b"<tpm/>",
         b"xmlns='", b"\xff\xfe", b"<a>" * 500, b"='", b"type='volume'", b"<nvram/>", b"1e999", b"nan", b"-1",
     )  # fmt: skip
 
