@@ -74,7 +74,8 @@ class LabDisk:
 class PrivateLibvirt:
     """One libvirtd after the other in the existing directory ``home``; ``uri`` is how to reach it.
 
-    ``shared`` is below what guests' disks lie.  Its path must be short: a socket's is at most 107 bytes.
+    ``shared`` is below what guests' disks lie; nothing may be mounted below it yet, or it would be hidden.  Its path
+    must be short: a socket's is at most 107 bytes.
     """
 
     def __init__(self, home: Path, *, shared: Path) -> None:
@@ -83,6 +84,7 @@ class PrivateLibvirt:
         self._process: subprocess.Popen[bytes] | None = None
         self._host_uuid = str(uuids.uuid4())
         self._was_shared = bool(mounts_at(shared))
+        self._share()
         for folder in (*_OWN.values(), "sockets"):
             (home / folder).mkdir()
         for file, users in _USERS.items():
@@ -120,7 +122,6 @@ class PrivateLibvirt:
 
     def start(self) -> None:
         """Start it; returns when it answers.  Guests of an earlier one are taken over.  Raises LabError."""
-        self._share()
         binds = [f"mkdir -p {there} && mount --bind {self.home / here} {there}" for there, here in _OWN.items()]
         binds += [f"mount --bind {self.home / file} /etc/{file}" for file in _USERS]
         start = f"exec libvirtd --config {self.home / 'etc/libvirtd.conf'} --pid-file {self.home / 'libvirtd.pid'}"
@@ -262,13 +263,15 @@ class PrivateLibvirt:
         more: str = "",
         devices: str = "",
         memory_mib: int = 256,
+        fast: bool = True,
     ) -> str:
         """XML of an emulated domain that boots ``guest``'s kernel to the marker script; without it, nothing at all.
 
-        ``more`` goes below <domain>, ``devices`` below <devices>.  A guest powers itself off unless ``parameters``
-        has ``vmfs.stay``.
+        Without ``fast`` it boots all of its system, which then hears of the power button.  ``more`` goes below
+        <domain>, ``devices`` below <devices>.  A guest powers itself off unless ``parameters`` has ``vmfs.stay``.
         """
-        line = " ".join(["root=/dev/vda", "rw", "console=ttyS0", "quiet", "panic=-1", f"init={INIT}", *parameters])
+        words = ["root=/dev/vda", "rw", "console=ttyS0", "quiet", "panic=-1", *parameters]
+        line = " ".join([*words, f"init={INIT}"] if fast else words)
         kernel = (
             f"<kernel>{guest.kernel}</kernel><initrd>{guest.initrd}</initrd><cmdline>{line}</cmdline>" if guest else ""
         )

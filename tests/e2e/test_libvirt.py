@@ -200,3 +200,33 @@ def test_a_hanging_libvirtd_holds_up_no_command(datastore: LiveDatastore, libvir
     libvirt.thaw()
     wait_until("it is back", lambda: status(datastore).connected)
     wait_until("the note is gone", lambda: not note(libvirt, "vm"))
+
+
+def test_the_memory_of_a_guest_can_lie_on_the_mount(base: Path, make_datastore: MakeDatastore, guest: Guest) -> None:
+    """As `doctor` explains it: libvirt's save directory is a symbolic link; the guest goes on where it stopped."""
+    (base / "libvirt").mkdir()
+    libvirt = PrivateLibvirt(base / "libvirt", shared=base)
+    try:
+        datastore = make_datastore(SMALL_ENDS)
+        datastore.start()
+        (datastore.mountpoint / "saved").mkdir()
+        libvirt.save_dir.symlink_to(datastore.mountpoint / "saved")
+        libvirt.start()
+        add_guest(datastore, libvirt, guest, "web", *STAYS)
+        datastore.configure({"libvirt": {"enabled": True, "uri": libvirt.uri, "save_dir": str(libvirt.save_dir)}})
+        datastore.restart()
+        assert "lies on the mount" in datastore.cli("doctor").out
+        libvirt.virsh("start", "web")
+        libvirt.wait_console("web", DONE)
+        seen = libvirt.console("web").stat().st_size
+        libvirt.virsh("managedsave", "web")
+        assert [path.name for path in (datastore.mountpoint / "saved").iterdir()] == ["web.save"]
+        datastore.archive("web", "saved")
+        assert {datastore.state("web"), datastore.state("saved")} == {"placeholder"}
+        libvirt.virsh("start", "web")
+        libvirt.wait_state("web", "running")
+        time.sleep(3)
+        assert MARKER.encode() not in libvirt.console("web").read_bytes()[seen:]
+        libvirt.virsh("destroy", "web")
+    finally:
+        libvirt.end()
