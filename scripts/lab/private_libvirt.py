@@ -125,10 +125,11 @@ class PrivateLibvirt:
         binds = [f"mkdir -p {there} && mount --bind {self.home / here} {there}" for there, here in _OWN.items()]
         binds += [f"mount --bind {self.home / file} /etc/{file}" for file in _USERS]
         start = f"exec libvirtd --config {self.home / 'etc/libvirtd.conf'} --pid-file {self.home / 'libvirtd.pid'}"
-        script = " && ".join([*binds, start])
+        # Of a name of its own, since guests do not migrate to a host of the same.
+        script = " && ".join([f"hostname lab-{self._host_uuid[:8]}", *binds, start])
         with (self.home / "output").open("ab") as output:
             self._process = subprocess.Popen(
-                ["unshare", "--mount", "--propagation", "slave", "sh", "-c", script],
+                ["unshare", "--uts", "--mount", "--propagation", "slave", "sh", "-c", script],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

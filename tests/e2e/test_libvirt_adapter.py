@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -239,3 +240,24 @@ def test_two_of_them_know_nothing_of_each_other(base: Path) -> None:
         (left,) = two.guests()
         one.virsh("destroy", "vm")
     assert ended(left, deadline_s=0)
+
+
+async def test_migration_out_and_in_is_noticed(libvirt: PrivateLibvirt, guest: Guest) -> None:
+    """Between two hosts, as far as libvirt can tell; the disk is on storage that both have."""
+    with private_libvirt(libvirt.shared / "other", shared=libvirt.shared) as other:
+        async with connected(libvirt) as here, connected(other) as there:
+            await call(real, libvirt, guest, "web", "vmfs.stay")
+            await call(libvirt.virsh, "start", "web")
+            await call(libvirt.wait_console, "web", DONE)
+            other.console("web").touch()
+            target = other.uri.replace("qemu:", "qemu+unix:", 1)
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            how = ("--live", "--unsafe", "--persistent", "--migrateuri", f"tcp://127.0.0.1:{port}")
+            await call(libvirt.virsh, "migrate", "web", target, *how)
+            (left,) = await until(here, lambda domains: domains[0].state is GuestState.OFF)
+            assert left.problems == ("it was migrated to another host, where its newest state is",)
+            (came,) = await until(there, lambda domains: bool(domains) and domains[0].state is GuestState.RUNNING)
+            assert (came.uuid, came.is_persistent, came.problems) == (left.uuid, True, ())
+            assert came.state_since_s is not None

@@ -176,3 +176,10 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
         file.truncate(1 << 40)
     with pytest.raises(ConfigError, match="larger than"):
         load_config(path)
+
+
+@pytest.mark.parametrize(("text", "enabled"), [('"auto"', "auto"), ("true", True), ("false", False)])
+def test_whether_libvirt_is_used(text: str, enabled: object) -> None:
+    assert parse_config(f"{MINIMAL}[libvirt]\nenabled = {text}\n", origin="c.toml").libvirt.enabled == enabled
+    with pytest.raises(ConfigError, match="enabled"):
+        parse_config(f'{MINIMAL}[libvirt]\nenabled = "perhaps"\n', origin="c.toml")

@@ -18,7 +18,8 @@ from vmfs_stub.core.errors import HypervisorAway, InUse, Refused
 from vmfs_stub.core.ids import VmId
 from vmfs_stub.core.usage import GuestState
 from vmfs_stub.inventory.domain import Domain
-from vmfs_stub.inventory.libvirt import LibvirtConnection, has_binding
+from vmfs_stub.inventory.libvirt import LibvirtConnection
+from vmfs_stub.inventory.libvirt_binding import has_binding
 from vmfs_stub.inventory.vm import Vm, VmFile
 from vmfs_stub.services.domains import link, refuse_archives
 

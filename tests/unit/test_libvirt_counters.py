@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vmfs_stub.core.usage import Counters
-from vmfs_stub.inventory.libvirt import counters_of
+from vmfs_stub.inventory.libvirt_stats import counters_of
 
 WHOLE: dict[str, Any] = {
     "cpu.time": 2_500_000_000,

@@ -15,7 +15,8 @@ from fake_hypervisor import domain
 from vmfs_stub.core.errors import HypervisorAway
 from vmfs_stub.core.usage import Counters, GuestState, Reading
 from vmfs_stub.inventory.domain import ArchiveNote, Domain
-from vmfs_stub.inventory.libvirt import DomainEvent, Told, has_binding, sockets_of
+from vmfs_stub.inventory.libvirt import DomainEvent, Told
+from vmfs_stub.inventory.libvirt_binding import has_binding, sockets_of
 from vmfs_stub.services.libvirt_hypervisor import CALLS_MAX, LibvirtHypervisor, LibvirtSettings, open_libvirt
 
 SETTINGS = LibvirtSettings(uri="qemu:///system?socket=/nowhere/sock", timeout_s=0.2, mountpoint=Path("/mnt/images"))

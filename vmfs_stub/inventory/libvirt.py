@@ -1,8 +1,7 @@
 """Asks libvirt, with its own binding; blocking.
 
 Every call here may take as long as libvirtd likes, so it belongs into a thread, under somebody's limit of time
-(`services.libvirt_hypervisor`).  The binding is an extra (``vmfs-stub[libvirt]``): it is imported when it is first
-needed, and nowhere else.  All failures become HypervisorAway.
+(`services.libvirt_hypervisor`).  All failures become HypervisorAway.
 
 libvirtd is never asked for the disks of domains that are off: it would open their images to look, and that breaks the
 lease of an archive in progress.  Of those it is asked for the state alone.
@@ -11,32 +10,22 @@ lease of an archive in progress.  Of those it is asked for the state alone.
 from __future__ import annotations
 
 import contextlib
-import logging
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import parse_qs, urlsplit
 
 from vmfs_stub.core.errors import HypervisorAway, UnknownFormat
 from vmfs_stub.core.usage import Counters, GuestState, Reading
 from vmfs_stub.inventory.domain import ArchiveNote, Domain
 from vmfs_stub.inventory.domain_xml import NOTE, NOTE_KEY, Definition, note_xml, parse_domain
-
-log = logging.getLogger(__name__)
+from vmfs_stub.inventory.libvirt_binding import run_event_loop, said, the_binding, translated
+from vmfs_stub.inventory.libvirt_stats import counters_of, operation_of, state_of
 
 _KEEPALIVE_S: Final = 5
 _KEEPALIVES_MISSED: Final = 3
 """A libvirtd that is silent for this many of them is gone: calls that wait for it fail then."""
-_SOCKETS: Final = (Path("/run/libvirt/libvirt-sock"), Path("/run/libvirt/virtqemud-sock"))
-"""Of the one libvirtd, and of the daemon for QEMU alone that newer hosts have."""
-_NANO: Final = 1e9
-
-_loop_lock = threading.Lock()
-_loop_runs = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,24 +44,6 @@ Told = Callable[[DomainEvent], None]
 """Is called in a thread of the binding's; must not block or raise."""
 
 
-def has_binding() -> bool:
-    """Whether the extra is installed."""
-    try:
-        import libvirt  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def sockets_of(uri: str) -> tuple[Path, ...]:
-    """Where libvirt of this URI may have its socket; empty for one that has none here (``qemu+ssh:``, say)."""
-    parts = urlsplit(uri)
-    named = parse_qs(parts.query).get("socket")
-    if named:
-        return (Path(named[0]),)
-    return _SOCKETS if parts.scheme in ("qemu", "qemu+unix") and parts.path == "/system" and not parts.netloc else ()
-
-
 class LibvirtConnection:
     """One connection; thread-safe, since the binding is.  A lost one stays lost."""
 
@@ -89,12 +60,12 @@ class LibvirtConnection:
         ``is_ours`` tells whether a path lies on the datastore's mount.  Raises HypervisorAway; may take for ever where
         libvirtd has stopped.
         """
-        libvirt = _libvirt()
-        _run_event_loop(libvirt)
-        with _translated(f"cannot connect to {uri}"):
+        libvirt = the_binding()
+        run_event_loop(libvirt)
+        with translated(f"cannot connect to {uri}"):
             conn = libvirt.open(uri)
         try:
-            with _translated(f"cannot watch {uri}"):
+            with translated(f"cannot watch {uri}"):
                 conn.setKeepAlive(_KEEPALIVE_S, _KEEPALIVES_MISSED)
                 conn.registerCloseCallback(_on_close, told)
                 _register(libvirt, conn, told)
@@ -129,8 +100,8 @@ class LibvirtConnection:
 
     def domains(self) -> list[Domain]:
         """All domains, by name; without ``state_since_s``, which nobody can ask for.  Raises HypervisorAway."""
-        libvirt = _libvirt()
-        with _translated("cannot list the domains"):
+        libvirt = the_binding()
+        with translated("cannot list the domains"):
             handles = {_uuid(dom): dom for dom in self._conn.listAllDomains()}
             saved = self._having(libvirt.VIR_CONNECT_LIST_DOMAINS_MANAGEDSAVE)
             starting = self._having(libvirt.VIR_CONNECT_LIST_DOMAINS_AUTOSTART)
@@ -153,25 +124,26 @@ class LibvirtConnection:
 
     def _states(self) -> dict[str, tuple[GuestState, int]]:
         """State and libvirt's reason of every domain, by one question."""
-        libvirt = _libvirt()
+        libvirt = the_binding()
         found = {}
         for dom, stats in self._conn.getAllDomainStats(libvirt.VIR_DOMAIN_STATS_STATE):
             number = stats.get("state.state", -1)
-            found[_uuid(dom)] = (_state(libvirt, number), stats.get("state.reason", -1))
+            found[_uuid(dom)] = (state_of(libvirt, number), stats.get("state.reason", -1))
         return found
 
     def _domain(
         self, dom: Any, uuid: str, state: GuestState, reason: int, *, is_persistent: bool, autostarts: bool
     ) -> Domain | None:
         """None when it has gone meanwhile."""
-        libvirt = _libvirt()
+        libvirt = the_binding()
         try:
+            # Without it nobody knows whose disks these are, so it must not just be left out.
             xml, definition = self._known.get(uuid) or self._read(dom, uuid, is_persistent=is_persistent)
-            problems = list(self._running_problems(dom, state, reason, is_persistent=is_persistent))
         except libvirt.libvirtError as exc:
             if exc.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                 return None
-            raise HypervisorAway(f"cannot look at the domain {dom.name()}: {_said(exc)}") from exc
+            raise HypervisorAway(f"cannot look at the domain {dom.name()}: {said(exc)}") from exc
+        problems = self._running_problems(dom, state, reason, is_persistent=is_persistent)
         return Domain(
             uuid=uuid,
             name=definition.name,
@@ -188,7 +160,7 @@ class LibvirtConnection:
         )
 
     def _read(self, dom: Any, uuid: str, *, is_persistent: bool) -> tuple[str, Definition]:
-        libvirt, changes = _libvirt(), self._changes
+        libvirt, changes = the_binding(), self._changes
         # Without VIR_DOMAIN_XML_SECURE: passwords in it stay on this host.
         xml = dom.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE if is_persistent else 0)
         try:
@@ -200,24 +172,29 @@ class LibvirtConnection:
             self._known[uuid] = (xml, definition)
         return xml, definition
 
-    def _running_problems(self, dom: Any, state: GuestState, reason: int, *, is_persistent: bool) -> Iterator[str]:
+    def _running_problems(self, dom: Any, state: GuestState, reason: int, *, is_persistent: bool) -> list[str]:
         """What only libvirtd knows; a domain that is off is not asked."""
-        libvirt = _libvirt()
-        if not is_persistent:
-            yield "it is transient: libvirt forgets it when it stops"
+        libvirt = the_binding()
+        found = [] if is_persistent else ["it is transient: libvirt forgets it when it stops"]
         if state.is_off:
             if reason == libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED:
-                yield "it was migrated to another host, where its newest state is"
-            return
-        job = dom.jobStats(0)
-        if job.get("type", libvirt.VIR_DOMAIN_JOB_NONE) != libvirt.VIR_DOMAIN_JOB_NONE:
-            yield f"libvirt runs a job on it: {_operation(libvirt, job.get('operation', 0))}"
-        if "<mirror" in (xml := dom.XMLDesc(0)):
-            live = parse_domain(xml)
-            yield from (problem for problem in live.problems if problem.endswith("has a block job running"))
+                found.append("it was migrated to another host, where its newest state is")
+            return found
+        try:
+            job = dom.jobStats(0)
+            if job.get("type", libvirt.VIR_DOMAIN_JOB_NONE) != libvirt.VIR_DOMAIN_JOB_NONE:
+                found.append(f"libvirt runs a job on it: {operation_of(libvirt, job.get('operation', 0))}")
+            if "<mirror" in (xml := dom.XMLDesc(0)):
+                live = parse_domain(xml)
+                found += [problem for problem in live.problems if problem.endswith("has a block job running")]
+        except (libvirt.libvirtError, UnknownFormat) as exc:  # it has just stopped, say
+            if not self.is_alive():
+                raise HypervisorAway(f"cannot look at the domain {dom.name()}: {exc}") from exc
+            found.append(f"what it does cannot be told: {exc}")
+        return found
 
     def _volume_path(self, pool: str, name: str) -> Path | None:
-        libvirt = _libvirt()
+        libvirt = the_binding()
         try:
             path = self._conn.storagePoolLookupByName(pool).storageVolLookupByName(name).path()
         except libvirt.libvirtError:
@@ -228,7 +205,7 @@ class LibvirtConnection:
 
     def readings(self) -> Mapping[str, Reading]:
         """What every domain has used, by two questions: one for all that run, one for the states of the others."""
-        libvirt = _libvirt()
+        libvirt = the_binding()
         wanted = (
             libvirt.VIR_DOMAIN_STATS_STATE
             | libvirt.VIR_DOMAIN_STATS_CPU_TOTAL
@@ -238,7 +215,7 @@ class LibvirtConnection:
         )
         # One that has a long job running is left out in part, instead of having all wait for it.
         flags = libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE | libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT
-        with _translated("cannot read what the domains have used"):
+        with translated("cannot read what the domains have used"):
             states = self._states()
             saved = self._having(libvirt.VIR_CONNECT_LIST_DOMAINS_MANAGEDSAVE)
             running = {_uuid(dom): stats for dom, stats in self._conn.getAllDomainStats(wanted, flags)}
@@ -255,42 +232,42 @@ class LibvirtConnection:
 
     def state(self, uuid: str) -> GuestState:
         """Of one domain."""
-        libvirt = _libvirt()
-        with _translated("cannot ask for the state of a domain"):
+        libvirt = the_binding()
+        with translated("cannot ask for the state of a domain"):
             dom = self._lookup(uuid)
-            state = _state(libvirt, dom.state()[0])
+            state = state_of(libvirt, dom.state()[0])
             return GuestState.SAVED if state is GuestState.OFF and dom.hasManagedSaveImage() else state
 
     def ask_to_power_off(self, uuid: str) -> None:
         """Press the guest's power button (ACPI); returns at once."""
-        libvirt = _libvirt()
-        with _translated("cannot ask a domain to power off"):
+        libvirt = the_binding()
+        with translated("cannot ask a domain to power off"):
             self._lookup(uuid).shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN)
 
     def save(self, uuid: str) -> None:
         """Put a guest's memory into libvirt's save directory and end it; takes as long as the memory is large."""
-        with _translated("cannot save a domain"):
+        with translated("cannot save a domain"):
             self._lookup(uuid).managedSave(0)
 
     def stop_saving(self, uuid: str) -> None:
         """Stop a save that takes too long: the guest goes on.  Whatever else libvirt does with it is not stopped."""
-        libvirt = _libvirt()
-        with _translated("cannot stop the save of a domain"):
+        libvirt = the_binding()
+        with translated("cannot stop the save of a domain"):
             dom = self._lookup(uuid)
             if dom.isActive() and dom.jobStats(0).get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_SAVE:
                 dom.abortJob()
 
     def start(self, uuid: str) -> None:
         """Start a domain, from its managed save if it has one; one that runs is left alone."""
-        with _translated("cannot start a domain"):
+        with translated("cannot start a domain"):
             dom = self._lookup(uuid)
             if not dom.isActive():
                 dom.create()
 
     def set_note(self, uuid: str, note: ArchiveNote | None) -> None:
         """Write, or remove, our note in the domain's metadata: in its definition, and in what runs of it."""
-        libvirt = _libvirt()
-        with _translated("cannot change the metadata of a domain"):
+        libvirt = the_binding()
+        with translated("cannot change the metadata of a domain"):
             dom = self._lookup(uuid)
             flags = libvirt.VIR_DOMAIN_AFFECT_CONFIG if dom.isPersistent() else 0
             if dom.isActive():
@@ -305,81 +282,6 @@ class LibvirtConnection:
 
     def _lookup(self, uuid: str) -> Any:
         return self._conn.lookupByUUID(bytes.fromhex(uuid))
-
-
-def counters_of(stats: Mapping[str, Any]) -> Counters:
-    """What libvirt's statistics of a running domain say; whatever part of a sum is missing makes it unknown."""
-    cpu_ns = stats.get("cpu.time")  # which needs cgroups
-    if cpu_ns is None:
-        cpu_ns = _sum(
-            stats, "vcpu", "vcpu.maximum", ("time",), is_needed=lambda number: f"vcpu.{number}.state" in stats
-        )
-    # A drive without a medium has no path, and no counters.
-    disks = ("block", "block.count")
-    read, written, requests = (
-        _sum(stats, *disks, keys, is_needed=lambda number: f"block.{number}.path" in stats)
-        for keys in (("rd.bytes",), ("wr.bytes",), ("rd.reqs", "wr.reqs"))
-    )
-    return Counters(
-        cpu_s=None if cpu_ns is None else cpu_ns / _NANO,
-        read_bytes=read,
-        written_bytes=written,
-        requests=requests,
-        network_bytes=_sum(stats, "net", "net.count", ("rx.bytes", "tx.bytes")),
-    )
-
-
-def _sum(
-    stats: Mapping[str, Any],
-    group: str,
-    count_key: str,
-    keys: Sequence[str],
-    *,
-    is_needed: Callable[[int], bool] = lambda number: True,
-) -> int | None:
-    count = stats.get(count_key)
-    if count is None:
-        return None
-    total = 0
-    for number in filter(is_needed, range(count)):
-        for key in keys:
-            value = stats.get(f"{group}.{number}.{key}")
-            if value is None:
-                return None
-            total += int(value)
-    return total
-
-
-def _libvirt() -> Any:
-    """The binding, silenced: what goes wrong is raised, and not printed as well."""
-    try:
-        import libvirt
-    except ImportError as exc:
-        raise HypervisorAway(
-            "the libvirt binding is not installed: pip install 'vmfs-stub[libvirt]', or set [libvirt] enabled = false"
-        ) from exc
-    return libvirt
-
-
-def _run_event_loop(libvirt: Any) -> None:
-    """libvirt's own event loop, once for the process, in a thread that ends with it."""
-    global _loop_runs  # noqa: PLW0603 - so is libvirt's
-    with _loop_lock:
-        if _loop_runs:
-            return
-        libvirt.registerErrorHandler(_say_nothing, None)
-        libvirt.virEventRegisterDefaultImpl()
-
-        def turn() -> None:
-            while True:
-                libvirt.virEventRunDefaultImpl()
-
-        threading.Thread(target=turn, name="libvirt events", daemon=True).start()
-        _loop_runs = True
-
-
-def _say_nothing(_context: object, _error: object) -> None:
-    pass
 
 
 def _on_close(_conn: object, _reason: int, told: Told) -> None:
@@ -410,41 +312,3 @@ def _register(libvirt: Any, conn: Any, told: Told) -> None:
 
 def _uuid(dom: Any) -> str:
     return bytes(dom.UUID()).hex()
-
-
-def _state(libvirt: Any, number: int) -> GuestState:
-    return {
-        libvirt.VIR_DOMAIN_RUNNING: GuestState.RUNNING,
-        libvirt.VIR_DOMAIN_BLOCKED: GuestState.RUNNING,
-        libvirt.VIR_DOMAIN_SHUTDOWN: GuestState.RUNNING,  # it is about to
-        libvirt.VIR_DOMAIN_PAUSED: GuestState.PAUSED,
-        libvirt.VIR_DOMAIN_PMSUSPENDED: GuestState.PAUSED,
-        libvirt.VIR_DOMAIN_SHUTOFF: GuestState.OFF,
-        libvirt.VIR_DOMAIN_CRASHED: GuestState.CRASHED,
-    }.get(number, GuestState.UNKNOWN)
-
-
-def _operation(libvirt: Any, number: int) -> str:
-    return {
-        libvirt.VIR_DOMAIN_JOB_OPERATION_START: "start",
-        libvirt.VIR_DOMAIN_JOB_OPERATION_SAVE: "save",
-        libvirt.VIR_DOMAIN_JOB_OPERATION_RESTORE: "restore",
-        libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN: "migration from another host",
-        libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT: "migration to another host",
-        libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT: "snapshot",
-        libvirt.VIR_DOMAIN_JOB_OPERATION_DUMP: "dump",
-        libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP: "backup",
-    }.get(number, "of a kind that is not known here")
-
-
-@contextmanager
-def _translated(what: str) -> Iterator[None]:
-    libvirt = _libvirt()
-    try:
-        yield
-    except libvirt.libvirtError as exc:
-        raise HypervisorAway(f"{what}: {_said(exc)}") from exc
-
-
-def _said(exc: Any) -> str:
-    return str(exc.get_error_message() or exc)

@@ -26,9 +26,9 @@ import trio
 from vmfs_stub.core.errors import HypervisorAway
 from vmfs_stub.core.times import time_text
 from vmfs_stub.core.usage import GuestState, Reading
-from vmfs_stub.inventory import libvirt
 from vmfs_stub.inventory.domain import ArchiveNote, Domain
 from vmfs_stub.inventory.libvirt import DomainEvent, LibvirtConnection, Told
+from vmfs_stub.inventory.libvirt_binding import has_binding, sockets_of
 from vmfs_stub.services.worker_pool import NoThread, WorkerPool
 
 log = logging.getLogger(__name__)
@@ -302,8 +302,8 @@ class LibvirtHypervisor:
             await trio.sleep(pause_s)
 
     async def _try_to_connect(self, told: Told) -> Connection | None:
-        sockets = libvirt.sockets_of(self.uri)
-        if self._is_absent and not (libvirt.has_binding() and any(socket.exists() for socket in sockets)):
+        sockets = sockets_of(self.uri)
+        if self._is_absent and not (has_binding() and any(socket.exists() for socket in sockets)):
             self._tried.set()
             return None
         self._was_seen = True
@@ -394,7 +394,7 @@ def look_at_domains(settings: LibvirtSettings) -> list[Domain]:
 
 def is_there(uri: str) -> bool:
     """Whether ``enabled = "auto"`` would use libvirt: its binding is installed, and its socket is there."""
-    return libvirt.has_binding() and any(socket.exists() for socket in libvirt.sockets_of(uri))
+    return has_binding() and any(socket.exists() for socket in sockets_of(uri))
 
 
 def _dial(uri: str, told: Told, *, is_ours: Callable[[Path], bool]) -> LibvirtConnection:
