@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from tests.datastore_harness import Services
@@ -12,7 +13,9 @@ from vmfs_stub.core.ids import PointId, VmId
 from vmfs_stub.core.policy import Decision, WhenRunning
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.vm import Vm
-from vmfs_stub.services.backup_job import BackupJobs, JobSettings
+from vmfs_stub.services.backup_job import BackupJobs, JobSettings, protected
+from vmfs_stub.services.datastore_paths import DatastorePaths
+from vmfs_stub.services.domains import link
 from vmfs_stub.services.hooks import Hooks
 from vmfs_stub.services.managed_save import ManagedSave
 from vmfs_stub.services.stopped_guests import StoppedGuests
@@ -70,12 +73,14 @@ class JobRig:
 
     def __post_init__(self) -> None:
         services = self.services
+        paths = DatastorePaths(files=services.files, backing=services.rig.backing, mountpoint=MOUNT)
         self.guests = StoppedGuests(
             hypervisor=self.hypervisor,
             threads=services.threads,
             private=services.private,
             placeholders=services.disks.placeholders,
-            managed_save=ManagedSave(self.save_dir, MOUNT),
+            managed_save=ManagedSave.at(self.save_dir, mountpoint=MOUNT, paths=paths),
+            link=partial(link, paths=paths),
             limit_s=self.limit_s,
             placeholder_bytes_min=services.rig.settings.placeholder_bytes_min,
         )
@@ -89,7 +94,7 @@ class JobRig:
             guests=self.guests,
             hooks=self.hooks,
             decide=self.policy.decide,
-            is_protected=self._is_protected,
+            refuse=self._refuse,
             made=self._made,
             forget=self._forget,
             backed_up=lambda vm_id: None,
@@ -103,8 +108,9 @@ class JobRig:
     async def all_vms(self) -> Sequence[Vm]:
         return self.vms()
 
-    async def _is_protected(self, vm: Vm) -> bool:
-        return vm.id in self.protected
+    async def _refuse(self, vm: Vm) -> None:
+        if vm.id in self.protected:
+            raise protected(vm)
 
     async def _made(self, vm_id: VmId, *, is_archived: bool) -> None:
         self.made[vm_id] = is_archived

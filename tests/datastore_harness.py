@@ -50,7 +50,7 @@ from vmfs_stub.services.file_reads import FileReads, open_ring
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.guest_activity import GuestActivity
 from vmfs_stub.services.hydration import STEPS_AT_ONCE
-from vmfs_stub.services.hypervisor import Hypervisor
+from vmfs_stub.services.hypervisor import WatchedHypervisor
 from vmfs_stub.services.local_mover import LocalMover
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recovery import Recovered, Recovery
@@ -351,7 +351,7 @@ class Rig:
             host="host1",
             datastore="vms",
         )
-        self.hypervisor: Hypervisor | None = None
+        self.hypervisor: WatchedHypervisor | None = None
         """What tells of domains in later lives."""
         self.mountpoint = base / "mount"
         """Where the datastore would be mounted, for what names files there."""

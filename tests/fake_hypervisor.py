@@ -46,6 +46,18 @@ class FakeHypervisor:
         self.stubborn: set[str] = set()
         self.away = False
         self.asked: list[str] = []
+        self.changes = 0
+        self._changed = trio.Event()
+
+    async def wait_changed(self, seen: int) -> None:
+        while self.changes == seen:
+            await self._changed.wait()
+
+    def change(self) -> None:
+        """Tell that something happened."""
+        self.changes += 1
+        self._changed.set()
+        self._changed = trio.Event()
 
     @property
     def is_away(self) -> bool:
@@ -60,6 +72,7 @@ class FakeHypervisor:
     def put(self, uuid: str, **changes: object) -> None:
         """Change what is known of a domain."""
         self.known[uuid] = replace(self.known[uuid], **changes)  # type: ignore[arg-type]
+        self.change()
 
     async def domains(self) -> Sequence[Domain]:
         await self._asked("domains")

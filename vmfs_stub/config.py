@@ -13,7 +13,7 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
@@ -172,7 +172,6 @@ class JobsConfig(_Section):
     """Backup jobs: ``parallel`` VMs at once; guests get ``shutdown_limit_s`` to power off.
 
     A job ends when of at least ``failures_count_min`` VMs that failed the share is above ``failures_percent_max``.
-    ``save_dir`` is where the hypervisor puts the memory of guests that it saves.
     """
 
     parallel: int = Field(default=2, ge=1, le=64)
@@ -181,12 +180,6 @@ class JobsConfig(_Section):
     windows: tuple[WindowConfig, ...] = Field(default=(), max_length=100)
     bytes_per_s_max_outside: ByteCount = 0
     shutdown_limit_s: float = Field(default=300, gt=0, le=86400)
-    save_dir: Path = Path("/var/lib/libvirt/qemu/save")
-
-    @field_validator("save_dir")
-    @classmethod
-    def _is_absolute(cls, value: Path) -> Path:
-        return _absolute(value)
 
     @property
     def bandwidth(self) -> Windows:
@@ -278,6 +271,24 @@ class MountConfig(_Section):
     allow_other: bool = True
 
 
+class LibvirtConfig(_Section):
+    """The hypervisor; ``enabled`` of "auto": used where its binding is installed and its socket is there.
+
+    ``save_dir`` is where it puts the memory of guests that it saves.
+    """
+
+    enabled: bool | Literal["auto"] = "auto"
+    uri: str = Field(default="qemu:///system", min_length=1, max_length=4096)
+    timeout_s: float = Field(default=10, gt=0, le=600)
+    require_stop_on_error: bool = True
+    save_dir: Path = Path("/var/lib/libvirt/qemu/save")
+
+    @field_validator("save_dir")
+    @classmethod
+    def _is_absolute(cls, value: Path) -> Path:
+        return _absolute(value)
+
+
 class ControlConfig(_Section):
     """The daemon's control socket; without ``socket`` it is control.sock in the runtime directory."""
 
@@ -340,6 +351,7 @@ class Config(_Section):
     mount: MountConfig = MountConfig()
     control: ControlConfig = ControlConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
+    libvirt: LibvirtConfig = LibvirtConfig()
 
     @model_validator(mode="after")
     def _replica_is_another_place(self) -> Config:

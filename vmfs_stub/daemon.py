@@ -57,13 +57,16 @@ from vmfs_stub.services import memory
 from vmfs_stub.services.archive import ArchiveSettings
 from vmfs_stub.services.bandwidth import Bandwidth
 from vmfs_stub.services.datastore_lock import end_at_once, take_lock
+from vmfs_stub.services.datastore_paths import DatastorePaths
 from vmfs_stub.services.disk_services import DiskServices, ServiceSettings, connect_services
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.file_reads import FileReads, open_ring
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.guest_activity import GuestActivity
 from vmfs_stub.services.hydration import STEPS_AT_ONCE, STEPS_AT_ONCE_FAR
-from vmfs_stub.services.hypervisor import Hypervisor, NoHypervisor
+from vmfs_stub.services.hypervisor import NoHypervisor, WatchedHypervisor
+from vmfs_stub.services.libvirt_hypervisor import LibvirtSettings, open_libvirt
+from vmfs_stub.services.managed_save import ManagedSave
 from vmfs_stub.services.mount_usage import MountUsage
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recovery import Recovered, Recovery
@@ -168,7 +171,7 @@ async def _open_datastore(
     for subject, error in recovered.findings:
         findings.add(subject, error)
     private.reserve.fill(files)
-    hypervisor: Hypervisor = NoHypervisor()
+    managed_save = _managed_save(config, files)
     mount_usage = MountUsage(config.usage.hypervisors)
     with (
         _closing(_threads(config)) as threads,
@@ -178,6 +181,7 @@ async def _open_datastore(
     ):
         async with (
             open_mover(_mover_settings(config, store), guests, _index_told(findings), lock=mover_lock) as mover,
+            _open_hypervisor(config) as hypervisor,
             trio.open_nursery() as background,
         ):
             bandwidth = Bandwidth(config.jobs.bandwidth)
@@ -214,7 +218,7 @@ async def _open_datastore(
                     settings=settings,
                     threads=threads,
                     private=private,
-                    inventory=DirectoryInventory(backing, files=files),
+                    inventory=DirectoryInventory(backing, files=files, memory_dir=managed_save.memory_dir),
                     catalog=catalog,
                     store=store,
                     replica=None
@@ -223,6 +227,7 @@ async def _open_datastore(
                     services=services,
                     hypervisor=hypervisor,
                     mount_usage=mount_usage,
+                    managed_save=managed_save,
                     findings=findings,
                     jobs=jobs,
                     mount=mount,
@@ -261,6 +266,7 @@ async def _open_datastore(
                 background.start_soon(datastore.listing.record_accesses)
                 background.start_soon(datastore.usage.sampler.run)
                 background.start_soon(datastore.work.watch_guests)
+                background.start_soon(datastore.notes.run)
                 background.start_soon(services.ender.run)
                 background.start_soon(services.claims.run)
                 background.start_soon(_sync_regularly, services.disks, settings)
@@ -310,6 +316,29 @@ async def _open_filesystem(
     finally:
         with trio.CancelScope(shield=True):
             await filesystem.aclose()
+
+
+@asynccontextmanager
+async def _open_hypervisor(config: Config) -> AsyncIterator[WatchedHypervisor]:
+    """What runs VMs on this host; one that does not answer keeps nothing here from being served."""
+    libvirt = config.libvirt
+    if libvirt.enabled is False:
+        yield NoHypervisor()
+        return
+    settings = LibvirtSettings(
+        uri=libvirt.uri,
+        timeout_s=libvirt.timeout_s,
+        mountpoint=config.datastore.mountpoint,
+        is_optional=libvirt.enabled == "auto",
+    )
+    async with open_libvirt(settings) as hypervisor:
+        yield hypervisor
+
+
+def _managed_save(config: Config, files: FileCalls) -> ManagedSave:
+    datastore = config.datastore
+    paths = DatastorePaths(files=files, backing=datastore.backing, mountpoint=datastore.mountpoint)
+    return ManagedSave.at(config.libvirt.save_dir, mountpoint=datastore.mountpoint, paths=paths)
 
 
 def open_store(config: Config, objects: ObjectStore | None = None) -> Store:

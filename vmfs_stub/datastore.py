@@ -31,11 +31,14 @@ from vmfs_stub.mount.serving import Mount
 from vmfs_stub.primary.files import sync_filesystem
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.services.adoption_choice import Told
+from vmfs_stub.services.archive_notes import ArchiveNotes
 from vmfs_stub.services.backup_job import Decide
 from vmfs_stub.services.disk_services import DiskServices
 from vmfs_stub.services.findings import Findings
-from vmfs_stub.services.hypervisor import Hypervisor
+from vmfs_stub.services.hypervisor import WatchedHypervisor
+from vmfs_stub.services.managed_save import ManagedSave
 from vmfs_stub.services.mount_usage import MountUsage
+from vmfs_stub.services.obstacles import ObstacleSight
 from vmfs_stub.services.replication import ReplicaService
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.settings import Settings
@@ -47,8 +50,8 @@ class Datastore:
 
     ``decide`` says what jobs archive; by default that is the configured policy.
 
-    Attributes: ``listing``, ``usage``, ``health``, ``monitoring`` and ``work`` (jobs) have work of their own that goes
-    on beside the datastore's.
+    Attributes: ``listing``, ``usage``, ``health``, ``monitoring``, ``notes`` and ``work`` (jobs) have work of their own
+    that goes on beside the datastore's.
     """
 
     def __init__(
@@ -62,8 +65,9 @@ class Datastore:
         store: Store,
         replica: ReplicaService | None,
         services: DiskServices,
-        hypervisor: Hypervisor,
+        hypervisor: WatchedHypervisor,
         mount_usage: MountUsage,
+        managed_save: ManagedSave,
         findings: Findings,
         jobs: Jobs,
         mount: Mount,
@@ -101,6 +105,13 @@ class Datastore:
             files=services.files,
             scan=self.listing.scan,
         )
+        self.obstacles = ObstacleSight(
+            hypervisor=hypervisor,
+            chains=services.chains,
+            scan=self.listing.scan,
+            mountpoint=config.datastore.mountpoint,
+            require_stop_on_error=config.libvirt.require_stop_on_error,
+        )
         self.policy_view = DatastorePolicy(
             config=config,
             threads=threads,
@@ -109,8 +120,7 @@ class Datastore:
             findings=findings,
             samples=catalog,
             last_use=self.usage.sampler.last_use,
-            hypervisor=hypervisor,
-            link=self.usage.link,
+            look=self.obstacles.look,
             backing_fd=self._backing_fd,
         )
         self.work = DatastoreJobs(
@@ -127,6 +137,9 @@ class Datastore:
             backing_fd=self._backing_fd,
             reserve=reserve,
             hypervisor=hypervisor,
+            obstacles=self.obstacles,
+            managed_save=managed_save,
+            link=self.usage.link,
             decide=decide or self._decide,
         )
         self.monitoring = Monitoring(
@@ -144,6 +157,7 @@ class Datastore:
             store=store,
             replica=replica,
             services=services,
+            hypervisor=hypervisor,
             findings=findings,
             jobs=jobs,
             mount=mount,
@@ -153,6 +167,15 @@ class Datastore:
             jobs_paused=lambda: self.work.paused,
         )
         self._disks.on_graduated = self.listing.graduated
+        self.notes = ArchiveNotes(
+            hypervisor=hypervisor,
+            scan=self.listing.scan,
+            placeholders=self._disks.placeholders,
+            link=self.usage.link,
+            threads=threads,
+            datastore=config.datastore.name,
+            expected_s=self.policy_view.expected_s,
+        )
         self._disks.on_open = self.listing.opened
         self._recall.held = config.hold_path.exists()
 
@@ -164,6 +187,7 @@ class Datastore:
         """Go by another configuration, in what is not read from it when it is needed."""
         self.policy_view.configure(config)
         self.work.apply(config)
+        self.obstacles.require_stop_on_error = config.libvirt.require_stop_on_error
 
     def close(self) -> None:
         """Give back the descriptor of the backing directory."""

@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from vmfs_stub.catalog.catalog import Catalog, JobRecord
@@ -18,12 +17,25 @@ from vmfs_stub.config import Config
 from vmfs_stub.control.jobs import JobProgress, Jobs, failed_outcome, failure_info, one_by_one
 from vmfs_stub.control.messages import JobInfo, JobKind, JobReport, VmOutcome, error_info
 from vmfs_stub.control.peer import Peer
-from vmfs_stub.core.errors import InUse, NotFound, PrimaryIOError, RecallsHeld, Refused, VmNotFound
+from vmfs_stub.core.errors import (
+    HypervisorAway,
+    InUse,
+    NotFound,
+    PrimaryError,
+    PrimaryIOError,
+    Protected,
+    RecallsHeld,
+    Refused,
+    Unsupported,
+    VmNotFound,
+)
 from vmfs_stub.core.ids import JobId, PointId, VmId
 from vmfs_stub.core.names import printable
 from vmfs_stub.core.times import time_text
+from vmfs_stub.core.usage import GuestState
 from vmfs_stub.datastore_listing import Listing, only_warned
 from vmfs_stub.inventory.directory import DirectoryInventory
+from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.inventory.vm import Scan, UnreadVm, Vm, VmFile
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.primary.tree import open_beneath
@@ -33,9 +45,11 @@ from vmfs_stub.services.adoption_choice import Told
 from vmfs_stub.services.backup_job import BackupJobs, Decide, JobSettings, Placeholders, VmResult, Watch, protected
 from vmfs_stub.services.disk_name import disk_label
 from vmfs_stub.services.disk_services import DiskServices
+from vmfs_stub.services.domains import LinkDomains
 from vmfs_stub.services.hooks import Hooks
 from vmfs_stub.services.hypervisor import Hypervisor
 from vmfs_stub.services.managed_save import ManagedSave
+from vmfs_stub.services.obstacles import Obstacles, ObstacleSight
 from vmfs_stub.services.replication import ReplicaService
 from vmfs_stub.services.retention import apply_rules, problem_of
 from vmfs_stub.services.stopped_guests import StoppedGuests
@@ -76,11 +90,17 @@ class DatastoreJobs:
         backing_fd: int,
         reserve: Callable[[], None],
         hypervisor: Hypervisor,
+        obstacles: ObstacleSight,
+        managed_save: ManagedSave,
+        link: LinkDomains,
         decide: Decide,
     ) -> None:
         config = settings.current
         self._settings = settings
         self._inventory = inventory
+        self._hypervisor = hypervisor
+        self._obstacles = obstacles
+        self._link = link
         self._threads = threads
         self._catalog = catalog
         self._store = store
@@ -96,7 +116,8 @@ class DatastoreJobs:
             threads=threads,
             private=private,
             placeholders=services.disks.placeholders,
-            managed_save=ManagedSave(Path(os.path.realpath(config.jobs.save_dir)), config.datastore.mountpoint),
+            managed_save=managed_save,
+            link=link,
             limit_s=config.jobs.shutdown_limit_s,
             placeholder_bytes_min=config.archive.placeholder_bytes_min,
         )
@@ -108,7 +129,7 @@ class DatastoreJobs:
             guests=self.guests,
             hooks=_hooks(config),
             decide=decide,
-            is_protected=self._is_protected,
+            refuse=self._refuse,
             made=listing.backed_up,
             forget=self._forget,
             backed_up=lambda vm_id: None if replica is None else replica.due([vm_id]),
@@ -138,6 +159,7 @@ class DatastoreJobs:
         """Back up the named VMs (none named: all), and archive those that policy says if that is allowed."""
         if self.paused and not rehearsal:
             raise Refused("backup jobs are paused; `vmfs-stub jobs --unpause` allows them again")
+        await self._gather_files()
         scan = Scan(tuple(await self.named(vms))) if vms else await self._listing.scan()
         if rehearsal:
 
@@ -150,7 +172,8 @@ class DatastoreJobs:
         return self._start_backing_up("backup", scan, placeholders, tolerant=not vms, peer=peer)
 
     async def start_archive(self, vms: Sequence[str], *, peer: Peer) -> JobId:
-        """Back up the named VMs and make placeholders of them; raises InUse, Protected."""
+        """Back up the named VMs and make placeholders of them; raises Refused kinds, HypervisorAway."""
+        await self._gather_files()
         found = await self.named(vms)
         for vm in found:
             if vm.is_protected:
@@ -159,7 +182,14 @@ class DatastoreJobs:
                 disk = self._services.disks.get(file.ino)
                 if disk is not None and disk.open_count:
                     raise InUse(f"VM {vm.name} is in use: {disk.label} is open; shut it down first")
-        return self._start_backing_up("archive", Scan(tuple(found)), Placeholders.OF_ALL, tolerant=False, peer=peer)
+        obstacles = await self._obstacles.look()
+        # Images before those that they are based on, which may be archived only then.
+        found = obstacles.chains.in_order(found)
+        for vm in found:
+            self._refuse_domains(vm, obstacles)
+        one_by_one = obstacles.chains.are_linked(found)
+        scan = Scan(tuple(found))
+        return self._start_backing_up("archive", scan, Placeholders.OF_ALL, tolerant=False, peer=peer, alone=one_by_one)
 
     async def start_recall(self, vms: Sequence[str], *, peer: Peer) -> JobId:
         """Bring the named VMs back in full; raises RecallsHeld."""
@@ -214,18 +244,62 @@ class DatastoreJobs:
         scan = await self._listing.scan()
         return [scan.find(name) for name in dict.fromkeys(names)]
 
-    async def _is_protected(self, vm: Vm) -> bool:
+    async def _refuse(self, vm: Vm) -> None:
+        """Raises what stands against archiving this VM now: Protected, InUse, Refused, HypervisorAway."""
         with suppress(VmNotFound):  # whoever archives it says what became of it
-            return await self._threads.files(self._inventory.is_protected, vm)
-        return False
+            if await self._threads.files(self._inventory.is_protected, vm):
+                raise protected(vm)
+        obstacles = await self._obstacles.look()
+        self._refuse_domains(vm, obstacles)
+        if reasons := obstacles.against(vm):
+            raise _refused(vm, reasons)
+
+    @staticmethod
+    def _refuse_domains(vm: Vm, obstacles: Obstacles) -> None:
+        for domain in obstacles.domains_of(vm):
+            if domain.is_protected:
+                raise Protected(f"VM {vm.name}: the metadata of domain {domain.name} says that it is protected")
+            if not domain.state.is_off and domain.state is not GuestState.UNKNOWN:
+                raise InUse(f"VM {vm.name} is in use: domain {domain.name} is {domain.state.value}; shut it down first")
+        if reasons := obstacles.by_domains(vm):
+            raise _refused(vm, reasons)
+
+    async def _gather_files(self) -> None:
+        """Have files that are one domain's be one VM from now on; where that cannot be told they stay what they are."""
+        try:
+            domains = await self._hypervisor.domains()
+            if not domains:
+                return
+            vms = (await self._listing.scan()).vms
+            if await self._services.groups.regroup(vms, domains, await self._services.chains.look(vms, domains)):
+                vms = (await self._listing.scan()).vms
+            await self._threads.files(self._give_memory, vms, domains)
+        except (HypervisorAway, PrimaryError, Unsupported) as exc:
+            log.info("which files belong together stays as it is known: %s", exc)
+
+    def _give_memory(self, vms: Sequence[Vm], domains: Sequence[Domain]) -> None:
+        """The memory of a guest that is saved is its VM's."""
+        links, by_id = self._link(vms, domains), {vm.id: vm for vm in vms}
+        for domain in domains:
+            owners = links.vms_of(domain.uuid)
+            if domain.state is GuestState.SAVED and owners:
+                self._inventory.give_memory(by_id[owners[0]], f"{domain.name}.save")
 
     async def _found_again(self, vm: Vm) -> Vm:
+        await self._gather_files()
         return (await self._listing.scan()).find(vm.id)
 
     # Backups
 
     def _start_backing_up(
-        self, kind: JobKind, scan: Scan, placeholders: Placeholders, *, tolerant: bool, peer: Peer
+        self,
+        kind: JobKind,
+        scan: Scan,
+        placeholders: Placeholders,
+        *,
+        tolerant: bool,
+        peer: Peer,
+        alone: bool = False,
     ) -> JobId:
         async def work(progress: JobProgress) -> JobReport:
             outcomes = [failed_outcome(each.name, error_info(each.error)) for each in scan.unread]
@@ -233,7 +307,7 @@ class DatastoreJobs:
                 progress.add(outcome)
             ended: dict[VmId, VmOutcome] = {}
             watch = _watch(kind, scan.vms, progress, ended)
-            await self._backups.run(scan.vms, placeholders=placeholders, tolerant=tolerant, watch=watch)
+            await self._backups.run(scan.vms, placeholders=placeholders, tolerant=tolerant, watch=watch, alone=alone)
             await self._clean_up()
             return JobReport(vms=outcomes + [ended[vm.id] for vm in scan.vms])
 
@@ -326,6 +400,10 @@ class DatastoreJobs:
             await self._services.hydration.bring_back(path_fd, progress=progress)
         finally:
             os.close(path_fd)
+
+
+def _refused(vm: Vm, reasons: Sequence[str]) -> Refused:
+    return Refused(f"VM {vm.name} is not archived: {'; '.join(reasons)}")
 
 
 def _job_settings(config: Config) -> JobSettings:

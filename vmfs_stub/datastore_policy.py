@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,12 +12,11 @@ from vmfs_stub.catalog.usage_rows import LastUse
 from vmfs_stub.config import Config
 from vmfs_stub.control.messages import PolicyRow
 from vmfs_stub.core.ids import VmId
-from vmfs_stub.core.policy import Decision, Facts, decide_all
+from vmfs_stub.core.policy import Decision, Facts, decide_all, predicted_usable_s
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.services.disk_services import DiskServices
-from vmfs_stub.services.facts import FactsService, FactsSettings, LinkDomains, Samples
+from vmfs_stub.services.facts import FactsService, FactsSettings, Samples, Sight
 from vmfs_stub.services.findings import Findings
-from vmfs_stub.services.hypervisor import Hypervisor
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.store import Store
 
@@ -44,8 +43,7 @@ class DatastorePolicy:
         findings: Findings,
         samples: Samples,
         last_use: Callable[[VmId], LastUse],
-        hypervisor: Hypervisor,
-        link: LinkDomains,
+        look: Callable[[], Awaitable[Sight]],
         backing_fd: int,
     ) -> None:
         self._threads = threads
@@ -58,8 +56,7 @@ class DatastorePolicy:
             findings=findings,
             samples=samples,
             last_use=last_use,
-            hypervisor=hypervisor,
-            link=link,
+            look=look,
             backing_fd=backing_fd,
             settings=_facts_settings(config),
         )
@@ -69,17 +66,23 @@ class DatastorePolicy:
         self._policy = config.archive_policy
         self._facts.settings = _facts_settings(config)
 
-    async def decide(
-        self, vms: Sequence[Vm], *, now_s: float | None = None, never: Mapping[VmId, Sequence[str]] | None = None
-    ) -> list[Decided]:
+    def expected_s(self, vm: Vm) -> float:
+        """How long a VM that is archived is predicted to take until it is usable."""
+        settings = self._facts.settings
+        seconds = predicted_usable_s(
+            vm.size_bytes, boot_bytes=settings.boot_bytes, bytes_per_s=settings.store_bytes_per_s
+        )
+        return round(seconds, 1)
+
+    async def decide(self, vms: Sequence[Vm], *, now_s: float | None = None) -> list[Decided]:
         """What a job would do with these VMs, in their order; changes nothing.
 
         ``vms`` should be all of the datastore: what is left out is not archived for the watermark either.  ``now_s`` is
-        Unix time, by default the clock's; ``never`` are more reasons against some.
+        Unix time, by default the clock's.
         """
         now_s = time.time() if now_s is None else now_s
         policy = self._policy
-        facts = await self._facts.gather(vms, policy, now_s=now_s, never=never)
+        facts = await self._facts.gather(vms, policy, now_s=now_s)
         vfs = os.fstatvfs(self._backing_fd)
         size_bytes, free_bytes = vfs.f_blocks * vfs.f_frsize, vfs.f_bavail * vfs.f_frsize
         decisions = await self._threads.compute(

@@ -16,6 +16,7 @@ from vmfs_stub.control.messages import (
     BackupStatus,
     DaemonStatus,
     Finding,
+    LibvirtStatus,
     MountStatus,
     RecallStatus,
     ReplicaStatus,
@@ -28,6 +29,8 @@ from vmfs_stub.datastore_monitoring import RECALLS, Monitoring
 from vmfs_stub.mount.serving import Mount
 from vmfs_stub.services.disk_services import DiskServices
 from vmfs_stub.services.findings import Findings
+from vmfs_stub.services.hypervisor import Hypervisor
+from vmfs_stub.services.libvirt_hypervisor import LibvirtHypervisor
 from vmfs_stub.services.replication import ReplicaService
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.settings import Settings
@@ -50,6 +53,7 @@ class Health:
         store: Store,
         replica: ReplicaService | None,
         services: DiskServices,
+        hypervisor: Hypervisor,
         findings: Findings,
         jobs: Jobs,
         mount: Mount,
@@ -64,6 +68,7 @@ class Health:
         self._replica = replica
         self._disks = services.disks
         self._recall = services.recall
+        self._hypervisor = hypervisor
         self._findings = findings
         self._jobs = jobs
         self._mount = mount
@@ -115,6 +120,7 @@ class Health:
                 last_error=self._store_error,
             ),
             replica=self._replica_status(),
+            libvirt=self._libvirt_status(),
             jobs=[job for job in self._jobs.list() if job.state == "running"],
             recalls=self._recalls(),
             findings=findings,
@@ -141,6 +147,10 @@ class Health:
                 Finding(severity="problem" if must_act else "warning", subject="replica", message=message)
                 for must_act, message in self._replica.problems()
             ]
+        libvirt = self._libvirt_status()
+        if libvirt is not None and not libvirt.connected:
+            message = f"{libvirt.uri} does not answer: {libvirt.last_error}; VMs that run are not told from idle ones"
+            found.append(Finding(severity="warning", subject="libvirt", message=message))
         # Where a disk's own finding says why, that recalls fail at all is no news.
         is_told = any(finding.severity == "problem" for finding in found)
         beyond = [each for each in self._monitoring.problems() if each.subject != RECALLS or not is_told]
@@ -179,6 +189,17 @@ class Health:
             last_error=None if away is None else str(away),
             behind=sum(self._replica.lag.values()),
             reads=self._replica.reads,
+        )
+
+    def _libvirt_status(self) -> LibvirtStatus | None:
+        libvirt = self._hypervisor
+        if not isinstance(libvirt, LibvirtHypervisor) or not libvirt.is_used:
+            return None
+        return LibvirtStatus(
+            uri=libvirt.uri,
+            connected=not libvirt.is_away,
+            away_since=libvirt.away_since_s,
+            last_error=libvirt.away_reason,
         )
 
     def _stored_elsewhere(self) -> str | None:

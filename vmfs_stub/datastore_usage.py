@@ -12,7 +12,8 @@ from vmfs_stub.control.messages import UsageSpan, VmUsage
 from vmfs_stub.core.sites import FileCalls
 from vmfs_stub.core.usage import DAY_S, GAP_INTERVALS, HOUR_S, GuestState, Sample, spans
 from vmfs_stub.inventory.vm import Scan, Vm
-from vmfs_stub.services.domains import Domains
+from vmfs_stub.services.datastore_paths import DatastorePaths
+from vmfs_stub.services.domains import LinkDomains, link
 from vmfs_stub.services.hypervisor import Hypervisor
 from vmfs_stub.services.mount_usage import MountUsage
 from vmfs_stub.services.threads import Threads
@@ -44,16 +45,16 @@ class Usage:
         self._threads = threads
         self._catalog = catalog
         self._interval_s = config.usage.interval_s
-        domains = Domains(backing=config.datastore.backing, files=files)
-        self.link = partial(domains.link, mountpoint=config.datastore.mountpoint)
+        datastore = config.datastore
+        paths = DatastorePaths(files=files, backing=datastore.backing, mountpoint=datastore.mountpoint)
+        self.link: LinkDomains = partial(link, paths=paths)
         self.sampler = UsageSampler(
             catalog=catalog,
             threads=threads,
             hypervisor=hypervisor,
-            domains=domains,
+            link=self.link,
             mount=mount_usage,
             scan=scan,
-            mountpoint=config.datastore.mountpoint,
             interval_s=config.usage.interval_s,
         )
 

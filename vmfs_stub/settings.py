@@ -56,6 +56,7 @@ LIVE: Final = frozenset(
         "control.start_timeout_s",
         "control.jobs_running_max",
         "control.jobs_kept",
+        "libvirt.require_stop_on_error",
         "monitoring.vms_max",
         "monitoring.backup_age_max_hours",
         "monitoring.recall_failure_hours",
@@ -80,7 +81,10 @@ AT_START: Final = frozenset(
         "control.connections_max",
         "monitoring.listen",
         "monitoring.connections_max",
-        "jobs.save_dir",
+        "libvirt.enabled",
+        "libvirt.uri",
+        "libvirt.timeout_s",
+        "libvirt.save_dir",
         "usage.*",
     }
 )

@@ -10,6 +10,8 @@ import pytest
 from live_datastore import Hold, Holder, LiveDatastore, MakeDatastore, remove_base
 
 from scripts.lab.datastore import Settings
+from scripts.lab.guest import Guest, built_guest
+from scripts.lab.private_libvirt import PrivateLibvirt, private_libvirt
 
 
 @pytest.fixture
@@ -36,6 +38,19 @@ def make_datastore(base: Path) -> Iterator[MakeDatastore]:
     yield make
     for datastore in made:
         datastore.tear_down()
+
+
+@pytest.fixture
+def libvirt(base: Path) -> Iterator[PrivateLibvirt]:
+    """A libvirtd of this test's own; its guests see what is mounted in ``base``.  Name it before ``make_datastore``."""
+    with private_libvirt(base / "libvirt", shared=base) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def guest() -> Guest:
+    """A small real guest; built once a machine."""
+    return built_guest()
 
 
 @pytest.fixture

@@ -57,6 +57,8 @@ from vmfs_stub.services.adopt import Wanted
 from vmfs_stub.services.adoption_choice import Told
 from vmfs_stub.services.associated import AssociatedFiles
 from vmfs_stub.services.backup_job import Placeholders
+from vmfs_stub.services.hypervisor import NoHypervisor
+from vmfs_stub.services.managed_save import ManagedSave
 from vmfs_stub.services.mount_usage import MountUsage
 from vmfs_stub.services.replication import catch_up
 from vmfs_stub.services.restore import STAGING, restore_point
@@ -983,8 +985,9 @@ def _datastore(services: Services, config: Config, catalog: Catalog, jobs: Jobs)
         store=services.store,
         replica=None,
         services=services.connected,
-        hypervisor=rig.hypervisor,
+        hypervisor=rig.hypervisor or NoHypervisor(),
         mount_usage=MountUsage(()),
+        managed_save=ManagedSave(Path("/nowhere"), rig.base / "mount", "/nowhere"),
         findings=services.findings,
         jobs=jobs,
         mount=cast("Mount", SimpleNamespace(ended=trio.Event())),

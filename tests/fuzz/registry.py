@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.fuzz import targets_edge, targets_images, targets_primary, targets_sealed, targets_store
+from tests.fuzz import targets_domain, targets_edge, targets_images, targets_primary, targets_sealed, targets_store
 from tests.fuzz.target import Target
 
 TARGETS: dict[str, type[Target]] = {
@@ -44,5 +44,6 @@ TARGETS: dict[str, type[Target]] = {
         targets_edge.ChunkIndexTarget,
         targets_images.ImageHeaderTarget,
         targets_images.AssociatedTarget,
+        targets_domain.DomainXmlTarget,
     )
 }

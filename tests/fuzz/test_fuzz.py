@@ -21,7 +21,7 @@ COUNTS: Mapping[str, int] = {
     "pin": 1_500, "forgotten": 1_500, "lease": 2_000, "condemned": 1_500, "manifest": 2_000, "restore": 1_500,
     "quarantine": 1_500, "moved": 1_500, "claim": 1_500,
     "config": 600, "fuse-init": 2_000, "control-request": 200, "control-reply": 1_000,
-    "catalog": 400, "chunk-index": 300,
+    "catalog": 400, "chunk-index": 300, "domain-xml": 5_000,
     "image-header": 2_000, "associated": 1_500,
     "sealed-frame": 2_000, "sealed-object": 2_000, "key-document": 1_500, "seen-store": 1_500,
 }  # fmt: skip

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -21,7 +22,7 @@ from vmfs_stub.control.peer import Peer
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import CorruptStoreObject
 from vmfs_stub.core.ids import JobId
-from vmfs_stub.inventory import image_header
+from vmfs_stub.inventory import domain_xml, image_header
 from vmfs_stub.primary import envelope, record
 from vmfs_stub.store import aes_sealing, associated_files, frames, key_documents, manifest
 from vmfs_stub.store.documents import Fields
@@ -275,3 +276,14 @@ def _inputs(fuzz: Fuzz, seed: int) -> list[bytes]:
     Campaign(target, seed, announce=seen.append).run(count=300)
     assert len(seen) == 300
     return seen
+
+
+def test_a_path_of_a_domain_that_is_not_absolute_is_found(fuzz: Fuzz, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert signatures(fuzz("domain-xml", count=300)) == []
+    monkeypatch.setattr(domain_xml, "_absolute", lambda text: Path(text) if text else None)
+    assert any("a path that is not absolute" in each for each in signatures(fuzz("domain-xml", count=8000)))
+
+
+def test_a_document_type_that_is_read_is_found(fuzz: Fuzz, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(domain_xml, "_root", ElementTree.fromstring)
+    assert signatures(fuzz("domain-xml", count=8000)) != []

@@ -242,7 +242,7 @@ def test_status_and_hold(run: Run, start_daemon: StartDaemon) -> None:
     status = json.loads(run("status", "--json").out)
     assert status["daemon"]["pid"] == daemon.pid
     assert set(status) == {
-        *("healthy", "daemon", "mount", "store", "replica", "backups", "jobs", "recalls", "findings")
+        *("healthy", "daemon", "mount", "store", "replica", "libvirt", "backups", "jobs", "recalls", "findings")
     }
     assert run("hold").code == 0
     assert "recalls are held" in run("status").out

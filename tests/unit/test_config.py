@@ -332,3 +332,10 @@ def test_windows_and_hooks() -> None:
 def test_what_is_wrong_with_jobs_and_hooks(text: str, complaint: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(complaint)):
         parse_config(MINIMAL + text, origin="test")
+
+
+@pytest.mark.parametrize(("text", "enabled"), [('"auto"', "auto"), ("true", True), ("false", False)])
+def test_whether_libvirt_is_used(text: str, enabled: object) -> None:
+    assert parse_config(f"{MINIMAL}[libvirt]\nenabled = {text}\n", origin="c.toml").libvirt.enabled == enabled
+    with pytest.raises(ConfigError, match="enabled"):
+        parse_config(f'{MINIMAL}[libvirt]\nenabled = "perhaps"\n', origin="c.toml")

@@ -33,7 +33,8 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "mover": frozenset({"core", "paced_io", "primary", "services", "store"}),
     "mount": frozenset({"core", "config", "services"}),
     "control": frozenset({"core", "config", "services"}),
-    "cli": frozenset({"core", "config", "services", "store", "control.client", "control.messages", "mount.mountpoint"}),
+    "cli": frozenset({"core", "config", "services", "store"})
+    | {"control.client", "control.messages", "inventory.domain", "mount.mountpoint"},
 }
 WIRING = frozenset(
     {

@@ -316,6 +316,13 @@ def replica(config: Config) -> Iterator[HostFinding]:
         )
 
 
+def libvirt(config: Config) -> Iterator[HostFinding]:
+    """Where this host has it."""
+    from vmfs_stub.cli.libvirt_checks import check_libvirt
+
+    yield from check_libvirt(config)
+
+
 CHECKS: tuple[Check, ...] = (
     configuration,
     fuse_device,
@@ -330,4 +337,5 @@ CHECKS: tuple[Check, ...] = (
     protected_files,
     store,
     replica,
+    libvirt,
 )

@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 import typer
 
 from vmfs_stub.cli.context import config_path_of, has_maps
+from vmfs_stub.cli.in_place import backing_for, check_directory, refuse_running_domains, renamed
 from vmfs_stub.cli.output import say, warn
 from vmfs_stub.cli.store_keys import key_to_be
 from vmfs_stub.core.errors import (
@@ -43,9 +44,15 @@ if TYPE_CHECKING:
 
 def init(
     ctx: typer.Context,
-    backing: Annotated[Path, typer.Option(help="Directory for the image files themselves, on one filesystem.")],
-    mountpoint: Annotated[Path, typer.Option(help="Directory where hypervisors see them.")],
     store: Annotated[str, typer.Option(help="Secondary storage: file:///absolute/path or s3://bucket/prefix")],
+    backing: Annotated[
+        Path | None, typer.Option(help="Directory for the image files themselves, on one filesystem.")
+    ] = None,
+    mountpoint: Annotated[Path | None, typer.Option(help="Directory where hypervisors see them.")] = None,
+    in_place: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Instead of both: this directory of images is renamed, and mounted there."),
+    ] = None,
     replica: Annotated[
         str | None, typer.Option(metavar="URL", help="A second store, which is to hold the same restore points.")
     ] = None,
@@ -60,10 +67,17 @@ def init(
     passphrase_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Instead: a file that holds a passphrase of the store.")
     ] = None,
+    libvirt: Annotated[
+        str | None, typer.Option(metavar="URI", help="The libvirt that runs the VMs, or none; else it is looked for.")
+    ] = None,
 ) -> None:
-    """Write a commented configuration, make the directories, create or join the store; overwrites nothing."""
+    """Write a commented configuration, make the directories, create or join the store; overwrites nothing.
+
+    With --in-place the datastore is mounted, too, so that the images are at their old path again.
+    """
     from vmfs_stub.store.objects_url import StoreAt, open_objects
 
+    backing, mountpoint = _places(backing, mountpoint, in_place)
     target = config_path_of(ctx)
     if os.path.lexists(target):
         raise AlreadyExists(f"{target} exists already; it was not changed: name another file with --config")
@@ -76,21 +90,31 @@ def init(
         replica=None if replica is None else _store_url(replica),
         key_file=None if key_file is None else key_file.absolute(),
         passphrase_file=None if passphrase_file is None else passphrase_file.absolute(),
+        libvirt=libvirt,
     )
     config = _checked(text, target)
     _check_key(config, encrypt=encrypt)
     at = StoreAt.of(config.store)
     objects, place = open_objects(at, create=True), at.replica(config.replica)
     replica_objects = None if place is None else open_objects(place, create=True)
-    _check_mountpoint(config.datastore.mountpoint)
+    if in_place is None:
+        _check_mountpoint(config.datastore.mountpoint)
+    else:
+        refuse_running_domains(config.datastore.mountpoint, config.libvirt)
+        check_directory(config.datastore.mountpoint, config.datastore.backing)
+        probe_xattrs(config.datastore.mountpoint)
     for url in filter(None, (config.store.url, config.replica.url)):
         _check_store_parent(url, config.datastore.backing)
     _make_parent(target)
-    _make_backing(config.datastore.backing)
-    _tell_of_other_host(config)
+    if in_place is None:
+        _make_backing(config.datastore.backing)
+        _tell_of_other_host(config)
     joined = _join_store(objects, config, encrypt=encrypt)
     if replica_objects is not None:
         _join_replica(joined, replica_objects, config.replica.url)
+    if in_place is not None:
+        _init_in_place(config, target, text)
+        return
     _make_mountpoint(config.datastore.mountpoint)
     _write_new(target, text)
     say(f"wrote {target}; look at it, then run `vmfs-stub mount`")
@@ -109,6 +133,30 @@ def _say_units(target: Path) -> None:
         say(f"  ln -s {os.path.abspath(sys.argv[0])} /usr/local/bin/vmfs-stub")
     say(f"  cp {units}/* /etc/systemd/system/ && systemctl daemon-reload")
     say(f"  systemctl enable --now vmfs-stub@{name}.service vmfs-stub-backup@{name}.timer")
+
+
+def _places(backing: Path | None, mountpoint: Path | None, in_place: Path | None) -> tuple[Path, Path]:
+    """Backing directory and mountpoint."""
+    if in_place is not None:
+        if mountpoint is not None:
+            raise ConfigError("--in-place names the mountpoint: leave out --mountpoint")
+        return (backing_for(_real(in_place)) if backing is None else backing), _real(in_place)
+    if backing is None or mountpoint is None:
+        raise ConfigError("name --backing and --mountpoint, or --in-place with a directory of images")
+    return backing, mountpoint
+
+
+def _init_in_place(config: Config, target: Path, text: str) -> None:
+    """Until the configuration is written, whatever fails is undone."""
+    from vmfs_stub.cli.mount import mount_in_background
+
+    datastore = config.datastore
+    with renamed(datastore.mountpoint, datastore.backing):
+        _make_mountpoint(datastore.mountpoint)
+        _write_new(target, text)
+    say(f"wrote {target}; the images are in {datastore.backing} now, and are mounted where they were")
+    say("VMs stay defined as they are, and storage pools active; `vmfs-stub leave` makes it an image directory again")
+    mount_in_background(config, target)
 
 
 def _check_key(config: Config, *, encrypt: bool) -> None:
@@ -146,6 +194,7 @@ def _config_text(
     replica: str | None = None,
     key_file: Path | None = None,
     passphrase_file: Path | None = None,
+    libvirt: str | None = None,
 ) -> str:
     from vmfs_stub.config import RUNTIME_ROOT
 
@@ -162,6 +211,9 @@ def _config_text(
     named = [f"{key} = {_quoted(str(path))}" for key, path in keys.items() if path is not None]
     quoted["KEY"] = "\n".join(named or [f'# {key} = ""' for key in keys])
     quoted["REPLICA"] = f"{'# ' if replica is None else ''}url = {_quoted(replica or '')}"
+    uri = f"uri = {_quoted(libvirt or 'qemu:///system')}"
+    known = {None: f'# enabled = "auto"\n# {uri}', "none": 'enabled = false\n# uri = "qemu:///system"'}
+    quoted["LIBVIRT"] = known.get(libvirt, f"enabled = true\n{uri}")
     return re.sub(r"@([A-Z_]+)@", lambda match: quoted[match[1]], template)
 
 

@@ -37,7 +37,7 @@ def mount(
     """Run the daemon and mount the datastore."""
     config = load_config_of(ctx)
     if background:
-        _mount_in_background(config, config_path_of(ctx))
+        mount_in_background(config, config_path_of(ctx))
         return
     from vmfs_stub import daemon
 
@@ -45,7 +45,8 @@ def mount(
     daemon.run(config, config_path=config_path_of(ctx))
 
 
-def _mount_in_background(config: Config, config_path: Path) -> None:
+def mount_in_background(config: Config, config_path: Path) -> None:
+    """Start the daemon of the datastore; returns when the mount answers.  Raises DatastoreLocked, DaemonUnreachable."""
     if _answering_pid(config) is not None:
         raise DatastoreLocked(f"a daemon answers on {config.socket_path} already: {config.datastore.mountpoint}")
     log, start = _open_log(config.log_path)

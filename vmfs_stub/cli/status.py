@@ -48,6 +48,10 @@ def _say_status(found: Status) -> None:
         there = f"{replica.behind} restore points behind, {replica.reads} reads answered for the store"
         away = f"NOT reachable: {replica.last_error}"
         say(f"replica: {replica.url} {f'reachable, {there}' if replica.reachable else away}")
+    if (libvirt := found.libvirt) is not None:
+        since = "" if libvirt.away_since is None else f" since {time_text(libvirt.away_since)}"
+        away = f"NOT reachable{since}: {libvirt.last_error}"
+        say(f"libvirt: {libvirt.uri} {'connected' if libvirt.connected else away}")
     backups = found.backups
     if backups.last_done is not None:
         never = f", {backups.vms_without_point} VMs without any restore point" if backups.vms_without_point else ""

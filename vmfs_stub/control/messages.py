@@ -239,6 +239,15 @@ class JobInfo(_Message):
     error: ErrorInfo | None = None
 
 
+class LibvirtStatus(_Message):
+    """libvirt, where it is used; ``away_since`` is None while it answers."""
+
+    uri: str
+    connected: bool
+    away_since: float | None = None
+    last_error: str = ""
+
+
 class Status(_Message):
     """`status --json`."""
 
@@ -247,6 +256,7 @@ class Status(_Message):
     mount: MountStatus
     store: StoreStatus
     replica: ReplicaStatus | None = None
+    libvirt: LibvirtStatus | None = None
     backups: BackupStatus = BackupStatus()
     jobs: list[JobInfo] = []
     recalls: list[RecallStatus] = []

@@ -99,13 +99,21 @@ class Chains:
             return "is open"
         return "is resident" if overlay in self.resident else ""
 
-    def in_order(self, vms: Sequence[Vm]) -> list[Vm]:
-        """The same VMs, those with overlays before those with the bases; else as they come."""
+    def are_linked(self, vms: Sequence[Vm]) -> bool:
+        """Whether any of these VMs has an image that one of another is based on."""
+        return any(waits - {vm_id} for vm_id, waits in self._waits(vms).items())
+
+    def _waits(self, vms: Sequence[Vm]) -> dict[VmId, set[VmId]]:
+        """Of each VM those, among these, with images that are based on its own."""
         owners = {self.place(file): vm.id for vm in vms for file in vm.files}
-        waits = {
+        return {
             vm.id: {owners[each] for file in vm.files for each in self._above(self.place(file)) if each in owners}
             for vm in vms
         }
+
+    def in_order(self, vms: Sequence[Vm]) -> list[Vm]:
+        """The same VMs, those with overlays before those with the bases; else as they come."""
+        waits = self._waits(vms)
         ordered: list[Vm] = []
         todo, done = list(vms), set[VmId]()
         while todo:
@@ -117,18 +125,15 @@ class Chains:
         return ordered
 
 
-def why_never(vm: Vm, domains: Sequence[Domain], chains: Chains) -> tuple[str, ...]:
-    """All reasons why a VM must not be archived whatever its usage, each as an operator can read it.
-
-    ``domains`` are those that have a disk in it (`Chains.domains_of`).
-    """
-    reasons = [f"domain {domain.name}: {problem}" for domain in domains for problem in domain.problems]
+def why_never_by_domains(vm: Vm, chains: Chains) -> tuple[str, ...]:
+    """All reasons of its domains why a VM must not be archived, each as an operator can read it."""
+    reasons = [f"domain {domain.name}: {problem}" for domain in chains.domains_of(vm) for problem in domain.problems]
     for file in vm.files:
         uses = [use for use in chains.uses.get(chains.place(file), ()) if not use.disk.is_read_only]
         names = sorted({use.domain.name for use in uses})
         if len({use.domain.uuid for use in uses}) > 1:
             reasons.append(f"{printable(file.path)} is a disk of several domains: {', '.join(names)}")
-    return (*reasons, *chains.never(vm))
+    return tuple(reasons)
 
 
 def _in_circles(bases: Mapping[str, Collection[str]], overlays: Mapping[str, Sequence[str]]) -> frozenset[str]:

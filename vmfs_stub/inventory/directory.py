@@ -17,13 +17,14 @@ import stat
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from vmfs_stub.core.errors import PrimaryError, PrimaryIOError, Unsupported, VmfsStubError, VmNotFound
 from vmfs_stub.core.ids import VmId
 from vmfs_stub.core.names import PRIVATE_DIR, printable
 from vmfs_stub.core.sites import PLAIN, FileCalls
-from vmfs_stub.inventory.identity import ensure_identity, read_vm_id
+from vmfs_stub.inventory.identity import ensure_identity, read_vm_id, write_vm_id
 from vmfs_stub.inventory.protection import is_protected, set_protected
 from vmfs_stub.inventory.vm import Scan, UnreadVm, Vm, VmFile
 
@@ -41,12 +42,14 @@ log = logging.getLogger(__name__)
 class DirectoryInventory:
     """VMs of one backing directory; blocking, thread-safe.
 
-    A scan gives every VM an identity, so only the daemon that serves the directory may make one.
+    A scan gives every VM an identity, so only the daemon that serves the directory may make one.  ``memory_dir`` is no
+    VM: in that directory at the top the hypervisor puts the memory of saved guests, each a file of its VM.
     """
 
-    def __init__(self, backing: Path, *, files: FileCalls = PLAIN) -> None:
+    def __init__(self, backing: Path, *, files: FileCalls = PLAIN, memory_dir: str | None = None) -> None:
         self._backing = backing
         self._files = files
+        self._memory_dir = memory_dir
         self._lock = threading.Lock()
 
     def scan(self) -> Scan:
@@ -56,8 +59,12 @@ class DirectoryInventory:
         """
         with self._lock, self._opened() as (top_fd, device):
             names = self._names(top_fd)
-            found = [self._tolerant_vm(top_fd, name, device) for name in names if name not in NO_VMS]
-        vms = sorted(_together([vm for vm in found if isinstance(vm, Vm)]), key=lambda vm: (vm.name, vm.path))
+            own = [name for name in names if name not in NO_VMS and name != self._memory_dir]
+            found = [self._tolerant_vm(top_fd, name, device) for name in own]
+            memory = self._memory_images(top_fd, device) if self._memory_dir in names else {}
+        read = [vm for vm in found if isinstance(vm, Vm)]
+        together = [_with_memory(vm, memory.get(vm.id, ())) for vm in _together(read)]
+        vms = sorted(together, key=lambda vm: (vm.name, vm.path))
         return Scan(tuple(vms), tuple(vm for vm in found if isinstance(vm, UnreadVm)))
 
     def find(self, name: str) -> Vm:
@@ -84,6 +91,49 @@ class DirectoryInventory:
                 f"which VMs are in {self._backing} cannot be told: no identity can be read; run this as root"
             )
         return ids
+
+    def give_memory(self, vm: Vm, image: str) -> None:
+        """Make a memory image, by its name in ``memory_dir``, a file of this VM.  Raises PrimaryIOError, Unsupported.
+
+        One that is not there, or is the VM's, is left as it is.
+        """
+        if self._memory_dir is None:
+            return
+        with self._lock, self._opened() as (top_fd, _), ExitStack() as stack:
+            try:
+                folder_fd = self._files.call("inventory.open", os.open, self._memory_dir, _DIRECTORY, dir_fd=top_fd)
+                stack.callback(os.close, folder_fd)
+                path_fd = self._files.call("inventory.open", os.open, image, _HANDLE, dir_fd=folder_fd)
+                stack.callback(os.close, path_fd)
+            except FileNotFoundError:
+                return
+            is_file = stat.S_ISREG(os.fstat(path_fd).st_mode)
+            if is_file and read_vm_id(path_fd, files=self._files) != vm.id:
+                write_vm_id(path_fd, vm.id, files=self._files)
+
+    def _memory_images(self, top_fd: int, device: int) -> dict[VmId, list[VmFile]]:
+        """Memory images by the VMs that they were given to; what cannot be read is left out, and told in the log."""
+        found: dict[VmId, list[VmFile]] = {}
+        assert self._memory_dir is not None
+        try:
+            folder_fd = self._files.call("inventory.open", os.open, self._memory_dir, _DIRECTORY, dir_fd=top_fd)
+        except OSError as exc:
+            log.warning("the memory of saved guests cannot be listed: %s", exc.strerror)
+            return found
+        try:
+            for file in sorted(self._walk(folder_fd, self._memory_dir, "", device, 1), key=lambda file: file.path):
+                path_fd = self._files.call("inventory.open", os.open, file.relative, _HANDLE, dir_fd=folder_fd)
+                try:
+                    vm_id = read_vm_id(path_fd, files=self._files)
+                finally:
+                    os.close(path_fd)
+                if vm_id is not None:
+                    found.setdefault(vm_id, []).append(file)
+        except (OSError, PrimaryError, Unsupported) as exc:
+            log.warning("the memory of saved guests cannot be read: %s", exc)
+        finally:
+            os.close(folder_fd)
+        return found
 
     def is_protected(self, vm: Vm) -> bool:
         """Whether a VM that was found is protected now.  Raises as `protect`."""
@@ -214,6 +264,12 @@ class DirectoryInventory:
 
 def _moved(vm: Vm) -> VmNotFound:
     return VmNotFound(f"VM {vm.name} was renamed or replaced meanwhile; `vmfs-stub ls` shows how it is now")
+
+
+def _with_memory(vm: Vm, images: Sequence[VmFile]) -> Vm:
+    """The VM with the memory of its guest; beside a file of its own that has the same name that is left out."""
+    taken = {file.relative for file in vm.files}
+    return replace(vm, files=(*vm.files, *(file for file in images if file.relative not in taken))) if images else vm
 
 
 def _together(vms: Sequence[Vm]) -> Iterator[Vm]:

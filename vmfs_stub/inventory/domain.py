@@ -31,11 +31,15 @@ class DomainDisk:
 
 @dataclass(frozen=True, slots=True)
 class ArchiveNote:
-    """What a domain's metadata says of it while its VM is archived; ``expected_s`` is how long it may take to start."""
+    """What a domain's metadata says of it while its VM is archived; ``expected_s`` is how long it may take to start.
+
+    ``datastore`` is the name of the one that wrote it; no other changes it.
+    """
 
     archived_s: float
     size_bytes: int
     expected_s: float
+    datastore: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +69,39 @@ class Domain:
         """Every file that is the domain's: disks and NVRAM, without the images they are based on."""
         found = [disk.path for disk in self.disks if disk.path is not None]
         return tuple(found if self.nvram is None else [*found, self.nvram])
+
+    @property
+    def is_protected(self) -> bool:
+        """Whether its metadata says that it must not be archived."""
+        return self.metadata.get("protected", "no").lower() not in ("no", "false", "0")
+
+    def without_stop(self, *, below: Path) -> tuple[DomainDisk, ...]:
+        """The disks in ``below`` (a mountpoint) that a guest can write and that lack one of the error policies."""
+        return tuple(
+            disk
+            for disk in self.disks
+            if not (disk.is_read_only or disk.stops_on_error) and disk.path is not None
+            if disk.path.is_relative_to(below)
+        )
+
+
+def reason_without_stop(domain: Domain, *, below: Path) -> str | None:
+    """Why a domain should not be archived whose guest would see a failed recall as an error of its disk.
+
+    None when its disks in ``below``, a mountpoint, are as they should be.
+    """
+    disks = domain.without_stop(below=below)
+    if not disks:
+        return None
+    named = ", ".join(disk.target for disk in disks)
+    return (
+        f"domain {domain.name}: {named} without error_policy='stop' rerror_policy='stop': a recall that fails would be "
+        "an error of the guest's disk; `vmfs-stub doctor` shows the change, [libvirt] require_stop_on_error waives it"
+    )
+
+
+def reasons_against(domain: Domain, *, below: Path, require_stop_on_error: bool) -> tuple[str, ...]:
+    """Why a domain with disks in ``below``, a mountpoint, must not be archived, whoever asks for it."""
+    found = [f"domain {domain.name}: {problem}" for problem in domain.problems]
+    reason = reason_without_stop(domain, below=below) if require_stop_on_error else None
+    return tuple(found if reason is None else [*found, reason])

@@ -105,8 +105,8 @@ class BackupJobs:
 
     ``forget`` applies retention to a VM that was backed up: what went, and what to say of it.  ``backed_up`` is told of
     each VM of which there may be a new restore point, ``made`` of each that has one, and whether it was archived.
-    ``found_again`` reads which files a VM has now, ``is_protected`` whether it must not be archived.  ``is_paused``
-    says whether no further VM is to be begun.
+    ``found_again`` reads which files a VM has now, ``refuse`` raises what stands against
+    archiving it now.  ``is_paused`` says whether no further VM is to be begun.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class BackupJobs:
         guests: StoppedGuests,
         hooks: Hooks,
         decide: Decide,
-        is_protected: Callable[[Vm], Awaitable[bool]],
+        refuse: Callable[[Vm], Awaitable[None]],
         made: Made,
         forget: Callable[[Vm], Awaitable[tuple[list[PointId], str]]],
         backed_up: Callable[[VmId], None],
@@ -133,7 +133,7 @@ class BackupJobs:
         self.guests = guests
         self.hooks = hooks
         self.decide = decide
-        self.is_protected = is_protected
+        self.refuse = refuse
         self.made = made
         self.forget = forget
         self.backed_up = backed_up
@@ -141,13 +141,21 @@ class BackupJobs:
         self.is_paused = is_paused
 
     async def run(
-        self, vms: Sequence[Vm], *, placeholders: Placeholders, tolerant: bool, watch: Watch | None = None
+        self,
+        vms: Sequence[Vm],
+        *,
+        placeholders: Placeholders,
+        tolerant: bool,
+        watch: Watch | None = None,
+        alone: bool = False,
     ) -> list[VmResult]:
         """Back the VMs up; results in their order.
 
-        ``tolerant`` when a VM that is in use is skipped without that being an error.  Raises nothing that VMs cause.
+        ``tolerant`` when a VM that is in use is skipped without that being an error; ``alone`` for one after the other.
+        Raises nothing that VMs cause.
         """
-        return await _Run(self, vms, placeholders, tolerant=tolerant, watch=watch or Watch()).run()
+        settings = replace(self.settings, parallel=1) if alone else self.settings
+        return await _Run(self, settings, vms, placeholders, tolerant=tolerant, watch=watch or Watch()).run()
 
     async def rehearse(self, vms: Sequence[Vm]) -> list[VmResult]:
         """What a job would do, without doing it."""
@@ -172,10 +180,17 @@ class _Run:
     """One job."""
 
     def __init__(
-        self, jobs: BackupJobs, vms: Sequence[Vm], placeholders: Placeholders, *, tolerant: bool, watch: Watch
+        self,
+        jobs: BackupJobs,
+        settings: JobSettings,
+        vms: Sequence[Vm],
+        placeholders: Placeholders,
+        *,
+        tolerant: bool,
+        watch: Watch,
     ) -> None:
         self._jobs = jobs
-        self._settings = jobs.settings
+        self._settings = settings
         self._placeholders = placeholders
         self._tolerant = tolerant
         self._watch = watch
@@ -262,15 +277,15 @@ class _Run:
             result.outcome, result.message = "skipped", forbidden
             return
         if result.decision is None or not self._archives(result):
-            if self._archives(result) and await self._jobs.is_protected(vm):
-                raise protected(vm)
-            await self._copy(result, vm, archive=self._archives(result), recheck=lambda: self._protected(vm))
+            if self._archives(result):
+                await self._jobs.refuse(vm)
+            await self._copy(result, vm, archive=self._archives(result), recheck=lambda: self._refused(vm))
             return
         kept = ""
         try:
             domain = await self._jobs.guests.running(vm)
             if domain is None:
-                await self._copy(result, vm, archive=True, recheck=lambda: self._ask_again(vm))
+                await self._copy(result, vm, archive=True, recheck=lambda: self._kept(vm))
                 return
             kept = await self._archive_running(result, result.decision, domain)
         except (HypervisorAway, NotStopped) as exc:
@@ -316,7 +331,7 @@ class _Run:
             vm = await self._jobs.found_again(vm)
             if decision.when_running is WhenRunning.MANAGED_SAVE and not guests.has_memory(vm, stopped):
                 raise Unsupported(f"VM {vm.name}: the memory of its guest was saved, and is not among its files")
-            report = await self._copy(result, vm, archive=True, recheck=lambda: self._protected(vm))
+            report = await self._copy(result, vm, archive=True, recheck=lambda: self._refused(vm))
             if report.placeholders and not report.abandoned:
                 stopped.was_archived = True
                 result.guest = "stopped"
@@ -324,17 +339,23 @@ class _Run:
 
     async def _ask_again(self, vm: Vm) -> str:
         """Why policy does not want it archived any more; empty when it does."""
-        if kept := await self._protected(vm):
-            return kept
         decisions, why = await self._jobs.decisions([vm])
         decision = decisions.get(vm.id)
         if decision is None:
             return why
         return "" if decision.archives else decision.reason
 
-    async def _protected(self, vm: Vm) -> str:
-        """Why its operator does not want it archived; empty when nothing is known of that."""
-        return str(protected(vm)) if await self._jobs.is_protected(vm) else ""
+    async def _kept(self, vm: Vm) -> str:
+        """Why it is not to be archived after all; empty when it is."""
+        return await self._refused(vm) or await self._ask_again(vm)
+
+    async def _refused(self, vm: Vm) -> str:
+        """What stands against archiving it now; empty when nothing does."""
+        try:
+            await self._jobs.refuse(vm)
+        except VmfsStubError as exc:
+            return str(exc)
+        return ""
 
     async def _copy(self, result: VmResult, vm: Vm, *, archive: bool, recheck: Recheck | None = None) -> BackupReport:
         """Make the restore point, and placeholders if that is still wanted."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from vmfs_stub.catalog.usage_rows import LastUse
-from vmfs_stub.core.errors import ClaimedElsewhere, HypervisorAway, VmfsStubError
+from vmfs_stub.core.errors import ClaimedElsewhere, HypervisorAway, PrimaryError, VmfsStubError
 from vmfs_stub.core.ids import VmId
 from vmfs_stub.core.names import printable
 from vmfs_stub.core.policy import Facts, Policy, decide, predicted_usable_s
@@ -27,7 +27,6 @@ from vmfs_stub.primary.tree import open_beneath
 from vmfs_stub.services.disk_name import disk_label
 from vmfs_stub.services.disk_services import DiskServices
 from vmfs_stub.services.findings import Findings
-from vmfs_stub.services.hypervisor import Hypervisor
 from vmfs_stub.services.mount_usage import latest
 from vmfs_stub.services.sources import is_worth_placeholder
 from vmfs_stub.services.threads import Threads
@@ -47,14 +46,12 @@ class Samples(Protocol):
         ...
 
 
-class Links(Protocol):
-    """Which domains a VM is part of."""
+class Sight(Protocol):
+    """What domains and chains of images say of VMs; see `obstacles.Obstacles`."""
 
-    def of(self, vm_id: VmId) -> tuple[Domain, ...]: ...
+    def domains_of(self, vm: Vm) -> tuple[Domain, ...]: ...
 
-
-LinkDomains = Callable[[Sequence[Vm], Sequence[Domain]], Links]
-"""Blocking: it looks where symlinks lead."""
+    def against(self, vm: Vm) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +81,10 @@ class _OnDisk:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What is asked once for all VMs; ``links`` is None while the hypervisor does not answer."""
+    """What is asked once for all VMs; ``sight`` is None where ``blind`` says why nothing can be told of domains."""
 
-    links: Links | None
+    sight: Sight | None
+    blind: str
     samples: Mapping[VmId, Sequence[Sample]]
     elsewhere: frozenset[str]
 
@@ -106,8 +104,7 @@ class FactsService:
         findings: Findings,
         samples: Samples,
         last_use: Callable[[VmId], LastUse],
-        hypervisor: Hypervisor,
-        link: LinkDomains,
+        look: Callable[[], Awaitable[Sight]],
         backing_fd: int,
         settings: FactsSettings,
     ) -> None:
@@ -120,8 +117,7 @@ class FactsService:
         self._findings = findings
         self._samples = samples
         self._last_use = last_use
-        self._hypervisor = hypervisor
-        self._link = link
+        self._look_at_domains = look
         self._backing_fd = backing_fd
         self.settings = settings
 
@@ -131,18 +127,16 @@ class FactsService:
         policy: Policy,
         *,
         now_s: float,
-        never: Mapping[VmId, Sequence[str]] | None = None,
     ) -> list[Facts]:
-        """The facts of these VMs, in their order; ``never`` are more reasons against some.
+        """The facts of these VMs, in their order.
 
         Only what ``policy`` goes by is asked for.  What cannot be had of a source is left out, and told in the log.
         """
         known = await self._ask(vms, policy, now_s)
         on_disk = await self._threads.files(self._look, vms)
-        more = never or {}
 
         def all_facts() -> list[Facts]:
-            return [self._facts(vm, on_disk[vm.id], known, more.get(vm.id, ())) for vm in vms]
+            return [self._facts(vm, on_disk[vm.id], known) for vm in vms]
 
         # Of thousands of VMs that takes a while, which guests must not wait for.
         found = await self._threads.compute(all_facts)
@@ -159,11 +153,13 @@ class FactsService:
         return points[-1].created_s if points else None
 
     async def _ask(self, vms: Sequence[Vm], policy: Policy, now_s: float) -> _Known:
-        links: Links | None = None
+        sight: Sight | None = None
+        blind = ""
         try:
-            links = await self._threads.files(self._link, vms, await self._hypervisor.domains())
-        except HypervisorAway as exc:
+            sight = await self._look_at_domains()
+        except (HypervisorAway, PrimaryError) as exc:
             log.warning("no VM is archived: %s", exc)
+            blind = "libvirt does not answer" if isinstance(exc, HypervisorAway) else str(exc)
         samples: Mapping[VmId, Sequence[Sample]] = {}
         try:
             samples = await self._threads.files(self._samples.all_samples, now_s - _longest_window_s(policy))
@@ -172,14 +168,15 @@ class FactsService:
         elsewhere = frozenset(
             finding.subject for finding in self._findings.all() if isinstance(finding.error, ClaimedElsewhere)
         )
-        return _Known(links, samples, elsewhere)
+        return _Known(sight, blind, samples, elsewhere)
 
-    def _facts(self, vm: Vm, on_disk: _OnDisk, known: _Known, more: Sequence[str]) -> Facts:
-        domains = () if known.links is None else known.links.of(vm.id)
+    def _facts(self, vm: Vm, on_disk: _OnDisk, known: _Known) -> Facts:
+        domains = () if known.sight is None else known.sight.domains_of(vm)
         domain = domains[0] if len(domains) == 1 else None
-        state = self._state(on_disk, domains, is_away=known.links is None)
+        state = self._state(on_disk, domains, is_blind=known.sight is None)
         samples, use = known.samples.get(vm.id, ()), self._last_use(vm.id)
-        never = [*on_disk.never, *_against(on_disk, domains, state, is_away=known.links is None), *more]
+        against = [known.blind] if known.sight is None else [*known.sight.against(vm), *_open(on_disk, domains, state)]
+        never = [*on_disk.never, *against]
         if f"VM {vm.id}" in known.elsewhere:
             never.append("its newest state is in another datastore")
         if self._recall.held:
@@ -203,14 +200,14 @@ class FactsService:
             last_used_s=latest([use.open_s, use.io_s]),
             last_recalled_s=on_disk.recalled_s,
             samples=samples,
-            is_protected=vm.is_protected or any(map(_is_protected, domains)),
+            is_protected=vm.is_protected or any(domain.is_protected for domain in domains),
             is_placeholder=0 < on_disk.placeholder_count == on_disk.apt_count and frees_bytes == 0,
             never=tuple(never),
         )
 
     @staticmethod
-    def _state(on_disk: _OnDisk, domains: Sequence[Domain], *, is_away: bool) -> GuestState:
-        if is_away:
+    def _state(on_disk: _OnDisk, domains: Sequence[Domain], *, is_blind: bool) -> GuestState:
+        if is_blind:
             return GuestState.UNKNOWN
         if not domains:
             return GuestState.RUNNING if on_disk.open else GuestState.OFF
@@ -262,22 +259,13 @@ class FactsService:
             on_disk.recalled_s = max(recalled_at_s, on_disk.recalled_s or 0.0)
 
 
-def _against(on_disk: _OnDisk, domains: Sequence[Domain], state: GuestState, *, is_away: bool) -> list[str]:
-    """What of the hypervisor's, and of who has it open, is a reason never to archive a VM."""
-    if is_away:
-        return ["libvirt does not answer"]
-    found = [problem for domain in domains for problem in domain.problems]
-    if len(domains) > 1:
-        found.append(f"is shared by {len(domains)} domains: {', '.join(domain.name for domain in domains)}")
+def _open(on_disk: _OnDisk, domains: Sequence[Domain], state: GuestState) -> list[str]:
+    """Why a VM that somebody has open is not to be archived; one whose guest runs may be idle."""
     if on_disk.open and not domains:
-        found.append(f"{on_disk.open[0]} is open, and no domain is known that has it")
-    elif on_disk.open and state.is_off:
-        found.append(f"{on_disk.open[0]} is open, though the domain is off")
-    return found
-
-
-def _is_protected(domain: Domain) -> bool:
-    return domain.metadata.get("protected", "no").strip().lower() not in ("no", "false", "0", "off")
+        return [f"{on_disk.open[0]} is open, and no domain is known that has it"]
+    if on_disk.open and state.is_off:
+        return [f"{on_disk.open[0]} is open, though the domain is off"]
+    return []
 
 
 def _wanting_points(all_facts: Sequence[Facts], policy: Policy, now_s: float) -> list[int]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import trio
+
 from vmfs_stub.core.usage import Reading
 from vmfs_stub.inventory.domain import ArchiveNote, Domain
 
@@ -49,10 +51,28 @@ class Hypervisor(Protocol):
         ...
 
 
+class WatchedHypervisor(Hypervisor, Protocol):
+    """One that also tells that something has changed."""
+
+    @property
+    def changes(self) -> int:
+        """How often something happened to a domain, or the hypervisor came or went."""
+        ...
+
+    async def wait_changed(self, seen: int) -> None:
+        """Wait until `changes` is another than ``seen``."""
+        ...
+
+
 class NoHypervisor:
     """A host without libvirt."""
 
     is_away = False
+    changes = 0
+
+    async def wait_changed(self, seen: int) -> None:
+        """Nothing ever happens."""
+        await trio.sleep_forever()
 
     async def domains(self) -> Sequence[Domain]:
         """None."""

@@ -1,40 +1,49 @@
 """Where the memory of a guest goes that the hypervisor saves, and whether that is a part of its VM.
 
 A saved guest can only go on where its memory is, so that the memory image has to be archived with the disks: it has to
-lie on the mount, and to be one of the VM's files.
+lie on the mount, in its VM's directory, or in one of its own at the top whose images the inventory counts as their VMs'
+(`DirectoryInventory.memory_dir`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from vmfs_stub.core.names import printable
 from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.inventory.vm import Vm
-
-
-def lies_in_vm(vm: Vm, path: PurePosixPath) -> bool:
-    """Whether a file at ``path``, from the backing directory, is the VM's because it lies in its directory."""
-    return vm.is_directory and path.is_relative_to(vm.path)
+from vmfs_stub.services.datastore_paths import DatastorePaths
 
 
 @dataclass(frozen=True, slots=True)
 class ManagedSave:
-    """``save_dir`` is where the hypervisor puts memory images, with symbolic links followed.
+    """``save_dir`` is where the hypervisor puts memory images, ``mountpoint`` that of the datastore.
 
-    ``is_of_vm`` says whether a path, from the backing directory, would be one of the VM's files.
+    ``place`` is where ``save_dir`` leads: relative to the backing directory, or absolute when that is elsewhere.
     """
 
     save_dir: Path
     mountpoint: Path
-    is_of_vm: Callable[[Vm, PurePosixPath], bool] = lies_in_vm
+    place: str
+
+    @classmethod
+    def at(cls, save_dir: Path, *, mountpoint: Path, paths: DatastorePaths) -> ManagedSave:
+        """Of the directory that is there now.  Blocks."""
+        try:
+            place = paths.locate(str(save_dir))
+        except OSError:
+            place = str(save_dir)
+        return cls(save_dir, mountpoint, place)
+
+    @property
+    def memory_dir(self) -> str | None:
+        """The directory at the top of the backing directory that has memory images alone; None: there is none."""
+        return self.place if self.place and "/" not in self.place else None
 
     def image(self, domain: Domain) -> PurePosixPath | None:
         """The domain's memory image, from the backing directory; None when it is not on the mount."""
-        path = self.save_dir / f"{domain.name}.save"
-        return PurePosixPath(path.relative_to(self.mountpoint)) if path.is_relative_to(self.mountpoint) else None
+        return None if self.place.startswith("/") else PurePosixPath(self.place) / f"{domain.name}.save"
 
     def problem(self, vm: Vm, domain: Domain) -> str:
         """Why the guest's memory cannot be archived with its disks, and what to do; empty when it can."""
@@ -44,8 +53,11 @@ class ManagedSave:
                 f"the hypervisor's save directory {self.save_dir} is not on the mount {self.mountpoint}: make it a "
                 "symbolic link to a directory there, or let the rule shut guests down"
             )
-        if not self.is_of_vm(vm, image):
-            return f"its memory image would be {printable(str(image))}, which is no file of VM {vm.name}"
+        if self.memory_dir is None and not (vm.is_directory and image.is_relative_to(vm.path)):
+            return (
+                f"its memory image would be {printable(str(image))}, which is no file of VM {vm.name}: have the "
+                f"save directory lead to one at the top of {self.mountpoint}"
+            )
         return ""
 
     def has_image(self, vm: Vm, domain: Domain) -> bool:

@@ -24,6 +24,7 @@ from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.primary.stopped_notes import StoppedNote
+from vmfs_stub.services.domains import LinkDomains
 from vmfs_stub.services.hypervisor import Hypervisor
 from vmfs_stub.services.managed_save import ManagedSave
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
@@ -63,6 +64,7 @@ class StoppedGuests:
         private: PrivateState,
         placeholders: PlaceholderIndex,
         managed_save: ManagedSave,
+        link: LinkDomains,
         limit_s: float,
         placeholder_bytes_min: int,
         clock: Callable[[], float] = time.time,
@@ -72,6 +74,7 @@ class StoppedGuests:
         self._notes = private.stopped
         self._placeholders = placeholders
         self._managed_save = managed_save
+        self._link = link
         self.limit_s = limit_s
         self.placeholder_bytes_min = placeholder_bytes_min
         self._clock = clock
@@ -84,12 +87,8 @@ class StoppedGuests:
 
         Raises HypervisorAway; NotStopped when several domains have disks in it.
         """
-        top = self._managed_save.mountpoint / vm.path
-        found = [
-            domain
-            for domain in await self._hypervisor.domains()
-            if domain.uuid == vm.id or any(path.is_relative_to(top) for path in domain.paths)
-        ]
+        links = await self._threads.files(self._link, [vm], await self._hypervisor.domains())
+        found = links.of(vm.id)
         if len(found) > 1:
             names = ", ".join(domain.name for domain in found)
             raise NotStopped(f"VM {vm.name}: {len(found)} domains have disks in it ({names}); none of them is stopped")

@@ -13,7 +13,6 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 import trio
@@ -25,7 +24,7 @@ from vmfs_stub.core.ids import VmId
 from vmfs_stub.core.usage import GAP_INTERVALS, HOUR_S, Counters, GuestState, Reading, Sample, sample_of
 from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.inventory.vm import Scan, Vm
-from vmfs_stub.services.domains import Domains, Links
+from vmfs_stub.services.domains import LinkDomains, Links
 from vmfs_stub.services.hypervisor import Hypervisor
 from vmfs_stub.services.mount_usage import DiskLook, MountUsage, latest, looks_by_vm, mount_reading
 from vmfs_stub.services.threads import Threads
@@ -86,10 +85,9 @@ class UsageSampler:
         catalog: Catalog,
         threads: Threads,
         hypervisor: Hypervisor,
-        domains: Domains,
+        link: LinkDomains,
         mount: MountUsage,
         scan: Callable[[], Awaitable[Scan]],
-        mountpoint: Path,
         interval_s: float,
         clock: Callable[[], float] = time.time,
         passed: Callable[[], float] = trio.current_time,
@@ -98,10 +96,9 @@ class UsageSampler:
         self._catalog = catalog
         self._threads = threads
         self._hypervisor = hypervisor
-        self._domains = domains
+        self._link = link
         self._mount = mount
         self._scan = scan
-        self._mountpoint = mountpoint
         self._interval_s = interval_s
         self._clock = clock
         self._passed = passed
@@ -229,7 +226,7 @@ class UsageSampler:
         before = self._round
         links, without_domain = before.links, before.without_domain
         if asked.readings is not None:
-            links = self._domains.link(asked.vms, asked.domains, mountpoint=self._mountpoint)
+            links = self._link(asked.vms, asked.domains)
             without_domain = frozenset(vm.id for vm in asked.vms if not links.of(vm.id))
         files = {file.ino: vm.id for vm in asked.vms for file in vm.files}
         owners = {ino: files[ino] for ino in asked.disks if ino in files}

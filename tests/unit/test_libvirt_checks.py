@@ -1,0 +1,152 @@
+"""What `doctor` says of libvirt, and what refuses archives: without a libvirt, on domains as plain values."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_hypervisor import FakeHypervisor, domain
+
+from vmfs_stub.cli import libvirt_checks
+from vmfs_stub.cli.host_checks import HostFinding
+from vmfs_stub.config import Config, parse_config
+from vmfs_stub.core.errors import HypervisorAway, InUse, Refused
+from vmfs_stub.core.ids import VmId
+from vmfs_stub.core.usage import GuestState
+from vmfs_stub.inventory.domain import Domain
+from vmfs_stub.inventory.libvirt import LibvirtConnection
+from vmfs_stub.inventory.libvirt_binding import has_binding
+from vmfs_stub.inventory.vm import Vm, VmFile
+from vmfs_stub.services.domains import link, refuse_archives
+
+MOUNT = Path("/srv/images")
+WEB = domain("web", MOUNT / "web/disk.raw")
+LAX = replace(WEB, disks=tuple(replace(disk, stops_on_error=False) for disk in WEB.disks))
+
+
+def config(libvirt: str = "", mountpoint: Path = MOUNT) -> Config:
+    text = f"""[datastore]
+name = "vms"
+backing = "/srv/backing"
+mountpoint = "{mountpoint}"
+[store]
+url = "file:///srv/store"
+[libvirt]
+{libvirt}
+"""
+    return parse_config(text, origin="test")
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> list[Domain]:
+    """What libvirt, which is there, answers."""
+    found: list[Domain] = []
+    monkeypatch.setattr(libvirt_checks, "look_at_domains", lambda settings: found)
+    monkeypatch.setattr(libvirt_checks, "is_there", lambda uri: True)
+    return found
+
+
+def findings(given: Config, severity: str = "warning") -> Sequence[HostFinding]:
+    return [found for found in libvirt_checks.check_libvirt(given) if found.severity == severity]
+
+
+def test_a_disk_without_stop_is_a_finding_with_the_exact_change(known: list[Domain]) -> None:
+    known += [LAX, domain("elsewhere", Path("/other/disk.raw"))]
+    (found,) = findings(config())
+    assert "domain web: vda" in found.message
+    assert found.remedy.startswith("virsh edit web, and in the <disk> of vda: <driver … error_policy='stop' rerror_")
+    (ok,) = findings(config(), "ok")
+    assert "1 of 2 domains have disks on the mount" in ok.message
+    assert findings(config("require_stop_on_error = false")) == []
+    known[0] = WEB
+    assert findings(config()) == []
+
+
+def test_what_keeps_a_domain_from_being_archived_is_told(known: list[Domain]) -> None:
+    known.append(replace(WEB, problems=("disk vdb is shared",)))
+    assert "domain web cannot be archived: disk vdb is shared" in [each.message for each in findings(config(), "note")]
+
+
+def test_where_the_memory_of_saved_guests_goes(known: list[Domain], tmp_path: Path) -> None:
+    mount, save = tmp_path / "mount", tmp_path / "save"
+    (mount / "saved").mkdir(parents=True)
+    save.mkdir()
+    given = config(f'save_dir = "{save}"', mount)
+    assert "does not lie on the mount" in findings(given, "note")[-1].message
+    save.rmdir()
+    save.symlink_to("mount/saved")
+    assert "lies on the mount" in findings(given, "ok")[-1].message
+
+
+def test_a_host_without_libvirt_is_no_problem_unless_it_should_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(settings: object) -> list[Domain]:
+        raise HypervisorAway("cannot connect")
+
+    monkeypatch.setattr(libvirt_checks, "look_at_domains", refuse)
+    monkeypatch.setattr(libvirt_checks, "is_there", lambda uri: False)
+    for given in (config(), config("enabled = false")):
+        assert [found.severity for found in libvirt_checks.check_libvirt(given)] == ["note"]
+    assert [found.severity for found in libvirt_checks.check_libvirt(config("enabled = true"))] == ["problem"]
+
+
+def test_without_the_binding_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported = builtins.__import__
+
+    def without(name: str, *others: Any) -> Any:
+        if name == "libvirt":
+            raise ImportError(name)
+        return imported(name, *others)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert not has_binding()
+    with pytest.raises(HypervisorAway, match=r"pip install 'vmfs-stub\[libvirt\]'"):
+        LibvirtConnection.to("qemu:///system", lambda event: None)
+    (found,) = findings(config("enabled = true"), "problem")
+    assert "vmfs-stub[libvirt]" in found.message
+    assert findings(config(), "problem") == []
+
+
+def vm(name: str, *, is_directory: bool = True) -> Vm:
+    file = VmFile(f"{name}/disk.raw" if is_directory else name, "disk.raw", 1, 1)
+    return Vm(VmId(name.encode().hex().ljust(32, "0")), name, name, is_directory, (file,))
+
+
+def test_links_go_by_path() -> None:
+    web, flat, lone = vm("web"), vm("flat.qcow2", is_directory=False), vm("lone")
+    both = domain("both", MOUNT / "flat.qcow2", MOUNT / "web/../web/data.raw")
+    links = link([web, flat, lone], [WEB, both, domain("other", Path("/srv/images2/web/x"))], mountpoint=MOUNT)
+    assert [each.name for each in links.of(web.id)] == ["web", "both"]
+    assert [each.name for each in links.of(flat.id)] == ["both"]
+    assert links.of(lone.id) == ()
+    assert links.vms_of(both.uuid) == (flat.id, web.id)
+    assert links.vms_of("nobody") == ()
+
+
+@pytest.mark.parametrize(
+    ("known_domain", "error", "message"),
+    [
+        (LAX, Refused, "vda without error_policy"),
+        (replace(WEB, problems=("it is transient",)), Refused, "domain web: it is transient"),
+        (replace(WEB, metadata={"protected": "yes"}), Refused, "protected"),
+        (replace(WEB, state=GuestState.RUNNING), InUse, "domain web is running"),
+        (replace(WEB, state=GuestState.PAUSED), InUse, "domain web is paused"),
+    ],
+)
+async def test_archives_are_refused(known_domain: Domain, error: type[Exception], message: str) -> None:
+    hypervisor = FakeHypervisor(known_domain)
+    with pytest.raises(error, match=message):
+        await refuse_archives([vm("web")], hypervisor, mountpoint=MOUNT, require_stop_on_error=True)
+    await refuse_archives([vm("other")], hypervisor, mountpoint=MOUNT, require_stop_on_error=True)
+
+
+async def test_archives_are_allowed_where_nothing_is_against_it_and_refused_where_it_is_not_known() -> None:
+    await refuse_archives([vm("web")], FakeHypervisor(LAX), mountpoint=MOUNT, require_stop_on_error=False)
+    hypervisor = FakeHypervisor(replace(WEB, state=GuestState.SAVED))
+    await refuse_archives([vm("web")], hypervisor, mountpoint=MOUNT, require_stop_on_error=True)
+    hypervisor.away = True
+    with pytest.raises(HypervisorAway):
+        await refuse_archives([vm("web")], hypervisor, mountpoint=MOUNT, require_stop_on_error=True)

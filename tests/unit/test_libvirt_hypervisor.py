@@ -1,0 +1,323 @@
+"""The connection to libvirt as services see it: a libvirtd that hangs, dies, comes back, and tells of what happens."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+from fake_hypervisor import domain
+
+from vmfs_stub.core.errors import HypervisorAway
+from vmfs_stub.core.usage import Counters, GuestState, Reading
+from vmfs_stub.inventory.domain import ArchiveNote, Domain
+from vmfs_stub.inventory.libvirt import DomainEvent, Told
+from vmfs_stub.inventory.libvirt_binding import has_binding, sockets_of
+from vmfs_stub.services.libvirt_hypervisor import CALLS_MAX, LibvirtHypervisor, LibvirtSettings, open_libvirt
+
+SETTINGS = LibvirtSettings(uri="qemu:///system?socket=/nowhere/sock", timeout_s=0.2, mountpoint=Path("/mnt/images"))
+QUICK = (0.01, 0.02)
+
+
+class FakeLibvirt:
+    """libvirtd and the connections to it; while ``hangs``, no call returns, while ``is_down``, none succeeds."""
+
+    def __init__(self, *domains: Domain) -> None:
+        self.known = {each.uuid: each for each in domains}
+        self.is_down = False
+        self.goes_on = threading.Event()
+        self.goes_on.set()
+        self.told: list[Told] = []
+        self.asked: list[str] = []
+        self.connections = 0
+        self.hanging = 0
+        self.hanging_max = 0
+        self.powers_off = True
+        self.refuses = False
+
+    def connect(self, told: Told) -> FakeConnection:
+        self.connections += 1
+        self.call("connect")
+        self.told.append(told)
+        return FakeConnection(self)
+
+    def call(self, what: str) -> None:
+        self.asked.append(what)
+        self.hanging += 1
+        self.hanging_max = max(self.hanging_max, self.hanging)
+        self.goes_on.wait()
+        self.hanging -= 1
+        if self.refuses:
+            raise HypervisorAway("the domain is busy")
+        if self.is_down:
+            raise HypervisorAway("cannot connect: no such file")
+
+    def put(self, uuid: str, state: GuestState) -> None:
+        """Change a state, and tell."""
+        self.known[uuid] = replace(self.known[uuid], state=state)
+        self.told[-1](DomainEvent(uuid, is_state=True, at_s=1000.0 + len(self.asked)))
+
+    def die(self) -> None:
+        """The connection is lost, and libvirt says so."""
+        self.is_down = True
+        self.told[-1](DomainEvent(None, is_state=True, at_s=time.time()))
+
+
+class FakeConnection:
+    """Implements services.libvirt_hypervisor.Connection."""
+
+    def __init__(self, libvirt: FakeLibvirt) -> None:
+        self.libvirt = libvirt
+
+    def close(self) -> None:
+        self.libvirt.asked.append("close")
+
+    def forget(self, uuid: str | None) -> None:
+        self.libvirt.asked.append(f"forget {uuid}")
+
+    def is_alive(self) -> bool:
+        return not self.libvirt.is_down
+
+    def domains(self) -> list[Domain]:
+        self.libvirt.call("domains")
+        return list(self.libvirt.known.values())
+
+    def readings(self) -> Mapping[str, Reading]:
+        self.libvirt.call("readings")
+        return {uuid: Reading(1.0, each.state, Counters()) for uuid, each in self.libvirt.known.items()}
+
+    def state(self, uuid: str) -> GuestState:
+        self.libvirt.call("state")
+        return self.libvirt.known[uuid].state
+
+    def ask_to_power_off(self, uuid: str) -> None:
+        self.libvirt.call("power off")
+        if self.libvirt.powers_off:
+            threading.Timer(0.05, self.libvirt.put, (uuid, GuestState.OFF)).start()
+
+    def save(self, uuid: str) -> None:
+        self.libvirt.call("save")
+
+    def stop_saving(self, uuid: str) -> None:
+        self.libvirt.asked.append("stop saving")
+
+    def start(self, uuid: str) -> None:
+        self.libvirt.call("start")
+
+    def set_note(self, uuid: str, note: ArchiveNote | None) -> None:
+        self.libvirt.call("note")
+
+
+VM = domain("web", Path("/mnt/images/web/disk.raw"))
+Check = Callable[[LibvirtHypervisor, FakeLibvirt], Awaitable[None]]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(10):
+        while not condition():  # noqa: ASYNC110 - of threads
+            await trio.sleep(0.005)
+
+
+async def with_libvirt(check: Check, libvirt: FakeLibvirt, settings: LibvirtSettings = SETTINGS) -> None:
+    clock = iter(range(1, 100_000))
+    try:
+        async with open_libvirt(
+            settings, connect=libvirt.connect, clock=lambda: float(next(clock)), backoff_s=QUICK
+        ) as hypervisor:
+            await check(hypervisor, libvirt)
+    finally:
+        libvirt.goes_on.set()
+
+
+async def test_domains_and_readings_come_with_the_time_that_an_event_told() -> None:
+    async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
+        (found,) = await hypervisor.domains()
+        assert (found.state, found.state_since_s) == (GuestState.OFF, None)
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(hypervisor.wait_changed, hypervisor.changes)
+                await trio.testing.wait_all_tasks_blocked()
+                libvirt.put(VM.uuid, GuestState.RUNNING)
+        (found,) = await hypervisor.domains()
+        assert found.state is GuestState.RUNNING
+        assert found.state_since_s is not None
+        assert found.state_since_s >= 1000
+        assert (await hypervisor.readings())[VM.uuid].state_since_s == found.state_since_s
+        assert f"forget {VM.uuid}" in libvirt.asked
+
+    await with_libvirt(check, FakeLibvirt(VM))
+
+
+async def test_a_change_that_no_event_told_began_at_the_latest_when_it_was_seen() -> None:
+    async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
+        assert (await hypervisor.readings())[VM.uuid].state_since_s is None
+        libvirt.known[VM.uuid] = replace(VM, state=GuestState.RUNNING)
+        since_s = (await hypervisor.readings())[VM.uuid].state_since_s
+        assert since_s is not None
+        assert since_s < 1000
+        assert (await hypervisor.readings())[VM.uuid].state_since_s == since_s
+
+    await with_libvirt(check, FakeLibvirt(VM))
+
+
+async def test_what_happened_while_libvirt_was_away_is_not_known() -> None:
+    async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
+        await hypervisor.domains()
+        libvirt.put(VM.uuid, GuestState.RUNNING)
+        await until(lambda: f"forget {VM.uuid}" in libvirt.asked)
+        assert (await hypervisor.domains())[0].state_since_s is not None
+        libvirt.die()
+        await until(lambda: hypervisor.is_away)
+        assert hypervisor.away_since_s is not None
+        with pytest.raises(HypervisorAway, match=r"does not answer since .*"):
+            await hypervisor.domains()
+        await until(lambda: libvirt.connections > 3)
+        libvirt.is_down = False
+        await until(lambda: not hypervisor.is_away)
+        assert (hypervisor.away_since_s, hypervisor.away_reason) == (None, "")
+        assert (await hypervisor.domains())[0].state_since_s is None
+
+    await with_libvirt(check, FakeLibvirt(VM))
+
+
+async def test_an_event_of_a_lost_connection_does_not_count() -> None:
+    async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
+        await hypervisor.domains()
+        libvirt.die()
+        await until(lambda: hypervisor.is_away)
+        libvirt.is_down = False
+        await until(lambda: not hypervisor.is_away)
+        libvirt.told[0](DomainEvent(None, is_state=True, at_s=1.0))
+        await trio.sleep(0.05)
+        assert not hypervisor.is_away
+
+    await with_libvirt(check, FakeLibvirt(VM))
+
+
+async def test_a_hanging_libvirt_holds_up_nobody_and_takes_a_bounded_number_of_threads() -> None:
+    async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
+        await hypervisor.domains()
+        libvirt.goes_on.clear()
+        failed = 0
+
+        async def ask() -> None:
+            nonlocal failed
+            with pytest.raises(HypervisorAway):
+                await hypervisor.readings()
+            failed += 1
+
+        begun_s = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for _ in range(50):
+                nursery.start_soon(ask)
+        for _ in range(50):
+            await ask()
+        assert failed == 100
+        assert trio.current_time() - begun_s < 5
+        assert hypervisor.is_away
+        assert libvirt.hanging_max <= CALLS_MAX + 1  # and one that connects
+        libvirt.goes_on.set()
+        await until(lambda: not hypervisor.is_away)
+        assert len(await hypervisor.domains()) == 1
+
+    await with_libvirt(check, FakeLibvirt(VM))
+
+
+async def test_the_first_question_waits_for_the_connection_but_not_for_ever() -> None:
+    libvirt = FakeLibvirt(VM)
+    libvirt.goes_on.clear()
+
+    async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
+        with trio.fail_after(5), pytest.raises(HypervisorAway, match="no answer to a connection within"):
+            await hypervisor.domains()
+        libvirt.goes_on.set()
+        await until(lambda: not hypervisor.is_away)
+
+    await with_libvirt(check, libvirt)
+
+
+async def test_where_libvirt_is_optional_a_host_without_its_socket_has_no_domains() -> None:
+    async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
+        assert await hypervisor.domains() == ()
+        assert await hypervisor.readings() == {}
+        assert not hypervisor.is_away
+        assert libvirt.connections == 0
+
+    await with_libvirt(check, FakeLibvirt(VM), replace(SETTINGS, is_optional=True))
+
+
+async def test_where_libvirt_is_optional_it_is_used_once_its_socket_appears(tmp_path: Path) -> None:
+    assert has_binding()
+    settings = replace(SETTINGS, is_optional=True, uri=f"qemu:///system?socket={tmp_path / 'sock'}")
+
+    async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
+        assert await hypervisor.domains() == ()
+        (tmp_path / "sock").touch()
+        await until(lambda: libvirt.connections > 0)
+        assert len(await hypervisor.domains()) == 1
+        (tmp_path / "sock").unlink()
+        libvirt.die()
+        await until(lambda: hypervisor.is_away)
+        with pytest.raises(HypervisorAway):
+            await hypervisor.domains()
+
+    await with_libvirt(check, FakeLibvirt(VM), settings)
+
+
+async def test_a_guest_that_powers_off_is_waited_for() -> None:
+    running = replace(VM, state=GuestState.RUNNING)
+
+    async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
+        assert await hypervisor.shut_down(VM.uuid, limit_s=10)
+        assert libvirt.asked.count("power off") == 1
+        assert await hypervisor.shut_down(VM.uuid, limit_s=10)
+        assert libvirt.asked.count("power off") == 1
+
+    await with_libvirt(check, FakeLibvirt(running))
+
+
+async def test_a_guest_that_does_not_power_off_is_left_alone() -> None:
+    libvirt = FakeLibvirt(replace(VM, state=GuestState.RUNNING))
+    libvirt.powers_off = False
+
+    async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
+        assert not await hypervisor.shut_down(VM.uuid, limit_s=0.1)
+        assert libvirt.known[VM.uuid].state is GuestState.RUNNING
+
+    await with_libvirt(check, libvirt)
+
+
+async def test_a_save_that_takes_too_long_is_stopped_and_libvirt_is_not_away_for_that() -> None:
+    async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
+        await hypervisor.domains()
+        libvirt.goes_on.clear()
+        with pytest.raises(HypervisorAway, match="did not answer within"):
+            await hypervisor.save(VM.uuid, limit_s=0.1)
+        assert libvirt.asked[-1] == "stop saving"
+        with trio.move_on_after(0.05):
+            await hypervisor.save(VM.uuid, limit_s=60)
+        assert libvirt.asked[-2:] == ["save", "stop saving"]
+        libvirt.goes_on.set()
+        await hypervisor.save(VM.uuid, limit_s=5)
+        assert libvirt.asked[-1] == "save"
+        libvirt.refuses = True
+        with pytest.raises(HypervisorAway, match="busy"):
+            await hypervisor.save(VM.uuid, limit_s=5)
+        assert libvirt.asked[-1] == "save"  # that job of somebody else goes on
+        assert not hypervisor.is_away
+
+    await with_libvirt(check, FakeLibvirt(VM))
+
+
+def test_where_the_socket_of_a_uri_is() -> None:
+    assert [str(path) for path in sockets_of("qemu:///system")] == [
+        "/run/libvirt/libvirt-sock",
+        "/run/libvirt/virtqemud-sock",
+    ]
+    assert sockets_of("qemu:///system?socket=/a/b") == (Path("/a/b"),)
+    assert sockets_of("qemu+ssh://host/system") == ()
+    assert sockets_of("qemu:///session") == ()

@@ -1,0 +1,76 @@
+"""What `doctor` looks at of libvirt: whether it answers, and whether its domains are such that they can be archived."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vmfs_stub.cli.host_checks import HostFinding
+from vmfs_stub.core.errors import HypervisorAway
+from vmfs_stub.mount.mountpoint import FILESYSTEM_TYPE, mounts_at
+from vmfs_stub.services.libvirt_hypervisor import LibvirtSettings, is_there, look_at_domains
+
+if TYPE_CHECKING:
+    from vmfs_stub.config import Config
+    from vmfs_stub.inventory.domain import Domain
+
+
+def check_libvirt(config: Config) -> Iterator[HostFinding]:
+    """libvirt, where this host has it, and whether its domains are such that they can be archived."""
+    wanted = config.libvirt
+    if wanted.enabled is False or (wanted.enabled == "auto" and not is_there(wanted.uri)):
+        said = (
+            "[libvirt] enabled is false" if wanted.enabled is False else "no socket, or vmfs-stub[libvirt] is missing"
+        )
+        yield HostFinding("note", "libvirt", f"not used: {said}", "none, if no VM here is run by it")
+        return
+    mountpoint = config.datastore.mountpoint
+    try:
+        domains = look_at_domains(LibvirtSettings(wanted.uri, wanted.timeout_s, mountpoint))
+    except HypervisorAway as exc:
+        yield HostFinding("problem", "libvirt", str(exc), "start libvirtd, or correct [libvirt]")
+        return
+    linked = [domain for domain in domains if any(path.is_relative_to(mountpoint) for path in domain.paths)]
+    text = f"{wanted.uri} answers; {len(linked)} of {len(domains)} domains have disks on the mount"
+    yield HostFinding("ok", "libvirt", text)
+    for domain in linked:
+        yield from _domain(domain, config)
+    yield _managed_save(config)
+
+
+def _domain(domain: Domain, config: Config) -> Iterator[HostFinding]:
+    for problem in domain.problems:
+        message = f"domain {domain.name} cannot be archived: {problem}"
+        yield HostFinding("note", "libvirt", message, "none, if it need not be")
+    disks = domain.without_stop(below=config.datastore.mountpoint)
+    if disks:
+        named = ", ".join(disk.target for disk in disks)
+        waived = "" if config.libvirt.require_stop_on_error else " (archived all the same, as [libvirt] says)"
+        yield HostFinding(
+            "note" if waived else "warning",
+            "libvirt",
+            f"domain {domain.name}: {named} would show the guest an error when a recall fails{waived}",
+            f"virsh edit {shlex.quote(domain.name)}, and in the <disk> of {named}: "
+            "<driver … error_policy='stop' rerror_policy='stop'/>; it counts from the guest's next start",
+        )
+
+
+def _managed_save(config: Config) -> HostFinding:
+    """Whether the memory of guests can be archived with their disks; asks the kernel, and nothing of the mount."""
+    save_dir, mountpoint = config.libvirt.save_dir, config.datastore.mountpoint
+    target = save_dir
+    if save_dir.is_symlink():
+        target = Path(os.path.normpath(save_dir.parent / save_dir.readlink()))
+    bound = [mount for mount in mounts_at(save_dir) if mount.kind == FILESYSTEM_TYPE]
+    if target.is_relative_to(mountpoint) or bound:
+        return HostFinding("ok", "managed save", f"{save_dir} lies on the mount")
+    return HostFinding(
+        "note",
+        "managed save",
+        f"{save_dir} does not lie on the mount: guests that run are not saved in order to be archived",
+        f"none; or, to have that: with no guest saved, stop libvirtd, move {save_dir} to a directory in {mountpoint}, "
+        "leave a symbolic link to it at the old path, and have libvirtd start after the mount, as it does not without",
+    )
