@@ -164,6 +164,12 @@ class ArchiveConfig(_Section):
     placeholder_bytes_min: ByteCount = 8 << 20
 
 
+class JobsConfig(_Section):
+    """Backup jobs; of VMs in use what guests change meanwhile is set aside on primary."""
+
+    set_aside_bytes_max: ByteCount = 16 << 30
+
+
 RuleCount = Annotated[int, Field(ge=0, le=1_000_000)]
 
 
@@ -235,6 +241,7 @@ class Config(_Section):
     recall: RecallConfig = RecallConfig()
     hydration: HydrationConfig = HydrationConfig()
     archive: ArchiveConfig = ArchiveConfig()
+    jobs: JobsConfig = JobsConfig()
     retention: RetentionConfig = RetentionConfig()
     scrub: ScrubConfig = ScrubConfig()
     primary: PrimaryConfig = PrimaryConfig()

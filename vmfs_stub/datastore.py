@@ -272,7 +272,12 @@ class Datastore:
         for file in vm.files:
             await self._hydration.stop(file.ino)
         try:
-            report = await self._archiver.run(vm, archive=archive, progress=progress, claimed=claimed)
+            try:
+                report = await self._archiver.run(vm, archive=archive, progress=progress, claimed=claimed)
+            except InUse:
+                if archive:
+                    raise
+                report = await self._archiver.run_in_use(vm, progress=progress, claimed=claimed)
         finally:
             if self._replica is not None:
                 self._replica.due([vm.id])

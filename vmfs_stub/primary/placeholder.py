@@ -16,7 +16,16 @@ from pathlib import Path
 
 from vmfs_stub.core.errors import CorruptMap, IdentityMismatch, MapFrozen, MapMissing, UnknownFormat
 from vmfs_stub.core.ids import DatastoreId, PlaceholderId
-from vmfs_stub.core.names import ADOPTING_DIR, CHANGES_DIR, CLAIMS_DIR, MAPS_DIR, ORPHANS_DIR, PRIVATE_DIR, RESERVE_FILE
+from vmfs_stub.core.names import (
+    ADOPTING_DIR,
+    CHANGES_DIR,
+    CLAIMS_DIR,
+    FROZEN_DIR,
+    MAPS_DIR,
+    ORPHANS_DIR,
+    PRIVATE_DIR,
+    RESERVE_FILE,
+)
 from vmfs_stub.core.sites import PLAIN
 from vmfs_stub.primary.claim_notes import ClaimNotes
 from vmfs_stub.primary.datastore_id import load_or_make_datastore_id
@@ -45,6 +54,7 @@ class PrivateState:
     reserve: Reserve
     orphans: Orphans
     adopting: Path
+    frozen: Path
 
     @classmethod
     def at(cls, backing: Path, runtime_dir: Path, *, files: FileCalls = PLAIN) -> PrivateState:
@@ -55,8 +65,9 @@ class PrivateState:
         maps, volatile = backing / PRIVATE_DIR / MAPS_DIR, runtime_dir / MAPS_DIR
         orphans, claims = backing / PRIVATE_DIR / ORPHANS_DIR, backing / PRIVATE_DIR / CLAIMS_DIR
         adopting = backing / PRIVATE_DIR / ADOPTING_DIR
+        frozen = backing / PRIVATE_DIR / FROZEN_DIR
         changes, volatile_changes = backing / PRIVATE_DIR / CHANGES_DIR, runtime_dir / CHANGES_DIR
-        private = (backing / PRIVATE_DIR, maps, orphans, claims, adopting, changes)
+        private = (backing / PRIVATE_DIR, maps, orphans, claims, adopting, changes, frozen)
         for directory in (*private, runtime_dir, volatile, volatile_changes):
             files.call("start.private", directory.mkdir, mode=0o700, parents=True, exist_ok=True)
         files.call("start.private_sync", sync_directory, backing / PRIVATE_DIR)
@@ -76,6 +87,7 @@ class PrivateState:
                 reserve=reserve,
                 orphans=Orphans(orphans),
                 adopting=adopting,
+                frozen=frozen,
             )
         finally:
             os.close(fd)

@@ -55,6 +55,7 @@ from vmfs_stub.services.mover import Content, CopyOrder, Mover, Part, PointFile,
 from vmfs_stub.services.placeholder_ender import Ended, PlaceholderEnder
 from vmfs_stub.services.placeholder_maker import PlaceholderMaker
 from vmfs_stub.services.recall import RecallService
+from vmfs_stub.services.running_backup import Freezer, Means, RunningBackup
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.sources import Source, Sources
 from vmfs_stub.services.stored_files import OtherEntries, other_entries, stored_file
@@ -74,7 +75,8 @@ LEFT_OUT_LOGGED = 20
 class ArchiveSettings:
     """Sizes in bytes; ``host`` and ``datastore`` go into pins and manifests.
 
-    Nothing is released of which there are not ``min_copies``, 1 or 2, that were read back.
+    Nothing is released of which there are not ``min_copies``, 1 or 2, that were read back.  The backup of a VM in use
+    may set ``set_aside_bytes_max`` aside on primary, of which ``free_floor_percent`` stay free.
     """
 
     resident_head_bytes: int
@@ -83,6 +85,8 @@ class ArchiveSettings:
     host: str
     datastore: str
     min_copies: int = 1
+    set_aside_bytes_max: int = 16 << 30
+    free_floor_percent: float = 0
 
 
 @dataclass(slots=True)
@@ -101,6 +105,8 @@ class BackupReport:
     left_out: list[str] = field(default_factory=list)
     """Paths of what no backup holds: FIFOs, sockets, devices."""
     warning: str = ""
+    consistency: str = "off"
+    """Of what was in use: "crash", or "quiesced" if the guest had brought its filesystems to rest; else "off"."""
 
 
 class Archiver:
@@ -149,6 +155,21 @@ class Archiver:
             private=private,
             resident_head_bytes=settings.resident_head_bytes,
             resident_tail_bytes=settings.resident_tail_bytes,
+        )
+
+        self._running = Means(
+            files=files,
+            threads=threads,
+            claims=claims,
+            mover=mover,
+            private=private,
+            backing=backing,
+            sources=self._sources,
+            parts=self._parts,
+            last_points=self._last_points,
+            store_id=store.id,
+            chunk_size=store.chunk_size,
+            settings=settings,
         )
 
     async def run(
@@ -213,6 +234,24 @@ class Archiver:
         for source in sources:
             if source.placeholder_id is not None and not self._maker.may_be_placeholder(source):
                 await self._ender.end(Ended(source.placeholder_id, vm.id, point_id, was_made=False))
+
+    async def run_in_use(
+        self,
+        vm: Vm,
+        *,
+        progress: Callable[[int], None],
+        claimed: Mapping[VmId, int] | None = None,
+        freezer: Freezer | None = None,
+    ) -> BackupReport:
+        """Make a restore point of ``vm``, which guests may have open, as it is at one moment.
+
+        ``freezer`` brings the guest's filesystems to rest for that moment, if it can; else as `run`.
+        Raises InUse when somebody has it open who does not write through the mount, or another job backs it up;
+        Abandoned, with the reason, when it could not be kept as it was; and as `run`.
+        """
+        report = BackupReport(vm.name, PointId(secrets.token_hex(16)), vm.size_bytes)
+        await RunningBackup(self._running, vm, report, progress).run(claimed, freezer)
+        return report
 
     # Copy, verify, commit to the store
 
@@ -289,7 +328,12 @@ class Archiver:
             point_id=point_id,
             vm_name=vm.name,
             host=self._settings.host,
-            metadata={"inventory": "directory", "path": vm.entry, "datastore": self._settings.datastore},
+            metadata={
+                "inventory": "directory",
+                "path": vm.entry,
+                "datastore": self._settings.datastore,
+                "consistency": "off",
+            },
             pins=[self._pin(source.placeholder_id) for source in sources if source.placeholder_id is not None],
             top=top,
         )
