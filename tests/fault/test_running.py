@@ -19,11 +19,14 @@ from tests.datastore_harness import BLOCK, CHUNK, Fault, Killed, Rig, Services, 
 from tests.fake_hypervisor import FakeHypervisor, domain
 from vmfs_stub.core.errors import Abandoned, HypervisorAway, InUse, PrimaryIOError, StoreFull
 from vmfs_stub.core.names import FROZEN_DIR, PRIVATE_DIR
-from vmfs_stub.services import frozen_disk, running_backup
+from vmfs_stub.services import copying, frozen_disk, running_backup, set_aside
 from vmfs_stub.services.archive import BackupReport
+from vmfs_stub.services.changes import DiskChanges
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.frozen_disk import FrozenDisk
 from vmfs_stub.services.hypervisor import GuestFilesystems
+from vmfs_stub.services.set_aside import SetAside
+from vmfs_stub.services.write_gate import WriteGate
 from vmfs_stub.store.store import Store
 
 PATHS = ("vm/disk.img", "vm/second.img")
@@ -654,3 +657,73 @@ async def test_an_agent_that_hangs_is_given_up_and_thawed(monkeypatch: pytest.Mo
             with pytest.raises(Abandoned):
                 await services.back_up_in_use("vm", freezer=freezer)
             assert freezer.thawed == 2
+
+
+# Every check finds what it is there for
+
+
+async def _keep_nothing(self: SetAside, offset: int, length: int, placeholder: object) -> None:
+    pass
+
+
+async def _keep_first_only(self: SetAside, offset: int, length: int, placeholder: Any) -> None:
+    await REAL_KEEP(self, offset, min(length, 1), placeholder)
+
+
+async def _do_not_wait(self: WriteGate) -> None:
+    await trio.lowlevel.checkpoint()
+
+
+async def _forget_absent(self: SetAside, chunk: int, fetch: Callable[[int], Any]) -> None:
+    self._absent[chunk] = []
+    await REAL_COMPLETE(self, chunk, fetch)
+
+
+async def _late_follow(self: DiskChanges, origin: Any) -> None:
+    pass
+
+
+async def _follow_at_the_end(self: DiskChanges) -> None:
+    since = self.since_last_point(exact=False)
+    if since is not None:
+        await REAL_FOLLOW(self, since.origin)
+        await REAL_REPLACE(self)
+
+
+REAL_KEEP, REAL_COMPLETE = SetAside.keep, SetAside.complete
+REAL_FOLLOW, REAL_REPLACE = DiskChanges.follow, DiskChanges.replace
+PLANTED: dict[str, tuple[tuple[object, str, object], ...]] = {
+    "nothing is set aside": ((SetAside, "keep", _keep_nothing),),
+    "of a write over two chunks one is set aside": ((SetAside, "keep", _keep_first_only),),
+    "what is set aside is not looked at": ((copying, "take_set_aside", lambda *args, **kwargs: None),),
+    "marks come with the bytes": ((set_aside, "mark", lambda *args, **kwargs: None),),
+    "the gate lets in": ((WriteGate, "wait_at_rest", _do_not_wait),),
+    "chunks count as copied at once": (
+        (SetAside, "dealt_with", lambda self, count: setattr(self, "_copied", len(self._kept))),
+    ),
+    "what was absent in part is zeros": ((SetAside, "complete", _forget_absent),),
+    "only the old map is told": (
+        (DiskChanges, "follow", _late_follow),
+        (DiskChanges, "replace", _follow_at_the_end),
+    ),
+}
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+async def test_what_is_planted_is_found(planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copying, "BATCH_BYTES", 2 * CHUNK)
+    for owner, name, instead in PLANTED[planted]:
+        monkeypatch.setattr(owner, name, instead)
+    for seed in range(12):
+        try:
+            await test_the_point_is_all_disks_at_one_moment(seed, clones=False)
+            await test_the_point_of_placeholders_is_what_they_stood_for(seed)
+            await test_of_a_chunk_that_is_absent_in_part_the_rest_comes_from_its_point()
+            await test_writes_under_way_are_waited_for_and_later_ones_wait_for_the_moment()
+        except AssertionError:
+            return
+        except BaseExceptionGroup as group:
+            if group.split(AssertionError)[0] is not None:
+                return
+            assert group.split(PrimaryIOError)[0] is not None, group  # a disk that is too short for what was not kept
+    pytest.fail("nothing was found")

@@ -59,15 +59,20 @@ def mark(files: FileCalls, fd: int, chunks: Extent, *, size: int) -> None:
     files.call("aside.mark", write_fully, fd, b"\1" * chunks.length, marks_offset(size) + chunks.start)
 
 
-def take_set_aside(files: FileCalls, fd: int, buffer: bytearray, offset: int, *, size: int, chunk_size: int) -> None:
+def take_set_aside(
+    files: FileCalls, fd: int, buffer: bytearray, offset: int, *, read_bytes: int, size: int, chunk_size: int
+) -> None:
     """Of what was read from the disk at ``offset`` (of a chunk) into ``buffer``, replace what was set aside by then.
 
+    Where ``read_bytes`` are fewer than there is room for, the rest has to be set aside, having been cut off since.
     Raises OSError.
     """
     first, end = offset // chunk_size, chunk_count(offset + len(buffer), chunk_size)
     marks = read_fully(files, "aside.marks", fd, end - first, marks_offset(size) + first)
     if len(marks) != end - first:
         raise OSError(errno.EIO, "what was set aside is shorter than it was")
+    if read_bytes < len(buffer) and not all(marks[read_bytes // chunk_size :]):
+        raise OSError(errno.EIO, f"{read_bytes} of {len(buffer)} bytes at {offset} could be read")
     for found in _IS_HERE.finditer(marks):
         start, stop = found.start() * chunk_size, min(len(buffer), found.end() * chunk_size)
         taken = bytearray(stop - start)

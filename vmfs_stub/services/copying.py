@@ -193,25 +193,18 @@ class Copier:
         buffer = bytearray(length)
         try:
             count = self._files.call("archive.read", read_into, source.fd, buffer, start)
-            # What a guest has cut off meanwhile was set aside.
-            if count != length and source.aside_fd is None:
+            if source.aside_fd is not None:
+                self._take_set_aside(source, source.aside_fd, start, buffer, count)
+            elif count != length:
                 raise OSError(errno.EIO, f"{count} of {length} bytes at {start} could be read")
-            self._take_set_aside(source, start, buffer)
         except OSError as exc:
             raise PrimaryIOError(f"{source.order.label}: reading it for the backup failed: {exc.strerror}") from exc
         return self._writer.encode(buffer)
 
-    def _take_set_aside(self, source: _Source, start: int, buffer: bytearray) -> None:
+    def _take_set_aside(self, source: _Source, fd: int, start: int, buffer: bytearray, count: int) -> None:
         """Only after the disk was read: what is not set aside by now had not been changed when it was."""
-        if source.aside_fd is not None:
-            take_set_aside(
-                self._files,
-                source.aside_fd,
-                buffer,
-                start,
-                size=source.order.size,
-                chunk_size=self._writer.chunk_size,
-            )
+        size, chunk_size = source.order.size, self._writer.chunk_size
+        take_set_aside(self._files, fd, buffer, start, read_bytes=count, size=size, chunk_size=chunk_size)
 
     async def _encode_stored(self, chunks: Afresh, slot: _Slot) -> None:
         slot.batch = await self._threads.transfer(self._fetch_and_encode, chunks.refs, slot.length)
