@@ -285,6 +285,7 @@ class Datastore:
         abandoned, placeholders = printable(report.abandoned), [printable(path) for path in report.placeholders]
         left_out = [printable(path) for path in report.left_out]
         message = abandoned
+        in_use = "" if report.consistency == "off" else f"while it was in use ({report.consistency})"
         if left_out and not message:
             message = f"without {len(left_out)} FIFOs, sockets or devices, which no backup holds: {left_out[0]}"
         forgotten, retention = await self._forget(vm)
@@ -293,7 +294,7 @@ class Datastore:
             "abandoned": abandoned,
             "left_out": left_out,
             "forgotten": forgotten,
-            "message": "; ".join(filter(None, (message, report.warning, retention))),
+            "message": "; ".join(filter(None, (message, in_use, report.warning, retention))),
             "outcome": outcome,
         }
         return VmOutcome.model_validate({**asdict(report), **shown})

@@ -36,6 +36,7 @@ for number, place in enumerate(places, start=1):
         began = time.monotonic()
         os.pwrite(fd, block, place * 4096)
         waits.append((began, time.monotonic() - began))
+    time.sleep(0.002)
     if number % 20 == 0:
         with open(report + ".new", "w") as file:
             json.dump(waits, file)
@@ -67,9 +68,9 @@ def back_up(datastore: LiveDatastore) -> dict[str, object]:
     return outcome
 
 
-def restored(datastore: LiveDatastore) -> list[bytes]:
+def restored(datastore: LiveDatastore, outcome: dict[str, object]) -> list[bytes]:
     to = datastore.base / "restored"
-    datastore.cli("restore", "vm", "--to", to, check=0)
+    datastore.cli("restore", f"vm@{outcome['point_id']}", "--to", to, check=0)
     contents = [(to / name).read_bytes() for name in DISKS]
     for name in DISKS:
         (to / name).unlink()
@@ -100,13 +101,16 @@ def check_two_disks_at_one_moment(datastore: LiveDatastore) -> None:
         outcome = back_up(datastore)
         first_s = time.monotonic() - began
         assert (outcome["outcome"], outcome["consistency"]) == ("backed up", "crash")
-        counts = [written_to(content, old) for content, old in zip(restored(datastore), before, strict=True)]
-        assert 0 < counts[0] - 1 <= counts[1] <= counts[0]
         second = back_up(datastore)
-        later = [written_to(content, old) for content, old in zip(restored(datastore), before, strict=True)]
-        assert later[0] - 1 <= later[1] <= later[0]
-        assert counts[0] < later[0]
+        assert second["consistency"] == "crash"
         waits = json.loads(report.read_text())
+    counts, later = (
+        [written_to(content, old) for content, old in zip(restored(datastore, point), before, strict=True)]
+        for point in (outcome, second)
+    )
+    assert 0 < counts[0] - 1 <= counts[1] <= counts[0]
+    assert later[0] - 1 <= later[1] <= later[0]
+    assert counts[0] < later[0]
     during = sorted(wait for at, wait in waits if began <= at <= began + first_s)
     others = sorted(wait for at, wait in waits if not began <= at <= began + first_s)
     for name, found in (("during the backup", during), ("else", others)):
@@ -164,9 +168,9 @@ def test_after_a_kill_amid_a_backup_in_use_no_change_is_missed(make_datastore: M
         datastore.kill()
     datastore.start()
     assert list((datastore.backing / ".vmfs-stub/frozen").iterdir()) == []
-    back_up(datastore)
+    outcome = back_up(datastore)
     wanted = [(datastore.mountpoint / "vm" / name).read_bytes() for name in DISKS]
-    assert restored(datastore) == wanted
+    assert restored(datastore, outcome) == wanted
 
 
 SCRIPT = (
