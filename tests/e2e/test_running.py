@@ -80,14 +80,12 @@ def restored(datastore: LiveDatastore, outcome: dict[str, object]) -> list[bytes
 
 def written_to(content: bytes, before: bytes) -> int:
     """How many blocks were written, which must be the first so many of the writer's order."""
-
     places = list(range(len(content) // BLOCK))
     random.Random(1).shuffle(places)
-    blocks = [content[place * BLOCK :][:BLOCK] for place in places]
-    count = next(
-        (n for n, block in enumerate(blocks) if block != (n + 1).to_bytes(8, "little") * (BLOCK // 8)), len(blocks)
-    )
-    late = [n for n in range(count, len(blocks)) if blocks[n] != before[places[n] * BLOCK :][:BLOCK]]
+    blocks = [slice(place * BLOCK, (place + 1) * BLOCK) for place in places]
+    is_new = [content[block] == number.to_bytes(8, "little") * (BLOCK // 8) for number, block in enumerate(blocks, 1)]
+    count = is_new.index(False) if False in is_new else len(blocks)
+    late = [number for number, block in enumerate(blocks) if number >= count and content[block] != before[block]]
     assert late == [], f"{count} blocks are there, and some of those after"
     return count
 
