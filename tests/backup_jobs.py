@@ -95,6 +95,7 @@ class JobRig:
             hooks=self.hooks,
             decide=self.policy.decide,
             refuse=self._refuse,
+            freezer_of=self._freezer_of,
             made=self._made,
             forget=self._forget,
             backed_up=lambda vm_id: None,
@@ -111,6 +112,9 @@ class JobRig:
     async def _refuse(self, vm: Vm) -> None:
         if vm.id in self.protected:
             raise protected(vm)
+
+    async def _freezer_of(self, vm: Vm) -> None:
+        return None
 
     async def _made(self, vm_id: VmId, *, is_archived: bool) -> None:
         self.made[vm_id] = is_archived

@@ -55,6 +55,7 @@ from vmfs_stub.services.local_mover import LocalMover
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recovery import Recovered, Recovery
 from vmfs_stub.services.resumption import resume
+from vmfs_stub.services.running_backup import Freezer
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.fallback import Fallback, ReplicatedStore
@@ -304,6 +305,15 @@ class Services:
         for file in vm.files:
             await self.hydration.stop(file.ino)
         return await self.archiver.run(vm, archive=archive, progress=lambda count: None)
+
+    async def back_up_in_use(
+        self, name: str, *, progress: Callable[[int], None] = lambda count: None, freezer: Freezer | None = None
+    ) -> BackupReport:
+        """A backup of a VM that guests may have open."""
+        vm = self.rig.vm(name, files=self.files)
+        for file in vm.files:
+            await self.hydration.stop(file.ino)
+        return await self.archiver.run_in_use(vm, progress=progress, freezer=freezer)
 
     async def wait_hydrated(self) -> None:
         """Return when nothing comes back in the background any more."""

@@ -36,14 +36,15 @@ def domain(name: str, *disks: Path, uuid: str = "", state: GuestState = GuestSta
 class FakeHypervisor:
     """Implements services.hypervisor.Hypervisor.
 
-    Guests in ``stubborn`` do not power off when they are asked; ``away`` makes every call fail; ``asked`` is what was
-    asked for, in order.
+    Guests in ``stubborn`` do not power off when they are asked; those in ``agents`` have an agent that answers;
+    ``away`` makes every call fail; ``asked`` is what was asked for, in order.
     """
 
     def __init__(self, *domains: Domain) -> None:
         self.known = {each.uuid: each for each in domains}
         self.used: dict[str, Reading] = {}
         self.stubborn: set[str] = set()
+        self.agents: set[str] = set()
         self.away = False
         self.asked: list[str] = []
         self.changes = 0
@@ -97,6 +98,13 @@ class FakeHypervisor:
     async def start(self, uuid: str) -> None:
         await self._asked(f"start {self.known[uuid].name}")
         self.put(uuid, state=GuestState.RUNNING)
+
+    async def freeze(self, uuid: str) -> bool:
+        await self._asked(f"freeze {self.known[uuid].name}")
+        return uuid in self.agents
+
+    async def thaw(self, uuid: str) -> None:
+        await self._asked(f"thaw {self.known[uuid].name}")
 
     async def set_note(self, uuid: str, note: ArchiveNote | None) -> None:
         await self._asked(f"note of {self.known[uuid].name}")

@@ -171,7 +171,8 @@ class WindowConfig(_Section):
 class JobsConfig(_Section):
     """Backup jobs: ``parallel`` VMs at once; guests get ``shutdown_limit_s`` to power off.
 
-    A job ends when of at least ``failures_count_min`` VMs that failed the share is above ``failures_percent_max``.
+    A job ends when of at least ``failures_count_min`` VMs that failed the share is above ``failures_percent_max``.  Of
+    a VM in use at most ``set_aside_bytes_max`` of what its guest changes meanwhile are set aside on primary.
     """
 
     parallel: int = Field(default=2, ge=1, le=64)
@@ -179,6 +180,7 @@ class JobsConfig(_Section):
     failures_count_min: int = Field(default=5, ge=1, le=1_000_000)
     windows: tuple[WindowConfig, ...] = Field(default=(), max_length=100)
     bytes_per_s_max_outside: ByteCount = 0
+    set_aside_bytes_max: ByteCount = 16 << 30
     shutdown_limit_s: float = Field(default=300, gt=0, le=86400)
 
     @property

@@ -591,6 +591,8 @@ def _service_settings(config: Config) -> ServiceSettings:
             host=socket.gethostname(),
             datastore=config.datastore.name,
             min_copies=config.min_copies,
+            set_aside_bytes_max=config.jobs.set_aside_bytes_max,
+            free_floor_percent=config.primary.free_floor_percent,
         ),
     )
 

@@ -47,12 +47,13 @@ from vmfs_stub.services.disk_name import disk_label
 from vmfs_stub.services.disk_services import DiskServices
 from vmfs_stub.services.domains import LinkDomains
 from vmfs_stub.services.hooks import Hooks
-from vmfs_stub.services.hypervisor import Hypervisor
+from vmfs_stub.services.hypervisor import GuestFilesystems, WatchedHypervisor
 from vmfs_stub.services.managed_save import ManagedSave
 from vmfs_stub.services.obstacles import Obstacles, ObstacleSight
 from vmfs_stub.services.replication import ReplicaService
 from vmfs_stub.services.retention import apply_rules, problem_of
-from vmfs_stub.services.stopped_guests import StoppedGuests
+from vmfs_stub.services.running_backup import Freezer
+from vmfs_stub.services.stopped_guests import NotStopped, StoppedGuests
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.settings import Settings
 from vmfs_stub.store.store import Store
@@ -89,7 +90,7 @@ class DatastoreJobs:
         listing: Listing,
         backing_fd: int,
         reserve: Callable[[], None],
-        hypervisor: Hypervisor,
+        hypervisor: WatchedHypervisor,
         obstacles: ObstacleSight,
         managed_save: ManagedSave,
         link: LinkDomains,
@@ -130,6 +131,7 @@ class DatastoreJobs:
             hooks=_hooks(config),
             decide=decide,
             refuse=self._refuse,
+            freezer_of=self._freezer_of,
             made=listing.backed_up,
             forget=self._forget,
             backed_up=lambda vm_id: None if replica is None else replica.due([vm_id]),
@@ -263,6 +265,13 @@ class DatastoreJobs:
                 raise InUse(f"VM {vm.name} is in use: domain {domain.name} is {domain.state.value}; shut it down first")
         if reasons := obstacles.by_domains(vm):
             raise _refused(vm, reasons)
+
+    async def _freezer_of(self, vm: Vm) -> Freezer | None:
+        """What brings the filesystems of its guest to rest; None when no guest of one domain runs it."""
+        with suppress(HypervisorAway, NotStopped):
+            domain = await self.guests.running(vm)
+            return None if domain is None else GuestFilesystems(self._hypervisor, domain.uuid)
+        return None
 
     async def _gather_files(self) -> None:
         """Have files that are one domain's be one VM from now on; where that cannot be told they stay what they are."""

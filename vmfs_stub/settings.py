@@ -44,6 +44,7 @@ LIVE: Final = frozenset(
         "jobs.failures_percent_max",
         "jobs.failures_count_min",
         "jobs.windows",
+        "jobs.set_aside_bytes_max",
         "jobs.bytes_per_s_max_outside",
         "jobs.shutdown_limit_s",
         "hooks.*",

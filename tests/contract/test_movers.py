@@ -10,7 +10,7 @@ import random
 import shutil
 import signal
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from vmfs_stub.mover.lock import MoverLock
 from vmfs_stub.mover.messages import MoverSettings
 from vmfs_stub.mover.priority import NICE, NICEST
 from vmfs_stub.mover.process import MoverProcess
+from vmfs_stub.primary.aside_file import lay_out, make_nameless, mark, marks_offset
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.services.guest_activity import GuestActivity
 from vmfs_stub.services.local_mover import LocalMover
@@ -190,6 +191,34 @@ def content_of(store: Store, number: int) -> bytes:
     size = store.open_point(VM, point_id(number)).manifest.files[0].size
     raws = [bytes(CHUNK) if ref is None else store.fetch([ref])[0] for ref in refs_of(store, number)]
     return b"".join(raws)[:size]
+
+
+async def test_what_is_set_aside_is_copied_from_there(place: Place) -> None:
+    """The disk has been changed since, and is shorter now; what has no mark is the disk's."""
+    content, files = NOISE + bytes(CHUNK), FileCalls()
+    size = len(content)
+    aside_fd = make_nameless(files, place.base)
+    lay_out(files, aside_fd, size=size, chunk_size=CHUNK)
+    for chunk in (1, 3, 4, 5, 6):
+        os.pwrite(aside_fd, content[chunk * CHUNK : (chunk + 1) * CHUNK], chunk * CHUNK)
+        mark(files, aside_fd, Extent(chunk, chunk + 1), size=size)
+    place.path.write_bytes(content[:CHUNK] + bytes(CHUNK) + content[2 * CHUNK : 3 * CHUNK] + b"cut")
+    fd = os.open(place.path, os.O_RDWR)
+    try:
+        async with place.mover() as mover:
+            for number, is_short in enumerate((False, True), start=1):
+                with pytest.raises(PrimaryIOError) if is_short else nullcontext(), single_error():
+                    async with mover.backup() as backup:
+                        async with backup.copying(verify=False) as copying:
+                            parts = told(data(0, 2), data(2, chunk_count(size, CHUNK)))
+                            await copying.copy(fd, CopyOrder(size, "disk"), parts, lambda _: None, aside_fd=aside_fd)
+                        await backup.commit(order(number), [entry(size)])
+                # A chunk that is neither on the disk nor set aside is none of zeros.
+                os.pwrite(aside_fd, b"\0", marks_offset(size) + 5)
+    finally:
+        os.close(fd)
+        os.close(aside_fd)
+    assert content_of(place.store, 1) == content
 
 
 async def test_a_file_is_copied_as_it_is_told(place: Place) -> None:

@@ -86,17 +86,21 @@ def test_one_open_disk_of_two_keeps_the_vm_whole(datastore: LiveDatastore, hold:
     assert {row["state"] for row in datastore.rows()} == {"placeholder"}
 
 
-def test_backup_of_all_skips_who_is_in_use_and_backs_up_the_rest(datastore: LiveDatastore, hold: Hold) -> None:
-    used, idle = noise(SIZE, seed=5), noise(SIZE, seed=6)
-    hold(datastore.add_vm("used", used))
-    datastore.add_vm("idle", idle)
+def test_backup_of_all_skips_who_is_used_outside_the_mount_and_backs_up_the_rest(
+    datastore: LiveDatastore, hold: Hold
+) -> None:
+    contents = {name: noise(SIZE, seed=seed) for seed, name in enumerate(("outside", "used", "idle"), start=5)}
+    disks = {name: datastore.add_vm(name, content) for name, content in contents.items()}
+    hold(datastore.backing_of(disks["outside"]))
+    hold(disks["used"])
     done = datastore.cli("backup", check=0)
-    assert "used: skipped" in done.out
-    assert "idle: backed up" in done.out
-    target = datastore.base / "restored"
-    datastore.cli("restore", "idle", "--to", target, check=0)
-    assert (target / "disk.raw").read_bytes() == idle
-    assert datastore.cli("points", "used").code == 3
+    assert "outside: skipped" in done.out
+    assert datastore.cli("points", "outside").code == 3
+    for name in ("used", "idle"):
+        assert f"{name}: backed up" in done.out
+        target = datastore.base / f"restored-{name}"
+        datastore.cli("restore", name, "--to", target, check=0)
+        assert (target / "disk.raw").read_bytes() == contents[name]
 
 
 def test_backup_without_archive_restores_equal_elsewhere(datastore: LiveDatastore, base: Path) -> None:

@@ -9,7 +9,7 @@ import shutil
 import stat
 import struct
 import time
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +30,9 @@ from vmfs_stub.config import Config, parse_config
 from vmfs_stub.control.jobs import Jobs, open_jobs
 from vmfs_stub.control.messages import JobInfo, JobReport
 from vmfs_stub.control.peer import Peer
+from vmfs_stub.core.changed import Changed
 from vmfs_stub.core.errors import (
+    Abandoned,
     AlreadyExists,
     MapFrozen,
     ObjectMissing,
@@ -57,6 +59,7 @@ from vmfs_stub.services.adopt import Wanted
 from vmfs_stub.services.adoption_choice import Told
 from vmfs_stub.services.associated import AssociatedFiles
 from vmfs_stub.services.backup_job import Placeholders
+from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.hypervisor import NoHypervisor
 from vmfs_stub.services.managed_save import ManagedSave
 from vmfs_stub.services.mount_usage import MountUsage
@@ -91,7 +94,7 @@ from vmfs_stub.store.keys import (
     quarantine_key,
 )
 from vmfs_stub.store.leases import LeaseState, encode_lease
-from vmfs_stub.store.manifest import Manifest
+from vmfs_stub.store.manifest import FileKind, Manifest
 from vmfs_stub.store.mirrored_deletes import MirroredDeletes
 from vmfs_stub.store.moved import Move, encode_moved
 from vmfs_stub.store.objects import ObjectStore
@@ -194,6 +197,8 @@ async def unfinished(rig: Rig) -> None:
     """A map that never got its name, and a chunk index that is damaged."""
     (rig.backing / ".vmfs-stub/maps").mkdir(parents=True, exist_ok=True)
     (rig.backing / ".vmfs-stub/maps/left.new").write_bytes(b"half")
+    (rig.backing / ".vmfs-stub/frozen").mkdir(exist_ok=True)
+    (rig.backing / ".vmfs-stub/frozen/left").touch()
 
 
 async def returned(rig: Rig) -> None:
@@ -435,6 +440,54 @@ async def _condemned(services: Services, act: Act) -> None:
 async def back_up(services: Services) -> None:
     with translated():
         await services.archive("vm", archive=False)
+
+
+async def back_up_in_use(services: Services) -> None:
+    """While it is copied the guest writes what is there already, and cuts nothing: no write may fail by that."""
+    disk = await services.open(DISK)
+    content = first_contents()[DISK]
+    changed = services.archiver._last_points.changed_in_use
+
+    async def write_and_go_on(disks: Sequence[Disk]) -> list[Changed | None]:
+        for offset, length in ((BLOCK, BLOCK), (CHUNK, CHUNK), (3 * CHUNK - 10, 20)):
+            try:
+                await disk.write(offset, content[offset : offset + length])
+            except (VmfsStubError, OSError) as exc:
+                if any(site.startswith("aside.") for site in services.files.spoiled):
+                    raise NotWhole(f"a guest's write failed by a backup: {exc!r}") from exc
+                raise Abandoned(f"a guest's write failed: {exc!r}") from exc
+        return await changed(disks)
+
+    try:
+        with translated(), patch.object(services.archiver._last_points, "changed_in_use", write_and_go_on):
+            report = await services.back_up_in_use("vm")
+        vm = services.rig.vm("vm")
+        point = services.rig.store.open_point(vm.id, report.point_id)
+        for number, stored in enumerate(point.manifest.files):
+            if stored.kind is FileKind.FILE:
+                table = point.chunks(number)
+                refs = table.locate(0, table.chunk_count)
+                parts = [bytes(CHUNK) if ref is None else services.rig.store.fetch([ref])[0] for ref in refs]
+                expect(b"".join(parts)[: table.size], first_contents()[f"vm/{stored.path}"], stored.path)
+    finally:
+        await services.disks.release(disk)
+
+
+async def back_up_cloned_in_use(services: Services) -> None:
+    """The same on a filesystem whose files can share their bytes."""
+    services.files.instead.update({"aside.probe": lambda *args: 0, "aside.clone": clone_by_copy})
+    await back_up_in_use(services)
+
+
+def clone_by_copy(ioctl: object, to: int, request: int, fd: int) -> None:
+    os.pwrite(to, os.pread(fd, os.fstat(fd).st_size, 0), 0)
+
+
+async def back_up_undone_in_use(services: Services) -> None:
+    services.files.fail("aside.write", 1, OSError(errno.EIO, os.strerror(errno.EIO)))
+    with suppress(Abandoned):
+        await back_up_in_use(services)
+    await back_up_in_use(services)
 
 
 async def back_up_condemned(services: Services) -> None:
@@ -1166,6 +1219,10 @@ SCENARIOS = [
     Scenario("back_up_being_written", being_written, back_up),
     Scenario("back_up_damaged_segments", with_damaged_segments, back_up),
     Scenario("back_up_condemned", backed_up, back_up_condemned),
+    Scenario("back_up_in_use", backed_up, back_up_in_use),
+    Scenario("back_up_placeholder_in_use", archived, back_up_in_use),
+    Scenario("back_up_cloned_in_use", nothing, back_up_cloned_in_use),
+    Scenario("back_up_undone_in_use", backed_up, back_up_undone_in_use),
     Scenario("back_up_by_rules", backed_up, back_up_by_rules),
     Scenario("archive_written", written_since, archive),
     Scenario("write_after_backup", backed_up, write_and_sync, WRITES),

@@ -13,6 +13,12 @@ from vmfs_stub.core.errors import StoreFull, StoreUnavailable
 
 ALLOCATING = (
     "archive.record",
+    "aside.clone",
+    "aside.create",
+    "aside.fill",
+    "aside.mark",
+    "aside.size",
+    "aside.write",
     "changes.",
     "datastore.create",
     "datastore.write",
@@ -32,7 +38,18 @@ ALLOCATING = (
     "write.",
 )
 """Sites where a filesystem can be full."""
-READING = ("read.cached", "read.data", "archive.read", "changes.read", "datastore.read", "map.read", "volatile.read")
+READING = (
+    "aside.marks",
+    "aside.read",
+    "aside.take",
+    "read.cached",
+    "read.data",
+    "archive.read",
+    "changes.read",
+    "datastore.read",
+    "map.read",
+    "volatile.read",
+)
 """Sites where a read can be short."""
 PLACES = ("store.", "replica.")
 """What the sites of calls on object stores begin with."""

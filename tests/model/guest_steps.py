@@ -88,6 +88,11 @@ async def _write(play: Play, handle: Handle, offset: int, written: bytes) -> Non
     play.modified(handle.contents, started_ns, handle.disk.fstat())
 
 
+async def truncate_to(play: Play, handle: Handle, size: int) -> None:
+    """Cut or extend an open file."""
+    await _truncate(play, handle, handle.contents, size)
+
+
 async def truncate(play: Play) -> None:
     """By handle, or by path while it is perhaps closed."""
     path = play.disk()

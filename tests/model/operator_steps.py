@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import trio
 
 from tests.datastore_harness import BLOCK, CHUNK, DEADLINE_S, Killed
 from tests.model import guest_steps
+from vmfs_stub.core.changed import Changed
 from vmfs_stub.core.errors import ClaimedElsewhere, IdentityMismatch, RecallError, StoreError, StoreFull
 from vmfs_stub.core.ids import DatastoreId, PointId, VmId
+from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.restore import restore_point
 from vmfs_stub.store.claims import ClaimState, put_claim
 
@@ -96,6 +99,34 @@ async def back_up_in_vain(play: Play) -> None:
         play.life.repair()
     if play.chosen.random() < 0.7:
         await back_up(play)
+
+
+async def back_up_in_use(play: Play) -> None:
+    """A VM that a guest has open, and changes after the moment: the restore point is what all was then."""
+    vm = play.chosen.choice(play.vms)
+    inside = {path: contents for path, contents in play.names.now.items() if path.startswith(f"{vm}/")}
+    if not inside or any(contents.is_copy for contents in inside.values()):
+        return
+    await _take_what_was_left(play, vm)
+    handle = await play.open(play.chosen.choice(sorted(inside)))
+    then = {path: bytes(contents.content) for path, contents in inside.items() if contents.is_settled}
+    changed = play.services.archiver._last_points.changed_in_use
+
+    async def change_and_go_on(disks: Sequence[Disk]) -> list[Changed | None]:
+        found = await changed(disks) if play.chosen.random() < 0.5 else None
+        for _ in range(play.chosen.randint(0, 4)):
+            size = len(handle.contents.content)
+            offset = play.chosen.randrange(size + 1)
+            if play.chosen.random() < 0.2:
+                await guest_steps.truncate_to(play, handle, offset)
+            else:
+                aligned = offset - offset % BLOCK if play.chosen.random() < 0.6 else offset
+                await guest_steps.write_at(play, handle, aligned, play.chosen.choice((1, BLOCK, 2 * BLOCK, CHUNK)))
+        return await changed(disks) if found is None else found
+
+    with patch.object(play.services.archiver._last_points, "changed_in_use", change_and_go_on):
+        report = await play.services.back_up_in_use(vm)
+    play.check_files_of_point(vm, report.point_id, then)
 
 
 async def archive_amid_recalls(play: Play) -> None:
@@ -275,6 +306,7 @@ STEPS: tuple[tuple[int, Callable[[Play], Awaitable[None]]], ...] = (
     (3, archive_again),
     (4, back_up),
     (1, back_up_in_vain),
+    (4, back_up_in_use),
     (3, bring_back),
     (1, restore),
     (3, sync_all),

@@ -20,6 +20,7 @@ from tests.store_fakes import FakeObjects
 from vmfs_stub.core.changed import Changed
 from vmfs_stub.core.errors import CorruptMap, MapFrozen
 from vmfs_stub.core.extents import Extent
+from vmfs_stub.core.origin import Origin
 from vmfs_stub.core.residency import block_count
 from vmfs_stub.mount.entries import Entry
 from vmfs_stub.mount.filesystem import Filesystem
@@ -42,6 +43,7 @@ from vmfs_stub.services.disk_parts import DiskParts
 from vmfs_stub.services.last_points import LastPoints
 from vmfs_stub.services.locks import SharedSync
 from vmfs_stub.services.placeholder import Placeholder
+from vmfs_stub.services.set_aside import SetAside
 from vmfs_stub.services.sources import Source
 from vmfs_stub.store.keys import MANIFESTS, PENDING_SUFFIX
 from vmfs_stub.store.objects import Buffer
@@ -436,6 +438,34 @@ def believe_what_was_written_behind_the_mount(patch: Patch) -> None:
     patch.setattr(Seen, "is_left_as", lambda self, st, until_ns: self.is_content_of(st))
 
 
+def set_nothing_aside(patch: Patch) -> None:
+    async def keep(self: SetAside, offset: int, length: int, placeholder: Placeholder | None) -> None:
+        pass
+
+    patch.setattr(SetAside, "keep", keep)
+
+
+def take_what_was_absent_for_whole(patch: Patch) -> None:
+    patch.setattr(SetAside, "_absent_in", lambda self, chunk, placeholder: [])
+
+
+def follow_from_the_commit_on(patch: Patch) -> None:
+    """What changes between the moment and the commit is in neither map."""
+    follow, replace = DiskChanges.follow, DiskChanges.replace
+    origins: dict[int, Origin] = {}
+
+    async def later(self: DiskChanges, origin: Origin) -> None:
+        origins[self._ino] = origin
+        await follow(self, origin)
+
+    async def anew(self: DiskChanges) -> None:
+        await follow(self, origins[self._ino])
+        await replace(self)
+
+    patch.setattr(DiskChanges, "follow", later)
+    patch.setattr(DiskChanges, "replace", anew)
+
+
 PLANTED: tuple[tuple[Plant, str], ...] = (
     (set_bits_before_data, ""),
     (make_bits_durable_before_data, ""),
@@ -474,5 +504,8 @@ PLANTED: tuple[tuple[Plant, str], ...] = (
     (end_cleanly_without_the_bits, "back_up"),
     (know_files_by_their_paths, "back_up rename"),
     (believe_what_was_written_behind_the_mount, "back_up"),
+    (set_nothing_aside, "back_up_in_use"),
+    (take_what_was_absent_for_whole, "back_up_in_use archive"),
+    (follow_from_the_commit_on, "back_up_in_use"),
 )
 """Each with the steps that show it, where it would show too rarely for a test."""

@@ -25,7 +25,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -469,6 +469,15 @@ class Play:
                 if contents.is_settled:
                     found = self._stored_file(vm_id, point_id, number)
                     self.expect(found == contents.content, f"{path}: the restore point differs")
+
+    def check_files_of_point(self, vm: str, point_id: PointId, then: Mapping[str, bytes]) -> None:
+        """A restore point holds of each of these files what it was ``then``."""
+        vm_id = self.rig.vm(vm).id
+        for number, stored in enumerate(self.quiet_store.open_point(vm_id, point_id).manifest.files):
+            wanted = then.get(f"{vm}/{stored.path}") if stored.kind is FileKind.FILE else None
+            if wanted is not None:
+                found = self._stored_file(vm_id, point_id, number)
+                self.expect(found == wanted, f"{vm}/{stored.path}: the restore point is not of the moment")
 
     def stored(self, record: PlaceholderRecord) -> bytes:
         """What a placeholder stands for, from the store."""

@@ -17,6 +17,9 @@ ORPHANS_DIR = "orphans"
 ADOPTING_DIR = "adopting"
 """Directory in it where VMs are made that come from the store alone, before they have their place."""
 
+FROZEN_DIR = "frozen"
+"""Directory in it for what is kept of disks as they were at one moment, while they are backed up and used."""
+
 CHANGES_DIR = "changes"
 """Directory in it, and in the runtime directory, with what changed since the last backups."""
 

@@ -264,6 +264,26 @@ class LibvirtConnection:
             if not dom.isActive():
                 dom.create()
 
+    def freeze(self, uuid: str) -> bool:
+        """Have the guest's agent freeze all its filesystems; false when no agent answers."""
+        with translated("cannot freeze the filesystems of a guest"):
+            try:
+                self._lookup(uuid).fsFreeze()
+            except the_binding().libvirtError as exc:
+                if _is_without_agent(exc):
+                    return False
+                raise
+        return True
+
+    def thaw(self, uuid: str) -> None:
+        """Undo `freeze`; nothing where no agent answers."""
+        with translated("cannot thaw the filesystems of a guest"):
+            try:
+                self._lookup(uuid).fsThaw()
+            except the_binding().libvirtError as exc:
+                if not _is_without_agent(exc):
+                    raise
+
     def set_note(self, uuid: str, note: ArchiveNote | None) -> None:
         """Write, or remove, our note in the domain's metadata: in its definition, and in what runs of it."""
         libvirt = the_binding()
@@ -312,3 +332,16 @@ def _register(libvirt: Any, conn: Any, told: Told) -> None:
 
 def _uuid(dom: Any) -> str:
     return bytes(dom.UUID()).hex()
+
+
+def _is_without_agent(exc: Any) -> bool:
+    """Whether libvirt says that there is no agent in the guest, or none that answers."""
+    libvirt = the_binding()
+    return exc.get_error_code() in (
+        libvirt.VIR_ERR_AGENT_UNRESPONSIVE,
+        libvirt.VIR_ERR_AGENT_UNSYNCED,
+        libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED,
+        libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+        libvirt.VIR_ERR_OPERATION_INVALID,
+        libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+    )

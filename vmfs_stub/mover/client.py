@@ -28,6 +28,7 @@ from vmfs_stub.mover.lock import MoverLock
 from vmfs_stub.mover.messages import (
     LAST,
     AllParts,
+    Aside,
     BeginBackup,
     BeginCopying,
     Cancel,
@@ -402,10 +403,18 @@ class ProcessBackup:
         await self._life.answer(self._conversation)
 
     async def copy(
-        self, fd: int, order: CopyOrder, parts: AsyncIterable[Part], progress: Callable[[int], None]
+        self,
+        fd: int,
+        order: CopyOrder,
+        parts: AsyncIterable[Part],
+        progress: Callable[[int], None],
+        *,
+        aside_fd: int | None = None,
     ) -> None:
         """See mover.Copying."""
         try:
+            if aside_fd is not None:
+                self._post(Aside(), fd=aside_fd)
             self._post(Copy(order), fd=fd)
         except OSError as exc:
             raise PrimaryIOError(f"{order.label}: the data mover cannot be given it: {exc.strerror}") from exc

@@ -56,6 +56,13 @@ class BeginCopying:
 
 
 @dataclass(frozen=True, slots=True)
+class Aside:
+    """The file that is copied next is being changed; what of it is set aside is in the file that comes along."""
+
+    fd: int = -1
+
+
+@dataclass(frozen=True, slots=True)
 class Copy:
     """Copy a file, whose descriptor comes along; its parts follow.  Answered with Copied for each batch, then Ready."""
 
@@ -188,6 +195,7 @@ FromDaemon: TypeAlias = (
     MoverSettings
     | BeginBackup
     | BeginCopying
+    | Aside
     | Copy
     | Part
     | AllParts

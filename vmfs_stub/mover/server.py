@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 
 import trio
@@ -19,6 +19,7 @@ from vmfs_stub.core.errors import VmfsStubError
 from vmfs_stub.mover.channel import Channel, ChannelClosed
 from vmfs_stub.mover.messages import (
     AllParts,
+    Aside,
     BeginBackup,
     BeginCopying,
     Cancel,
@@ -43,7 +44,7 @@ from vmfs_stub.mover.shared_slots import SharedSlots
 from vmfs_stub.paced_io import pace
 from vmfs_stub.services import memory
 from vmfs_stub.services.local_mover import LocalMover
-from vmfs_stub.services.mover import Backup, Part, PointFile
+from vmfs_stub.services.mover import Backup, Copying, Part, PointFile
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.store.clients import StoreClients
 
@@ -58,6 +59,12 @@ class _Task:
     send: trio.MemorySendChannel[Message]
     requests: trio.MemoryReceiveChannel[Message]
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+    async def copy(self) -> Copy:
+        """The order to copy a file, which comes next."""
+        request = await self.requests.receive()
+        assert isinstance(request, Copy)
+        return request
 
     async def parts(self) -> AsyncIterator[Part]:
         """The parts of a file, as they are told."""
@@ -165,21 +172,30 @@ class Server:
             self._channel.post(task.number, Copied(size))
 
         async with backup.copying(verify=verify) as copying:
-            while isinstance(request := await task.requests.receive(), Copy):
-                try:
-                    await copying.copy(request.fd, request.order, task.parts(), progress)
-                finally:
-                    os.close(request.fd)
+            while isinstance(request := await task.requests.receive(), (Aside, Copy)):
+                await self._copy_file(task, copying, request, progress)
                 self._channel.post(task.number, Ready())
+
+    async def _copy_file(
+        self, task: _Task, copying: Copying, request: Aside | Copy, progress: Callable[[int], None]
+    ) -> None:
+        with ExitStack() as stack:
+            stack.callback(os.close, request.fd)
+            aside_fd: int | None = None
+            if isinstance(request, Aside):
+                aside_fd = request.fd
+                request = await task.copy()
+                stack.callback(os.close, request.fd)
+            await copying.copy(request.fd, request.order, task.parts(), progress, aside_fd=aside_fd)
 
 
 def _with_descriptor(message: Message, fd: int) -> Message:
-    if isinstance(message, Copy):
+    if isinstance(message, (Aside, Copy)):
         return replace(message, fd=fd)
     os.close(fd)
     return message
 
 
 def _drop(message: Message) -> None:
-    if isinstance(message, Copy):
+    if isinstance(message, (Aside, Copy)):
         os.close(message.fd)

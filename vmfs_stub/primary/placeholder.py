@@ -20,6 +20,7 @@ from vmfs_stub.core.names import (
     ADOPTING_DIR,
     CHANGES_DIR,
     CLAIMS_DIR,
+    FROZEN_DIR,
     MAPS_DIR,
     ORPHANS_DIR,
     PRIVATE_DIR,
@@ -56,6 +57,7 @@ class PrivateState:
     orphans: Orphans
     adopting: Path
     stopped: StoppedNotes
+    frozen: Path
 
     @classmethod
     def at(cls, backing: Path, runtime_dir: Path, *, files: FileCalls = PLAIN) -> PrivateState:
@@ -66,8 +68,9 @@ class PrivateState:
         maps, volatile = backing / PRIVATE_DIR / MAPS_DIR, runtime_dir / MAPS_DIR
         orphans, claims = backing / PRIVATE_DIR / ORPHANS_DIR, backing / PRIVATE_DIR / CLAIMS_DIR
         adopting, stopped = backing / PRIVATE_DIR / ADOPTING_DIR, backing / PRIVATE_DIR / STOPPED_DIR
+        frozen = backing / PRIVATE_DIR / FROZEN_DIR
         changes, volatile_changes = backing / PRIVATE_DIR / CHANGES_DIR, runtime_dir / CHANGES_DIR
-        private = (backing / PRIVATE_DIR, maps, orphans, claims, adopting, changes, stopped)
+        private = (backing / PRIVATE_DIR, maps, orphans, claims, adopting, changes, stopped, frozen)
         for directory in (*private, runtime_dir, volatile, volatile_changes):
             files.call("start.private", directory.mkdir, mode=0o700, parents=True, exist_ok=True)
         files.call("start.private_sync", sync_directory, backing / PRIVATE_DIR)
@@ -88,6 +91,7 @@ class PrivateState:
                 orphans=Orphans(orphans),
                 adopting=adopting,
                 stopped=StoppedNotes(files, stopped, datastore_id),
+                frozen=frozen,
             )
         finally:
             os.close(fd)

@@ -25,7 +25,7 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -54,10 +54,11 @@ from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.disk_parts import DiskParts
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.last_points import LastPoints
-from vmfs_stub.services.mover import Content, CopyOrder, Mover, Part, PointFile, PointOrder
+from vmfs_stub.services.mover import CopyOrder, Mover, Part, PointFile, PointOrder
 from vmfs_stub.services.placeholder_ender import Ended, PlaceholderEnder
 from vmfs_stub.services.placeholder_maker import PlaceholderMaker
 from vmfs_stub.services.recall import RecallService
+from vmfs_stub.services.running_backup import Freezer, Means, RunningBackup
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.sources import Source, Sources
 from vmfs_stub.services.stored_files import OtherEntries, other_entries, stored_file
@@ -80,7 +81,8 @@ LEFT_OUT_LOGGED = 20
 class ArchiveSettings:
     """Sizes in bytes; ``host`` and ``datastore`` go into pins and manifests.
 
-    Nothing is released of which there are not ``min_copies``, 1 or 2, that were read back.
+    Nothing is released of which there are not ``min_copies``, 1 or 2, that were read back.  The backup of a VM in use
+    may set ``set_aside_bytes_max`` aside on primary, of which ``free_floor_percent`` stay free.
     """
 
     resident_head_bytes: int
@@ -89,6 +91,8 @@ class ArchiveSettings:
     host: str
     datastore: str
     min_copies: int = 1
+    set_aside_bytes_max: int = 16 << 30
+    free_floor_percent: float = 0
 
 
 @dataclass(slots=True)
@@ -109,6 +113,8 @@ class BackupReport:
     warning: str = ""
     kept: str = ""
     """Why no placeholders were made after all."""
+    consistency: str = "off"
+    """Of what was in use: "crash", or "quiesced" if the guest had brought its filesystems to rest; else "off"."""
 
 
 class Archiver:
@@ -163,9 +169,26 @@ class Archiver:
             resident_tail_bytes=settings.resident_tail_bytes,
         )
 
+        self._running = Means(
+            files=files,
+            threads=threads,
+            claims=claims,
+            mover=mover,
+            private=private,
+            backing=backing,
+            sources=self._sources,
+            parts=self._parts,
+            last_points=self._last_points,
+            store_id=store.id,
+            chunk_size=store.chunk_size,
+            settings=settings,
+            bandwidth=self._bandwidth,
+        )
+
     def apply(self, settings: ArchiveSettings) -> None:
         """From now on these count, also for what a job that runs has not come to."""
         self.settings = settings
+        self._running = replace(self._running, settings=settings)
         self._sources.placeholder_bytes_min = settings.placeholder_bytes_min
         self._maker.resident_head_bytes = settings.resident_head_bytes
         self._maker.resident_tail_bytes = settings.resident_tail_bytes
@@ -240,6 +263,26 @@ class Archiver:
             if source.placeholder_id is not None and not self._maker.may_be_placeholder(source):
                 await self._ender.end(Ended(source.placeholder_id, vm.id, point_id, was_made=False))
 
+    async def run_in_use(
+        self,
+        vm: Vm,
+        *,
+        progress: Callable[[int], None],
+        claimed: Mapping[VmId, int] | None = None,
+        freezer: Freezer | None = None,
+    ) -> BackupReport:
+        """Make a restore point of ``vm``, which guests may have open, as it is at one moment.
+
+        ``freezer`` brings the guest's filesystems to rest for that moment, if it can; else as `run`.
+        Raises InUse when somebody has it open who does not write through the mount, or another job backs it up;
+        Abandoned, with the reason, when it could not be kept as it was; and as `run`.
+        """
+        report = BackupReport(vm.name, PointId(secrets.token_hex(16)), vm.size_bytes)
+        associated = await self.associated(vm)
+        await RunningBackup(self._running, vm, report, associated.metadata, progress).run(claimed, freezer)
+        report.warning = "; ".join(associated.warnings)
+        return report
+
     # Copy, verify, commit to the store
 
     async def _back_up(
@@ -309,17 +352,17 @@ class Archiver:
 
     async def _counted(self, disk: Disk, since: Changed | None, report: BackupReport) -> AsyncGenerator[Part, None]:
         """The parts of a disk, those that are read when they may be; the report counts them."""
-        async with aclosing(self._parts.of(disk, since)) as parts:
-            async for part in parts:
-                if part.content is not Content.DATA:
-                    yield part
-                    continue
-                for piece in self._bandwidth.pieces(part, self._chunk_size):
-                    end = min(disk.fstat().st_size, piece.chunks.end * self._chunk_size)
-                    count = end - piece.chunks.start * self._chunk_size
-                    await self._bandwidth.take(count)
-                    report.read_bytes += count
-                    yield piece
+
+        def read(count: int) -> None:
+            report.read_bytes += count
+
+        size = disk.fstat().st_size
+        async with (
+            aclosing(self._parts.of(disk, since)) as parts,
+            aclosing(self._bandwidth.metered(parts, size=size, chunk_size=self._chunk_size, read=read)) as metered,
+        ):
+            async for part in metered:
+                yield part
 
     def _point_order(
         self,
@@ -339,6 +382,7 @@ class Archiver:
                 "inventory": "directory",
                 "path": vm.entry,
                 "datastore": self.settings.datastore,
+                "consistency": "off",
             },
             pins=[self._pin(source.placeholder_id) for source in sources if source.placeholder_id is not None],
             top=top,

@@ -33,6 +33,7 @@ from vmfs_stub.services.archive import Archiver, BackupReport, Recheck
 from vmfs_stub.services.claims import Claims
 from vmfs_stub.services.hooks import HookCall, Hooks
 from vmfs_stub.services.hydration import HydrationService
+from vmfs_stub.services.running_backup import Freezer
 from vmfs_stub.services.stopped_guests import NotStopped, StoppedGuests
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,8 @@ class BackupJobs:
     ``forget`` applies retention to a VM that was backed up: what went, and what to say of it.  ``backed_up`` is told of
     each VM of which there may be a new restore point, ``made`` of each that has one, and whether it was archived.
     ``found_again`` reads which files a VM has now, ``refuse`` raises what stands against
-    archiving it now.  ``is_paused`` says whether no further VM is to be begun.
+    archiving it now, ``freezer_of`` tells what brings its
+    guest's filesystems to rest, if anything does.  ``is_paused`` says whether no further VM is to be begun.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class BackupJobs:
         hooks: Hooks,
         decide: Decide,
         refuse: Callable[[Vm], Awaitable[None]],
+        freezer_of: Callable[[Vm], Awaitable[Freezer | None]],
         made: Made,
         forget: Callable[[Vm], Awaitable[tuple[list[PointId], str]]],
         backed_up: Callable[[VmId], None],
@@ -134,6 +137,7 @@ class BackupJobs:
         self.hooks = hooks
         self.decide = decide
         self.refuse = refuse
+        self.freezer_of = freezer_of
         self.made = made
         self.forget = forget
         self.backed_up = backed_up
@@ -366,16 +370,29 @@ class _Run:
 
         for file in vm.files:
             await self._jobs.hydration.stop(file.ino)
+        archiver = self._jobs.archiver
         try:
-            report = result.report = await self._jobs.archiver.run(
-                vm, archive=archive, progress=advance, claimed=self._claimed, recheck=recheck
-            )
+            try:
+                report = await archiver.run(
+                    vm, archive=archive, progress=advance, claimed=self._claimed, recheck=recheck
+                )
+            except InUse:
+                if archive:
+                    raise
+                freezer = await self._jobs.freezer_of(vm)
+                report = await archiver.run_in_use(vm, progress=advance, claimed=self._claimed, freezer=freezer)
+            result.report = report
         finally:
             self._jobs.backed_up(vm.id)
         result.outcome = "archived" if report.placeholders else "backed up"
         await self._jobs.made(vm.id, is_archived=bool(report.placeholders))
         result.forgotten, retention = await self._jobs.forget(vm)
-        said = [report.abandoned or _left_out(report), _not_archived(report.kept), self._rehearsed(result)]
+        said = [
+            report.abandoned or _left_out(report),
+            _in_use(report),
+            _not_archived(report.kept),
+            self._rehearsed(result),
+        ]
         result.message = "; ".join(filter(None, (*said, report.warning, retention)))
         return report
 
@@ -410,6 +427,10 @@ def _left_out(report: BackupReport) -> str:
     return f"without {len(report.left_out)} FIFOs, sockets or devices, which no backup holds: " + printable(
         report.left_out[0]
     )
+
+
+def _in_use(report: BackupReport) -> str:
+    return "" if report.consistency == "off" else f"while it was in use ({report.consistency})"
 
 
 def _not_archived(kept: str) -> str:

@@ -6,14 +6,14 @@ A part of a disk is only told to the mover when it may be read, so that the move
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from dataclasses import replace
 
 import trio
 
 from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.windows import Windows
-from vmfs_stub.services.mover import Part
+from vmfs_stub.services.mover import Content, Part
 
 PIECE_BYTES = 2 << 20
 """What is let through at once where there is a limit."""
@@ -47,6 +47,20 @@ class Bandwidth:
         step = max(1, PIECE_BYTES // chunk_size)
         for start in range(part.chunks.start, part.chunks.end, step):
             yield replace(part, chunks=Extent(start, min(part.chunks.end, start + step)))
+
+    async def metered(
+        self, parts: AsyncIterator[Part], *, size: int, chunk_size: int, read: Callable[[int], None]
+    ) -> AsyncGenerator[Part, None]:
+        """The parts of a file of ``size`` bytes, those that are read when they may be; ``read`` is told of bytes."""
+        async for part in parts:
+            if part.content is not Content.DATA:
+                yield part
+                continue
+            for piece in self.pieces(part, chunk_size):
+                count = min(size, piece.chunks.end * chunk_size) - piece.chunks.start * chunk_size
+                await self.take(count)
+                read(count)
+                yield piece
 
     async def take(self, count: int) -> None:
         """Return when ``count`` more bytes may be read; who came first goes first."""

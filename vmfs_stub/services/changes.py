@@ -5,8 +5,10 @@ A file that nobody has written to since has a *record* (primary/changed_record.p
 * before the first write the record is durably gone, so that after a power loss nobody believes it; a bit is set before
   the write that it speaks of is begun;
 * what cannot be noted is forgotten, durably, before it is done; a write fails only if even that is impossible;
-* a new restore point takes the place of the last while nobody has the file open, and only when it is committed: until
-  then, and if the backup fails, what is known refers to the one before.  Nothing is ever merged;
+* a new restore point takes the place of the last only when it is committed: until then, and if the backup fails, what
+  is known refers to the one before.  Nothing is ever merged.  While a file that may be open is backed up there are two
+  maps, and every change goes into both: that since the last point goes on, that since the new one begins before the
+  moment that is copied;
 * what is found of a file that was changed by anybody else, or of which a sync failed, is not believed.
 """
 
@@ -33,7 +35,9 @@ from vmfs_stub.services.threads import Threads
 
 log = logging.getLogger(__name__)
 
-_TO_THE_END = 1 << 63
+TO_THE_END = 1 << 63
+NEXT_SUFFIX = ".next"
+"""Of a map that is of a restore point which is not committed: nothing to a start."""
 
 
 class Changes:
@@ -154,6 +158,8 @@ class DiskChanges:
         self._label = label
         self._record: ChangedRecord | None = None
         self._live: ChangedMap | None = None
+        self._next: ChangedMap | None = None
+        """What changes since a moment of which there is no restore point yet."""
         self._is_wrong = False
         """Something is there that is not to be believed, and has to go before the file is written to."""
         self._is_exact = False
@@ -197,6 +203,14 @@ class DiskChanges:
 
     def changing(self, offset: int, length: int) -> bool:
         """Note that these bytes are about to change; false when that takes `begin`.  Does not block."""
+        if self._next is not None:
+            try:
+                self._next.set_changed(offset, length)
+            except OSError as exc:
+                log.warning(
+                    "%s: changes cannot be noted: %s; its next backup reads more than it must", self._label, exc
+                )
+                self.unfollow()
         live = self._live
         if live is None:
             return self._record is None and not self._is_wrong
@@ -212,7 +226,7 @@ class DiskChanges:
 
     def changing_from(self, offset: int) -> bool:
         """The same, of all from ``offset`` on."""
-        return self.changing(offset, _TO_THE_END)
+        return self.changing(offset, TO_THE_END)
 
     async def begin(self) -> None:
         """The first change since the last backup: see that no record is left to tell of the file as it was.
@@ -261,6 +275,80 @@ class DiskChanges:
             self._live.close()
             self._live, self._is_wrong = None, True
 
+    # For a backup, while guests may have the file open
+
+    async def follow(self, origin: Origin) -> None:
+        """From now on note also what changes since a restore point that is to be; `replace` or `unfollow` ends it.
+
+        The moment that is copied comes after this.  Raises OSError when the record cannot be removed.
+        """
+        async with self._beginning:
+            if self._record is not None or self._is_wrong:
+                await self._changes.threads.files(self._begin)
+            await self._changes.threads.files(self._follow, origin)
+
+    def _follow(self, origin: Origin) -> None:
+        self.unfollow()
+        if not self._is_worth_it(origin):
+            return
+        changes = self._changes
+        try:
+            self._next = ChangedMap.create(
+                changes.files,
+                self._next_path,
+                identity=inode_identity(self._fd),
+                boot=changes.boot,
+                changed=Changed.nothing(origin),
+            )
+        except OSError as exc:
+            log.warning("%s: changes cannot be noted: %s; its next backup reads more than it must", self._label, exc)
+
+    @property
+    def _next_path(self) -> Path:
+        return self._map_path.with_name(f"{self._ino}{NEXT_SUFFIX}")
+
+    def unfollow(self) -> None:
+        """There will be no such restore point.  Does not block for long: the map is in memory."""
+        coming, self._next = self._next, None
+        if coming is None:
+            return
+        try:
+            # First in the map itself, whatever it is called by now.
+            self._changes.files.call("changes.unfollow", coming.make_void)
+            self._changes.files.call("changes.unfollow", self._next_path.unlink, missing_ok=True)
+        except OSError as exc:
+            log.warning("%s: a map of changes that nobody needs stays until the next start: %s", self._label, exc)
+        finally:
+            coming.close()
+
+    async def replace(self) -> None:
+        """The restore point that was followed is committed.  What fails is logged, and what was known stays."""
+        async with self._beginning:
+            coming = self._next
+            if coming is None or self.is_doubtful:
+                self.unfollow()
+                return
+            self._changes.known.add(self._ino)
+            coming.mark()
+            try:
+                await self._changes.threads.files(
+                    self._changes.files.call, "changes.replace", os.rename, self._next_path, self._map_path
+                )
+            except OSError as exc:
+                log.warning("%s: its next backup reads more than it must: %s", self._label, exc)
+                self.unfollow()
+                return
+            if self._next is not coming:
+                # A change could not be noted in it meanwhile: it is void, and has taken the place of the other.
+                self._drop_live()
+                self._is_wrong = True
+                return
+            # Until here every change was noted in both.
+            before, self._live, self._next = self._live, coming, None
+            self._is_wrong = self._is_exact = False
+            if before is not None:
+                before.close()
+
     # For a backup, while nobody has the file open
 
     @property
@@ -287,8 +375,7 @@ class DiskChanges:
         """
         changes = self._changes
         try:
-            is_worth_it = max(1, changes.tracked_bytes_min) <= origin.size and bits_size(origin) <= BITS_SIZE_MAX
-            if not is_worth_it or self.is_doubtful:
+            if not self._is_worth_it(origin) or self.is_doubtful:
                 self.forget()
                 return
             record = ChangedRecord(inode_identity(self._fd), Seen.of(st), Changed.nothing(origin))
@@ -303,6 +390,10 @@ class DiskChanges:
             self._drop_live()
             self._record, self._is_wrong = None, True
 
+    def _is_worth_it(self, origin: Origin) -> bool:
+        is_large = max(1, self._changes.tracked_bytes_min) <= origin.size
+        return is_large and bits_size(origin) <= BITS_SIZE_MAX
+
     def forget(self) -> None:
         """Know nothing any more, durably.  Blocking.  Raises OSError: then nothing may be changed until it works."""
         if self._ino not in self._changes.known:
@@ -311,6 +402,15 @@ class DiskChanges:
         self._record, self._is_wrong = None, True
         self._changes.forget(self._ino)
         self._is_wrong = False
+
+    async def forget_in_turn(self) -> None:
+        """As `forget`, off the event loop, and not while somebody begins to write.  Raises OSError."""
+        async with self._beginning:
+            if self._ino in self._changes.known:
+                self._drop_live()
+                self._record, self._is_wrong = None, True
+                await self._changes.threads.files(self._changes.forget, self._ino)
+                self._is_wrong = False
 
     async def doubt(self) -> None:
         """A sync of the file failed; what cannot be noted of that is logged."""
@@ -337,6 +437,7 @@ class DiskChanges:
     def close(self, *, is_gone: bool) -> None:
         """The file is about to be closed; ``is_gone`` when it has no name any more.  Blocking; never raises."""
         changes, live = self._changes, self._live
+        self.unfollow()
         self._live = None
         try:
             if live is not None:
@@ -358,6 +459,7 @@ class DiskChanges:
 
     def drop(self) -> None:
         """The daemon was killed: what the kernel does."""
-        if self._live is not None:
-            self._live.close()
-            self._live = None
+        for each in (self._live, self._next):
+            if each is not None:
+                each.close()
+        self._live = self._next = None

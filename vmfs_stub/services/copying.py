@@ -22,6 +22,7 @@ from vmfs_stub.core.ids import PackId, SegmentId
 from vmfs_stub.core.origin import Origin
 from vmfs_stub.core.recall_plan import plan_fetches
 from vmfs_stub.paced_io import pace, read_into
+from vmfs_stub.primary.aside_file import take_set_aside
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.services.mover import Content, CopyOrder, Part
 from vmfs_stub.services.origin import open_table
@@ -78,6 +79,14 @@ class Afresh(NamedTuple):
     refs: list[FrameRef | None]
 
 
+class _Source(NamedTuple):
+    """What is copied: see mover.Copying."""
+
+    fd: int
+    order: CopyOrder
+    aside_fd: int | None
+
+
 Taken: TypeAlias = StoredSegment | list[Entry | None]
 """What is taken over from an origin: a whole segment, or chunks of one."""
 
@@ -123,13 +132,19 @@ class Copier:
         self.copies: list[tuple[SegmentId | None, ...]] = []
 
     async def copy(
-        self, fd: int, order: CopyOrder, parts: AsyncIterable[Part], progress: Callable[[int], None]
+        self,
+        fd: int,
+        order: CopyOrder,
+        parts: AsyncIterable[Part],
+        progress: Callable[[int], None],
+        *,
+        aside_fd: int | None = None,
     ) -> None:
         """See mover.Copying."""
-        table = self._writer.begin_file()
+        table, source = self._writer.begin_file(), _Source(fd, order, aside_fd)
         send, receive = trio.open_memory_channel[_Slot](SLOTS_PER_WORKER * self._turns.workers)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._encode_all, fd, order, parts, send)
+            nursery.start_soon(self._encode_all, source, parts, send)
             async for slot in receive:
                 await slot.done.wait()
                 if slot.taken is None:
@@ -143,8 +158,9 @@ class Copier:
         self.copies.append(tuple(table.ids))
 
     async def _encode_all(
-        self, fd: int, order: CopyOrder, parts: AsyncIterable[Part], slots: trio.MemorySendChannel[_Slot]
+        self, source: _Source, parts: AsyncIterable[Part], slots: trio.MemorySendChannel[_Slot]
     ) -> None:
+        order = source.order
         # What is to be read back has to be known frame by frame.
         origins = _Origins(self._threads, self._store, order, as_it_is=self._reused is None)
         step = _step(self._writer.chunk_size)
@@ -163,25 +179,32 @@ class Copier:
                 for start in range(part.chunks.start, part.chunks.end, step):
                     slot = _Slot(self._length(Extent(start, min(part.chunks.end, start + step)), order))
                     await slots.send(slot)
-                    nursery.start_soon(self._encode, fd, order, start * self._writer.chunk_size, slot)
+                    nursery.start_soon(self._encode, source, start * self._writer.chunk_size, slot)
 
     def _length(self, chunks: Extent, order: CopyOrder) -> int:
         return min(order.size, chunks.end * self._writer.chunk_size) - chunks.start * self._writer.chunk_size
 
-    async def _encode(self, fd: int, order: CopyOrder, start: int, slot: _Slot) -> None:
+    async def _encode(self, source: _Source, start: int, slot: _Slot) -> None:
         async with self._turns.next():
-            slot.batch = await self._threads.compute(self._read_and_encode, fd, order, start, slot.length)
+            slot.batch = await self._threads.compute(self._read_and_encode, source, start, slot.length)
         slot.done.set()
 
-    def _read_and_encode(self, fd: int, order: CopyOrder, start: int, length: int) -> EncodedBatch:
+    def _read_and_encode(self, source: _Source, start: int, length: int) -> EncodedBatch:
         buffer = bytearray(length)
         try:
-            count = self._files.call("archive.read", read_into, fd, buffer, start)
-            if count != length:
+            count = self._files.call("archive.read", read_into, source.fd, buffer, start)
+            if source.aside_fd is not None:
+                self._take_set_aside(source, source.aside_fd, start, buffer, count)
+            elif count != length:
                 raise OSError(errno.EIO, f"{count} of {length} bytes at {start} could be read")
         except OSError as exc:
-            raise PrimaryIOError(f"{order.label}: reading it for the backup failed: {exc.strerror}") from exc
+            raise PrimaryIOError(f"{source.order.label}: reading it for the backup failed: {exc.strerror}") from exc
         return self._writer.encode(buffer)
+
+    def _take_set_aside(self, source: _Source, fd: int, start: int, buffer: bytearray, count: int) -> None:
+        """Only after the disk was read: what is not set aside by now had not been changed when it was."""
+        size, chunk_size = source.order.size, self._writer.chunk_size
+        take_set_aside(self._files, fd, buffer, start, read_bytes=count, size=size, chunk_size=chunk_size)
 
     async def _encode_stored(self, chunks: Afresh, slot: _Slot) -> None:
         slot.batch = await self._threads.transfer(self._fetch_and_encode, chunks.refs, slot.length)

@@ -15,12 +15,14 @@ from vmfs_stub.core.chunking import BLOCK_SIZE
 from vmfs_stub.core.errors import PrimaryIOError
 from vmfs_stub.core.residency import blocks_merged
 from vmfs_stub.primary.files import FileCalls
-from vmfs_stub.services.changes import DiskChanges
+from vmfs_stub.services.changes import TO_THE_END, DiskChanges
 from vmfs_stub.services.disk_name import DiskName
 from vmfs_stub.services.file_reads import FileReads
 from vmfs_stub.services.placeholder import Placeholder
 from vmfs_stub.services.recall import RecallService
+from vmfs_stub.services.set_aside import SetAside
 from vmfs_stub.services.threads import Threads
+from vmfs_stub.services.write_gate import WriteGate
 
 
 def _nothing(disk: Disk) -> None:
@@ -70,6 +72,11 @@ class Disk:
         self.writable = writable
         self.changes = changes
         self.placeholder: Placeholder | None = None
+        self.gate = WriteGate()
+        self.aside: SetAside | None = None
+        """Where what is about to be changed goes first, while a backup copies the disk as it was."""
+        self.is_backed_up = False
+        """Whether a backup of it runs while it may be used."""
         self.open_count = 0
         self.kept = 0
         self.is_orphan = False
@@ -112,17 +119,35 @@ class Disk:
         """
         self._recall.guests.note()
         await self._claimed()
-        while not self.changes.changing(offset, len(data)):
-            await self.changes.begin()
         while (placeholder := self.placeholder) is not None:
             placeholder.check()
             await self._recall_merged(placeholder, offset, len(data))
             if self.placeholder is not placeholder:
                 continue
-            written = await placeholder.write(offset, data)
+            await self.gate.enter()
+            try:
+                await self._will_change(offset, len(data))
+                written = await placeholder.write(offset, data)
+            finally:
+                self.gate.leave()
             if written is not None:
                 return written
-        return await self._threads.files(self._files.call, "write.data", os.pwrite, self.fd, data, offset)
+        await self.gate.enter()
+        try:
+            await self._will_change(offset, len(data))
+            return await self._threads.files(self._files.call, "write.data", os.pwrite, self.fd, data, offset)
+        finally:
+            self.gate.leave()
+
+    async def _will_change(self, offset: int, length: int) -> None:
+        """Within the gate: these bytes are about to be changed.  Raises OSError."""
+        while not self.changes.changing(offset, length):
+            await self.changes.begin()
+        await self._set_aside(offset, length)
+
+    async def _set_aside(self, offset: int, length: int) -> None:
+        if self.aside is not None:
+            await self.aside.keep(offset, length, self.placeholder)
 
     async def _claimed(self) -> None:
         """Return when nobody else can run the VM, if this is a placeholder: it is about to be changed."""
@@ -140,10 +165,15 @@ class Disk:
     async def truncate(self, size: int) -> None:
         """Cut or extend the file to ``size`` bytes.  Raises as `write`, and MapFrozen."""
         await self._claimed()
-        while not self.changes.changing_from(size):
-            await self.changes.begin()
-        if self.placeholder is None or not await self.placeholder.truncate(size):
-            await self._threads.files(self._files.call, "write.truncate", os.ftruncate, self.fd, size)
+        await self.gate.enter()
+        try:
+            while not self.changes.changing_from(size):
+                await self.changes.begin()
+            await self._set_aside(size, TO_THE_END)
+            if self.placeholder is None or not await self.placeholder.truncate(size):
+                await self._threads.files(self._files.call, "write.truncate", os.ftruncate, self.fd, size)
+        finally:
+            self.gate.leave()
 
     async def sync(self, *, data_only: bool) -> None:
         """Make all that was written durable.  Raises MapFrozen, OSError."""

@@ -10,22 +10,39 @@ import errno
 import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
+from typing import Protocol
 
 from vmfs_stub.core.changed import Changed
 from vmfs_stub.core.chunking import chunk_count
 from vmfs_stub.core.errors import PrimaryIOError
 from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.sites import FileCalls
-from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.mover import Content, Part
 from vmfs_stub.services.placeholder import Placeholder
 from vmfs_stub.services.recall import RecallService
+from vmfs_stub.services.set_aside import Kept, SetAside
 from vmfs_stub.services.threads import Threads
 
 PART_BYTES = 8 << 20
 """Data of a part: enough that telling of it costs nothing, little enough that a recall of mixed chunks is one step."""
 ZEROS_CHUNKS_MAX = 1 << 16
 """Chunks of a hole in one part; they are entered into the file's table at once."""
+
+
+class Copied(Protocol):
+    """A file that is copied: an open disk, or a file that has what a disk had."""
+
+    @property
+    def fd(self) -> int: ...
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def placeholder(self) -> Placeholder | None: ...
+
+    def fstat(self) -> os.stat_result: ...
 
 
 class DiskParts:
@@ -37,23 +54,73 @@ class DiskParts:
         self._recall = recall
         self._chunk_size = chunk_size
 
-    async def of(self, disk: Disk, changed: Changed | None = None) -> AsyncGenerator[Part, None]:
-        """All parts of ``disk``, which nobody changes meanwhile; without ``changed`` all of it may have changed.
+    async def of(
+        self, disk: Copied, changed: Changed | None = None, *, aside: SetAside | None = None
+    ) -> AsyncGenerator[Part, None]:
+        """All parts of ``disk``; without ``changed`` all of it may have changed.
 
+        Nobody changes it meanwhile, or what is changed goes ``aside`` first, and these are the parts as of that moment.
         Raises StoreError, IntegrityError, PrimaryError.
         """
-        size = disk.fstat().st_size
+        size = disk.fstat().st_size if aside is None else aside.size
         count, at = chunk_count(size, self._chunk_size), 0
         while at < count:
             same = Extent(count, count) if changed is None else changed.unchanged(at, size=size)
-            async with aclosing(self._of_range(disk, at, same.start, size)) as parts:
+            if aside is None:
+                ranges = self._of_range(disk, at, same.start, size)
+            else:
+                ranges = self._of_changing(disk, aside, at, same.start)
+            async with aclosing(ranges) as parts:
                 async for part in parts:
                     yield part
             if changed is not None and same.length:
                 yield Part(same, Content.STORED, changed.origin)
             at = same.end
 
-    async def _of_range(self, disk: Disk, at: int, count: int, size: int) -> AsyncGenerator[Part, None]:
+    async def _of_changing(self, disk: Copied, aside: SetAside, at: int, count: int) -> AsyncGenerator[Part, None]:
+        """The parts from chunk ``at`` up to ``count`` as they were; between two of them a guest may change any."""
+        while at < count:
+            kept, run = aside.run_at(at, count)
+            if kept is Kept.IN_PART:
+                await self._complete(aside, at, disk.label)
+                continue
+            if kept is Kept.UNTOUCHED:
+                part = await self._untouched(disk, aside, run)
+            elif kept is Kept.ABSENT:
+                part = Part(run, Content.STORED, aside.origin)
+            else:
+                part = Part(Extent(at, min(run.end, at + self._step)), Content.DATA)
+            if part is not None:
+                yield part
+                at = part.chunks.end
+
+    async def _untouched(self, disk: Copied, aside: SetAside, run: Extent) -> Part | None:
+        """The first part of a run of chunks that nobody has changed; None when a guest changed it meanwhile."""
+        start, placeholder = run.start, disk.placeholder
+        if placeholder is not None and not placeholder.ended:
+            absent_count = min(run.length, placeholder.wholly_absent_count(start, size=aside.size))
+            if absent_count:
+                return Part(Extent(start, start + absent_count), Content.STORED, aside.origin)
+            end = await self._recall_mixed(placeholder, start, min(run.end, start + self._step), aside.size)
+            content = Content.DATA
+        else:
+            data = await self._threads.files(self._data, disk, start, run.end)
+            if data.start <= start:
+                # What is changed of it from here on is set aside as a whole, which whoever reads it finds.
+                return Part(Extent(start, min(data.end, start + self._step)), Content.DATA)
+            end, content = min(data.start, start + ZEROS_CHUNKS_MAX), Content.ZEROS
+        still = aside.next_of(Kept.UNTOUCHED, start, end)
+        return Part(still, content) if still.start == start and still.length else None
+
+    async def _complete(self, aside: SetAside, chunk: int, label: str) -> None:
+        placeholder = aside.placeholder
+        assert placeholder is not None
+        try:
+            await aside.complete(chunk, partial(self._recall.archived_chunk, placeholder))
+        except OSError as exc:
+            raise PrimaryIOError(f"{label}: what was set aside of it cannot be completed: {exc.strerror}") from exc
+
+    async def _of_range(self, disk: Copied, at: int, count: int, size: int) -> AsyncGenerator[Part, None]:
         """The parts from chunk ``at`` up to ``count``."""
         while at < count:
             if disk.placeholder is None:
@@ -80,7 +147,7 @@ class DiskParts:
     def _step(self) -> int:
         return max(1, PART_BYTES // self._chunk_size)
 
-    def _data(self, disk: Disk, at: int, count: int) -> Extent:
+    def _data(self, disk: Copied, at: int, count: int) -> Extent:
         """The next run of chunks from ``at`` on that hold data; empty at ``count`` when there is none."""
         try:
             start = self._files.call("archive.seek", os.lseek, disk.fd, at * self._chunk_size, os.SEEK_DATA)

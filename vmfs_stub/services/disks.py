@@ -163,15 +163,26 @@ class Disks:
         """The end of a `keep`, or of what `open_reserved` gave."""
         await self._give_back(disk, guests=0, kept=1)
 
-    async def _acquire(self, path_fd: int, *, guests: int, kept: int) -> Disk:
+    async def keep_beside(self, path_fd: int) -> Disk:
+        """As `keep`, but not against a job that has the file for itself.  Raises InUse, and as `open`."""
         ino = os.fstat(path_fd).st_ino
-        async with self._unreserved(ino):
-            disk = self._open.get(ino)
-            if disk is None:
-                disk = self._open[ino] = await self._opener.open(path_fd)
-            disk.open_count += guests
-            disk.kept += kept
-            await self._removals.opened_meanwhile(disk)
+        async with self._ino_lock(ino):
+            if ino in self._reservations:
+                raise InUse(f"{self._opener.name(path_fd)} is being backed up or archived")
+            return await self._acquire_locked(path_fd, guests=0, kept=1)
+
+    async def _acquire(self, path_fd: int, *, guests: int, kept: int) -> Disk:
+        async with self._unreserved(os.fstat(path_fd).st_ino):
+            return await self._acquire_locked(path_fd, guests=guests, kept=kept)
+
+    async def _acquire_locked(self, path_fd: int, *, guests: int, kept: int) -> Disk:
+        ino = os.fstat(path_fd).st_ino
+        disk = self._open.get(ino)
+        if disk is None:
+            disk = self._open[ino] = await self._opener.open(path_fd)
+        disk.open_count += guests
+        disk.kept += kept
+        await self._removals.opened_meanwhile(disk)
         return disk
 
     async def _give_back(self, disk: Disk, *, guests: int, kept: int) -> None:

@@ -51,8 +51,36 @@ class Hypervisor(Protocol):
         ...
 
 
-class WatchedHypervisor(Hypervisor, Protocol):
-    """One that also tells that something has changed."""
+class Quiescing(Protocol):
+    """A hypervisor that can ask guests to bring their filesystems to rest; not every one can, nor every guest."""
+
+    async def freeze(self, uuid: str) -> bool:
+        """Have the guest's agent freeze all its filesystems; false when no agent answers.  Raises HypervisorAway."""
+        ...
+
+    async def thaw(self, uuid: str) -> None:
+        """Undo `freeze`, or what of it may have been done.  Raises HypervisorAway."""
+        ...
+
+
+class GuestFilesystems:
+    """Those of one domain, as running_backup.Freezer."""
+
+    def __init__(self, hypervisor: Quiescing, uuid: str) -> None:
+        self._hypervisor = hypervisor
+        self._uuid = uuid
+
+    async def freeze(self) -> bool:
+        """Whether they are at rest now.  Raises HypervisorAway."""
+        return await self._hypervisor.freeze(self._uuid)
+
+    async def thaw(self) -> None:
+        """Let them go on.  Raises HypervisorAway."""
+        await self._hypervisor.thaw(self._uuid)
+
+
+class WatchedHypervisor(Hypervisor, Quiescing, Protocol):
+    """One that can also bring guests to rest, and tells that something has changed."""
 
     @property
     def changes(self) -> int:
@@ -85,6 +113,13 @@ class NoHypervisor:
     async def shut_down(self, uuid: str, *, limit_s: float) -> bool:
         """Never called: there are no domains."""
         raise AssertionError(uuid)
+
+    async def freeze(self, uuid: str) -> bool:
+        """There are no agents."""
+        return False
+
+    async def thaw(self, uuid: str) -> None:
+        """Nothing was frozen."""
 
     async def save(self, uuid: str, *, limit_s: float) -> None:
         """Never called."""

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class LastPoints:
-    """For files that are reserved, so that nobody changes them meanwhile."""
+    """For files that are reserved, so that nobody changes them meanwhile, or that are kept as they were."""
 
     def __init__(self, *, threads: Threads, store: Store) -> None:
         self._threads = threads
@@ -35,11 +35,16 @@ class LastPoints:
 
         Raises StoreUnavailable, StoreDenied.
         """
-        quarantined = await self._threads.background(quarantined_packs, self._store.objects) if sources else frozenset()
         # An archive gives up the only other copy of what it takes over: it wants to be certain.
-        return [
-            await self._changed(source.disk, quarantined, exact=source.placeholder_id is not None) for source in sources
-        ]
+        return await self._all_changed([(source.disk, source.placeholder_id is not None) for source in sources])
+
+    async def changed_in_use(self, disks: Sequence[Disk]) -> list[Changed | None]:
+        """The same of disks that guests may be changing: perhaps more than had changed when this was called."""
+        return await self._all_changed([(disk, False) for disk in disks])
+
+    async def _all_changed(self, disks: Sequence[tuple[Disk, bool]]) -> list[Changed | None]:
+        quarantined = await self._threads.background(quarantined_packs, self._store.objects) if disks else frozenset()
+        return [await self._changed(disk, quarantined, exact=exact) for disk, exact in disks]
 
     async def _changed(self, disk: Disk, quarantined: frozenset[PackId], *, exact: bool) -> Changed | None:
         try:
@@ -60,10 +65,14 @@ class LastPoints:
     async def forget(self, sources: Sequence[Source]) -> None:
         """These points are of no use: the next backups read everything."""
         for source in sources:
-            try:
-                await self._threads.files(source.disk.changes.forget)
-            except OSError as exc:
-                log.warning("%s: what is known of it cannot be removed: %s", source.disk.label, exc.strerror)
+            await self.forget_disk(source.disk)
+
+    async def forget_disk(self, disk: Disk) -> None:
+        """The last point of this disk is of no use."""
+        try:
+            await disk.changes.forget_in_turn()
+        except OSError as exc:
+            log.warning("%s: what is known of it cannot be removed: %s", disk.label, exc.strerror)
 
     async def replace(self, vm: Vm, sources: Sequence[Source], point_id: PointId, *, first_file: int) -> None:
         """A restore point that holds the files, from number ``first_file`` on, is committed."""

@@ -39,6 +39,8 @@ CALLS_MAX: Final = 4
 """At once; libvirtd itself works on five of one client's."""
 LONG_CALLS_MAX: Final = 4
 """Saves and starts of guests at once."""
+AGENT_LIMIT_S: Final = 10.0
+"""How long an agent in a guest may take to freeze or thaw its filesystems."""
 START_LIMIT_S: Final = 600.0
 """A start reads the disk's first blocks, or a memory image, which may have to come back from the store."""
 BACKOFF_S: Final = (0.5, 30.0)
@@ -66,6 +68,8 @@ class Connection(Protocol):
     def save(self, uuid: str) -> None: ...
     def stop_saving(self, uuid: str) -> None: ...
     def start(self, uuid: str) -> None: ...
+    def freeze(self, uuid: str) -> bool: ...
+    def thaw(self, uuid: str) -> None: ...
     def set_note(self, uuid: str, note: ArchiveNote | None) -> None: ...
 
 
@@ -203,6 +207,14 @@ class LibvirtHypervisor:
     async def start(self, uuid: str) -> None:
         """Start a domain; one that runs is left alone.  Raises HypervisorAway."""
         await self._ask(lambda connection: connection.start(uuid), pool=self._long_calls, limit_s=START_LIMIT_S)
+
+    async def freeze(self, uuid: str) -> bool:
+        """Have the guest's agent freeze its filesystems; false when no agent answers.  Raises HypervisorAway."""
+        return await self._ask(lambda connection: connection.freeze(uuid), pool=self._long_calls, limit_s=AGENT_LIMIT_S)
+
+    async def thaw(self, uuid: str) -> None:
+        """Undo `freeze`.  Raises HypervisorAway."""
+        await self._ask(lambda connection: connection.thaw(uuid), pool=self._long_calls, limit_s=AGENT_LIMIT_S)
 
     async def set_note(self, uuid: str, note: ArchiveNote | None) -> None:
         """Write, or remove, what the domain's metadata says of its archive.  Raises HypervisorAway."""

@@ -76,10 +76,18 @@ class Copying(Protocol):
     """Copies files into one backup, one after the other."""
 
     async def copy(
-        self, fd: int, order: CopyOrder, parts: AsyncIterable[Part], progress: Callable[[int], None]
+        self,
+        fd: int,
+        order: CopyOrder,
+        parts: AsyncIterable[Part],
+        progress: Callable[[int], None],
+        *,
+        aside_fd: int | None = None,
     ) -> None:
-        """Copy a file that nobody changes meanwhile; ``parts`` cover all its chunks, in order.
+        """Copy a file; ``parts`` cover all its chunks, in order.
 
+        Nobody changes it meanwhile, or what is changed is set aside before in ``aside_fd`` (primary/aside_file.py),
+        until ``progress`` has told that it is copied.
         ``parts`` is asked for more while earlier ones are copied; ``progress`` gets numbers of bytes.
         Raises StoreError, IntegrityError, PrimaryError, MoverLost, and what ``parts`` raises.
         """

@@ -321,6 +321,15 @@ class RecallService:
                 self._tables[record.placeholder_id] = table
         return table
 
+    async def archived_chunk(self, placeholder: Placeholder, chunk: int) -> Buffer | None:
+        """The archived bytes of a chunk, which nobody waits for, and which are not filled in; None for zeros.
+
+        Raises StoreError, IntegrityError.
+        """
+        table = await self.table(placeholder)
+        ((_, ref),) = await self._locate(table, [chunk])
+        return None if ref is None else (await self._threads.background(self._store.fetch, [ref]))[0]
+
     async def _locate(self, table: ChunkTable, chunks: Sequence[int]) -> list[tuple[int, FrameRef | None]]:
         frames = await self._threads.store(table.locate, chunks[0], chunks[-1] + 1)
         return [(chunk, frames[chunk - chunks[0]]) for chunk in chunks]

@@ -93,6 +93,7 @@ class Recovery:
         """Look at everything once.  Raises OSError when the backing directory itself cannot be read."""
         self._sweep_orphans()
         self._sweep_adopting()
+        self._sweep_frozen()
         self._remove_unfinished()
         for directory in (self._private.changes, self._private.maps):
             self._read_ahead(directory)
@@ -152,6 +153,14 @@ class Recovery:
                 self._files.call("recovery.clean_adopting", shutil.rmtree, self._private.adopting / name)
             except OSError as exc:
                 log.warning("what an adoption left in %s could not be removed: %s", self._private.adopting, exc)
+
+    def _sweep_frozen(self) -> None:
+        """A backup that was cut short, of a VM that was in use, may have left an empty file without a use."""
+        for name in self._names(self._private.frozen):
+            try:
+                self._files.call("recovery.clean_frozen", (self._private.frozen / name).unlink)
+            except OSError as exc:
+                log.warning("what a backup left in %s could not be removed: %s", self._private.frozen, exc.strerror)
 
     def _not_seen(self, path: str, exc: OSError) -> None:
         self._saw_all = False

@@ -32,7 +32,7 @@ class Reservation:
     @property
     def is_intact(self) -> bool:
         """Whether still nobody else has opened the file; asks the kernel, does not block."""
-        return not self.lost and fcntl.fcntl(self.disk.fd, fcntl.F_GETLEASE) == fcntl.F_WRLCK
+        return not self.lost and has_lease(self.disk)
 
 
 def take_lease(files: FileCalls, disk: Disk) -> None:
@@ -40,9 +40,20 @@ def take_lease(files: FileCalls, disk: Disk) -> None:
 
     Raises InUse, PrimaryIOError.
     """
+    watch_lease(files, disk)
+    try:
+        files.call("archive.advise", stop_read_ahead, disk.fd)
+    except OSError as exc:
+        raise PrimaryIOError(f"{disk.label}: the kernel takes no advice: {exc.strerror}") from exc
+
+
+def watch_lease(files: FileCalls, disk: Disk) -> None:
+    """Take the write lease on a disk that guests may have open through the mount, which is through this descriptor.
+
+    Raises InUse when anybody else has it open, whose writes would not be seen here; PrimaryIOError.
+    """
     try:
         files.call("archive.lease", fcntl.fcntl, disk.fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-        files.call("archive.advise", stop_read_ahead, disk.fd)
     except OSError as exc:
         if exc.errno == errno.EAGAIN:
             raise InUse(
@@ -54,6 +65,16 @@ def take_lease(files: FileCalls, disk: Disk) -> None:
                 f"{disk.label}: this process may not take a lease on another user's file: run as root with CAP_LEASE"
             ) from exc
         raise PrimaryIOError(f"{disk.label}: the backing filesystem grants no lease: {exc.strerror}") from exc
+
+
+def has_lease(disk: Disk) -> bool:
+    """Whether still nobody opened the file but through the mount; asks the kernel, does not block."""
+    return fcntl.fcntl(disk.fd, fcntl.F_GETLEASE) == fcntl.F_WRLCK
+
+
+def end_watch(disk: Disk) -> None:
+    """The end of `watch_lease`: let those in who wait."""
+    fcntl.fcntl(disk.fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
 
 
 def give_up_lease(disk: Disk) -> None:

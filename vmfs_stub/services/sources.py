@@ -1,4 +1,7 @@
-"""The files of one VM, reserved for a backup: the VM is the one meant, nobody has them open, their data is synced."""
+"""The files of one VM, reserved for a backup: the VM is the one meant, nobody has them open, their data is synced.
+
+Or kept open for the backup of a VM that is in use: guests may have them open, and who does writes through the mount.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from pathlib import Path
 
 import trio
 
-from vmfs_stub.core.errors import Abandoned, PrimaryIOError
+from vmfs_stub.core.errors import Abandoned, InUse, PrimaryIOError
 from vmfs_stub.core.ids import PlaceholderId
 from vmfs_stub.core.names import printable
 from vmfs_stub.inventory.identity import read_vm_id
@@ -22,7 +25,7 @@ from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.tree import open_beneath
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.disks import Disks
-from vmfs_stub.services.reservation import Reservation
+from vmfs_stub.services.reservation import Reservation, end_watch, watch_lease
 from vmfs_stub.services.stored_files import public_xattrs
 from vmfs_stub.services.threads import Threads
 
@@ -52,6 +55,16 @@ class Source:
         return self.reservation.disk
 
 
+@dataclass(frozen=True, slots=True)
+class KeptSource:
+    """One file that is open for a backup, and may be used by guests; ``names`` are relative to the VM."""
+
+    file: VmFile
+    names: tuple[str, ...]
+    disk: Disk
+    xattrs: dict[str, bytes]
+
+
 class Sources:
     """Reserves the files of VMs, and sees that they are still those that were reserved."""
 
@@ -79,10 +92,7 @@ class Sources:
                     self._files.call, "archive.open", open_beneath, backing_fd, file.path
                 )
                 try:
-                    if os.fstat(path_fd).st_ino != file.ino:
-                        raise Abandoned(
-                            f"VM {vm.name}: {printable(file.path)} was replaced since the job began; run it again"
-                        )
+                    _check_same_file(vm, file, path_fd)
                     reservation = await stack.enter_async_context(self._disks.reserve(path_fd, scope))
                 finally:
                     os.close(path_fd)
@@ -97,6 +107,47 @@ class Sources:
         finally:
             os.close(backing_fd)
         return sources
+
+    async def keep(self, vm: Vm, stack: AsyncExitStack) -> list[KeptSource]:
+        """Open every file of ``vm``, which may be in use, until ``stack`` ends.
+
+        Raises InUse (somebody has one open, but not through the mount; or another job), Abandoned, PrimaryError.
+        """
+        kept: list[KeptSource] = []
+        backing_fd = await self._threads.files(self._open_backing, vm)
+        try:
+            await self._threads.files(self._check_same_vm, vm, backing_fd)
+            for files in _by_inode(vm.files):
+                path_fd = await self._threads.files(
+                    self._files.call, "archive.open", open_beneath, backing_fd, files[0].path
+                )
+                try:
+                    _check_same_file(vm, files[0], path_fd)
+                    disk = await self._disks.keep_beside(path_fd)
+                finally:
+                    os.close(path_fd)
+                stack.push_async_callback(self._disks.let_go, disk)
+                if disk.is_backed_up:
+                    raise InUse(f"{disk.label} is being backed up by another job")
+                disk.is_backed_up = True
+                stack.callback(setattr, disk, "is_backed_up", False)
+                watch_lease(self._files, disk)
+                stack.callback(end_watch, disk)
+                xattrs = await self._threads.files(public_xattrs, disk.fd, files=self._files)
+                kept.append(KeptSource(files[0], tuple(file.relative for file in files), disk, xattrs))
+        except OSError as exc:
+            raise PrimaryIOError(f"VM {vm.name}: cannot open its files: {exc}") from exc
+        finally:
+            os.close(backing_fd)
+        return kept
+
+    async def check_still_same_vm(self, vm: Vm) -> None:
+        """See that the VM is where it was.  Raises Abandoned, PrimaryIOError."""
+        await self._threads.files(self._check_still_same_vm, vm)
+
+    async def sync(self, disk: Disk) -> None:
+        """Make the data of an ordinary file durable.  Raises OSError."""
+        await self._sync(disk)
 
     async def _sync(self, disk: Disk) -> None:
         try:
@@ -163,6 +214,11 @@ def is_worth_placeholder(size: int, occupied_bytes: int, *, bytes_min: int) -> b
     """
     cost_bytes = map_bytes(size)
     return size >= bytes_min and (cost_bytes <= MAP_BYTES_CHEAP or cost_bytes <= occupied_bytes)
+
+
+def _check_same_file(vm: Vm, file: VmFile, path_fd: int) -> None:
+    if os.fstat(path_fd).st_ino != file.ino:
+        raise Abandoned(f"VM {vm.name}: {printable(file.path)} was replaced since the job began; run it again")
 
 
 def _by_inode(files: Sequence[VmFile]) -> list[list[VmFile]]:

@@ -1,0 +1,373 @@
+"""Backing up a VM that is in use: all its files as they were at one moment, and nobody is stopped.
+
+Order:
+1. every file is opened here, so that whoever opens it from now on writes through the same disk, under a lease that
+   tells of others; what changes since is followed in maps of its own (`changes`);
+2. if a guest agent answers, it brings the guest's filesystems to rest;
+3. the moment: the gates of all disks are shut until no change is under way, a short while at most, and what keeps the
+   disks as they are is put in place (`frozen_disk`); then the gates open, and the guest goes on;
+4. all is copied as it was (`disk_parts`), and committed;
+5. what changed since the moment takes the place of what changed since the last restore point.
+A crash before the commit leaves no restore point, and what is known of changes is that since the last one; after it,
+the same, which says more than it must.  Whatever goes wrong ends the backup, never a guest's write.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Protocol
+
+import trio
+
+from vmfs_stub.core.changed import Changed
+from vmfs_stub.core.errors import (
+    Abandoned,
+    HypervisorAway,
+    IntegrityError,
+    NotFound,
+    ObjectMissing,
+    PrimaryIOError,
+)
+from vmfs_stub.core.ids import PointId, StoreId, VmId
+from vmfs_stub.core.origin import Origin
+from vmfs_stub.inventory.vm import Vm
+from vmfs_stub.primary.aside_file import can_clone, make_nameless
+from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.primary.placeholder import PrivateState
+from vmfs_stub.services.bandwidth import Bandwidth
+from vmfs_stub.services.claims import Claims
+from vmfs_stub.services.disk import Disk
+from vmfs_stub.services.disk_parts import DiskParts
+from vmfs_stub.services.frozen_disk import FrozenDisk
+from vmfs_stub.services.last_points import LastPoints
+from vmfs_stub.services.mover import CopyOrder, Mover, Part, PointFile, PointOrder
+from vmfs_stub.services.reservation import has_lease
+from vmfs_stub.services.set_aside import Room, SetAside
+from vmfs_stub.services.single_error import single_error
+from vmfs_stub.services.sources import KeptSource, Sources, is_worth_placeholder
+from vmfs_stub.services.stored_files import OtherEntries, other_entries, stored_file
+from vmfs_stub.services.threads import Threads
+from vmfs_stub.store.backup_writer import WriterCounts
+
+if TYPE_CHECKING:
+    from vmfs_stub.services.archive import ArchiveSettings, BackupReport
+
+log = logging.getLogger(__name__)
+
+AT_REST_S_MAX: Final = 2.0
+"""How long guests' writes may wait for the moment; a guest's own time limit is 30 s."""
+FREEZE_S_MAX: Final = 10.0
+THAW_S_MAX: Final = 10.0
+"""A guest whose agent answers, and is then silent, is thawed by the agent's own time limit, if by any."""
+
+
+class Freezer(Protocol):
+    """Brings the filesystems of one guest to rest, and lets them go on."""
+
+    async def freeze(self) -> bool:
+        """Whether they are at rest now.  Raises HypervisorAway."""
+        ...
+
+    async def thaw(self) -> None:
+        """Undo it, whatever came of it.  Raises HypervisorAway."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What every such backup of a datastore is made with."""
+
+    files: FileCalls
+    threads: Threads
+    claims: Claims
+    mover: Mover
+    private: PrivateState
+    backing: Path
+    sources: Sources
+    parts: DiskParts
+    last_points: LastPoints
+    store_id: StoreId
+    chunk_size: int
+    settings: ArchiveSettings
+    bandwidth: Bandwidth
+
+
+class RunningBackup:
+    """The backup of one VM; ``metadata`` goes into the restore point, too."""
+
+    def __init__(
+        self,
+        means: Means,
+        vm: Vm,
+        report: BackupReport,
+        metadata: Mapping[str, str],
+        progress: Callable[[int], None],
+    ) -> None:
+        self._means = means
+        self._vm = vm
+        self._report = report
+        self._metadata = metadata
+        self._progress = progress
+        self._room = Room(means.settings.set_aside_bytes_max, means.settings.free_floor_percent)
+        self._scope = trio.CancelScope()
+        self._has_used_last = False
+
+    async def run(self, claimed: Mapping[VmId, int] | None, freezer: Freezer | None) -> None:
+        """Make a restore point of the VM as it is at one moment.
+
+        Raises InUse (somebody has it open, but not through the mount), Abandoned (with the reason), ClaimedElsewhere,
+        StoreError, IntegrityError, PrimaryError.
+        """
+        try:
+            await self._try(claimed, freezer, uses_last=True)
+        except (IntegrityError, NotFound, ObjectMissing) as exc:
+            if not self._has_used_last:
+                raise
+            log.warning("VM %s: its last restore point cannot be used, everything is read: %s", self._vm.name, exc)
+            # What was copied before is not set aside any more: it takes another moment.
+            await self._try(claimed, freezer, uses_last=False)
+
+    async def _try(self, claimed: Mapping[VmId, int] | None, freezer: Freezer | None, *, uses_last: bool) -> None:
+        self._scope, reasons = trio.CancelScope(), list[str]()
+        self._room.used_bytes = self._report.read_bytes = 0
+        try:
+            with self._scope, single_error():
+                async with AsyncExitStack() as stack:
+                    kept = await self._means.sources.keep(self._vm, stack)
+                    await self._means.claims.begin(self._vm.id, self._points(kept), claimed)
+                    others = await self._means.threads.files(
+                        other_entries, self._means.backing, self._vm, files=self._means.files
+                    )
+                    disks = await self._make_ready(kept, stack, first_file=len(others.stored))
+                    stack.callback(lambda: reasons.extend(_reasons(disks)))
+                    await self._take_moment(disks, freezer)
+                    counts = await self._copy(disks, others, uses_last=uses_last)
+                    for disk in disks:
+                        await disk.disk.changes.replace()
+        except OSError as exc:
+            raise PrimaryIOError(f"VM {self._vm.name}: keeping it as it was failed: {exc.strerror}") from exc
+        if self._scope.cancelled_caught:
+            reason = reasons[0] if reasons else "it could not be kept as it was"
+            raise Abandoned(f"VM {self._vm.name} is in use, and its backup was given up: {reason}")
+        self._note(others, counts)
+
+    def _points(self, kept: Sequence[KeptSource]) -> set[PointId | None]:
+        """As archive.Archiver finds them."""
+        found: set[PointId | None] = set()
+        bytes_min = self._means.settings.placeholder_bytes_min
+        for source in kept:
+            placeholder, st = source.disk.placeholder, source.disk.fstat()
+            if placeholder is not None:
+                record = placeholder.maps.record
+                found.add(record.point_id if record.vm_id == self._vm.id else None)
+            elif is_worth_placeholder(st.st_size, st.st_blocks * 512, bytes_min=bytes_min):
+                found.add(None)
+        return found or {None}
+
+    def _note(self, others: OtherEntries, counts: WriterCounts) -> None:
+        report = self._report
+        report.left_out = others.left_out
+        report.new_bytes, report.stored_bytes = counts.new_bytes, counts.stored_bytes
+        log.info(
+            "VM %s: restore point %s of it in use (%s): of %d bytes %d were read, %d are new, %d were set aside",
+            self._vm.name,
+            report.point_id,
+            report.consistency,
+            report.size_bytes,
+            report.read_bytes,
+            report.new_bytes,
+            self._room.used_bytes,
+        )
+
+    # The moment
+
+    async def _make_ready(
+        self, kept: Sequence[KeptSource], stack: AsyncExitStack, *, first_file: int
+    ) -> list[FrozenDisk]:
+        """All that takes long, before anybody has to wait."""
+        means, disks = self._means, list[FrozenDisk]()
+        clones = bool(kept) and await means.threads.files(can_clone, means.files, kept[0].disk.fd, means.private.frozen)
+        for number, source in enumerate(kept, start=first_file):
+            disk = source.disk
+            fd = await means.threads.files(make_nameless, means.files, means.private.frozen)
+            aside = None if clones and disk.placeholder is None else self._aside(disk, fd)
+            origin = Origin(means.store_id, self._vm.id, self._report.point_id, number, 0, means.chunk_size)
+            frozen = FrozenDisk(source, fd, aside, origin, means.files, means.threads)
+            stack.push_async_callback(_close, frozen)
+            disks.append(frozen)
+            await frozen.expect(disk.fstat().st_size)
+            if aside is None:
+                # A clone writes out what is not on the disk yet: guests need not wait for that.
+                await means.sources.sync(disk)
+        return disks
+
+    def _aside(self, disk: Disk, fd: int) -> SetAside:
+        return SetAside(
+            files=self._means.files,
+            threads=self._means.threads,
+            disk_fd=disk.fd,
+            fd=fd,
+            chunk_size=self._means.chunk_size,
+            room=self._room,
+            label=disk.label,
+            on_end=self._scope.cancel,
+        )
+
+    async def _take_moment(self, disks: Sequence[FrozenDisk], freezer: Freezer | None) -> None:
+        try:
+            is_quiesced = freezer is not None and await self._freeze(freezer)
+            await self._shut_gates(disks)
+        finally:
+            if freezer is not None:
+                await self._thaw(freezer)
+        self._report.consistency = "quiesced" if is_quiesced else "crash"
+
+    async def _freeze(self, freezer: Freezer) -> bool:
+        with trio.move_on_after(FREEZE_S_MAX):
+            try:
+                return await freezer.freeze()
+            except HypervisorAway as exc:
+                log.info("VM %s: its guest's filesystems are not brought to rest: %s", self._vm.name, exc)
+        return False
+
+    async def _thaw(self, freezer: Freezer) -> None:
+        with trio.move_on_after(THAW_S_MAX, shield=True) as limit:
+            try:
+                await freezer.thaw()
+            except HypervisorAway as exc:
+                log.warning("VM %s: its guest's filesystems may still be frozen: %s", self._vm.name, exc)
+        if limit.cancelled_caught:
+            log.warning("VM %s: its guest's filesystems may still be frozen: no answer", self._vm.name)
+
+    async def _shut_gates(self, disks: Sequence[FrozenDisk]) -> None:
+        """Raises Abandoned when guests' writes do not come to rest in time, or the filesystem hangs."""
+        is_taken = False
+        # Whatever hangs in a thread is waited for, but not by guests.
+        async with trio.open_nursery() as nursery:
+            try:
+                with trio.move_on_after(AT_REST_S_MAX):
+                    for frozen in disks:
+                        frozen.disk.gate.shut()
+                    for frozen in disks:
+                        await frozen.disk.gate.wait_at_rest()
+                    caught = trio.Event()
+                    nursery.start_soon(_catch, disks, caught)
+                    await caught.wait()
+                    for frozen in disks:
+                        frozen.begin()
+                    is_taken = True
+            finally:
+                for frozen in disks:
+                    frozen.disk.gate.open()
+        if not is_taken:
+            raise Abandoned(
+                f"VM {self._vm.name} is in use, and its writes did not come to rest in {AT_REST_S_MAX:g} s; try again"
+            )
+
+    # The copy
+
+    async def _copy(self, disks: Sequence[FrozenDisk], others: OtherEntries, *, uses_last: bool) -> WriterCounts:
+        means, changed = self._means, list[Changed | None]([None] * len(disks))
+        if uses_last:
+            changed = await means.last_points.changed_in_use([each.disk for each in disks])
+            self._has_used_last = any(changed)
+        else:
+            for each in disks:
+                await means.last_points.forget_disk(each.disk)
+        async with means.mover.backup() as backup:
+            async with backup.copying(verify=False) as copying:
+                for frozen, since in zip(disks, changed, strict=True):
+                    order = CopyOrder(frozen.st.st_size, frozen.disk.label)
+                    async with aclosing(self._counted(frozen, since)) as parts:
+                        aside_fd = None if frozen.aside is None else frozen.aside.fd
+                        await copying.copy(frozen.copied.fd, order, parts, self._progress_of(frozen), aside_fd=aside_fd)
+            for frozen in disks:
+                frozen.end()
+            await self._check(disks)
+            files = [*map(PointFile, others.stored), *_point_files(disks)]
+            return await backup.commit(self._order(others), files)
+
+    def _progress_of(self, frozen: FrozenDisk) -> Callable[[int], None]:
+        def progress(count: int) -> None:
+            if frozen.aside is not None:
+                frozen.aside.dealt_with(count)
+            else:
+                # What guests overwrite stays for the clone, however much that is.
+                self._room.check_free(frozen.fd)
+            self._progress(count)
+
+        return progress
+
+    async def _counted(self, frozen: FrozenDisk, since: Changed | None) -> AsyncGenerator[Part, None]:
+        """The parts of a disk, those that are read when they may be; the report counts them."""
+
+        def read(count: int) -> None:
+            self._report.read_bytes += count
+
+        size, means = frozen.st.st_size, self._means
+        async with (
+            aclosing(means.parts.of(frozen.copied, since, aside=frozen.aside)) as parts,
+            aclosing(means.bandwidth.metered(parts, size=size, chunk_size=means.chunk_size, read=read)) as metered,
+        ):
+            async for part in metered:
+                yield part
+
+    async def _check(self, disks: Sequence[FrozenDisk]) -> None:
+        """Raises Abandoned when what was copied need not be the VM as it was."""
+        for reason in _reasons(disks):
+            raise Abandoned(f"VM {self._vm.name} is in use, and its backup was given up: {reason}")
+        for frozen in disks:
+            if not has_lease(frozen.disk):
+                raise Abandoned(
+                    f"VM {self._vm.name}: {frozen.disk.label} was opened outside the mount during the backup, where "
+                    "what is written is not seen"
+                )
+        await self._means.sources.check_still_same_vm(self._vm)
+
+    def _order(self, others: OtherEntries) -> PointOrder:
+        settings = self._means.settings
+        return PointOrder(
+            vm_id=self._vm.id,
+            point_id=self._report.point_id,
+            vm_name=self._vm.name,
+            host=settings.host,
+            metadata={
+                **self._metadata,
+                "inventory": "directory",
+                "path": self._vm.entry,
+                "datastore": settings.datastore,
+                "consistency": self._report.consistency,
+            },
+            top=others.top,
+        )
+
+
+async def _catch(disks: Sequence[FrozenDisk], caught: trio.Event) -> None:
+    for frozen in disks:
+        await frozen.catch()
+    caught.set()
+
+
+async def _close(frozen: FrozenDisk) -> None:
+    with trio.CancelScope(shield=True):
+        await frozen.close()
+
+
+def _reasons(disks: Sequence[FrozenDisk]) -> list[str]:
+    return [f"{each.disk.label}: {each.aside.reason}" for each in disks if each.aside is not None and each.aside.reason]
+
+
+def _point_files(disks: Sequence[FrozenDisk]) -> list[PointFile]:
+    """As archive's: first names first, so that the number of a file is that of its disk."""
+    return [
+        PointFile(
+            stored_file(each.source.names[position], each.st, mtime_ns=each.mtime_ns, xattrs=each.source.xattrs), n
+        )
+        for position in range(max((len(each.source.names) for each in disks), default=0))
+        for n, each in enumerate(disks)
+        if position < len(each.source.names)
+    ]
