@@ -62,6 +62,16 @@ def test_a_disk_without_stop_is_a_finding_with_the_exact_change(known: list[Doma
     assert findings(config()) == []
 
 
+def test_a_disk_that_is_named_through_a_link_counts(known: list[Domain], tmp_path: Path) -> None:
+    (tmp_path / "mount").mkdir()
+    (tmp_path / "images").symlink_to("mount")
+    known += [replace(LAX, disks=(replace(LAX.disks[0], path=tmp_path / "images/web/disk.raw"),))]
+    given = config(mountpoint=tmp_path / "mount")
+    (found,) = findings(given)
+    assert "domain web: vda" in found.message
+    assert "1 of 1 domains have disks on the mount" in findings(given, "ok")[0].message
+
+
 def test_what_keeps_a_domain_from_being_archived_is_told(known: list[Domain]) -> None:
     known.append(replace(WEB, problems=("disk vdb is shared",)))
     assert "domain web cannot be archived: disk vdb is shared" in [each.message for each in findings(config(), "note")]

@@ -79,7 +79,3 @@ class Domain:
     def is_protected(self) -> bool:
         """Whether its metadata says that it must not be archived."""
         return self.metadata.get("protected", "no").lower() not in ("no", "false", "0")
-
-    def without_stop(self, *, below: Path) -> tuple[DomainDisk, ...]:
-        """The disks that are named below a mountpoint and lack what keeps guests from seeing recalls that fail."""
-        return tuple(disk for disk in self.disks if disk.lacks_stop and disk.path and disk.path.is_relative_to(below))
