@@ -17,6 +17,7 @@ from scripts.lab.failure import LabError
 from scripts.lab.soak_churn import Churn
 from scripts.lab.soak_fsx import Fsx
 from scripts.lab.soak_fuzz import FuzzSoak
+from scripts.lab.soak_guests import GuestsSoak
 from scripts.lab.soak_hosts import HostsSoak
 from scripts.lab.soak_kills import KillSoak
 from scripts.lab.soak_seeds import SeedSoak
@@ -49,6 +50,7 @@ SOAKS: Mapping[str, Soak] = {
     "churn": StepSoak("churn", Churn),
     "fsx": StepSoak("fsx", Fsx),
     "fuzz": FuzzSoak(),
+    "guests": GuestsSoak(),
     "hosts": HostsSoak(),
     "kills": KillSoak(),
     "model": SeedSoak("model", play.play, about=_MODEL, has_place=True),
