@@ -22,6 +22,7 @@ from scripts.lab.soak_hosts import HostsSoak
 from scripts.lab.soak_kills import KillSoak
 from scripts.lab.soak_seeds import SeedSoak
 from scripts.lab.soak_sites import SiteSoak
+from scripts.lab.soak_starts import StartsSoak
 from scripts.lab.soak_steps import StepSoak
 from tests.collection import hosts
 from tests.fault import racing_guests
@@ -56,6 +57,7 @@ SOAKS: Mapping[str, Soak] = {
     "model": SeedSoak("model", play.play, about=_MODEL, has_place=True),
     "policy": SeedSoak("policy", racing_guests.play_alone, about=_POLICY),
     "sites": SiteSoak(),
+    "starts": StartsSoak(),
 }
 
 
