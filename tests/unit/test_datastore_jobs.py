@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -25,6 +26,10 @@ from vmfs_stub.core.usage import GuestState
 from vmfs_stub.datastore import Datastore
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.mount.serving import Mount
+from vmfs_stub.services.hypervisor import NoHypervisor
+from vmfs_stub.services.managed_save import ManagedSave
+from vmfs_stub.services.mount_usage import MountUsage
+from vmfs_stub.settings import Settings
 
 ME = Peer(1, 0, 0)
 ENABLED = "[archive]\nenabled = true\n"
@@ -49,7 +54,7 @@ async def opened(
     kept = catalog or Catalog.in_memory()
     async with rig.running() as services, open_jobs(kept, running_max=4, kept=10) as jobs:
         made = Datastore(
-            config=config,
+            settings=Settings(config),
             threads=services.threads,
             private=services.private,
             inventory=DirectoryInventory(rig.backing, files=services.files),
@@ -57,12 +62,14 @@ async def opened(
             store=services.store,
             replica=None,
             services=services.connected,
+            hypervisor=hypervisor or NoHypervisor(),
+            mount_usage=MountUsage(()),
+            managed_save=ManagedSave(Path("/nowhere"), rig.base / "mount", "/nowhere"),
             findings=services.findings,
             jobs=jobs,
             mount=cast("Mount", SimpleNamespace(ended=trio.Event())),
             reserve=partial(services.private.reserve.fill, services.files),
             stop=trio.Event(),
-            hypervisor=hypervisor,
             decide=policy.decide,
         )
         with closing(made):
