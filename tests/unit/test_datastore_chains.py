@@ -17,6 +17,7 @@ from vmfs_stub.core.errors import HypervisorAway, InUse, Protected, Refused
 from vmfs_stub.core.ids import JobId
 from vmfs_stub.core.usage import GuestState
 from vmfs_stub.datastore import Datastore
+from vmfs_stub.inventory.directory import DirectoryInventory
 
 
 @pytest.fixture
@@ -165,5 +166,46 @@ async def test_the_files_of_a_domain_are_one_vm_from_the_first_job_on(rig: Rig) 
             ("web", "vm.qcow2"),
             ("web", "vm.snap1"),
         }
+
+    await with_it(rig, act)
+
+
+async def test_the_agent_of_a_guest_is_asked_whichever_way_its_vm_is_known_to_run(rig: Rig) -> None:
+    rig.make_disk("vm/disk.img", b"x" * 3 * CHUNK)
+    told = domain("guest", rig.mountpoint / "vm/disk.img", state=GuestState.RUNNING)
+    hypervisor = rig.hypervisor = FakeHypervisor(told)
+    hypervisor.agents.add(told.uuid)
+
+    async def act(datastore: Datastore, services: Services) -> None:
+        disk = await services.open("vm/disk.img")
+        for away, message in ((False, "while it was in use (quiesced)"), (True, "while it was in use (crash)")):
+            hypervisor.away = away
+            info = await done(datastore, await datastore.start_backup(["vm"], peer=ROOT_PEER, archive=False))
+            assert info.result is not None
+            (outcome,) = info.result["vms"]
+            assert (outcome["outcome"], message in outcome["message"]) == ("backed up", True), outcome
+        assert [asked for asked in hypervisor.asked if asked != "domains"] == ["freeze guest", "thaw guest"]
+        await services.disks.release(disk)
+
+    await with_it(rig, act)
+
+
+async def test_what_an_operator_protects_while_it_is_copied_stays(rig: Rig) -> None:
+    rig.make_disk("vm/disk.img", b"x" * 3 * CHUNK)
+
+    async def act(datastore: Datastore, services: Services) -> None:
+        def put_and_protect(put: Callable[..., object], *args: object, **kwargs: object) -> object:
+            DirectoryInventory(rig.backing).protect(rig.vm("vm"), True)
+            return put(*args, **kwargs)
+
+        services.files.instead["store.manifest.put"] = put_and_protect
+        info = await done(datastore, await datastore.start_archive(["vm"], peer=ROOT_PEER))
+        assert info.result is not None
+        (outcome,) = info.result["vms"]
+        assert outcome["outcome"] == "backed up"
+        assert "is protected" in outcome["message"]
+        assert not rig.is_placeholder("vm/disk.img")
+        with pytest.raises(Protected):
+            await datastore.start_archive(["vm"], peer=ROOT_PEER)
 
     await with_it(rig, act)
