@@ -141,4 +141,4 @@ class JobRig:
     async def _found_again(self, vm: Vm) -> Vm:
         if any(each.state is GuestState.SAVED for each in self.hypervisor.known.values()):
             self.inventory.give_memory(vm, f"{vm.name}.save")
-        return next(each for each in self.vms() if each.id == vm.id)
+        return self.inventory.find(vm.id)
