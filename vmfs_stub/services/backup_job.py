@@ -22,7 +22,7 @@ from typing import Protocol
 
 import trio
 
-from vmfs_stub.core.errors import HypervisorAway, InUse, Protected, Refused, Unsupported, VmfsStubError
+from vmfs_stub.core.errors import Abandoned, HypervisorAway, InUse, Protected, Refused, Unsupported, VmfsStubError
 from vmfs_stub.core.ids import PointId, VmId
 from vmfs_stub.core.names import printable
 from vmfs_stub.core.policy import Decision, WhenRunning
@@ -293,7 +293,7 @@ class _Run:
                 await self._copy(result, vm, archive=True, recheck=lambda: self._kept(vm))
                 return
             kept = await self._archive_running(result, result.decision, domain)
-        except (HypervisorAway, InUse) as exc:
+        except (HypervisorAway, InUse, Abandoned) as exc:
             # What policy meant to archive is backed up all the same, while it is in use.
             if result.guest:
                 raise
@@ -378,7 +378,7 @@ class _Run:
                 report = await archiver.run(
                     vm, archive=archive, progress=advance, claimed=self._claimed, recheck=recheck
                 )
-            except InUse:
+            except (InUse, Abandoned):  # whoever opens it meanwhile goes first, and is not disturbed by the next try
                 if archive:
                     raise
                 freezer = await self._jobs.freezer_of(vm)
