@@ -11,13 +11,16 @@ from tests.datastore_harness import Services
 from tests.fake_hypervisor import FakeHypervisor
 from vmfs_stub.core.ids import PointId, VmId
 from vmfs_stub.core.policy import Decision, WhenRunning
+from vmfs_stub.core.usage import GuestState
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.services.backup_job import BackupJobs, JobSettings, protected
 from vmfs_stub.services.datastore_paths import DatastorePaths
 from vmfs_stub.services.domains import link
 from vmfs_stub.services.hooks import Hooks
+from vmfs_stub.services.hypervisor import GuestFilesystems
 from vmfs_stub.services.managed_save import ManagedSave
+from vmfs_stub.services.running_backup import Freezer
 from vmfs_stub.services.stopped_guests import StoppedGuests
 
 MOUNT = Path("/srv/vms")
@@ -50,7 +53,7 @@ class Policy:
         return {vm.id: self._decision(vm) for vm in vms}
 
     def _decision(self, vm: Vm) -> Decision:
-        says = vm.name in self.archives
+        says = vm.name in self.archives and not vm.is_protected
         if self.answers.get(vm.name):
             says = self.answers[vm.name].pop(0)
         return archived(vm, self.archives.get(vm.name, WhenRunning.SKIP)) if says else kept(vm)
@@ -58,7 +61,11 @@ class Policy:
 
 @dataclass
 class JobRig:
-    """What a test changes before, and looks at after, a job."""
+    """What a test changes before, and looks at after, a job.
+
+    ``refusals`` are raised by the next looks at what stands against an archive, one by each; ``looks`` are those that
+    there were: at which VM, and whether nobody could use it then.
+    """
 
     services: Services
     hypervisor: FakeHypervisor = field(default_factory=FakeHypervisor)
@@ -67,19 +74,24 @@ class JobRig:
     hooks: Hooks = field(default_factory=Hooks)
     paused: bool = False
     protected: set[VmId] = field(default_factory=set)
+    refusals: list[Exception | None] = field(default_factory=list)
+    looks: list[tuple[str, bool]] = field(default_factory=list)
     made: dict[VmId, bool] = field(default_factory=dict)
     save_dir: Path = Path("/var/lib/libvirt/qemu/save")
     limit_s: float = 5.0
 
     def __post_init__(self) -> None:
-        services = self.services
-        paths = DatastorePaths(files=services.files, backing=services.rig.backing, mountpoint=MOUNT)
+        services, backing = self.services, self.services.rig.backing
+        paths = DatastorePaths(files=services.files, backing=backing, mountpoint=MOUNT)
+        plain = DirectoryInventory(backing, files=services.files)
+        managed_save = ManagedSave.at(self.save_dir, mountpoint=MOUNT, paths=paths, inventory=plain)
+        self.inventory = DirectoryInventory(backing, files=services.files, memory_dir=managed_save.memory_dir)
         self.guests = StoppedGuests(
             hypervisor=self.hypervisor,
             threads=services.threads,
             private=services.private,
             placeholders=services.disks.placeholders,
-            managed_save=ManagedSave.at(self.save_dir, mountpoint=MOUNT, paths=paths),
+            managed_save=managed_save,
             link=partial(link, paths=paths),
             limit_s=self.limit_s,
             placeholder_bytes_min=services.rig.settings.placeholder_bytes_min,
@@ -104,17 +116,21 @@ class JobRig:
         )
 
     def vms(self) -> tuple[Vm, ...]:
-        return DirectoryInventory(self.services.rig.backing, files=self.services.files).scan().vms
+        return self.inventory.scan().vms
 
     async def all_vms(self) -> Sequence[Vm]:
         return self.vms()
 
     async def _refuse(self, vm: Vm) -> None:
+        self.looks.append((vm.name, all(self.services.disks.is_reserved(file.ino) for file in vm.files)))
+        if self.refusals and (refusal := self.refusals.pop(0)):
+            raise refusal
         if vm.id in self.protected:
             raise protected(vm)
 
-    async def _freezer_of(self, vm: Vm) -> None:
-        return None
+    async def _freezer_of(self, vm: Vm) -> Freezer | None:
+        domain = await self.guests.running(vm)
+        return None if domain is None else GuestFilesystems(self.hypervisor, domain.uuid)
 
     async def _made(self, vm_id: VmId, *, is_archived: bool) -> None:
         self.made[vm_id] = is_archived
@@ -123,4 +139,6 @@ class JobRig:
         return [], ""
 
     async def _found_again(self, vm: Vm) -> Vm:
-        return next(each for each in self.vms() if each.id == vm.id)
+        if any(each.state is GuestState.SAVED for each in self.hypervisor.known.values()):
+            self.inventory.give_memory(vm, f"{vm.name}.save")
+        return self.inventory.find(vm.id)

@@ -338,7 +338,9 @@ async def _open_hypervisor(config: Config) -> AsyncIterator[WatchedHypervisor]:
 def _managed_save(config: Config, files: FileCalls) -> ManagedSave:
     datastore = config.datastore
     paths = DatastorePaths(files=files, backing=datastore.backing, mountpoint=datastore.mountpoint)
-    return ManagedSave.at(config.libvirt.save_dir, mountpoint=datastore.mountpoint, paths=paths)
+    inventory = DirectoryInventory(datastore.backing, files=files)
+    save_dir, mountpoint = config.libvirt.save_dir, datastore.mountpoint
+    return ManagedSave.at(save_dir, mountpoint=mountpoint, paths=paths, inventory=inventory)
 
 
 def open_store(config: Config, objects: ObjectStore | None = None) -> Store:

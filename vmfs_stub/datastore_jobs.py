@@ -48,7 +48,7 @@ from vmfs_stub.services.disk_services import DiskServices
 from vmfs_stub.services.domains import LinkDomains
 from vmfs_stub.services.hooks import Hooks
 from vmfs_stub.services.hypervisor import GuestFilesystems, WatchedHypervisor
-from vmfs_stub.services.managed_save import ManagedSave
+from vmfs_stub.services.managed_save import IMAGE_SUFFIX, ManagedSave
 from vmfs_stub.services.obstacles import Obstacles, ObstacleSight
 from vmfs_stub.services.replication import ReplicaService
 from vmfs_stub.services.retention import apply_rules, problem_of
@@ -292,7 +292,7 @@ class DatastoreJobs:
         for domain in domains:
             owners = links.vms_of(domain.uuid)
             if domain.state is GuestState.SAVED and owners:
-                self._inventory.give_memory(by_id[owners[0]], f"{domain.name}.save")
+                self._inventory.give_memory(by_id[owners[0]], f"{domain.name}{IMAGE_SUFFIX}")
 
     async def _found_again(self, vm: Vm) -> Vm:
         await self._gather_files()

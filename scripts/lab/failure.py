@@ -12,11 +12,17 @@ class LabError(Exception):
 
 
 def run(
-    command: Sequence[str | Path], *, deadline_s: float, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    command: Sequence[str | Path],
+    *,
+    deadline_s: float,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    allowed: Sequence[int] = (0,),
 ) -> str:
     """Run a command to its end and return its stdout.
 
-    Raises LabError with the last lines of its output when it fails or is not done after ``deadline_s``.
+    Raises LabError with the last lines of its output when its exit code is not ``allowed``, or it is not done after
+    ``deadline_s``.
     """
     words = [str(word) for word in command]
     try:
@@ -35,7 +41,7 @@ def run(
         raise LabError(f"{' '.join(words)!r} was not done after {deadline_s:g} s") from exc
     except FileNotFoundError as exc:
         raise LabError(f"{words[0]} is not installed; scripts/setup installs what the laboratory needs") from exc
-    if done.returncode:
+    if done.returncode not in allowed:
         tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
         raise LabError(f"{' '.join(words)!r} failed with exit code {done.returncode}:\n{tail}")
     return done.stdout

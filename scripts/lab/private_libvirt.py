@@ -84,7 +84,7 @@ class PrivateLibvirt:
         self._process: subprocess.Popen[bytes] | None = None
         self._host_uuid = str(uuids.uuid4())
         self._was_shared = bool(mounts_at(shared))
-        self._share()
+        self.share()
         for folder in (*_OWN.values(), "sockets"):
             (home / folder).mkdir()
         for file, users in _USERS.items():
@@ -189,7 +189,8 @@ class PrivateLibvirt:
         ]
         return "\n".join(texts)
 
-    def _share(self) -> None:
+    def share(self) -> None:
+        """Have it see what is mounted below ``shared`` from now on; `start` does that, too."""
         if not mounts_at(self.shared):
             run(["mount", "--bind", self.shared, self.shared], deadline_s=_END_DEADLINE_S)
         run(["mount", "--make-shared", self.shared], deadline_s=_END_DEADLINE_S)

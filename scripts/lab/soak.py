@@ -17,10 +17,12 @@ from scripts.lab.failure import LabError
 from scripts.lab.soak_churn import Churn
 from scripts.lab.soak_fsx import Fsx
 from scripts.lab.soak_fuzz import FuzzSoak
+from scripts.lab.soak_guests import GuestsSoak
 from scripts.lab.soak_hosts import HostsSoak
 from scripts.lab.soak_kills import KillSoak
 from scripts.lab.soak_seeds import SeedSoak
 from scripts.lab.soak_sites import SiteSoak
+from scripts.lab.soak_starts import StartsSoak
 from scripts.lab.soak_steps import StepSoak
 from tests.collection import hosts
 from tests.fault import racing_guests
@@ -49,11 +51,13 @@ SOAKS: Mapping[str, Soak] = {
     "churn": StepSoak("churn", Churn),
     "fsx": StepSoak("fsx", Fsx),
     "fuzz": FuzzSoak(),
+    "guests": GuestsSoak(),
     "hosts": HostsSoak(),
     "kills": KillSoak(),
     "model": SeedSoak("model", play.play, about=_MODEL, has_place=True),
     "policy": SeedSoak("policy", racing_guests.play_alone, about=_POLICY),
     "sites": SiteSoak(),
+    "starts": StartsSoak(),
 }
 
 

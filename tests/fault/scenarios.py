@@ -1189,7 +1189,10 @@ async def stop_and_archive(services: Services) -> None:
     hypervisor = FakeHypervisor(domain("vm", *(backup_jobs.MOUNT / path for path in PATHS), state=state))
     job = backup_jobs.JobRig(services, hypervisor)
     job.policy.archives = {"vm": WhenRunning.SHUTDOWN}
-    (result,) = await job.jobs().run(job.vms(), placeholders=Placeholders.BY_POLICY, tolerant=False)
+    vms = job.vms()
+    if not vms:
+        raise OSError(errno.EIO, "a VM that cannot be read")
+    (result,) = await job.jobs().run(vms, placeholders=Placeholders.BY_POLICY, tolerant=False)
     (guest,) = hypervisor.known.values()
     was_seen_to = guest.state.is_off == (result.outcome == "archived") or services.private.stopped.all()
     if not was_seen_to and not services.files.dead:

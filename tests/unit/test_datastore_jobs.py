@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -24,7 +26,12 @@ from vmfs_stub.core.policy import WhenRunning
 from vmfs_stub.core.usage import GuestState
 from vmfs_stub.datastore import Datastore
 from vmfs_stub.inventory.directory import DirectoryInventory
+from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.mount.serving import Mount
+from vmfs_stub.services.hypervisor import NoHypervisor
+from vmfs_stub.services.managed_save import ManagedSave
+from vmfs_stub.services.mount_usage import MountUsage
+from vmfs_stub.settings import Settings
 
 ME = Peer(1, 0, 0)
 ENABLED = "[archive]\nenabled = true\n"
@@ -41,28 +48,37 @@ def rig() -> Iterator[Rig]:
 
 @asynccontextmanager
 async def opened(
-    rig: Rig, text: str, policy: Policy, *, hypervisor: FakeHypervisor | None = None, catalog: Catalog | None = None
+    rig: Rig,
+    text: str,
+    policy: Policy,
+    *,
+    hypervisor: FakeHypervisor | None = None,
+    catalog: Catalog | None = None,
+    memory_place: str = "/nowhere",
 ) -> AsyncIterator[Datastore]:
     where = f'name = "vms"\nbacking = "{rig.backing}"\nmountpoint = "{rig.base}/mount"\nruntime_dir = "{rig.runtime}"'
     store = f'url = "{(rig.base / "store").as_uri()}"'
     config = parse_config(f"[datastore]\n{where}\n[store]\n{store}\n{text}", origin="test")
     kept = catalog or Catalog.in_memory()
+    managed_save = ManagedSave(Path("/var/save"), rig.base / "mount", memory_place)
     async with rig.running() as services, open_jobs(kept, running_max=4, kept=10) as jobs:
         made = Datastore(
-            config=config,
+            settings=Settings(config),
             threads=services.threads,
             private=services.private,
-            inventory=DirectoryInventory(rig.backing, files=services.files),
+            inventory=DirectoryInventory(rig.backing, files=services.files, memory_dir=managed_save.memory_dir),
             catalog=kept,
             store=services.store,
             replica=None,
             services=services.connected,
+            hypervisor=hypervisor or NoHypervisor(),
+            mount_usage=MountUsage(()),
+            managed_save=managed_save,
             findings=services.findings,
             jobs=jobs,
             mount=cast("Mount", SimpleNamespace(ended=trio.Event())),
             reserve=partial(services.private.reserve.fill, services.files),
             stop=trio.Event(),
-            hypervisor=hypervisor,
             decide=policy.decide,
         )
         with closing(made):
@@ -131,6 +147,36 @@ async def test_a_guest_that_an_earlier_daemon_stopped_is_started(rig: Rig) -> No
             while hypervisor.known[uuid].state is GuestState.OFF:  # noqa: ASYNC110
                 await trio.sleep(0.001)
         nursery.cancel_scope.cancel()
+
+
+class SavingHypervisor(FakeHypervisor):
+    """Puts the memory of guests where it belongs."""
+
+    def __init__(self, rig: Rig, *domains: Domain) -> None:
+        super().__init__(*domains)
+        self.rig = rig
+
+    async def save(self, uuid: str, *, limit_s: float) -> None:
+        self.rig.make_disk(f"save/{self.known[uuid].name}.save", b"memory" * CHUNK)
+        await super().save(uuid, limit_s=limit_s)
+
+
+async def test_the_memory_of_a_guest_is_archived_with_its_vm_and_stays_its_vms(rig: Rig) -> None:
+    """The domain is called otherwise than its VM, whose disks tell which it is."""
+    guests = [domain(f"{name}-guest", rig.base / f"mount/{name}/disk.img") for name in ("idle", "used")]
+    hypervisor = SavingHypervisor(rig, *(replace(each, state=GuestState.RUNNING) for each in guests))
+    policy = Policy({"idle": WhenRunning.MANAGED_SAVE})
+    async with opened(rig, ENABLED, policy, hypervisor=hypervisor, memory_place="save") as datastore:
+        _, report = await run(datastore)
+        assert {name: vm["outcome"] for name, vm in report.items()} == {"idle": "archived", "used": "backed up"}
+        assert sorted(report["idle"]["placeholders"]) == ["idle/disk.img", "save/idle-guest.save"]
+        assert hypervisor.known[guests[0].uuid].state is GuestState.SAVED
+    async with opened(rig, "", policy, hypervisor=hypervisor, memory_place="save") as datastore:
+        assert sorted((row.vm, row.disk) for row in await datastore.list_disks(None)) == [
+            ("idle", "disk.img"),
+            ("idle", "idle-guest.save"),
+            ("used", "disk.img"),
+        ]
 
 
 async def test_jobs_of_earlier_daemons_are_known(rig: Rig) -> None:

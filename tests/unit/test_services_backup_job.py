@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,12 +15,15 @@ import trio
 from tests.backup_jobs import MOUNT, JobRig
 from tests.datastore_harness import CHUNK, Rig, temporary_rig
 from tests.fake_hypervisor import FakeHypervisor, domain
-from vmfs_stub.core.errors import Protected, VmfsStubError
+from vmfs_stub.core.errors import HypervisorAway, InUse, Protected, Refused, VmfsStubError
 from vmfs_stub.core.policy import WhenRunning
 from vmfs_stub.core.usage import GuestState
+from vmfs_stub.core.windows import Windows
+from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.services.backup_job import JobSettings, Placeholders, VmResult, Watch
 from vmfs_stub.services.hooks import HookCall, Hooks
+from vmfs_stub.services.restore import restore_point
 
 BY_POLICY = Placeholders.BY_POLICY
 
@@ -125,16 +129,89 @@ async def test_one_failure_spoils_no_others_turn(rig: Rig, error: Exception) -> 
         assert results["a"].error is not None
 
 
-async def test_a_vm_in_use_is_skipped(rig: Rig) -> None:
+@pytest.mark.parametrize("decided", [False, True])
+async def test_a_vm_in_use_is_backed_up_while_it_runs(rig: Rig, decided: bool) -> None:
+    """Also one that policy would have archived, of which no hypervisor tells that it runs."""
     make_vms(rig, "a", "b")
     async with rig.running() as services:
         job = JobRig(services)
+        job.policy.archives = {"a": WhenRunning.SKIP} if decided else {}
         disk = await services.open("a/disk.img")
         for tolerant in (True, False):
             results = await run(job, tolerant=tolerant)
-            assert outcomes(results) == {"a": "skipped", "b": "backed up"}
-            assert (results["a"].error is None) is tolerant
+            assert outcomes(results) == {"a": "backed up", "b": "backed up"}
+            report = results["a"].report
+            assert report is not None
+            assert report.consistency == "crash"
+            assert results["a"].error is None
+            assert results["a"].message.endswith("while it was in use (crash)")
+            assert ("not archived: " in results["a"].message) is decided
+            assert services.store.points(results["a"].vm.id)[-1].point_id == report.point_id
+            assert results["b"].message == ""
+        assert job.made == {vm.id: False for vm in job.vms()}
+        assert not rig.is_placeholder("a/disk.img")
         await services.disks.release(disk)
+
+
+async def test_a_vm_in_use_that_an_operator_names_is_not_archived(rig: Rig) -> None:
+    make_vms(rig, "a")
+    async with rig.running() as services:
+        job = JobRig(services)
+        disk = await services.open("a/disk.img")
+        results = await run(job, Placeholders.OF_ALL, tolerant=False)
+        assert outcomes(results) == {"a": "skipped"}
+        assert isinstance(results["a"].error, InUse)
+        assert job.made == {}
+        await services.disks.release(disk)
+
+
+@pytest.mark.parametrize("decided", [False, True])
+async def test_a_vm_that_is_in_use_beside_the_mount_is_skipped(rig: Rig, decided: bool) -> None:
+    """What is written there is not seen, so that there is no moment at which the VM is whole."""
+    make_vms(rig, "a", "b")
+    async with rig.running() as services:
+        job = JobRig(services)
+        job.policy.archives = {"a": WhenRunning.SKIP} if decided else {}
+        with (rig.backing / "a/disk.img").open("rb"):
+            for tolerant in (True, False):
+                results = await run(job, tolerant=tolerant)
+                assert outcomes(results) == {"a": "skipped", "b": "backed up"}
+                assert "open in some program" in results["a"].message
+                assert (results["a"].error is None) is tolerant
+        assert outcomes(await run(job))["a"] == ("archived" if decided else "backed up")
+
+
+@pytest.mark.parametrize("answers", [False, True])
+async def test_the_agent_of_a_guest_that_runs_is_asked_to_bring_it_to_rest(rig: Rig, answers: bool) -> None:
+    make_vms(rig, "a")
+    async with rig.running() as services:
+        job = JobRig(services, hypervisor_of("a"))
+        if answers:
+            job.hypervisor.agents.update(job.hypervisor.known)
+        disk = await services.open("a/disk.img")
+        results = await run(job, Placeholders.NONE)
+        assert outcomes(results) == {"a": "backed up"}
+        assert results["a"].message == f"while it was in use ({'quiesced' if answers else 'crash'})"
+        assert job.hypervisor.asked == ["domains", "freeze a", "thaw a"]
+        await services.disks.release(disk)
+
+
+async def test_a_backup_of_a_vm_in_use_is_held_to_the_limit_and_whole(
+    rig: Rig, autojump_clock: object, tmp_path: Path
+) -> None:
+    content = random.Random(1).randbytes(16 * CHUNK)
+    rig.make_disk("a/disk.img", content)
+    async with rig.running() as services:
+        services.archiver._bandwidth.windows = Windows(outside=CHUNK)
+        disk = await services.open("a/disk.img")
+        began_s = trio.current_time()
+        result = (await run(JobRig(services), Placeholders.NONE))["a"]
+        assert trio.current_time() - began_s >= 16
+        assert result.report is not None
+        assert (result.report.consistency, result.report.read_bytes) == ("crash", len(content))
+        await services.disks.release(disk)
+        restore_point(services.store, services.store.open_point(result.vm.id, result.report.point_id), tmp_path / "out")
+        assert (tmp_path / "out/disk.img").read_bytes() == content
 
 
 async def test_so_many_are_in_progress_at_once(rig: Rig) -> None:
@@ -153,6 +230,21 @@ async def test_so_many_are_in_progress_at_once(rig: Rig) -> None:
         results = await job.jobs().run(job.vms(), placeholders=Placeholders.NONE, tolerant=True, watch=watch)
         assert [result.vm.name for result in results] == list("abcdef")
         assert most == 3
+
+
+async def test_linked_vms_go_alone_and_in_their_order(rig: Rig) -> None:
+    make_vms(rig, *"abc")
+    async with rig.running() as services:
+        job = JobRig(services, settings=JobSettings(parallel=3))
+        told: list[str] = []
+        watch = Watch(
+            began=lambda vm: told.append(f"{vm.name} began"),
+            ended=lambda result: told.append(f"{result.vm.name} ended"),
+        )
+        vms = job.vms()[::-1]
+        await job.jobs().run(vms, placeholders=Placeholders.OF_ALL, tolerant=False, watch=watch, alone=True)
+        assert told == [f"{name} {what}" for name in "cba" for what in ("began", "ended")]
+        assert all(rig.is_placeholder(f"{name}/disk.img") for name in "abc")
 
 
 async def test_a_large_share_of_failures_ends_the_job(rig: Rig) -> None:
@@ -238,8 +330,10 @@ async def test_a_guest_that_does_not_power_off_is_left_alone(rig: Rig, autojump_
         job.policy.archives = {"a": WhenRunning.SHUTDOWN}
         disk = await services.open("a/disk.img")
         results = await run(job)
-        assert outcomes(results) == {"a": "skipped"}
+        assert outcomes(results) == {"a": "backed up"}
+        assert results["a"].guest == ""
         assert "still running" in results["a"].message
+        assert "while it was in use" in results["a"].message
         assert not any(asked.startswith("start") for asked in job.hypervisor.asked)
         await services.disks.release(disk)
         # One that powers off late was stopped by the job all the same.
@@ -321,6 +415,17 @@ async def test_policy_is_asked_again_before_a_guest_is_stopped(rig: Rig) -> None
         assert job.hypervisor.asked == ["domains", "domains"]
 
 
+async def test_a_guest_whose_vm_is_protected_meanwhile_is_not_stopped(rig: Rig) -> None:
+    make_vms(rig, "a")
+    async with rig.running() as services:
+        job = JobRig(services, hypervisor_of("a"))
+        job.policy.archives = {"a": WhenRunning.SHUTDOWN}
+        watch = Watch(began=lambda vm: DirectoryInventory(rig.backing).protect(vm, True))
+        (result,) = await job.jobs().run(job.vms(), placeholders=BY_POLICY, tolerant=True, watch=watch)
+        assert (result.outcome, result.guest) == ("backed up", "")
+        assert job.hypervisor.asked == ["domains", "domains"]
+
+
 async def test_a_guest_that_was_started_since_policy_was_asked_is_not_stopped(rig: Rig) -> None:
     make_vms(rig, "a")
     async with rig.running() as services:
@@ -341,7 +446,10 @@ async def test_memory_is_only_saved_where_it_can_be_archived(rig: Rig) -> None:
     async with rig.running() as services:
         for save_dir, why in (
             (Path("/var/lib/save"), "is not on the mount"),
-            (MOUNT / "save", "save/a.save, which is no file of VM a"),
+            (
+                MOUNT / "b/save",
+                "b/save/a.save, which is no file of VM a: have the save directory lead to one at the top",
+            ),
         ):
             job = JobRig(services, hypervisor_of("a"), save_dir=save_dir)
             job.policy.archives = {"a": WhenRunning.MANAGED_SAVE}
@@ -351,19 +459,22 @@ async def test_memory_is_only_saved_where_it_can_be_archived(rig: Rig) -> None:
             assert job.hypervisor.asked == ["domains", "domains"]
 
 
-async def test_saved_memory_is_archived_with_the_disks(rig: Rig) -> None:
+@pytest.mark.parametrize("folder", ["a", "save"])
+async def test_saved_memory_is_archived_with_the_disks(rig: Rig, folder: str) -> None:
+    """From the VM's own directory, and from the one at the top that has those of all."""
     make_vms(rig, "a")
     async with rig.running() as services:
-        job = JobRig(services, hypervisor_of("a"), save_dir=MOUNT / "a")
+        job = JobRig(services, hypervisor_of("a"), save_dir=MOUNT / folder)
         job.policy.archives = {"a": WhenRunning.MANAGED_SAVE}
         assert outcomes(await run(job)) == {"a": "failed"}  # a simulated guest has no memory yet
         assert job.hypervisor.asked[-1] == "start a"
-        rig.make_disk("a/a.save", b"memory" * CHUNK)
+        rig.make_disk(f"{folder}/a.save", b"memory" * CHUNK)
         results = await run(job)
         assert outcomes(results) == {"a": "archived"}
         assert state_of(job.hypervisor) is GuestState.SAVED
         assert results["a"].report is not None
-        assert "a/a.save" in results["a"].report.placeholders
+        assert set(results["a"].report.placeholders) == {"a/disk.img", f"{folder}/a.save"}
+        assert [vm.name for vm in job.vms()] == ["a"]
 
 
 # Hooks
@@ -451,3 +562,56 @@ async def test_what_is_protected_meanwhile_stays(rig: Rig) -> None:
         job.protected.clear()
         assert outcomes(await run(job, Placeholders.OF_ALL)) == {"a": "archived"}
         assert job.made == {vm.id: True}
+
+
+# What stands against archives
+
+
+async def test_what_stands_against_an_operators_archive_at_its_turn_is_told_and_nothing_done(rig: Rig) -> None:
+    make_vms(rig, "a", "b")
+    async with rig.running() as services:
+        job = JobRig(services, settings=JobSettings(parallel=1), refusals=[Refused("a disk is shared")])
+        results = await run(job, Placeholders.OF_ALL, tolerant=False)
+        assert outcomes(results) == {"a": "failed", "b": "archived"}
+        assert str(results["a"].error) == "a disk is shared"
+        assert job.looks == [("a", False), ("b", False), ("b", True)]
+        assert services.store.points(results["a"].vm.id) == []
+
+
+@pytest.mark.parametrize("placeholders", [Placeholders.OF_ALL, BY_POLICY])
+async def test_what_comes_up_while_it_is_copied_makes_a_backup_of_it(rig: Rig, placeholders: Placeholders) -> None:
+    make_vms(rig, "a")
+    async with rig.running() as services:
+        job = JobRig(services)
+        job.policy.archives = {"a": WhenRunning.SKIP}
+        at_turn = placeholders is Placeholders.OF_ALL
+        job.refusals = [*([None] if at_turn else []), HypervisorAway("libvirt does not answer")]
+        results = await run(job, placeholders)
+        assert outcomes(results) == {"a": "backed up"}
+        assert results["a"].message == "not archived after all: libvirt does not answer"
+        assert job.looks == [*([("a", False)] if at_turn else []), ("a", True)]
+        assert job.made == {results["a"].vm.id: False}
+        assert not rig.is_placeholder("a/disk.img")
+        assert rig.pins() == []
+        assert outcomes(await run(job, placeholders)) == {"a": "archived"}
+
+
+async def test_a_guest_is_started_again_when_something_came_up_after_it_was_stopped(rig: Rig) -> None:
+    make_vms(rig, "a")
+    async with rig.running() as services:
+        job = JobRig(services, hypervisor_of("a"), refusals=[Refused("a disk is shared")])
+        job.policy.archives = {"a": WhenRunning.SHUTDOWN}
+        results = await run(job)
+        assert (results["a"].outcome, results["a"].guest) == ("backed up", "started again")
+        assert "not archived after all: a disk is shared" in results["a"].message
+        assert job.looks == [("a", True)]
+        assert state_of(job.hypervisor) is GuestState.RUNNING
+        assert services.private.stopped.all() == []
+
+
+async def test_without_placeholders_nothing_is_looked_for(rig: Rig) -> None:
+    make_vms(rig, "a")
+    async with rig.running() as services:
+        job = JobRig(services, refusals=[Refused("a disk is shared")])
+        assert outcomes(await run(job, Placeholders.NONE)) == {"a": "backed up"}
+        assert job.looks == []

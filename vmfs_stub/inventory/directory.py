@@ -92,6 +92,21 @@ class DirectoryInventory:
             )
         return ids
 
+    def has_only(self, name: str, suffix: str) -> bool:
+        """Whether a directory at the top has no entries but such that end in ``suffix``, or is not there.
+
+        One that cannot be read has others.  Raises PrimaryIOError.
+        """
+        with self._opened() as (top_fd, _):
+            try:
+                fd = self._files.call("inventory.open", os.open, name, _DIRECTORY, dir_fd=top_fd)
+            except OSError as exc:
+                return exc.errno == errno.ENOENT
+            try:
+                return all(each.endswith(suffix) for each in self._names(fd))
+            finally:
+                os.close(fd)
+
     def give_memory(self, vm: Vm, image: str) -> None:
         """Make a memory image, by its name in ``memory_dir``, a file of this VM.  Raises PrimaryIOError, Unsupported.
 

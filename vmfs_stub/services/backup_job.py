@@ -22,7 +22,7 @@ from typing import Protocol
 
 import trio
 
-from vmfs_stub.core.errors import HypervisorAway, InUse, Protected, Refused, Unsupported, VmfsStubError
+from vmfs_stub.core.errors import Abandoned, HypervisorAway, InUse, Protected, Refused, Unsupported, VmfsStubError
 from vmfs_stub.core.ids import PointId, VmId
 from vmfs_stub.core.names import printable
 from vmfs_stub.core.policy import Decision, WhenRunning
@@ -34,7 +34,7 @@ from vmfs_stub.services.claims import Claims
 from vmfs_stub.services.hooks import HookCall, Hooks
 from vmfs_stub.services.hydration import HydrationService
 from vmfs_stub.services.running_backup import Freezer
-from vmfs_stub.services.stopped_guests import NotStopped, StoppedGuests
+from vmfs_stub.services.stopped_guests import StoppedGuests
 
 log = logging.getLogger(__name__)
 
@@ -106,9 +106,9 @@ class BackupJobs:
 
     ``forget`` applies retention to a VM that was backed up: what went, and what to say of it.  ``backed_up`` is told of
     each VM of which there may be a new restore point, ``made`` of each that has one, and whether it was archived.
-    ``found_again`` reads which files a VM has now, ``refuse`` raises what stands against
-    archiving it now, ``freezer_of`` tells what brings its
-    guest's filesystems to rest, if anything does.  ``is_paused`` says whether no further VM is to be begun.
+    ``found_again`` reads which files a VM has now, and whether it is protected; ``refuse`` raises what stands against
+    archiving it now; ``freezer_of`` tells what brings its guest's filesystems to rest, if anything does.  ``is_paused``
+    says whether no further VM is to be begun.
     """
 
     def __init__(
@@ -155,7 +155,8 @@ class BackupJobs:
     ) -> list[VmResult]:
         """Back the VMs up; results in their order.
 
-        ``tolerant`` when a VM that is in use is skipped without that being an error; ``alone`` for one after the other.
+        ``tolerant`` when a VM is skipped without that being an error because a program that does not go through the
+        mount has it open; ``alone`` for one after the other.
         Raises nothing that VMs cause.
         """
         settings = replace(self.settings, parallel=1) if alone else self.settings
@@ -292,7 +293,8 @@ class _Run:
                 await self._copy(result, vm, archive=True, recheck=lambda: self._kept(vm))
                 return
             kept = await self._archive_running(result, result.decision, domain)
-        except (HypervisorAway, NotStopped) as exc:
+        except (HypervisorAway, InUse, Abandoned) as exc:
+            # What policy meant to archive is backed up all the same, while it is in use.
             if result.guest:
                 raise
             kept = str(exc)
@@ -310,7 +312,7 @@ class _Run:
         try:
             await self._copy(result, result.vm, archive=False)
         except InUse as exc:
-            raise InUse(f"{exc}; it is not archived: {kept}") from exc
+            raise exc if str(exc) == kept else InUse(f"{exc}; it is not archived: {kept}") from exc
         result.message = "; ".join(filter(None, (f"not archived: {kept}", result.message)))
 
     async def _archive_running(self, result: VmResult, decision: Decision, domain: Domain) -> str:
@@ -320,8 +322,8 @@ class _Run:
             return "its guest runs, and the rule stops none"
         if domain.uuid not in self._ran:
             return "its guest was started since policy decided"
-        # Once it is off it is no idle VM that runs, so this is when policy has to be sure.
-        if kept := await self._ask_again(vm):
+        # Once it is off it is no idle VM that runs, so this is when policy has to be sure, also of who protected it.
+        if kept := await self._ask_again(await self._jobs.found_again(vm)):
             return kept
         call = HookCall(
             "stop", vm.name, vm.id, decision.reason, decision.rule or "", f"virsh start {_word(domain.name)}"
@@ -376,7 +378,7 @@ class _Run:
                 report = await archiver.run(
                     vm, archive=archive, progress=advance, claimed=self._claimed, recheck=recheck
                 )
-            except InUse:
+            except (InUse, Abandoned):  # whoever opens it meanwhile goes first, and is not disturbed by the next try
                 if archive:
                     raise
                 freezer = await self._jobs.freezer_of(vm)

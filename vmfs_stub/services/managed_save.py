@@ -2,18 +2,23 @@
 
 A saved guest can only go on where its memory is, so that the memory image has to be archived with the disks: it has to
 lie on the mount, in its VM's directory, or in one of its own at the top whose images the inventory counts as their VMs'
-(`DirectoryInventory.memory_dir`).
+(`DirectoryInventory.memory_dir`).  One at the top that has anything but memory images is a VM, which is backed up.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Final
 
 from vmfs_stub.core.names import printable
+from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.services.datastore_paths import DatastorePaths
+
+IMAGE_SUFFIX: Final = ".save"
+"""How libvirt ends the names of memory images, after the domain's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,29 +26,34 @@ class ManagedSave:
     """``save_dir`` is where the hypervisor puts memory images, ``mountpoint`` that of the datastore.
 
     ``place`` is where ``save_dir`` leads: relative to the backing directory, or absolute when that is elsewhere.
+    ``is_vm`` is whether it is a directory at the top that has other files, too.
     """
 
     save_dir: Path
     mountpoint: Path
     place: str
+    is_vm: bool = False
 
     @classmethod
-    def at(cls, save_dir: Path, *, mountpoint: Path, paths: DatastorePaths) -> ManagedSave:
-        """Of the directory that is there now.  Blocks."""
+    def at(
+        cls, save_dir: Path, *, mountpoint: Path, paths: DatastorePaths, inventory: DirectoryInventory
+    ) -> ManagedSave:
+        """Of the directory that is there now.  Blocks.  Raises PrimaryIOError."""
         try:
             place = paths.locate(str(save_dir))
         except OSError:
             place = str(save_dir)
-        return cls(save_dir, mountpoint, place)
+        is_at_top = bool(place) and "/" not in place
+        return cls(save_dir, mountpoint, place, is_vm=is_at_top and not inventory.has_only(place, IMAGE_SUFFIX))
 
     @property
     def memory_dir(self) -> str | None:
         """The directory at the top of the backing directory that has memory images alone; None: there is none."""
-        return self.place if self.place and "/" not in self.place else None
+        return self.place if self.place and "/" not in self.place and not self.is_vm else None
 
     def image(self, domain: Domain) -> PurePosixPath | None:
         """The domain's memory image, from the backing directory; None when it is not on the mount."""
-        return None if self.place.startswith("/") else PurePosixPath(self.place) / f"{domain.name}.save"
+        return None if self.place.startswith("/") else PurePosixPath(self.place) / f"{domain.name}{IMAGE_SUFFIX}"
 
     def problem(self, vm: Vm, domain: Domain) -> str:
         """Why the guest's memory cannot be archived with its disks, and what to do; empty when it can."""
