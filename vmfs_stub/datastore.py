@@ -109,7 +109,6 @@ class Datastore:
             hypervisor=hypervisor,
             chains=services.chains,
             scan=self.listing.scan,
-            mountpoint=config.datastore.mountpoint,
             require_stop_on_error=config.libvirt.require_stop_on_error,
         )
         self.policy_view = DatastorePolicy(

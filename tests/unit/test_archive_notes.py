@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import trio
@@ -13,12 +16,16 @@ from trio.testing import MockClock
 
 from vmfs_stub.core.errors import HypervisorAway
 from vmfs_stub.core.ids import PlaceholderId, VmId
+from vmfs_stub.core.sites import PLAIN
 from vmfs_stub.core.usage import GuestState
 from vmfs_stub.inventory.domain import ArchiveNote, Domain
 from vmfs_stub.inventory.vm import Scan, Vm, VmFile
 from vmfs_stub.primary.record import PlaceholderRecord
 from vmfs_stub.services.archive_notes import ArchiveNotes
+from vmfs_stub.services.datastore_paths import DatastorePaths
+from vmfs_stub.services.domains import link
 from vmfs_stub.services.placeholder_index import KnownPlaceholder, PlaceholderIndex
+from vmfs_stub.services.threads import Threads
 
 MOUNT = Path("/mnt/images")
 ARCHIVED_S = 1_700_000_000
@@ -26,6 +33,14 @@ ARCHIVED_S = 1_700_000_000
 
 def vm(name: str, ino: int) -> Vm:
     return Vm(VmId(f"{ino:032x}"), name, name, True, (VmFile(f"{name}/disk.raw", "disk.raw", 10 << 20, ino),))
+
+
+class InlineThreads:
+    """Runs everything at once."""
+
+    async def files(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        await trio.lowlevel.checkpoint()
+        return function(*args, **kwargs)
 
 
 class World:
@@ -41,7 +56,8 @@ class World:
             hypervisor=self.hypervisor,
             scan=self.scan,
             placeholders=self.placeholders,
-            mountpoint=MOUNT,
+            link=partial(link, paths=DatastorePaths(files=PLAIN, backing=Path("/nowhere"), mountpoint=MOUNT)),
+            threads=cast("Threads", InlineThreads()),
             datastore="vms",
             expected_s=lambda vm: 12.5,
         )
@@ -117,6 +133,16 @@ async def test_a_domain_whose_disk_went_elsewhere_loses_its_note() -> None:
     world.hypervisor.put(moved.uuid, note=NOTE)
     await world.notes.reconcile()
     assert world.note("moved") is None
+
+
+async def test_who_only_is_based_on_what_is_archived_is_not() -> None:
+    """Its own disk is resident, so that its start waits for what it reads of the base alone."""
+    overlay = domain("overlay", MOUNT / "overlay/disk.qcow2")
+    world = World(replace(overlay, disks=(replace(overlay.disks[0], backing=(MOUNT / "web/disk.raw",)),)))
+    world.vms.append(vm("overlay", 3))
+    world.archive(1)
+    await world.notes.reconcile()
+    assert (world.note("web"), world.note("overlay")) == (NOTE, None)
 
 
 async def test_one_domain_that_refuses_keeps_no_other_from_being_noted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from vmfs_stub.core.errors import UnknownFormat
 from vmfs_stub.core.usage import GuestState
-from vmfs_stub.inventory.domain import ArchiveNote, Domain, reasons_against
+from vmfs_stub.inventory.domain import ArchiveNote, Domain
 from vmfs_stub.inventory.domain_xml import NOTE, SETTINGS, XML_CHARS_MAX, Definition, note_xml, parse_domain
 
 UUID = "dc4fb86f-f8a3-4ec8-8fde-bb2f4bcbba2d"
@@ -179,19 +179,14 @@ def domain_of(devices: str, *, below: str = "/mnt") -> Domain:
     )
 
 
-def test_reasons_against_an_archive() -> None:
-    lax = domain_of(disk(source="file='/mnt/vm/d'"))
-    reasons = reasons_against(lax, below=Path("/mnt"), require_stop_on_error=True)
-    assert len(reasons) == 1
-    assert "domain web: vda without error_policy='stop'" in reasons[0]
-    assert reasons_against(lax, below=Path("/mnt"), require_stop_on_error=False) == ()
-    assert reasons_against(lax, below=Path("/elsewhere"), require_stop_on_error=True) == ()
-    cdrom = domain_of(disk(device="cdrom", source="file='/mnt/iso'"))
-    assert reasons_against(cdrom, below=Path("/mnt"), require_stop_on_error=True) == ()
-    shared = domain_of(disk(source="file='/mnt/vm/d'", driver="error_policy='stop'", more="<shareable/>"))
-    assert reasons_against(shared, below=Path("/mnt"), require_stop_on_error=False) == (
-        "domain web: disk vda is shared with other domains (<shareable/>)",
-    )
+def test_disks_whose_guest_would_see_a_recall_that_fails() -> None:
+    def lax(*words: str, **options: str) -> list[str]:
+        found = domain_of(disk(source="file='/mnt/vm/d'", driver=" ".join(words), **options))
+        return [each.target for each in found.disks if each.lacks_stop]
+
+    assert lax() == lax("rerror_policy='stop'") == lax("error_policy='stop'", "rerror_policy='report'") == ["vda"]
+    assert lax("error_policy='stop'") == lax("error_policy='stop'", "rerror_policy='stop'") == []
+    assert lax(device="cdrom") == []
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,19 @@ import fcntl
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from vmfs_stub.core.errors import AmbiguousName, PrimaryIOError, VmNotFound
+from vmfs_stub.core.errors import AmbiguousName, PrimaryIOError, Unsupported, VmNotFound
+from vmfs_stub.core.ids import VmId
 from vmfs_stub.core.names import PRIVATE_DIR, VM_XATTR
+from vmfs_stub.core.sites import FileCalls
 from vmfs_stub.inventory.directory import DirectoryInventory
-from vmfs_stub.inventory.vm import Scan
+from vmfs_stub.inventory.identity import Group, write_vm_id
+from vmfs_stub.inventory.vm import Scan, Vm
 
 
 @pytest.fixture
@@ -289,39 +294,143 @@ def test_ids_that_cannot_be_told_are_an_error(backing: Path, monkeypatch: pytest
 # The memory of saved guests
 
 
-def test_memory_images_are_files_of_the_vms_that_they_were_given_to(backing: Path) -> None:
-    make(backing / "a/disk.raw")
-    make(backing / "b.raw")
-    for name in ("a", "b", "left"):
-        make(backing / f"save/{name}.save")
-    inventory = DirectoryInventory(backing, memory_dir="save")
-    assert [vm.name for vm in inventory.scan().vms] == ["a", "b"], "the directory itself is no VM"
-    for name in ("a", "b"):
-        inventory.give_memory(inventory.find(name), f"{name}.save")
-    inventory.give_memory(inventory.find("a"), "missing.save")
-    for _ in range(2):
-        found = {vm.name: [file.path for file in vm.files] for vm in inventory.scan().vms}
-        assert found == {"a": ["a/disk.raw", "save/a.save"], "b": ["b.raw", "save/b.save"]}
-    # Saved again, as another file of the same name.
-    (backing / "save/a.save").unlink()
-    make(backing / "save/a.save")
-    assert [file.path for file in inventory.find("a").files] == ["a/disk.raw"]
-    inventory.give_memory(inventory.find("a"), "a.save")
-    assert [file.path for file in inventory.find("a").files] == ["a/disk.raw", "save/a.save"]
-    shutil.rmtree(backing / "save")
-    assert [file.path for file in inventory.find("a").files] == ["a/disk.raw"]
+class Failing(FileCalls):
+    """Fails each call that is about ``name``."""
+
+    def __init__(self, name: str, code: int) -> None:
+        self.name = name
+        self.code = code
+
+    def call(self, site: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        if args[0] == self.name:
+            raise OSError(self.code, os.strerror(self.code))
+        return function(*args, **kwargs)
 
 
-def test_neither_a_link_nor_a_directory_is_a_memory_image(backing: Path, tmp_path: Path) -> None:
-    make(backing / "a/disk.raw")
-    make(tmp_path / "secret")
-    (backing / "save/a.save").parent.mkdir()
-    (backing / "save/a.save").symlink_to(tmp_path / "secret")
-    (backing / "save/b.save").mkdir()
-    inventory = DirectoryInventory(backing, memory_dir="save")
-    for image in ("a.save", "b.save"):
-        inventory.give_memory(inventory.find("a"), image)
-    assert [file.path for file in inventory.find("a").files] == ["a/disk.raw"]
+def paths_of(vm: Vm) -> list[tuple[str, str]]:
+    return [(file.path, file.relative) for file in vm.files]
+
+
+@pytest.fixture
+def saved(backing: Path) -> DirectoryInventory:
+    """A directory, a file, and files of a group; of each there is a memory image, that of web is given to it."""
+    make(backing / "db/disk.raw")
+    make(backing / "web.raw")
+    for name in ("db", "web", "group"):
+        make(backing / f"save/{name}.save", 7)
+    group = Group("group", "d" * 32)
+    for number in (1, 2):
+        path_fd = os.open(make(backing / f"part{number}.raw"), os.O_PATH)
+        write_vm_id(path_fd, VmId("e" * 32), group=group)
+        os.close(path_fd)
+    return DirectoryInventory(backing, memory_dir="save")
+
+
+def test_memory_images_are_files_of_the_vms_they_were_given_to(backing: Path, saved: DirectoryInventory) -> None:
+    assert [(vm.name, len(vm.files)) for vm in saved.scan().vms] == [("db", 1), ("group", 2), ("web", 1)]
+    for vm in saved.scan().vms:
+        saved.give_memory(vm, f"{vm.name}.save")
+    db, group, web = saved.scan().vms
+    assert paths_of(db) == [("db/disk.raw", "disk.raw"), ("save/db.save", "db.save")]
+    assert paths_of(web) == [("web.raw", "web.raw"), ("save/web.save", "web.save")]
+    assert [path for path, _ in paths_of(group)] == ["part1.raw", "part2.raw", "save/group.save"]
+    st = (backing / "save/db.save").stat()
+    assert (db.files[-1].size, db.files[-1].ino) == (7, st.st_ino)
+    assert saved.find("web.raw") == web
+    assert (web.tops, db.tops, group.tops) == (("web.raw",), ("db",), ("part1.raw", "part2.raw"))
+    (backing / "save/web.save").unlink()  # its guest goes on
+    assert paths_of(saved.find("web")) == [("web.raw", "web.raw")]
+    assert not saved.is_protected(web)  # as it was found before
+
+
+def test_a_memory_image_is_the_vms_that_it_was_given_to_last_and_no_copys(
+    backing: Path, saved: DirectoryInventory
+) -> None:
+    saved.give_memory(saved.find("web"), "db.save")
+    saved.give_memory(saved.find("db"), "db.save")
+    subprocess.run(["cp", "-a", backing / "save/db.save", backing / "save/copy.save"], check=True)
+    assert [len(vm.files) for vm in saved.scan().vms] == [2, 2, 1]
+    (backing / "save/db.save").unlink()
+    make(backing / "save/db.save")  # saved anew: it is given anew
+    assert len(saved.find("db").files) == 1
+    saved.give_memory(saved.find("db"), "db.save")
+    before = (backing / "save/db.save").stat()
+    saved.give_memory(saved.find("db"), "db.save")
+    assert (backing / "save/db.save").stat() == before
+    shutil.rmtree(backing / "db")
+    assert [vm.name for vm in saved.scan().vms] == ["group", "web"]
+
+
+def test_a_file_of_the_vm_keeps_its_name(backing: Path, saved: DirectoryInventory) -> None:
+    make(backing / "db/db.save", 3)
+    saved.give_memory(saved.find("db"), "db.save")
+    assert paths_of(saved.find("db")) == [("db/db.save", "db.save"), ("db/disk.raw", "disk.raw")]
+
+
+def test_what_is_no_memory_image_is_nobodys(backing: Path, saved: DirectoryInventory) -> None:
+    web = saved.find("web")
+    make(backing / "save/web.save.d/deeper")
+    (backing / "save/link.save").symlink_to("../web.raw")
+    for image in ("gone.save", "web.save.d", "link.save"):
+        saved.give_memory(web, image)
+    assert saved.find("web") == web
+    saved.give_memory(web, "web.save")
+    assert len(saved.find("web").files) == 2  # whatever else is there
+
+
+def test_without_such_a_directory_nothing_is_given(backing: Path) -> None:
+    make(backing / "db/disk.raw")
+    make(backing / "save/db.save")
+    plain = DirectoryInventory(backing)
+    db = plain.find("db")
+    plain.give_memory(db, "db.save")
+    assert VM_XATTR not in os.listxattr(backing / "save/db.save")
+    assert [vm.name for vm in plain.scan().vms] == ["db", "save"]
+    absent = DirectoryInventory(backing, memory_dir="absent")
+    absent.give_memory(db, "db.save")
+    assert [vm.name for vm in absent.scan().vms] == ["db", "save"]
+
+
+@pytest.mark.parametrize("name", ["save", "db.save"])
+def test_memory_that_cannot_be_read_is_left_out_and_hides_no_other(
+    backing: Path, saved: DirectoryInventory, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for vm in saved.scan().vms:
+        saved.give_memory(vm, f"{vm.name}.save")
+    failing = DirectoryInventory(backing, files=Failing(name, errno.EIO), memory_dir="save")
+    assert [len(vm.files) for vm in failing.scan().vms] == ([1, 2, 1] if name == "save" else [1, 3, 2])
+    (message,) = caplog.messages
+    assert "Input/output error" in message
+    vanished = DirectoryInventory(backing, files=Failing("db.save", errno.ENOENT), memory_dir="save")
+    assert [len(vm.files) for vm in vanished.scan().vms] == [1, 3, 2]
+    assert len(caplog.messages) == 1
+    with pytest.raises(PrimaryIOError, match="Input/output error"):
+        failing.give_memory(failing.find("db"), "db.save")
+    short = DirectoryInventory(backing, files=Failing(name, errno.EMFILE), memory_dir="save")
+    with pytest.raises(PrimaryIOError, match="Too many open files"):
+        short.scan()
+
+
+def test_memory_that_cannot_be_marked_is_an_error(backing: Path, saved: DirectoryInventory) -> None:
+    class Refusing(FileCalls):
+        def call(self, site: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+            if site == "inventory.identify":
+                raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+            return function(*args, **kwargs)
+
+    refusing = DirectoryInventory(backing, files=Refusing(), memory_dir="save")
+    with pytest.raises(Unsupported, match=r"trusted\.\*"):
+        refusing.give_memory(saved.find("web"), "web.save")
+
+
+def test_memory_images_have_no_ids_of_their_own(backing: Path, saved: DirectoryInventory) -> None:
+    """Commands ask for ids, and know of no directory of memory images."""
+    (backing / PRIVATE_DIR).mkdir()
+    ids = {vm.name: vm.id for vm in saved.scan().vms}
+    saved.give_memory(saved.find("web"), "web.save")
+    assert DirectoryInventory(backing).ids() == saved.ids() == frozenset(ids.values())
+    (backing / "web.raw").unlink()
+    assert DirectoryInventory(backing).ids() == saved.ids() == {ids["db"], ids["group"]}
 
 
 def test_a_directory_with_other_files_has_not_memory_alone(backing: Path) -> None:

@@ -1,4 +1,4 @@
-"""What `doctor` says of libvirt, and what refuses archives: without a libvirt, on domains as plain values."""
+"""What `doctor` says of libvirt: without a libvirt, on domains as plain values."""
 
 from __future__ import annotations
 
@@ -9,19 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_hypervisor import FakeHypervisor, domain
+from fake_hypervisor import domain
 
 from vmfs_stub.cli import libvirt_checks
 from vmfs_stub.cli.host_checks import HostFinding
 from vmfs_stub.config import Config, parse_config
-from vmfs_stub.core.errors import HypervisorAway, InUse, Refused
-from vmfs_stub.core.ids import VmId
-from vmfs_stub.core.usage import GuestState
+from vmfs_stub.core.errors import HypervisorAway
 from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.inventory.libvirt import LibvirtConnection
 from vmfs_stub.inventory.libvirt_binding import has_binding
-from vmfs_stub.inventory.vm import Vm, VmFile
-from vmfs_stub.services.domains import link, refuse_archives
 
 MOUNT = Path("/srv/images")
 WEB = domain("web", MOUNT / "web/disk.raw")
@@ -66,6 +62,16 @@ def test_a_disk_without_stop_is_a_finding_with_the_exact_change(known: list[Doma
     assert findings(config()) == []
 
 
+def test_a_disk_that_is_named_through_a_link_counts(known: list[Domain], tmp_path: Path) -> None:
+    (tmp_path / "mount").mkdir()
+    (tmp_path / "images").symlink_to("mount")
+    known += [replace(LAX, disks=(replace(LAX.disks[0], path=tmp_path / "images/web/disk.raw"),))]
+    given = config(mountpoint=tmp_path / "mount")
+    (found,) = findings(given)
+    assert "domain web: vda" in found.message
+    assert "1 of 1 domains have disks on the mount" in findings(given, "ok")[0].message
+
+
 def test_what_keeps_a_domain_from_being_archived_is_told(known: list[Domain]) -> None:
     known.append(replace(WEB, problems=("disk vdb is shared",)))
     assert "domain web cannot be archived: disk vdb is shared" in [each.message for each in findings(config(), "note")]
@@ -108,45 +114,3 @@ def test_without_the_binding_it_says_what_to_install(monkeypatch: pytest.MonkeyP
     (found,) = findings(config("enabled = true"), "problem")
     assert "vmfs-stub[libvirt]" in found.message
     assert findings(config(), "problem") == []
-
-
-def vm(name: str, *, is_directory: bool = True) -> Vm:
-    file = VmFile(f"{name}/disk.raw" if is_directory else name, "disk.raw", 1, 1)
-    return Vm(VmId(name.encode().hex().ljust(32, "0")), name, name, is_directory, (file,))
-
-
-def test_links_go_by_path() -> None:
-    web, flat, lone = vm("web"), vm("flat.qcow2", is_directory=False), vm("lone")
-    both = domain("both", MOUNT / "flat.qcow2", MOUNT / "web/../web/data.raw")
-    links = link([web, flat, lone], [WEB, both, domain("other", Path("/srv/images2/web/x"))], mountpoint=MOUNT)
-    assert [each.name for each in links.of(web.id)] == ["web", "both"]
-    assert [each.name for each in links.of(flat.id)] == ["both"]
-    assert links.of(lone.id) == ()
-    assert links.vms_of(both.uuid) == (flat.id, web.id)
-    assert links.vms_of("nobody") == ()
-
-
-@pytest.mark.parametrize(
-    ("known_domain", "error", "message"),
-    [
-        (LAX, Refused, "vda without error_policy"),
-        (replace(WEB, problems=("it is transient",)), Refused, "domain web: it is transient"),
-        (replace(WEB, metadata={"protected": "yes"}), Refused, "protected"),
-        (replace(WEB, state=GuestState.RUNNING), InUse, "domain web is running"),
-        (replace(WEB, state=GuestState.PAUSED), InUse, "domain web is paused"),
-    ],
-)
-async def test_archives_are_refused(known_domain: Domain, error: type[Exception], message: str) -> None:
-    hypervisor = FakeHypervisor(known_domain)
-    with pytest.raises(error, match=message):
-        await refuse_archives([vm("web")], hypervisor, mountpoint=MOUNT, require_stop_on_error=True)
-    await refuse_archives([vm("other")], hypervisor, mountpoint=MOUNT, require_stop_on_error=True)
-
-
-async def test_archives_are_allowed_where_nothing_is_against_it_and_refused_where_it_is_not_known() -> None:
-    await refuse_archives([vm("web")], FakeHypervisor(LAX), mountpoint=MOUNT, require_stop_on_error=False)
-    hypervisor = FakeHypervisor(replace(WEB, state=GuestState.SAVED))
-    await refuse_archives([vm("web")], hypervisor, mountpoint=MOUNT, require_stop_on_error=True)
-    hypervisor.away = True
-    with pytest.raises(HypervisorAway):
-        await refuse_archives([vm("web")], hypervisor, mountpoint=MOUNT, require_stop_on_error=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ import pytest
 from fake_hypervisor import domain
 
 from vmfs_stub.core.ids import VmId
-from vmfs_stub.core.sites import FileCalls
+from vmfs_stub.core.sites import PLAIN, FileCalls
 from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.inventory.vm import Vm, VmFile
-from vmfs_stub.services.domains import Domains, Links
+from vmfs_stub.services.datastore_paths import DatastorePaths
+from vmfs_stub.services.domains import Links, link
 
 WEB, DB, BASE = VmId("a" * 32), VmId("b" * 32), VmId("c" * 32)
 VMS = (
@@ -26,13 +29,16 @@ VMS = (
 
 
 class Asked(FileCalls):
-    """Remembers which paths were looked at."""
+    """Remembers which paths were looked at; ``refused`` cannot be."""
 
     def __init__(self) -> None:
         self.paths: list[str] = []
+        self.refused = ""
 
     def call(self, site: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         self.paths.append(args[0])
+        if args[0] == self.refused:
+            raise OSError(errno.EIO, "Input/output error")
         return function(*args, **kwargs)
 
 
@@ -51,16 +57,15 @@ class Host:
                 (self.backing / file.path).touch()
 
     def link(self, *domains: Domain, mountpoint: Path | None = None) -> Links:
-        found = Domains(backing=self.backing, files=self.asked).link(
-            VMS, domains, mountpoint=mountpoint or self.mountpoint
-        )
+        paths = DatastorePaths(files=self.asked, backing=self.backing, mountpoint=mountpoint or self.mountpoint)
+        found = link(VMS, domains, paths=paths)
         below = f"{self.mountpoint}/"
         assert not [path for path in self.asked.paths if path.startswith(below)]
         return found
 
     def owners(self, *paths: Path, mountpoint: Path | None = None) -> tuple[VmId, ...]:
         one = domain("one", *paths)
-        return self.link(one, mountpoint=mountpoint).vm_of(one.uuid)
+        return self.link(one, mountpoint=mountpoint).vms_of(one.uuid)
 
 
 @pytest.fixture
@@ -72,25 +77,29 @@ def test_a_disk_is_the_vm_that_has_the_file(host: Host) -> None:
     web, db = domain("web", host.mountpoint / "web/disk.raw"), domain("db", host.mountpoint / "db.qcow2")
     links = host.link(web, db, domain("elsewhere", Path("/dev/sda")))
     assert (links.of(WEB), links.of(DB), links.of(BASE)) == ((web,), (db,), ())
-    assert links.vm_of(web.uuid) == (WEB,)
-    assert links.vm_of(domain("elsewhere").uuid) == ()
+    assert links.vms_of(web.uuid) == (WEB,)
+    assert links.vms_of(domain("elsewhere").uuid) == ()
 
 
-def test_nvram_backing_images_and_files_not_seen_yet_count(host: Host) -> None:
+def test_nvram_and_files_not_seen_yet_count(host: Host) -> None:
     one = replace(domain("one"), nvram=host.mountpoint / "web/nvram")
-    assert host.link(one).vm_of(one.uuid) == (WEB,)
+    assert host.link(one).vms_of(one.uuid) == (WEB,)
     assert host.owners(host.mountpoint / "web/snapshots/new.qcow2") == (WEB,)
     assert host.owners(host.mountpoint / "new.qcow2") == ()
+
+
+def test_what_an_image_is_based_on_is_no_link(host: Host) -> None:
     based = domain("one", host.mountpoint / "db.qcow2")
     based = replace(based, disks=(replace(based.disks[0], backing=(host.mountpoint / "base.qcow2",)),))
-    assert host.link(based).vm_of(based.uuid) == (DB, BASE)
+    links = host.link(based)
+    assert (links.vms_of(based.uuid), links.of(BASE)) == ((DB,), ())
 
 
 def test_several_domains_and_several_vms_are_listed(host: Host) -> None:
     first, second = (domain(name, host.mountpoint / "web/disk.raw", host.mountpoint / "db.qcow2") for name in "ab")
     links = host.link(first, second)
     assert links.of(WEB) == links.of(DB) == (first, second)
-    assert links.vm_of(first.uuid) == (WEB, DB)
+    assert links.vms_of(first.uuid) == (WEB, DB)
 
 
 def test_symlinks_outside_are_followed(host: Host) -> None:
@@ -125,6 +134,31 @@ def test_what_leads_nowhere_is_no_link(host: Host) -> None:
     for path in (host.base / "loop/x", host.base / "gone", Path("relative/disk.raw"), host.mountpoint, Path("/")):
         assert host.owners(path) == (), path
     assert host.owners(host.base / "real/vmsx/web/disk.raw") == ()
+
+
+def test_links_that_lead_elsewhere_by_now_are_followed_anew(host: Host) -> None:
+    paths = DatastorePaths(files=host.asked, backing=host.backing, mountpoint=host.mountpoint)
+    one = domain("one", host.base / "image")
+    for target, owner in (("web/disk.raw", WEB), ("db.qcow2", DB)):
+        (host.base / "image").unlink(missing_ok=True)
+        (host.base / "image").symlink_to(host.mountpoint / target)
+        assert link(VMS, [one], paths=paths).vms_of(one.uuid) == (owner,)
+
+
+def test_what_cannot_be_looked_at_is_no_link(host: Host) -> None:
+    web, db = domain("web", host.mountpoint / "web/disk.raw"), domain("db", host.mountpoint / "db.qcow2")
+    host.asked.refused = os.fspath(host.backing / "web")
+    links = host.link(web, db)
+    assert (links.vms_of(web.uuid), links.vms_of(db.uuid)) == ((), (DB,))
+
+
+def test_several_threads_may_look_at_once(host: Host) -> None:
+    """Samples, notes and jobs ask when they like, each for paths as they are then."""
+    paths = DatastorePaths(files=PLAIN, backing=host.backing, mountpoint=host.mountpoint)
+    domains = [domain(f"d{number}", host.mountpoint / f"web/{number}.raw") for number in range(20)]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: link(VMS, domains, paths=paths), range(200)))
+    assert all(links.of(WEB) == tuple(domains) for links in found)
 
 
 def test_each_link_is_read_once(host: Host) -> None:

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+import trio
 from datastore_harness import BLOCK, CHUNK, Rig, Services, temporary_rig
-from fake_hypervisor import FakeHypervisor, domain
+from fake_hypervisor import domain
 
 from vmfs_stub.catalog.usage_rows import LastUse
-from vmfs_stub.core.errors import ClaimedElsewhere, PrimaryIOError, StoreUnavailable
+from vmfs_stub.core.errors import ClaimedElsewhere, HypervisorAway, PrimaryIOError, StoreUnavailable, VmfsStubError
 from vmfs_stub.core.ids import VmId
 from vmfs_stub.core.names import RECALLED_XATTR
 from vmfs_stub.core.policy import DAY_S, DEFAULT_RULE, Facts, Policy, Rule, decide
 from vmfs_stub.core.usage import GuestState, Sample
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.domain import Domain
-from vmfs_stub.inventory.vm import Vm
-from vmfs_stub.services.facts import FactsService, FactsSettings
-from vmfs_stub.services.hypervisor import Hypervisor, NoHypervisor
+from vmfs_stub.inventory.vm import Scan, Vm
+from vmfs_stub.services.facts import FactsService, FactsSettings, Sight
+from vmfs_stub.services.hypervisor import NoHypervisor
+from vmfs_stub.services.obstacles import ObstacleSight
 
 PATH = "vm/disk.img"
 SIZE = 8 * CHUNK
@@ -58,27 +60,33 @@ class FakeCatalog:
 
 
 @dataclass
-class ByName:
-    """A domain is linked with the VM of its name, and those whose names begin with it."""
+class FakeSight:
+    """The only VM's domains, and what stands against archiving it; ``error`` is why that cannot be told."""
 
-    domains: Sequence[Domain]
-    vms: Mapping[VmId, str]
+    domains: Sequence[Domain] = ()
+    reasons: Sequence[str] = ()
+    error: VmfsStubError | None = None
 
-    def of(self, vm_id: VmId) -> tuple[Domain, ...]:
-        return tuple(each for each in self.domains if each.name.startswith(self.vms[vm_id]))
+    async def look(self) -> FakeSight:
+        await trio.lowlevel.checkpoint()
+        if self.error is not None:
+            raise self.error
+        return self
 
+    def domains_of(self, vm: Vm) -> tuple[Domain, ...]:
+        return tuple(self.domains)
 
-def link(vms: Sequence[Vm], domains: Sequence[Domain]) -> ByName:
-    return ByName(domains, {vm.id: vm.name for vm in vms})
+    def against(self, vm: Vm) -> tuple[str, ...]:
+        return tuple(self.reasons)
 
 
 async def facts_of(
     services: Services,
     *,
     catalog: FakeCatalog | None = None,
-    hypervisor: Hypervisor | None = None,
+    sight: FakeSight | None = None,
+    look: Callable[[], Awaitable[Sight]] | None = None,
     policy: Policy = POLICY,
-    never: Mapping[VmId, Sequence[str]] | None = None,
 ) -> Facts:
     catalog = catalog or FakeCatalog()
     backing_fd = os.open(services.rig.backing, os.O_PATH)
@@ -90,15 +98,14 @@ async def facts_of(
             findings=services.findings,
             samples=catalog,
             last_use=catalog.last_use,
-            hypervisor=hypervisor or NoHypervisor(),
-            link=link,
+            look=look or (sight or FakeSight()).look,
             backing_fd=backing_fd,
             settings=FactsSettings(
                 placeholder_bytes_min=CHUNK, resident_bytes=BLOCK, boot_bytes=4 * CHUNK, store_bytes_per_s=CHUNK
             ),
         )
-        (vm,) = DirectoryInventory(services.rig.backing).scan().vms
-        (found,) = await service.gather([vm], policy, now_s=time.time(), never=never)
+        vm = DirectoryInventory(services.rig.backing).find("vm")
+        (found,) = await service.gather([vm], policy, now_s=time.time())
     finally:
         os.close(backing_fd)
     return found
@@ -154,49 +161,53 @@ async def test_a_vm_that_comes_back_stays(rig: Rig) -> None:
 
 
 async def test_what_the_domain_says(rig: Rig) -> None:
-    known = replace(
-        domain("vm", Path("/x")),
-        state_since_s=5.0,
-        metadata={"group": "lab"},
-        problems=("disk vdb is a block device",),
-    )
-    hypervisor = FakeHypervisor(known)
+    known = replace(domain("vm", Path("/x")), state_since_s=5.0, metadata={"group": "lab"})
+    sight = FakeSight([known], ["domain vm: disk vdb is a block device"])
     async with rig.running() as services:
-        found = await facts_of(services, hypervisor=hypervisor)
+        found = await facts_of(services, sight=sight)
         assert (found.state, found.state_since_s, found.metadata) == (GuestState.OFF, 5.0, {"group": "lab"})
-        assert found.never == ("disk vdb is a block device",)
-        for metadata, protected in (
-            ({"protected": "yes"}, True),
-            ({"protected": ""}, True),
-            ({"protected": "no"}, False),
-        ):
-            hypervisor.put(known.uuid, metadata=metadata, problems=())
-            assert (await facts_of(services, hypervisor=hypervisor)).is_protected == protected
-        two = FakeHypervisor(known, domain("vm-clone", Path("/x"), state=GuestState.RUNNING))
-        shared = await facts_of(services, hypervisor=two)
-        assert shared.state is GuestState.UNKNOWN
-        assert shared.never == ("disk vdb is a block device", "is shared by 2 domains: vm, vm-clone")
+        assert found.never == ("domain vm: disk vdb is a block device",)
+        for protected, is_protected in (("yes", True), ("", True), ("no", False)):
+            sight.domains = [replace(known, metadata={"protected": protected})]
+            assert (await facts_of(services, sight=sight)).is_protected == is_protected
 
 
-async def test_nothing_is_archived_while_libvirt_is_away(rig: Rig) -> None:
-    hypervisor = FakeHypervisor(domain("vm", Path("/x")))
-    hypervisor.away = True
+async def test_of_several_domains_no_state_is_the_vms(rig: Rig) -> None:
+    known = replace(domain("vm", Path("/x")), state_since_s=5.0, metadata={"group": "lab"})
+    clone = replace(domain("clone", Path("/x"), state=GuestState.RUNNING), metadata={"protected": "yes"})
     async with rig.running() as services:
-        found = await facts_of(services, hypervisor=hypervisor)
-    assert (found.state, found.never) == (GuestState.UNKNOWN, ("libvirt does not answer",))
+        shared = await facts_of(services, sight=FakeSight([known, clone], ["is a disk of several domains"]))
+    assert (shared.state, shared.state_since_s, shared.metadata) == (GuestState.UNKNOWN, None, {})
+    assert (shared.is_protected, shared.never) == (True, ("is a disk of several domains",))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (HypervisorAway("cannot connect to libvirt"), "libvirt does not answer"),
+        (PrimaryIOError("where the disk /x of a domain lies cannot be told"), "where the disk /x of a domain lies"),
+    ],
+)
+async def test_nothing_is_archived_while_domains_cannot_be_told(
+    rig: Rig, error: VmfsStubError, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with rig.running() as services:
+        found = await facts_of(services, sight=FakeSight([domain("vm", Path("/x"))], error=error))
+    assert (found.state, found.state_since_s) == (GuestState.UNKNOWN, None)
+    assert [each.startswith(reason) for each in found.never] == [True]
+    assert not decide(found, POLICY, now_s=time.time()).archives
+    assert f"no VM is archived: {error}" in caplog.messages
 
 
 async def test_a_disk_that_is_open(rig: Rig) -> None:
     known = domain("vm", Path("/x"))
-    hypervisor = FakeHypervisor(known)
     async with rig.running() as services:
         disk = await services.open(PATH)
         plain = await facts_of(services)
         assert plain.state is GuestState.RUNNING
         assert "no domain is known that has it" in plain.never[0]
-        assert "though the domain is off" in (await facts_of(services, hypervisor=hypervisor)).never[0]
-        hypervisor.put(known.uuid, state=GuestState.RUNNING)
-        runs = await facts_of(services, hypervisor=hypervisor)
+        assert "though the domain is off" in (await facts_of(services, sight=FakeSight([known]))).never[0]
+        runs = await facts_of(services, sight=FakeSight([replace(known, state=GuestState.RUNNING)]))
         assert (runs.state, runs.never) == (GuestState.RUNNING, ())
         await services.disks.release(disk)
 
@@ -206,13 +217,28 @@ async def test_reasons_of_the_datastore(rig: Rig) -> None:
         vm_id = rig.vm("vm").id
         services.recall.held = True
         services.findings.add(f"VM {vm_id}", ClaimedElsewhere("has it"))
-        found = await facts_of(services, never={vm_id: ["is the base of web", "has a block job"]})
+        found = await facts_of(services, sight=FakeSight(reasons=["is the base of web", "has a block job"]))
     assert [reason.split(",")[0] for reason in found.never] == [
         "is the base of web",
         "has a block job",
         "its newest state is in another datastore",
         "recalls are held",
     ]
+
+
+async def test_a_base_that_an_overlay_needs_stays(rig: Rig) -> None:
+    """As it is told by who looks at domains and chains for all who archive."""
+    overlay = rig.backing / "clone.qcow2"
+    made = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", PATH, "-F", "raw", str(overlay), "4M"]
+    await trio.run_process(made)
+    async with rig.running() as services:
+
+        async def scan() -> Scan:
+            return DirectoryInventory(rig.backing).scan()
+
+        sight = ObstacleSight(hypervisor=NoHypervisor(), chains=services.chains, scan=scan, require_stop_on_error=True)
+        found = await facts_of(services, look=sight.look)
+    assert found.never == (f"{PATH} is the base of clone.qcow2, which is resident",)
 
 
 async def test_what_the_catalog_knows(rig: Rig) -> None:

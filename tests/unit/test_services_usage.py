@@ -6,6 +6,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -19,11 +21,13 @@ from vmfs_stub.catalog.catalog import Catalog
 from vmfs_stub.catalog.usage_rows import LastUse
 from vmfs_stub.core.errors import NoSpace
 from vmfs_stub.core.ids import VmId
+from vmfs_stub.core.sites import PLAIN
 from vmfs_stub.core.usage import DAY_S, HOUR_S, Counters, GuestState, Reading, Sample
 from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.inventory.vm import Scan, Vm, VmFile
+from vmfs_stub.services.datastore_paths import DatastorePaths
 from vmfs_stub.services.disk import Caller
-from vmfs_stub.services.domains import Domains
+from vmfs_stub.services.domains import link
 from vmfs_stub.services.mount_usage import IoCount, MountUsage
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.services.usage import UsageSampler
@@ -67,10 +71,9 @@ class Host:
             catalog=self.catalog,
             threads=cast("Threads", InlineThreads()),
             hypervisor=self.hypervisor,
-            domains=Domains(backing=Path("/nowhere")),
+            link=partial(link, paths=DatastorePaths(files=PLAIN, backing=Path("/nowhere"), mountpoint=MOUNT)),
             mount=self.mount,
             scan=self.scan,
-            mountpoint=MOUNT,
             interval_s=INTERVAL_S,
             clock=self.now,
             passed=self.trio_clock.current_time,
@@ -250,6 +253,29 @@ async def test_of_several_domains_at_most_one_may_run(mock_clock: MockClock, cat
             host.hypervisor.used[each.uuid] = Reading(0, state, Counters(cpu_s=1.0))
         await host.round()
     assert host.times(WEB) == [IS_OFF, NOT_KNOWN, RAN, NOT_KNOWN, NOT_KNOWN]
+
+
+async def test_a_base_has_no_domain_and_is_sampled_by_the_mount(mock_clock: MockClock, catalog: Catalog) -> None:
+    web = domain("web", MOUNT / "web/1.raw")
+    web = replace(web, disks=(replace(web.disks[0], backing=(MOUNT / "db/2.raw",)),))
+    host = Host(mock_clock, catalog, web)
+    host.tell(OFF)
+    await host.round()
+    assert host.sampler.links is not None
+    assert (host.sampler.links.of(WEB), host.sampler.links.of(DB)) == ((web,), ())
+    host.tell(RUNNING, Counters(cpu_s=1.0))
+    use = host.open(2)  # as the guest's hypervisor does with a base
+    await host.round()
+    use.requests, use.read_bytes = 3, 3000
+    await host.round()
+    assert (host.times(WEB), host.times(DB)) == ([NOT_KNOWN, RAN], [RAN, RAN])
+    ran = host.samples(DB)[1]
+    assert (ran.cpu_percent_max, ran.disk_bytes_per_s_max) == (None, 10.0)
+    host.mount.closed(2, use)
+    host.tell(OFF)
+    for _ in range(2):
+        await host.round()
+    assert host.times(DB)[2:] == [NOT_KNOWN, IS_OFF]
 
 
 async def test_readings_of_different_domains_are_not_compared(host: Host) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import threading
+from functools import partial
 
 import pytest
 import trio
@@ -97,15 +98,18 @@ async def test_a_shielded_caller_works_after_cancellation() -> None:
 
 
 async def test_an_abandoned_call_keeps_its_thread_until_it_ends() -> None:
-    pool, gate, done = WorkerPool("test", 1), threading.Event(), []
+    pool, begun, gate, done = WorkerPool("test", 1), threading.Event(), threading.Event(), []
 
     def hang() -> None:
+        begun.set()
         assert gate.wait(10)
         done.append("hung")
 
-    with trio.move_on_after(0.02) as scope:
-        await pool.run(hang, abandonable=True)
-    assert scope.cancelled_caught
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(pool.run, hang, abandonable=True))
+        assert await trio.to_thread.run_sync(begun.wait, 10)
+        nursery.cancel_scope.cancel()
+    assert nursery.cancel_scope.cancelled_caught
     with trio.move_on_after(0.02) as scope:
         await pool.run(lambda: done.append("never begun"), abandonable=True)
     assert scope.cancelled_caught

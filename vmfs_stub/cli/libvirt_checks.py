@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmfs_stub.cli.host_checks import HostFinding
 from vmfs_stub.core.errors import HypervisorAway
+from vmfs_stub.core.sites import PLAIN
 from vmfs_stub.mount.mountpoint import FILESYSTEM_TYPE, mounts_at
+from vmfs_stub.services.datastore_paths import DatastorePaths
 from vmfs_stub.services.libvirt_hypervisor import LibvirtSettings, is_there, look_at_domains
 
 if TYPE_CHECKING:
@@ -33,19 +36,29 @@ def check_libvirt(config: Config) -> Iterator[HostFinding]:
     except HypervisorAway as exc:
         yield HostFinding("problem", "libvirt", str(exc), "start libvirtd, or correct [libvirt]")
         return
-    linked = [domain for domain in domains if any(path.is_relative_to(mountpoint) for path in domain.paths)]
+    paths = DatastorePaths(files=PLAIN, backing=config.datastore.backing, mountpoint=mountpoint)
+    is_here = partial(_leads_here, paths, mountpoint)
+    linked = [domain for domain in domains if any(map(is_here, domain.paths))]
     text = f"{wanted.uri} answers; {len(linked)} of {len(domains)} domains have disks on the mount"
     yield HostFinding("ok", "libvirt", text)
     for domain in linked:
-        yield from _domain(domain, config)
+        yield from _domain(domain, config, is_here)
     yield _managed_save(config)
 
 
-def _domain(domain: Domain, config: Config) -> Iterator[HostFinding]:
+def _leads_here(paths: DatastorePaths, mountpoint: Path, path: Path) -> bool:
+    """Whether a path of a domain leads to the mount, also through links; asks nothing of the mount."""
+    try:
+        return not paths.locate(str(path)).startswith("/")
+    except (OSError, ValueError):
+        return path.is_relative_to(mountpoint)
+
+
+def _domain(domain: Domain, config: Config, is_here: Callable[[Path], bool]) -> Iterator[HostFinding]:
     for problem in domain.problems:
         message = f"domain {domain.name} cannot be archived: {problem}"
         yield HostFinding("note", "libvirt", message, "none, if it need not be")
-    disks = domain.without_stop(below=config.datastore.mountpoint)
+    disks = [disk for disk in domain.disks if disk.lacks_stop and disk.path is not None and is_here(disk.path)]
     if disks:
         named = ", ".join(disk.target for disk in disks)
         waived = "" if config.libvirt.require_stop_on_error else " (archived all the same, as [libvirt] says)"

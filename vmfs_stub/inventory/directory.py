@@ -130,25 +130,40 @@ class DirectoryInventory:
         """Memory images by the VMs that they were given to; what cannot be read is left out, and told in the log."""
         found: dict[VmId, list[VmFile]] = {}
         assert self._memory_dir is not None
-        try:
-            folder_fd = self._files.call("inventory.open", os.open, self._memory_dir, _DIRECTORY, dir_fd=top_fd)
-        except OSError as exc:
-            log.warning("the memory of saved guests cannot be listed: %s", exc.strerror)
-            return found
-        try:
-            for file in sorted(self._walk(folder_fd, self._memory_dir, "", device, 1), key=lambda file: file.path):
-                path_fd = self._files.call("inventory.open", os.open, file.relative, _HANDLE, dir_fd=folder_fd)
+        with ExitStack() as stack:
+            try:
+                folder_fd = self._files.call("inventory.open", os.open, self._memory_dir, _DIRECTORY, dir_fd=top_fd)
+                stack.callback(os.close, folder_fd)
+                names = sorted(self._names(folder_fd))
+            except OSError as exc:
+                if exc.errno in _OURS:
+                    raise
+                log.warning("the memory of saved guests cannot be listed: %s", exc.strerror)
+                return found
+            for name in names:
                 try:
-                    vm_id = read_vm_id(path_fd, files=self._files)
-                finally:
-                    os.close(path_fd)
+                    vm_id, file = self._memory_image(folder_fd, name, device)
+                except FileNotFoundError:
+                    continue  # its guest goes on
+                except (OSError, PrimaryError, Unsupported) as exc:
+                    if isinstance(exc, OSError) and exc.errno in _OURS:
+                        raise
+                    log.warning("the memory image %s cannot be read: %s", printable(name), exc)
+                    continue
                 if vm_id is not None:
                     found.setdefault(vm_id, []).append(file)
-        except (OSError, PrimaryError, Unsupported) as exc:
-            log.warning("the memory of saved guests cannot be read: %s", exc)
-        finally:
-            os.close(folder_fd)
         return found
+
+    def _memory_image(self, folder_fd: int, name: str, device: int) -> tuple[VmId | None, VmFile]:
+        """Whose memory an entry in ``memory_dir`` is: of nobody, where it is no file, or was not given to a VM."""
+        path_fd = self._files.call("inventory.open", os.open, name, _HANDLE, dir_fd=folder_fd)
+        try:
+            st = os.fstat(path_fd)
+            is_image = stat.S_ISREG(st.st_mode) and st.st_dev == device
+            vm_id = read_vm_id(path_fd, files=self._files) if is_image else None
+            return vm_id, VmFile(f"{self._memory_dir}/{name}", name, st.st_size, st.st_ino)
+        finally:
+            os.close(path_fd)
 
     def is_protected(self, vm: Vm) -> bool:
         """Whether a VM that was found is protected now.  Raises as `protect`."""

@@ -51,8 +51,8 @@ class Vm:
 
     @property
     def tops(self) -> tuple[str, ...]:
-        """Its entries at the top of the backing directory."""
-        return (self.path,) if self.is_directory else tuple(file.path for file in self.files)
+        """Its entries at the top of the backing directory; the memory of its guest, which comes and goes, is none."""
+        return (self.path,) if self.is_directory else tuple(file.path for file in self.files if "/" not in file.path)
 
     @property
     def is_called(self) -> frozenset[str]:

@@ -2,13 +2,14 @@
 
 The mount itself is never touched: a daemon that waits for its own mount may wait for ever.  What lies below the
 mountpoint is looked up below the backing directory instead, and one component after the other, so that a symbolic link
-may lead in from outside, and out again.  Blocking.
+may lead in from outside, and out again.  Blocking, thread-safe.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import threading
 from pathlib import Path
 from typing import Final
 
@@ -27,23 +28,28 @@ class DatastorePaths:
         self._backing = str(backing)
         self._tops: tuple[str, str] | None = None
         self._known: dict[str, str] = {}
+        self._targets: dict[str, str | None] = {}
+        self._lock = threading.Lock()
 
     def forget(self) -> None:
         """Look anew from now on: links may lead elsewhere by now."""
-        self._known.clear()
-        self._tops = None
+        with self._lock:
+            self._known.clear()
+            self._targets.clear()
+            self._tops = None
 
     def locate(self, path: str) -> str:
         """The place of an absolute path: relative to the backing directory, or absolute when it lies outside.
 
         Its last component need not exist.  Raises OSError when a link below the backing directory cannot be read.
         """
-        known = self._known.get(path)
-        if known is None:
-            backing, mountpoint = self._resolved_tops()
-            at = self._walked(path, backing, mountpoint)
-            known = self._known[path] = at.removeprefix(f"{backing}/") if at.startswith(f"{backing}/") else at
-        return known
+        with self._lock:
+            known = self._known.get(path)
+            if known is None:
+                backing, mountpoint = self._resolved_tops()
+                at = self._walked(path, backing, mountpoint)
+                known = self._known[path] = at.removeprefix(f"{backing}/") if at.startswith(f"{backing}/") else at
+            return known
 
     def _resolved_tops(self) -> tuple[str, str]:
         """Backing directory and mountpoint as they are without links; of the mountpoint itself nothing is asked."""
@@ -65,7 +71,9 @@ class DatastorePaths:
             if mountpoint and at in (mountpoint, self._mountpoint):
                 at = backing
                 continue
-            target = self._target(at, is_inside=bool(backing) and at.startswith(f"{backing}/"))
+            if at not in self._targets:
+                self._targets[at] = self._target(at, is_inside=bool(backing) and at.startswith(f"{backing}/"))
+            target = self._targets[at]
             if target is not None and links < LINKS_MAX:
                 links += 1
                 todo += target.split("/")[::-1]

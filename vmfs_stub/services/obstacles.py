@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from vmfs_stub.inventory.chains import Chains, why_never_by_domains
-from vmfs_stub.inventory.domain import Domain, reason_without_stop
+from vmfs_stub.inventory.domain import Domain, DomainDisk
 from vmfs_stub.inventory.vm import Scan, Vm
 from vmfs_stub.services.hypervisor import Hypervisor
-from vmfs_stub.services.image_chains import ImageChains
+from vmfs_stub.services.image_chains import NVRAM_TARGET, ImageChains
 
 
 @dataclass(frozen=True, slots=True)
 class Obstacles:
-    """What was seen of all VMs at one moment; ``below`` is the mountpoint."""
+    """What was seen of all VMs at one moment."""
 
     chains: Chains
-    below: Path
     require_stop_on_error: bool
 
     def domains_of(self, vm: Vm) -> tuple[Domain, ...]:
@@ -31,11 +29,26 @@ class Obstacles:
 
     def by_domains(self, vm: Vm) -> tuple[str, ...]:
         """Those of its domains: they do not pass when other VMs are archived first."""
-        found = list(why_never_by_domains(vm, self.chains))
-        if self.require_stop_on_error:
-            reasons = (reason_without_stop(domain, below=self.below) for domain in self.domains_of(vm))
-            found += [reason for reason in reasons if reason is not None]
-        return tuple(found)
+        found = why_never_by_domains(vm, self.chains)
+        return (*found, *self._without_stop(vm)) if self.require_stop_on_error else found
+
+    def _without_stop(self, vm: Vm) -> Iterator[str]:
+        """Its guests that would see a recall that fails as an error of a disk, whatever name the disk has for them."""
+        for domain in self.domains_of(vm):
+            targets = sorted(disk.target for disk in self._disks(vm, domain) if disk.lacks_stop)
+            if targets:
+                yield (
+                    f"domain {domain.name}: {', '.join(targets)} without error_policy='stop' rerror_policy='stop': a "
+                    "recall that fails would be an error of the guest's disk; `vmfs-stub doctor` shows the change, "
+                    "[libvirt] require_stop_on_error waives it"
+                )
+
+    def _disks(self, vm: Vm, domain: Domain) -> Iterator[DomainDisk]:
+        """Those of the domain that are files of this VM; NVRAM is read before a guest runs."""
+        for file in vm.files:
+            for use in self.chains.uses.get(self.chains.place(file), ()):
+                if use.domain.uuid == domain.uuid and use.disk.target != NVRAM_TARGET:
+                    yield use.disk
 
 
 class ObstacleSight:
@@ -47,17 +60,15 @@ class ObstacleSight:
         hypervisor: Hypervisor,
         chains: ImageChains,
         scan: Callable[[], Awaitable[Scan]],
-        mountpoint: Path,
         require_stop_on_error: bool,
     ) -> None:
         self._hypervisor = hypervisor
         self._chains = chains
         self._scan = scan
-        self._mountpoint = mountpoint
         self.require_stop_on_error = require_stop_on_error
 
     async def look(self) -> Obstacles:
         """What stands against archives now.  Raises HypervisorAway, PrimaryIOError: it cannot be told."""
         domains = await self._hypervisor.domains()
         chains = await self._chains.look((await self._scan()).vms, domains)
-        return Obstacles(chains, self._mountpoint, self.require_stop_on_error)
+        return Obstacles(chains, self.require_stop_on_error)

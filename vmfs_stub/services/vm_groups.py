@@ -103,7 +103,7 @@ def wanted_regroupings(vms: Sequence[Vm], domains: Sequence[Domain], chains: Cha
 
     Where it cannot be told what an image is based on, all that has to do with its domain stays as it is.
     """
-    at_top = {file.path: (vm, file) for vm in vms if not vm.is_directory for file in vm.files}
+    at_top = {file.path: (vm, file) for vm in vms for file in vm.files if file.path in vm.tops and not vm.is_directory}
     wanted: list[Regrouping] = []
     right: set[str] = set()
     sure: set[str] = set()
