@@ -433,41 +433,6 @@ def test_memory_images_have_no_ids_of_their_own(backing: Path, saved: DirectoryI
     assert DirectoryInventory(backing).ids() == saved.ids() == {ids["db"], ids["group"]}
 
 
-def test_memory_images_are_files_of_the_vms_that_they_were_given_to(backing: Path) -> None:
-    make(backing / "a/disk.raw")
-    make(backing / "b.raw")
-    for name in ("a", "b", "left"):
-        make(backing / f"save/{name}.save")
-    inventory = DirectoryInventory(backing, memory_dir="save")
-    assert [vm.name for vm in inventory.scan().vms] == ["a", "b"], "the directory itself is no VM"
-    for name in ("a", "b"):
-        inventory.give_memory(inventory.find(name), f"{name}.save")
-    inventory.give_memory(inventory.find("a"), "missing.save")
-    for _ in range(2):
-        found = {vm.name: [file.path for file in vm.files] for vm in inventory.scan().vms}
-        assert found == {"a": ["a/disk.raw", "save/a.save"], "b": ["b.raw", "save/b.save"]}
-    # Saved again, as another file of the same name.
-    (backing / "save/a.save").unlink()
-    make(backing / "save/a.save")
-    assert [file.path for file in inventory.find("a").files] == ["a/disk.raw"]
-    inventory.give_memory(inventory.find("a"), "a.save")
-    assert [file.path for file in inventory.find("a").files] == ["a/disk.raw", "save/a.save"]
-    shutil.rmtree(backing / "save")
-    assert [file.path for file in inventory.find("a").files] == ["a/disk.raw"]
-
-
-def test_neither_a_link_nor_a_directory_is_a_memory_image(backing: Path, tmp_path: Path) -> None:
-    make(backing / "a/disk.raw")
-    make(tmp_path / "secret")
-    (backing / "save/a.save").parent.mkdir()
-    (backing / "save/a.save").symlink_to(tmp_path / "secret")
-    (backing / "save/b.save").mkdir()
-    inventory = DirectoryInventory(backing, memory_dir="save")
-    for image in ("a.save", "b.save"):
-        inventory.give_memory(inventory.find("a"), image)
-    assert [file.path for file in inventory.find("a").files] == ["a/disk.raw"]
-
-
 def test_a_directory_with_other_files_has_not_memory_alone(backing: Path) -> None:
     inventory = DirectoryInventory(backing)
     assert inventory.has_only("missing", ".save")
