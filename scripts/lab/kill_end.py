@@ -17,7 +17,7 @@ from scripts.lab.datastore import Datastore
 from scripts.lab.failure import LabError
 from scripts.lab.kill_disk import KillDisk
 from scripts.lab.kill_jobs import Point, digests_of, point_of, run_job
-from vmfs_stub.core.names import ORPHANS_DIR, PRIVATE_DIR, XATTR_PREFIX
+from vmfs_stub.core.names import ORPHANS_DIR, PRIVATE_DIR, RECALLED_XATTR, XATTR_PREFIX
 
 _EARLIER_RESTORED: Final = 6
 """Restore points of the lives before that are restored, beside the last one of each VM."""
@@ -93,5 +93,6 @@ def left_behind(datastore: Datastore) -> Iterator[str]:
         if PRIVATE_DIR in names:
             names.remove(PRIVATE_DIR)
         for path in (Path(directory) / name for name in files):
-            if ours := [name for name in os.listxattr(path) if name.startswith(XATTR_PREFIX)]:
+            ours = [name for name in os.listxattr(path) if name.startswith(XATTR_PREFIX)]
+            if ours := [name for name in ours if name != RECALLED_XATTR]:  # which says that it was one
                 yield f"{path}: {ours}"

@@ -42,6 +42,8 @@ LAG_S: Final = 1.0
 SETTINGS: Final[Settings] = {
     "archive": {"resident_head_bytes": 0, "resident_tail_bytes": 0, "placeholder_bytes_min": "64 KiB"},
     "store": {"listing_lag_s": LAG_S, "retries_max": 8},
+    # Reads fail while the store is troubled, and it may be that nothing is left to be recalled after that.
+    "monitoring": {"recall_failure_hours": 0},
 }
 _SIZES: Final = (1 << 20, 3_000_000, (4 << 20) + 4097)
 _VMS: Final = 3

@@ -96,7 +96,7 @@ def test_what_cannot_change_is_refused_with_all_else(make_datastore: MakeDatasto
     assert refused.code == ExitCode.USAGE
     lines = datastore.config.read_text().splitlines()
     for key, wanted in (("primary.threads", "threads = 3"), ("mount.max_background", "max_background = 99")):
-        place = f"{datastore.config}:{lines.index(wanted) + 1}: {key}: cannot change while the daemon runs"
+        place = f"{datastore.config}:{lines.index(wanted) + 1}:1: {key}: cannot change while the daemon runs"
         assert place in refused.err
     assert "retention" not in refused.err
     for _ in range(2):

@@ -6,7 +6,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from vmfs_stub.core.errors import StoreUnavailable
+from vmfs_stub.core.errors import ClaimedElsewhere, RecallsHeld, StoreUnavailable
 from vmfs_stub.services.hydration import Pace
 from vmfs_stub.services.recall_waits import WAIT_BOUNDS_S, RecallWaits
 
@@ -52,6 +52,10 @@ def test_failing_until_one_works() -> None:
     assert sum(waits.all().counts) == 2
     wait(waits, clock, 1)
     assert waits.failing_for_s() is None
+    for refusal in (ClaimedElsewhere("in use on host b"), RecallsHeld("held")):
+        with pytest.raises(type(refusal)):
+            wait(waits, clock, 1, refusal)
+    assert (waits.failed, waits.failing_for_s()) == (1, None)
 
 
 async def test_a_pace_is_kept_and_follows_its_limit(autojump_clock: MockClock) -> None:

@@ -10,6 +10,8 @@ from typing import Final
 
 import trio
 
+from vmfs_stub.core.errors import Refused
+
 WAIT_BOUNDS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
 """Upper bounds of the classes in which waits are counted; longer ones have a class of their own."""
 
@@ -27,7 +29,8 @@ class RecallWaits:
     """The waits of one datastore's guests; ``clock`` gives seconds that only grow.
 
     Attributes: ``failed`` counts waits that ended with an error; ``last_failed_s`` and ``last_served_s`` are when one
-    last ended with and without, or something last arrived, by the clock.
+    last ended with and without, or something last arrived, by the clock.  What is refused was not tried, and counts for
+    neither.
     """
 
     def __init__(self, *, clock: Callable[[], float] = trio.current_time) -> None:
@@ -44,6 +47,8 @@ class RecallWaits:
         began_s = self._clock()
         try:
             yield
+        except Refused:  # held, or elsewhere: others tell of that
+            raise
         except Exception:
             self.failed += 1
             self.last_failed_s = self._add(began_s)
