@@ -230,10 +230,12 @@ def test_a_call_that_takes_long_is_found(fuzz: Fuzz, monkeypatch: pytest.MonkeyP
 def test_a_bug_in_a_handler_is_found(fuzz: Fuzz, monkeypatch: pytest.MonkeyPatch) -> None:
     start = FakeTarget.start_backup
 
-    async def broken(self: FakeTarget, vms: Sequence[str], *, archive: bool, peer: Peer) -> JobId:
-        if list(vms) != ["db", "wéb"]:
+    async def broken(
+        self: FakeTarget, vms: Sequence[str], *, archive: bool, rehearsal: bool = False, peer: Peer
+    ) -> JobId:
+        if list(vms) != ["db", "wéb"] and not rehearsal:
             raise LookupError
-        return await start(self, vms, archive=archive, peer=peer)
+        return await start(self, vms, archive=archive, rehearsal=rehearsal, peer=peer)
 
     async def recalling(self: FakeTarget, vms: Sequence[str], *, peer: Peer) -> JobId:
         return await broken(self, vms if list(vms) != ["db"] else ["db", "wéb"], archive=True, peer=peer)
