@@ -30,6 +30,7 @@ import trio
 from tests.medium import ALL_SYNCS, SYNCS, Key, Medium
 from tests.medium import BLOCK as BLOCK
 from tests.site_tags import ROOT
+from tests.sited_hypervisor import SitedHypervisor
 from tests.store_fakes import FakeObjects, SitedObjects
 from tests.store_places import Place, in_fake
 from vmfs_stub.core.names import PLACEHOLDER_XATTR, PRIVATE_DIR
@@ -559,7 +560,7 @@ class Rig:
             changes_left=recovered.changes,
             findings=findings,
             mountpoint=self.mountpoint,
-            hypervisor=self.hypervisor,
+            hypervisor=None if self.hypervisor is None else SitedHypervisor(self.hypervisor, files),
         )
         return Services(self, files, threads, recovered, private, connected, findings, store, replicated)
 

@@ -14,22 +14,19 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 from unittest.mock import patch
 
 import trio
 
-from tests import backup_jobs, store_points
+from tests import store_points
 from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, RigFiles, Services, survives_kill
 from tests.fake_hypervisor import FakeHypervisor, domain
+from tests.fault.datastores import PATHS, ROOT_PEER, NotWhole, done, with_datastore
+from tests.fault.guests import stop_and_archive, with_guest
 from tests.store_fakes import FakeObjects, SitedObjects, packs_condemned, refused_deletes
 from tests.store_points import KEY_SOURCE
 from vmfs_stub.catalog.catalog import Catalog
-from vmfs_stub.config import Config, parse_config
-from vmfs_stub.control.jobs import Jobs, open_jobs
-from vmfs_stub.control.messages import JobInfo, JobReport
-from vmfs_stub.control.peer import Peer
+from vmfs_stub.control.messages import JobReport
 from vmfs_stub.core.changed import Changed
 from vmfs_stub.core.errors import (
     Abandoned,
@@ -37,37 +34,27 @@ from vmfs_stub.core.errors import (
     MapFrozen,
     ObjectMissing,
     PointNotFound,
-    PrimaryIOError,
     Protected,
     StoreConflict,
     UnknownFormat,
     VmfsStubError,
 )
-from vmfs_stub.core.ids import JobId, PackId, PlaceholderId, PointId, VmId, WriterId
-from vmfs_stub.core.policy import WhenRunning
-from vmfs_stub.core.usage import GuestState
+from vmfs_stub.core.ids import PackId, PlaceholderId, PointId, VmId, WriterId
 from vmfs_stub.datastore import Datastore
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.mount.attributes import Change, Requester
 from vmfs_stub.mount.filesystem import Filesystem
 from vmfs_stub.mount.nodes import ROOT
-from vmfs_stub.mount.serving import Mount
 from vmfs_stub.mount.settings import MountSettings
 from vmfs_stub.primary.serving_mark import Machine, Mark, Pace, ServingMark, encode_mark
 from vmfs_stub.services import scrub, verify
 from vmfs_stub.services.adopt import Wanted
 from vmfs_stub.services.adoption_choice import Told
 from vmfs_stub.services.associated import AssociatedFiles
-from vmfs_stub.services.backup_job import Placeholders
 from vmfs_stub.services.disk import Disk
-from vmfs_stub.services.hypervisor import NoHypervisor
-from vmfs_stub.services.managed_save import ManagedSave
-from vmfs_stub.services.mount_usage import MountUsage
 from vmfs_stub.services.replication import catch_up
 from vmfs_stub.services.restore import STAGING, restore_point
 from vmfs_stub.services.scrub_progress import ScrubProgress
-from vmfs_stub.services.single_error import single_error
-from vmfs_stub.settings import Settings
 from vmfs_stub.store import format as store_format
 from vmfs_stub.store.associated_files import ASSOCIATED, decode_associated
 from vmfs_stub.store.chunk_index import ChunkIndex
@@ -107,16 +94,11 @@ from vmfs_stub.store.replica import Replication, make_replica
 from vmfs_stub.store.store import Store
 from vmfs_stub.store.versions import raise_version
 
-PATHS = ("vm/disk.img", "vm/below/second.img")
 DISK, SECOND = PATHS
 LAST = (SECOND,)
 LINK = "vm/below/link"
 Act = Callable[[Services], Awaitable[None]]
 Prepare = Callable[[Rig], Awaitable[None]]
-
-
-class NotWhole(AssertionError):
-    """A disk is not what it should be after a failure."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +108,7 @@ class Scenario:
     ``writes`` are what a guest writes to the first disk in `act`, and ``sizes`` those that it may have meanwhile;
     where act failed, any of them may have been done.  ``gone`` are disks that `act` removes.  ``again`` is whether
     act can be done once more.  ``brings`` is whether act brings the VM here: all of it, or nothing is here.
+    ``has_guest`` is whether a guest runs the VM, which act may stop.
     """
 
     name: str
@@ -137,6 +120,7 @@ class Scenario:
     again: bool = True
     hydrates: bool = False
     brings: bool = False
+    has_guest: bool = False
 
 
 def first_contents() -> dict[str, bytes]:
@@ -1015,47 +999,13 @@ async def back_up_by_rules(services: Services) -> None:
     await with_datastore(services, "[retention]\nkeep_last = 1\n", _back_up_and_forget)
 
 
-async def with_datastore(services: Services, text: str, act: Callable[[Datastore, Services], Awaitable[None]]) -> None:
-    rig = services.rig
-    where = f'name = "vms"\nbacking = "{rig.backing}"\nmountpoint = "{rig.base}/mount"\nruntime_dir = "{rig.runtime}"'
-    store = f'url = "{(rig.base / "store").as_uri()}"'
-    config = parse_config(f"[datastore]\n{where}\n[store]\n{store}\n{text}", origin="test")
-    catalog = Catalog.in_memory()
-    with closing(catalog), single_error():
-        async with open_jobs(catalog, running_max=1, kept=1) as jobs:
-            with closing(_datastore(services, config, catalog, jobs)) as datastore:
-                await act(datastore, services)
-
-
-def _datastore(services: Services, config: Config, catalog: Catalog, jobs: Jobs) -> Datastore:
-    rig = services.rig
-    return Datastore(
-        settings=Settings(config),
-        threads=services.threads,
-        private=services.private,
-        inventory=DirectoryInventory(rig.backing, files=services.files),
-        catalog=catalog,
-        store=services.store,
-        replica=None,
-        services=services.connected,
-        hypervisor=rig.hypervisor or NoHypervisor(),
-        mount_usage=MountUsage(()),
-        managed_save=ManagedSave(Path("/nowhere"), rig.base / "mount", "/nowhere"),
-        findings=services.findings,
-        jobs=jobs,
-        mount=cast("Mount", SimpleNamespace(ended=trio.Event())),
-        reserve=partial(services.private.reserve.fill, services.files),
-        stop=trio.Event(),
-    )
-
-
 async def _list_and_recall(datastore: Datastore, services: Services) -> None:
     if len(await datastore.list_disks("vm")) != len(PATHS):
         raise OSError(errno.EIO, "a disk is not listed")
     await datastore.usage.sampler.sample()
     if datastore.usage.sampler.links is None:
         raise NotWhole("nobody knows which VM the domain is")
-    await _done(datastore, await datastore.start_recall(["vm"], peer=ROOT_PEER))
+    await done(datastore, await datastore.start_recall(["vm"], peer=ROOT_PEER))
 
 
 async def protect_and_decide(services: Services) -> None:
@@ -1087,7 +1037,7 @@ async def _back_up_and_forget(datastore: Datastore, services: Services) -> None:
     """What goes wrong with forgetting fails no backup, and is told."""
     job = await datastore.start_backup(["vm"], archive=False, peer=ROOT_PEER)
     try:
-        info = await _done(datastore, job)
+        info = await done(datastore, job)
     except VmfsStubError as exc:
         if services.files.spoiled & {"store.forgotten.list", "store.forgotten.put"}:
             raise NotWhole(f"a backup failed by what comes after it: {exc}") from exc
@@ -1101,21 +1051,6 @@ async def _back_up_and_forget(datastore: Datastore, services: Services) -> None:
         raise NotWhole(f"not told what was forgotten: {outcome}")
 
 
-async def _done(datastore: Datastore, job: JobId) -> JobInfo:
-    """Wait for a job as a client does; raises what it failed with."""
-    while (info := await datastore.job(job, wait_s=0)).state == "running":  # noqa: ASYNC110
-        await trio.sleep(0.001)
-    if info.state == "interrupted":
-        await trio.sleep_forever()  # killed, which ends this soon
-    if info.state != "done":
-        if "log has the traceback" in str(info.error):
-            raise NotWhole(f"a programming error: {info.error}")
-        error = MapFrozen if "MapFrozen" in str(info.error) else PrimaryIOError
-        raise error(str(info.error))
-    return info
-
-
-ROOT_PEER = Peer(1, 0, 0)
 OWNER = Requester(pid=1, uid=0, gid=0, umask=0o022)
 
 
@@ -1183,24 +1118,6 @@ def expect(found: bytes, wanted: bytes, path: str) -> None:
         raise NotWhole(f"{path}: {len(found)} of {len(wanted)} bytes; block {at // BLOCK} is wrong")
 
 
-async def stop_and_archive(services: Services) -> None:
-    """A job that policy lets shut a guest down."""
-    state = GuestState.RUNNING
-    hypervisor = FakeHypervisor(domain("vm", *(backup_jobs.MOUNT / path for path in PATHS), state=state))
-    job = backup_jobs.JobRig(services, hypervisor)
-    job.policy.archives = {"vm": WhenRunning.SHUTDOWN}
-    vms = job.vms()
-    if not vms:
-        raise OSError(errno.EIO, "a VM that cannot be read")
-    (result,) = await job.jobs().run(vms, placeholders=Placeholders.BY_POLICY, tolerant=False)
-    (guest,) = hypervisor.known.values()
-    was_seen_to = guest.state.is_off == (result.outcome == "archived") or services.private.stopped.all()
-    if not was_seen_to and not services.files.dead:
-        raise NotWhole(f"the VM is {result.outcome}, and its guest {guest.state}")
-    if result.error is not None:
-        raise result.error
-
-
 SCENARIOS = [
     Scenario("archive", nothing, archive),
     Scenario("archive_again", partly_recalled, archive),
@@ -1210,7 +1127,7 @@ SCENARIOS = [
     Scenario("archive_without_room", nothing, archive_without_room),
     Scenario("archive_condemned", returned, archive_condemned),
     Scenario("archive_damaged_segments", with_damaged_segments, archive),
-    Scenario("stop_and_archive", nothing, stop_and_archive),
+    Scenario("stop_and_archive", with_guest, stop_and_archive, has_guest=True),
     Scenario("archive_domain", with_domain, archive_domain),
     Scenario("group_files", with_loose_disks, group_files),
     Scenario("look_at_chains", with_domain, look_at_chains),

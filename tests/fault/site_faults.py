@@ -5,7 +5,9 @@ A first run without faults counts the calls of each site; then each is spoiled i
 * an error, for once or for good: what was done fails or not, but no read returns a wrong byte; when it is repaired, the
   same is done again and succeeds; so it does after a restart (a reboot, when a sync failed), where the VM is whole and
   archiving and bringing it back work;
-* a kill, perhaps with the power going: the VM is whole at the next start, which finds nothing that it cannot explain.
+* a kill, perhaps with the power going: the VM is whole at the next start, which finds nothing that it cannot explain;
+* where a job stops guests, the hypervisor goes away, until the next life: then the guest runs, or its VM is archived,
+  and the next job finishes (`guests`).
 
 At the end nothing is left over: no map, pin, half-made file or descriptor.
 """
@@ -19,7 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.datastore_harness import BLOCK, CHUNK, Rig, RigFiles, Services, survives_kill, temporary_rig
-from tests.fault.scenarios import BY_NAME, SCENARIOS, NotWhole, Scenario, adopt, contents_of, expect, make_vm
+from tests.fault.datastores import NotWhole
+from tests.fault.guests import check_guest, guest_of, lose_guests, start_by_user
+from tests.fault.scenarios import BY_NAME, SCENARIOS, Scenario, adopt, contents_of, expect, make_vm
 from tests.fault.spoilings import Spoiling, kinds_at, numbers
 from tests.seeded_ids import ids_from
 from tests.store_places import Place, in_fake
@@ -46,6 +50,7 @@ class Calls:
 
     counts: dict[str, int]
     places: dict[tuple[str, str], int] = field(default_factory=dict)
+    has_guest: bool = False
 
 
 def spoilings(calls: Calls, *, every: bool = False) -> Iterator[Spoiling]:
@@ -56,7 +61,7 @@ def spoilings(calls: Calls, *, every: bool = False) -> Iterator[Spoiling]:
     for site, count in sorted(calls.counts.items()):
         firsts = [number for (other, _), number in calls.places.items() if other == site]
         for number in range(1, count + 1) if every else numbers(count, firsts):
-            for kind, for_good in kinds_at(site):
+            for kind, for_good in kinds_at(site, has_guest=calls.has_guest):
                 yield Spoiling(site, number, kind, for_good)
 
 
@@ -74,11 +79,11 @@ async def run(scenario: Scenario, spoiling: Spoiling | None, *, place: Place = i
         files = RigFiles(rig.medium)
         files.watches_places = spoiling is None
         if spoiling is not None:
-            spoiling.plan(files)
+            spoiling.plan(files, guest_of(rig) if scenario.has_guest else None)
         outcome = await _life(scenario, rig, files, spoiling, contents)
         if spoiling is not None:
             if spoiling.power:
-                rig.lose_power(random.Random(f"{spoiling}"))
+                _lose_power(rig, scenario, spoiling)
             await _check_next_life(scenario, rig, outcome, spoiling)
             rig.close()
             left = set(_descriptors().items()) - set(descriptors.items())
@@ -135,9 +140,11 @@ async def _life(
                 if spoiling is not None and spoiling.for_good:
                     services.recall.deadline_s = GUEST_WAITS_S
                 done = await _act(scenario, services, must_work=spoiling is None)
-                calls = Calls(dict(files.counts), files.places.copy())
+                calls = Calls(dict(files.counts), files.places.copy(), scenario.has_guest)
                 _check_second_copies(services)  # before reads bring all of it back
                 if not files.dead and spoiling is not None:
+                    if scenario.has_guest:
+                        start_by_user(services)
                     await _check_no_wrong_byte(services, after if done else during)
                     files.repair()
                     services.recall.deadline_s = 30
@@ -222,6 +229,7 @@ async def _check_next_life(scenario: Scenario, rig: Rig, outcome: Outcome, spoil
             await _check_whole(services, left)
             return
         try:
+            await _check_guest(scenario, services)
             await check_works(services, left, was_killed=was_killed)
         except MapFrozen:
             if spoiling.is_kill:
@@ -229,10 +237,22 @@ async def _check_next_life(scenario: Scenario, rig: Rig, outcome: Outcome, spoil
         else:
             await check_ordinary(services, left, staging_may_stay=was_killed or spoiling.site == "restore.clean")
             return
-    rig.lose_power(random.Random(f"{spoiling}"))
+    _lose_power(rig, scenario, spoiling)
     async with rig.running() as services:
+        await _check_guest(scenario, services)
         await check_works(services, left, was_killed=was_killed)
         await check_ordinary(services, left, staging_may_stay=was_killed or spoiling.site == "restore.clean")
+
+
+def _lose_power(rig: Rig, scenario: Scenario, spoiling: Spoiling) -> None:
+    rig.lose_power(random.Random(f"{spoiling}"))
+    if scenario.has_guest:
+        lose_guests(rig)
+
+
+async def _check_guest(scenario: Scenario, services: Services) -> None:
+    if scenario.has_guest:
+        await check_guest(services)
 
 
 async def _bring(rig: Rig, outcome: Outcome, spoiling: Spoiling) -> None:

@@ -6,10 +6,13 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tests.datastore_harness import Fault, Killed, RigFiles
-from vmfs_stub.core.errors import StoreFull, StoreUnavailable
+from tests.fake_hypervisor import FakeHypervisor
+from tests.sited_hypervisor import ANSWERED, HYPERVISOR
+from vmfs_stub.core.errors import HypervisorAway, StoreFull, StoreUnavailable
 
 ALLOCATING = (
     "archive.record",
@@ -53,6 +56,8 @@ READING = (
 """Sites where a read can be short."""
 PLACES = ("store.", "replica.")
 """What the sites of calls on object stores begin with."""
+AWAY = "away"
+"""How a call goes wrong at which the hypervisor goes away."""
 DATA = ("get", "get_range")
 """Calls on the store that return bytes."""
 
@@ -60,7 +65,8 @@ DATA = ("get", "get_range")
 @dataclass(frozen=True)
 class Spoiling:
     """The ``number``-th call at ``site`` goes wrong in the way ``kind``: an error, a kill (perhaps with the power
-    going), an error after the call took effect, bytes that are too few or not those that were written.
+    going), an error after the call took effect, bytes that are too few or not those that were written; or from then on
+    the hypervisor is away, until the next life.
 
     ``for_good``: and every later call of the site, until it is repaired.
     """
@@ -78,9 +84,19 @@ class Spoiling:
     def power(self) -> bool:
         return self.kind == "power"
 
-    def plan(self, files: RigFiles) -> None:
-        """Make it so in a life of the rig."""
-        files.spoil(self.site, self.number, self._fault())
+    def plan(self, files: RigFiles, hypervisor: FakeHypervisor | None = None) -> None:
+        """Make it so in a life of the rig, whose guests the hypervisor runs."""
+        if self.kind == AWAY:
+            assert hypervisor is not None, "nothing can go away"
+            files.spoil(self.site, self.number, Fault(change=partial(self._go_away, hypervisor)))
+        else:
+            files.spoil(self.site, self.number, self._fault())
+
+    def _go_away(self, hypervisor: FakeHypervisor, done: Any) -> Any:
+        hypervisor.away = True
+        if self.site.startswith(HYPERVISOR) and self.site.endswith(ANSWERED):
+            raise HypervisorAway("planted")
+        return done
 
     def _fault(self) -> Fault:
         if self.is_kill:
@@ -92,6 +108,8 @@ class Spoiling:
         error: BaseException = OSError(code, os.strerror(code))
         if self.site.startswith(PLACES):
             error = StoreFull("planted") if self.kind == "full" else StoreUnavailable("planted")
+        elif self.site.startswith(HYPERVISOR):
+            error = HypervisorAway("planted")
         # A descriptor is gone whatever close says.
         return Fault(error, late=self.kind == "late" or self.site == "mount.close", for_good=self.for_good)
 
@@ -113,13 +131,18 @@ def altered(data: bytes) -> bytes:
 CHANGES: dict[str, Callable[[Any], Any]] = {"short": shortened, "wrong": altered}
 
 
-def kinds_at(site: str) -> Iterator[tuple[str, bool]]:
-    """Every way in which a call of this site can go wrong, and whether for good; the most telling first."""
+def kinds_at(site: str, *, has_guest: bool = False) -> Iterator[tuple[str, bool]]:
+    """Every way in which a call of this site can go wrong, and whether for good; the most telling first.
+
+    ``has_guest``: with a hypervisor that can go away.
+    """
     yield "kill", False
     yield "error", False
     yield "error", True
     yield "late", False
     yield "power", False
+    if has_guest:
+        yield AWAY, False
     if site.startswith(ALLOCATING) or site.endswith(".put"):
         yield "full", False
         yield "full", True

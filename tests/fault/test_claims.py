@@ -11,16 +11,15 @@ import pytest
 import trio
 
 from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, RigFiles, Services, survives_kill, temporary_rig
+from tests.fault.datastores import ROOT_PEER, with_datastore
 from tests.fault.scenarios import (
     DISK,
     PATHS,
-    ROOT_PEER,
     SECOND,
     bring_back,
     contents_of,
     first_contents,
     make_vm,
-    with_datastore,
 )
 from tests.fault.site_faults import short_waits
 from vmfs_stub.control.messages import JobInfo, JobReport

@@ -8,16 +8,22 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 
 from tests.backup_jobs import MOUNT, JobRig
 from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, RigFiles, survives_kill, temporary_rig
 from tests.fake_hypervisor import FakeHypervisor, domain
+from tests.fault.datastores import NotWhole
+from tests.fault.site_faults import BY_NAME, run
 from tests.fault.spoilings import Spoiling, numbers
 from tests.seeded_ids import ids_from
 from vmfs_stub.core.policy import WhenRunning
 from vmfs_stub.core.usage import GuestState
+from vmfs_stub.inventory.vm import Vm
+from vmfs_stub.primary.stopped_notes import StoppedNote
+from vmfs_stub.services import stopped_guests
 from vmfs_stub.services.backup_job import Placeholders
 from vmfs_stub.services.stopped_guests import StoppedGuests
 
@@ -158,3 +164,62 @@ async def test_the_note_is_what_brings_the_guest_back(monkeypatch: pytest.Monkey
     monkeypatch.setattr(StoppedGuests, "_note", unnoted)
     with pytest.raises((AssertionError, BaseExceptionGroup)):
         await play(Kill(Spoiling("archive.seek", 1, "kill")))
+
+
+# What the sweep over all sites (test_sites.py) finds when it is planted
+
+
+async def swept(site: str, kind: str) -> str:
+    """What the sweep says when this call goes wrong; empty when all is well."""
+    try:
+        await run(BY_NAME["stop_and_archive"], Spoiling(site, 1, kind))
+    except (NotWhole, BaseExceptionGroup) as exc:
+        found, rest = BaseExceptionGroup("found", [exc]).split(NotWhole)
+        if found is None or rest is not None:
+            raise
+        return repr(found)
+    return ""
+
+
+async def test_a_guest_that_nothing_says_was_stopped_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def unnoted(self: StoppedGuests, *arguments: object) -> None:
+        pass
+
+    for planted in (False, True):
+        if planted:
+            monkeypatch.setattr(StoppedGuests, "_note", unnoted)
+        for site, kind in (("hypervisor.shut_down.answered", "away"), ("archive.seek", "away")):
+            assert ("the guest is off, its VM is not archived" in await swept(site, kind)) is planted
+        assert ("a job has stopped the guest, which is off" in await swept("archive.seek", "kill")) is planted
+
+
+async def test_a_note_that_goes_before_its_guest_runs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    settle = StoppedGuests._settle
+
+    async def hasty(self: StoppedGuests, note: StoppedNote, vm: Vm | None, *, is_off: bool, was_archived: bool) -> None:
+        self._notes.remove(note)
+        await settle(self, note, vm, is_off=is_off, was_archived=was_archived)
+
+    assert await swept("archive.seek", "away") == ""
+    monkeypatch.setattr(StoppedGuests, "_settle", hasty)
+    assert "the guest is off, its VM is not archived" in await swept("archive.seek", "away")
+
+
+async def test_a_vm_that_is_taken_for_archived_and_is_not_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StoppedGuests, "_was_archived", lambda self, vm, note: True)
+    for kind in ("kill", "power", "away"):
+        assert "off, and its VM is not archived" in await swept("archive.seek", kind)
+
+
+async def test_a_guest_that_nobody_starts_again_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def unsettled(self: StoppedGuests, *arguments: object) -> None:
+        pass
+
+    monkeypatch.setattr(StoppedGuests, "settle", unsettled)
+    for kind in ("kill", "away"):
+        assert "a note is left" in await swept("archive.seek", kind)
+
+
+async def test_a_job_that_fails_and_leaves_its_guest_off_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopped_guests, "Stopped", partial(stopped_guests.Stopped, was_archived=True))
+    assert "the guest is off, its VM is not archived" in await swept("archive.record", "error")

@@ -10,7 +10,7 @@ import trio
 
 from tests.datastore_harness import CHUNK, Rig, Services, temporary_rig
 from tests.fake_hypervisor import FakeHypervisor, domain
-from tests.fault.scenarios import ROOT_PEER, with_datastore
+from tests.fault.datastores import ROOT_PEER, with_datastore
 from tests.unit.test_services_image_chains import make_base, make_overlay, with_format
 from vmfs_stub.control.messages import JobInfo
 from vmfs_stub.core.errors import HypervisorAway, InUse, Protected, Refused
