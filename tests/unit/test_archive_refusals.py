@@ -11,7 +11,7 @@ import trio
 
 from tests.datastore_harness import CHUNK, Rig, temporary_rig
 from tests.fake_hypervisor import FakeHypervisor, domain
-from tests.fault.scenarios import ROOT_PEER, with_datastore
+from tests.fault.datastores import ROOT_PEER, with_datastore
 from vmfs_stub.control.messages import JobInfo
 from vmfs_stub.core.errors import HypervisorAway, InUse, Protected, Refused
 from vmfs_stub.core.usage import GuestState
