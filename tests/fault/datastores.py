@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -45,8 +44,12 @@ async def with_datastore(
     act: Callable[[Datastore, Services], Awaitable[None]],
     *,
     decide: Decide | None = None,
+    save_place: str = "/nowhere",
 ) -> None:
-    """Act on a datastore with the services of a life; ``text`` is more of its config, ``decide`` its policy."""
+    """Act on a datastore with the services of a life; ``text`` is more of its config, ``decide`` its policy.
+
+    ``save_place`` is where the hypervisor saves memory: a directory that is a VM's.
+    """
     rig = services.rig
     where = f'name = "vms"\nbacking = "{rig.backing}"\nmountpoint = "{rig.base}/mount"\nruntime_dir = "{rig.runtime}"'
     store = f'url = "{(rig.base / "store").as_uri()}"'
@@ -54,11 +57,13 @@ async def with_datastore(
     catalog = Catalog.in_memory()
     with closing(catalog), single_error():
         async with open_jobs(catalog, running_max=1, kept=1) as jobs:
-            with closing(_datastore(services, config, catalog, jobs, decide)) as datastore:
+            with closing(_datastore(services, config, catalog, jobs, decide, save_place)) as datastore:
                 await act(datastore, services)
 
 
-def _datastore(services: Services, config: Config, catalog: Catalog, jobs: Jobs, decide: Decide | None) -> Datastore:
+def _datastore(
+    services: Services, config: Config, catalog: Catalog, jobs: Jobs, decide: Decide | None, save_place: str
+) -> Datastore:
     rig = services.rig
     return Datastore(
         settings=Settings(config),
@@ -71,7 +76,7 @@ def _datastore(services: Services, config: Config, catalog: Catalog, jobs: Jobs,
         services=services.connected,
         hypervisor=NoHypervisor() if rig.hypervisor is None else SitedHypervisor(rig.hypervisor, services.files),
         mount_usage=MountUsage(()),
-        managed_save=ManagedSave(Path("/nowhere"), rig.base / "mount", "/nowhere"),
+        managed_save=ManagedSave(rig.mountpoint / save_place, rig.mountpoint, save_place, is_vm=True),
         findings=services.findings,
         jobs=jobs,
         mount=cast("Mount", SimpleNamespace(ended=trio.Event())),

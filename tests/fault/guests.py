@@ -8,13 +8,16 @@ stopped.
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 
 from tests.backup_jobs import Policy
-from tests.datastore_harness import Rig, Services
+from tests.datastore_harness import CHUNK, Rig, Services
 from tests.fake_hypervisor import FakeHypervisor, domain
 from tests.fault.datastores import PATHS, ROOT_PEER, NotWhole, done, with_datastore
 from vmfs_stub.control.messages import JobReport, VmOutcome
+from vmfs_stub.core.errors import HypervisorAway, VmfsStubError
 from vmfs_stub.core.policy import WhenRunning
 from vmfs_stub.core.usage import GuestState
 from vmfs_stub.datastore import Datastore
@@ -32,29 +35,108 @@ shutdown_limit_s = 3600
 """
 
 
+IMAGE = "vm/vm.save"
+MEMORY = b"what the guest was at" * CHUNK
+
+
+class SavingHypervisor(FakeHypervisor):
+    """Saves memory in the VM's directory, from where a guest that is started gets it, as a user of the ``services``.
+
+    ``how`` is how jobs are to stop guests.
+    """
+
+    services: Services
+    how = WhenRunning.SHUTDOWN
+
+    async def save(self, uuid: str, *, limit_s: float) -> None:
+        """The image is there before the guest is gone."""
+        await self._asked(f"save {self.known[uuid].name}")
+        await self.end(uuid)
+
+    async def end(self, uuid: str) -> None:
+        """What a save does, sooner or later; memory that was left by a start that went wrong makes room."""
+        if self.how is WhenRunning.SHUTDOWN:
+            self.put(uuid, state=GuestState.OFF)
+            return
+        if (self.services.rig.backing / IMAGE).exists():
+            await self._take_memory()
+        self.services.rig.make_disk(IMAGE, MEMORY)
+        self.put(uuid, state=GuestState.SAVED)
+
+    async def start(self, uuid: str) -> None:
+        """Raises NotWhole when the memory is not what was saved."""
+        await self._asked(f"start {self.known[uuid].name}")
+        await self.begin(uuid)
+
+    async def begin(self, uuid: str) -> None:
+        """What a start does, whoever wants it."""
+        if self.known[uuid].state is GuestState.SAVED:
+            if not (self.services.rig.backing / IMAGE).exists():
+                raise NotWhole("the guest's memory is gone")
+            await self._take_memory()
+        self.put(uuid, state=GuestState.RUNNING)
+
+    async def _take_memory(self) -> None:
+        try:
+            await take_memory(self.services)
+        except (VmfsStubError, OSError) as exc:
+            raise HypervisorAway(f"the guest's memory cannot be read: {exc!r}") from exc
+
+
+async def take_memory(services: Services) -> None:
+    """Read the image, and remove it as the mount does."""
+    path = services.rig.backing / IMAGE
+    disk = await services.open(IMAGE)
+    try:
+        if bytes(await disk.read(0, len(MEMORY) + 1)) != MEMORY:
+            raise NotWhole("the guest's memory is another")
+    finally:
+        await services.disks.release(disk)
+    with services.rig.path_fd(IMAGE) as fd:
+        await services.disks.removing(fd)
+        try:
+            await services.threads.files(services.files.call, "mount.unlink", os.unlink, path)
+        finally:
+            await services.disks.removed(fd)
+
+
+async def with_guest_to_save(rig: Rig) -> None:
+    """The same, of which the policy is to save the guest's memory."""
+    await with_guest(rig)
+    guest_of(rig).how = WhenRunning.MANAGED_SAVE
+
+
 async def with_guest(rig: Rig) -> None:
     """Plain files, and a guest that runs on them."""
     disks = [rig.mountpoint / path for path in PATHS]
-    rig.hypervisor = FakeHypervisor(domain("vm", *disks, state=GuestState.RUNNING))
+    rig.hypervisor = SavingHypervisor(domain("vm", *disks, state=GuestState.RUNNING))
 
 
-def guest_of(rig: Rig) -> FakeHypervisor:
+def guest_of(rig: Rig) -> SavingHypervisor:
     """What runs the guest."""
-    assert isinstance(rig.hypervisor, FakeHypervisor)
+    assert isinstance(rig.hypervisor, SavingHypervisor)
     return rig.hypervisor
 
 
 def lose_guests(rig: Rig) -> None:
     """The host has lost power, and the hypervisor starts none by itself."""
-    _set_state(guest_of(rig), GuestState.OFF)
+    _set_state(guest_of(rig), GuestState.SAVED if (rig.backing / IMAGE).exists() else GuestState.OFF)
 
 
-def start_by_user(services: Services) -> None:
-    """Somebody starts the guest of a VM that is archived, and so reads what comes back."""
+def is_left_archived(services: Services) -> bool:
+    """Whether nothing runs on the VM until a user wants it."""
+    return _guest(services).state.is_off and _is_archived(services.rig)
+
+
+async def start_by_user(services: Services) -> None:
+    """Somebody starts the guest, who may be told that its memory cannot be read, and has it go on without."""
     hypervisor = guest_of(services.rig)
-    if _guest(services).state.is_off and _is_archived(services.rig):
-        hypervisor.asked.append("start, by a user")
-        _set_state(hypervisor, GuestState.RUNNING)
+    hypervisor.services = services
+    hypervisor.asked.append("start, by a user")
+    for uuid in hypervisor.known:
+        with suppress(HypervisorAway):
+            await hypervisor.begin(uuid)
+    _set_state(hypervisor, GuestState.RUNNING)
 
 
 def _set_state(hypervisor: FakeHypervisor, state: GuestState) -> None:
@@ -73,8 +155,14 @@ def _is_archived(rig: Rig) -> bool:
 
 async def stop_and_archive(services: Services) -> None:
     """What an earlier job has left is seen to, and then the VM is idle."""
-    policy = Policy({"vm": WhenRunning.SHUTDOWN})
-    await with_datastore(services, CONFIG, _stop_and_archive, decide=policy.decide)
+    await _with_policy(services, _stop_and_archive)
+
+
+async def _with_policy(services: Services, act: Callable[[Datastore, Services], Awaitable[None]]) -> None:
+    hypervisor = guest_of(services.rig)
+    hypervisor.services = services
+    decide = Policy({"vm": hypervisor.how}).decide
+    await with_datastore(services, CONFIG, act, decide=decide, save_place="vm")
 
 
 async def _stop_and_archive(datastore: Datastore, services: Services) -> None:
@@ -120,8 +208,7 @@ async def check_guest(services: Services) -> None:
     Raises NotWhole.
     """
     guest_of(services.rig).away = False
-    policy = Policy({"vm": WhenRunning.SHUTDOWN})
-    await with_datastore(services, CONFIG, _check_guest, decide=policy.decide)
+    await _with_policy(services, _check_guest)
 
 
 async def _check_guest(datastore: Datastore, services: Services) -> None:
@@ -129,19 +216,27 @@ async def _check_guest(datastore: Datastore, services: Services) -> None:
     await _settle(datastore)
     if notes.all():
         # It had been asked a moment ago, and is on its way: now it has arrived.
-        _set_state(hypervisor, GuestState.OFF)
+        for uuid in hypervisor.known:
+            await hypervisor.end(uuid)
         await _settle(datastore)
     if notes.all():
         raise NotWhole(f"a note is left: {notes.all()}")
     if _guest(services).state.is_off and not _is_archived(services.rig) and _was_stopped(hypervisor):
         raise NotWhole("a job has stopped the guest, which is off, and its VM is not archived")
-    _set_state(hypervisor, GuestState.RUNNING)
+    if not _guest(services).state.is_off and (services.rig.backing / IMAGE).exists():
+        await take_memory(services)  # which an earlier start has left
+    await start_by_user(services)
     outcome = await _back_up(datastore)
-    if (outcome.outcome, _is_archived(services.rig), _guest(services).state) != ("archived", True, GuestState.OFF):
+    if outcome.outcome != "archived" or not is_left_archived(services):
         raise NotWhole(f"the next job: {outcome}, and the guest is {_guest(services).state}")
+    if _guest(services).state is GuestState.SAVED and not services.rig.is_placeholder(IMAGE):
+        raise NotWhole("the guest's memory is not archived")
+    await start_by_user(services)
+    if (services.rig.backing / IMAGE).exists():
+        raise NotWhole("the guest's memory is still there")
 
 
 def _was_stopped(hypervisor: FakeHypervisor) -> bool:
     """Whether the last thing that was asked of the guest was to stop: nobody else stops it, but for a power loss."""
-    asked = [what for what in hypervisor.asked if what.startswith(("shut down", "start"))]
-    return bool(asked) and asked[-1].startswith("shut down")
+    asked = [what for what in hypervisor.asked if what.startswith(("shut down", "save", "start"))]
+    return bool(asked) and not asked[-1].startswith("start")

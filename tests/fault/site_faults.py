@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tests.datastore_harness import BLOCK, CHUNK, Rig, RigFiles, Services, survives_kill, temporary_rig
 from tests.fault.datastores import NotWhole
-from tests.fault.guests import check_guest, guest_of, lose_guests, start_by_user
+from tests.fault.guests import check_guest, guest_of, is_left_archived, lose_guests, start_by_user
 from tests.fault.scenarios import BY_NAME, SCENARIOS, Scenario, adopt, contents_of, expect, make_vm
 from tests.fault.spoilings import Spoiling, kinds_at, numbers
 from tests.seeded_ids import ids_from
@@ -143,11 +143,12 @@ async def _life(
                 calls = Calls(dict(files.counts), files.places.copy(), scenario.has_guest)
                 _check_second_copies(services)  # before reads bring all of it back
                 if not files.dead and spoiling is not None:
-                    if scenario.has_guest:
-                        start_by_user(services)
+                    is_archived = scenario.has_guest and is_left_archived(services)
                     await _check_no_wrong_byte(services, after if done else during)
                     files.repair()
                     services.recall.deadline_s = 30
+                    if is_archived:
+                        await start_by_user(services)  # which is who has read it
                     done = await _act_again(scenario, services, done=done)
         except (VmfsStubError, OSError):
             # The start itself failed, which is told, and tried again.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -21,6 +21,7 @@ from tests.fault.spoilings import Spoiling, numbers
 from tests.seeded_ids import ids_from
 from vmfs_stub.core.policy import WhenRunning
 from vmfs_stub.core.usage import GuestState
+from vmfs_stub.datastore_jobs import DatastoreJobs
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.primary.stopped_notes import StoppedNote
 from vmfs_stub.services import stopped_guests
@@ -169,10 +170,10 @@ async def test_the_note_is_what_brings_the_guest_back(monkeypatch: pytest.Monkey
 # What the sweep over all sites (test_sites.py) finds when it is planted
 
 
-async def swept(site: str, kind: str) -> str:
+async def swept(site: str, kind: str, *, name: str = "stop_and_archive") -> str:
     """What the sweep says when this call goes wrong; empty when all is well."""
     try:
-        await run(BY_NAME["stop_and_archive"], Spoiling(site, 1, kind))
+        await run(BY_NAME[name], Spoiling(site, 1, kind))
     except (NotWhole, BaseExceptionGroup) as exc:
         found, rest = BaseExceptionGroup("found", [exc]).split(NotWhole)
         if found is None or rest is not None:
@@ -207,8 +208,22 @@ async def test_a_note_that_goes_before_its_guest_runs_is_found(monkeypatch: pyte
 
 async def test_a_vm_that_is_taken_for_archived_and_is_not_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StoppedGuests, "_was_archived", lambda self, vm, note: True)
-    for kind in ("kill", "power", "away"):
-        assert "off, and its VM is not archived" in await swept("archive.seek", kind)
+    for name in ("stop_and_archive", "save_and_archive"):
+        for kind in ("kill", "power", "away"):
+            assert "off, and its VM is not archived" in await swept("archive.seek", kind, name=name)
+
+
+async def test_memory_that_is_not_archived_with_its_disks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StoppedGuests, "has_memory", lambda *arguments: True)
+    found_again = DatastoreJobs._found_again
+
+    async def without_memory(self: DatastoreJobs, vm: Vm) -> Vm:
+        found = await found_again(self, vm)
+        return replace(found, files=tuple(file for file in found.files if not file.path.endswith(".save")))
+
+    assert await swept("archive.seek", "kill", name="save_and_archive") == ""
+    monkeypatch.setattr(DatastoreJobs, "_found_again", without_memory)
+    assert "memory" in await swept("archive.seek", "kill", name="save_and_archive")
 
 
 async def test_a_guest_that_nobody_starts_again_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
