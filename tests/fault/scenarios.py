@@ -437,7 +437,8 @@ async def back_up_in_use(services: Services) -> None:
             try:
                 await disk.write(offset, content[offset : offset + length])
             except (VmfsStubError, OSError) as exc:
-                if any(site.startswith("aside.") for site in services.files.spoiled):
+                spoiled = services.files.spoiled
+                if spoiled and all(site.startswith("aside.") for site in spoiled):
                     raise NotWhole(f"a guest's write failed by a backup: {exc!r}") from exc
                 raise Abandoned(f"a guest's write failed: {exc!r}") from exc
         return await changed(disks)
