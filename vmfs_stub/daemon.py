@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -40,32 +39,38 @@ from vmfs_stub.core.errors import (
     UnknownFormat,
     VmfsStubError,
 )
+from vmfs_stub.daemon_settings import (
+    fetch_bytes_max,
+    libvirt_settings,
+    make_threads,
+    mount_settings,
+    mover_settings,
+    service_settings,
+    store_at,
+    store_places,
+)
 from vmfs_stub.datastore import Datastore
 from vmfs_stub.datastore_metrics import make_metrics
 from vmfs_stub.datastore_rebuild import Rebuild
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.mount.filesystem import Filesystem
 from vmfs_stub.mount.serving import Mount, open_mount
-from vmfs_stub.mount.settings import MountSettings
 from vmfs_stub.mover.client import ProcessMover, open_mover
 from vmfs_stub.mover.lock import MoverLock
-from vmfs_stub.mover.messages import MoverSettings
 from vmfs_stub.primary.files import FileCalls, sync_directory, write_fully
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.primary.serving_mark import PACE, Machine, OwnCalls, Pace, ServingMark
 from vmfs_stub.services import memory
-from vmfs_stub.services.archive import ArchiveSettings
 from vmfs_stub.services.bandwidth import Bandwidth
 from vmfs_stub.services.datastore_lock import end_at_once, take_lock
 from vmfs_stub.services.datastore_paths import DatastorePaths
-from vmfs_stub.services.disk_services import DiskServices, ServiceSettings, connect_services
+from vmfs_stub.services.disk_services import DiskServices, connect_services
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.file_reads import FileReads, open_ring
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.guest_activity import GuestActivity
-from vmfs_stub.services.hydration import STEPS_AT_ONCE, STEPS_AT_ONCE_FAR
 from vmfs_stub.services.hypervisor import NoHypervisor, WatchedHypervisor
-from vmfs_stub.services.libvirt_hypervisor import LibvirtSettings, open_libvirt
+from vmfs_stub.services.libvirt_hypervisor import open_libvirt
 from vmfs_stub.services.managed_save import ManagedSave
 from vmfs_stub.services.mount_usage import MountUsage
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
@@ -81,7 +86,7 @@ from vmfs_stub.store.key_sources import source_of
 from vmfs_stub.store.keyring import decode_seen, look_at
 from vmfs_stub.store.keys import STORE_KEY
 from vmfs_stub.store.objects import ObjectStore
-from vmfs_stub.store.objects_url import StoreAt, open_objects
+from vmfs_stub.store.objects_url import open_objects
 from vmfs_stub.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -94,11 +99,6 @@ class Closable(Protocol):
 
 
 C = TypeVar("C", bound=Closable)
-
-FETCH_BYTES_MAX = 4 << 20
-"""Raw bytes of one range read: larger ones do not get faster, and a guest waits for the whole of it."""
-TRANSFER_TIMEOUT_FACTOR = 6
-"""A pack is some hundred times a chunk; its transfer may take this many times a short call's limit."""
 
 
 def run(config: Config, *, config_path: Path | None = None, machine: Machine | None = None, pace: Pace = PACE) -> None:
@@ -163,9 +163,9 @@ async def _open_datastore(
     config = settings.current
     backing = config.datastore.backing
     was_here = config.store_copy_path.exists()
-    clients = StoreClients(*_places(config))
+    clients = StoreClients(*store_places(config))
     store = open_store(config, clients.store)
-    replicated = ReplicatedStore.at(store, _store_at(config).replica(config.replica), objects=clients.replica)
+    replicated = ReplicatedStore.at(store, store_at(config).replica(config.replica), objects=clients.replica)
     placeholders, findings, guests, stop = PlaceholderIndex(), Findings(), GuestActivity(), trio.Event()
     private, recovered = look_at_placeholders(config, files, placeholders)
     for subject, error in recovered.findings:
@@ -174,20 +174,20 @@ async def _open_datastore(
     managed_save = _managed_save(config, files)
     mount_usage = MountUsage(config.usage.hypervisors)
     with (
-        _closing(_threads(config)) as threads,
+        _closing(make_threads(config)) as threads,
         _closing(FileReads(files=files, threads=threads, ring=open_ring())) as reads,
         _closing(open_catalog(config, findings)) as catalog,
         _closing(MoverLock(config.mover_lock_path)) as mover_lock,
     ):
         async with (
-            open_mover(_mover_settings(config, store), guests, _index_told(findings), lock=mover_lock) as mover,
+            open_mover(mover_settings(config, store), guests, _index_told(findings), lock=mover_lock) as mover,
             _open_hypervisor(config) as hypervisor,
             trio.open_nursery() as background,
         ):
             bandwidth = Bandwidth(config.jobs.bandwidth)
             services = connect_services(
                 background,
-                _service_settings(config),
+                service_settings(config),
                 backing=backing,
                 files=files,
                 threads=threads,
@@ -208,7 +208,7 @@ async def _open_datastore(
                 _laid_down(background, services.disks),
                 _open_filesystem(config, files, threads, services.disks, mount_usage) as filesystem,
                 open_mount(
-                    filesystem, mountpoint=config.datastore.mountpoint, settings=_mount_settings(config)
+                    filesystem, mountpoint=config.datastore.mountpoint, settings=mount_settings(config)
                 ) as mount,
                 open_jobs(catalog, running_max=config.control.jobs_running_max, kept=config.control.jobs_kept) as jobs,
             ):
@@ -308,7 +308,7 @@ async def _open_filesystem(
         disks=disks,
         threads=threads,
         files=files,
-        settings=_mount_settings(config),
+        settings=mount_settings(config),
         usage=usage,
     )
     try:
@@ -321,17 +321,10 @@ async def _open_filesystem(
 @asynccontextmanager
 async def _open_hypervisor(config: Config) -> AsyncIterator[WatchedHypervisor]:
     """What runs VMs on this host; one that does not answer keeps nothing here from being served."""
-    libvirt = config.libvirt
-    if libvirt.enabled is False:
+    if config.libvirt.enabled is False:
         yield NoHypervisor()
         return
-    settings = LibvirtSettings(
-        uri=libvirt.uri,
-        timeout_s=libvirt.timeout_s,
-        mountpoint=config.datastore.mountpoint,
-        is_optional=libvirt.enabled == "auto",
-    )
-    async with open_libvirt(settings) as hypervisor:
+    async with open_libvirt(libvirt_settings(config)) as hypervisor:
         yield hypervisor
 
 
@@ -349,7 +342,7 @@ def open_store(config: Config, objects: ObjectStore | None = None) -> Store:
     It is asked by way of ``objects``, if given.  Resident disks need no store, so a host must start without it.  Raises
     StoreError when it was never seen, StoreKeyError, ConfigError, UnknownFormat, CorruptStoreObject.
     """
-    objects, source = objects or open_objects(_store_at(config)), source_of(config.store)
+    objects, source = objects or open_objects(store_at(config)), source_of(config.store)
     try:
         seen = look_at(objects)
     except StoreError as exc:
@@ -438,10 +431,10 @@ def follow(
     datastore: Datastore,
 ) -> None:
     """Give everybody who has a value of the configuration the new one when it is reloaded."""
-    slot_bytes = max(_fetch_bytes_max(settings.current), store.chunk_size)
+    slot_bytes = max(fetch_bytes_max(settings.current), store.chunk_size)
 
     async def prepare_limits(new: Config) -> Take:
-        limits = _service_settings(new)
+        limits = service_settings(new)
         # What the mover fetches lies in memory whose size was chosen at the start.
         limits = replace(limits, fetch_bytes_max=min(limits.fetch_bytes_max, slot_bytes))
 
@@ -455,7 +448,7 @@ def follow(
         return take
 
     async def prepare_clients(new: Config) -> Take:
-        places = _places(new)
+        places = store_places(new)
         prepared = clients.prepare(*places)
         for name, objects in (("store", prepared.store), ("replica", prepared.replica)):
             if objects is not None:
@@ -530,81 +523,3 @@ def _closing(thing: C) -> Iterator[C]:
         yield thing
     finally:
         thing.close()
-
-
-def _store_at(config: Config) -> StoreAt:
-    timeout_s = config.recall.store_timeout_s
-    transfer_timeout_s = timeout_s * TRANSFER_TIMEOUT_FACTOR
-    return replace(StoreAt.of(config.store), timeout_s=timeout_s, transfer_timeout_s=transfer_timeout_s)
-
-
-def _places(config: Config) -> tuple[StoreAt, StoreAt | None]:
-    """Of the store and its replica."""
-    at = _store_at(config)
-    return at, at.replica(config.replica)
-
-
-def _threads(config: Config) -> Threads:
-    at = _store_at(config)
-    return Threads(
-        files_max=config.primary.threads,
-        store_max=config.store.threads,
-        compute_max=config.archive.workers,
-        store_timeout_s=at.timeout_s,
-        transfer_timeout_s=at.transfer_timeout_s,
-    )
-
-
-def _mover_settings(config: Config, store: Store) -> MoverSettings:
-    return MoverSettings(
-        store=_store_at(config),
-        store_description=store.description,
-        store_key=store.key,
-        index_path=config.index_path,
-        workers=config.archive.workers,
-        files_threads=config.primary.threads,
-        store_threads=config.store.threads,
-        slot_bytes=max(_fetch_bytes_max(config), store.chunk_size),
-        replica=_store_at(config).replica(config.replica),
-        read_back_path=config.read_back_path,
-    )
-
-
-def _fetch_bytes_max(config: Config) -> int:
-    recall = config.recall
-    return min(FETCH_BYTES_MAX, max(1, recall.recall_bytes_max // recall.recall_concurrency))
-
-
-def _service_settings(config: Config) -> ServiceSettings:
-    recall, archive = config.recall, config.archive
-    return ServiceSettings(
-        recall_deadline_s=recall.recall_deadline_s,
-        recall_concurrency=recall.recall_concurrency,
-        recall_queue_max=recall.recall_queue_max,
-        fetch_bytes_max=_fetch_bytes_max(config),
-        hydration_enabled=config.hydration.enabled,
-        hydration_bytes_per_s_max=config.hydration.bytes_per_s_max,
-        hydration_steps=STEPS_AT_ONCE_FAR if _store_at(config).is_far else STEPS_AT_ONCE,
-        free_floor_percent=config.primary.free_floor_percent,
-        archive=ArchiveSettings(
-            resident_head_bytes=archive.resident_head_bytes,
-            resident_tail_bytes=archive.resident_tail_bytes,
-            placeholder_bytes_min=archive.placeholder_bytes_min,
-            host=socket.gethostname(),
-            datastore=config.datastore.name,
-            min_copies=config.min_copies,
-            set_aside_bytes_max=config.jobs.set_aside_bytes_max,
-            free_floor_percent=config.primary.free_floor_percent,
-        ),
-    )
-
-
-def _mount_settings(config: Config) -> MountSettings:
-    return MountSettings(
-        name=config.datastore.name,
-        allow_other=config.mount.allow_other,
-        attr_timeout_s=config.mount.attr_timeout_s,
-        max_background=config.mount.max_background,
-        # At the end, reads that wait for a recall get their answer.
-        shutdown_grace_s=config.recall.recall_deadline_s + 1,
-    )

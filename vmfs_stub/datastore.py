@@ -184,7 +184,7 @@ class Datastore:
 
     def apply(self, config: Config) -> None:
         """Go by another configuration, in what is not read from it when it is needed."""
-        self.policy_view.configure(config)
+        self.policy_view.apply(config)
         self.work.apply(config)
         self.obstacles.require_stop_on_error = config.libvirt.require_stop_on_error
 

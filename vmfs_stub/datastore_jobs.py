@@ -33,6 +33,7 @@ from vmfs_stub.core.ids import JobId, PointId, VmId
 from vmfs_stub.core.names import printable
 from vmfs_stub.core.times import time_text
 from vmfs_stub.core.usage import GuestState
+from vmfs_stub.daemon_settings import job_settings, make_hooks
 from vmfs_stub.datastore_listing import Listing, only_warned
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.domain import Domain
@@ -42,11 +43,10 @@ from vmfs_stub.primary.tree import open_beneath
 from vmfs_stub.services import memory
 from vmfs_stub.services.adopt import Missed, Wanted
 from vmfs_stub.services.adoption_choice import Told
-from vmfs_stub.services.backup_job import BackupJobs, Decide, JobSettings, Placeholders, VmResult, Watch, protected
+from vmfs_stub.services.backup_job import BackupJobs, Decide, Placeholders, VmResult, Watch, protected
 from vmfs_stub.services.disk_name import disk_label
 from vmfs_stub.services.disk_services import DiskServices
 from vmfs_stub.services.domains import LinkDomains
-from vmfs_stub.services.hooks import Hooks
 from vmfs_stub.services.hypervisor import GuestFilesystems, WatchedHypervisor
 from vmfs_stub.services.managed_save import IMAGE_SUFFIX, ManagedSave
 from vmfs_stub.services.obstacles import Obstacles, ObstacleSight
@@ -123,12 +123,12 @@ class DatastoreJobs:
             placeholder_bytes_min=config.archive.placeholder_bytes_min,
         )
         self._backups = BackupJobs(
-            settings=_job_settings(config),
+            settings=job_settings(config),
             archiver=services.archiver,
             claims=services.claims,
             hydration=services.hydration,
             guests=self.guests,
-            hooks=_hooks(config),
+            hooks=make_hooks(config),
             decide=decide,
             refuse=self._refuse,
             freezer_of=self._freezer_of,
@@ -145,7 +145,7 @@ class DatastoreJobs:
 
     def apply(self, config: Config) -> None:
         """Go by another configuration: jobs that run go on by the one before."""
-        self._backups.settings, self._backups.hooks = _job_settings(config), _hooks(config)
+        self._backups.settings, self._backups.hooks = job_settings(config), make_hooks(config)
         self.guests.limit_s = config.jobs.shutdown_limit_s
         self.guests.placeholder_bytes_min = config.archive.placeholder_bytes_min
 
@@ -413,19 +413,6 @@ class DatastoreJobs:
 
 def _refused(vm: Vm, reasons: Sequence[str]) -> Refused:
     return Refused(f"VM {vm.name} is not archived: {'; '.join(reasons)}")
-
-
-def _job_settings(config: Config) -> JobSettings:
-    return JobSettings(
-        parallel=config.jobs.parallel,
-        failures_percent_max=config.jobs.failures_percent_max,
-        failures_count_min=config.jobs.failures_count_min,
-        dry_run=config.archive.dry_run,
-    )
-
-
-def _hooks(config: Config) -> Hooks:
-    return Hooks(config.hooks.before, config.hooks.after, limit_s=config.hooks.limit_s)
 
 
 def _watch(kind: JobKind, vms: Sequence[Vm], progress: JobProgress, outcomes: dict[VmId, VmOutcome]) -> Watch:

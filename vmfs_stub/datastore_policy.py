@@ -13,9 +13,10 @@ from vmfs_stub.config import Config
 from vmfs_stub.control.messages import PolicyRow
 from vmfs_stub.core.ids import VmId
 from vmfs_stub.core.policy import Decision, Facts, decide_all, predicted_usable_s
+from vmfs_stub.daemon_settings import facts_settings
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.services.disk_services import DiskServices
-from vmfs_stub.services.facts import FactsService, FactsSettings, Samples, Sight
+from vmfs_stub.services.facts import FactsService, Samples, Sight
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.store import Store
@@ -58,13 +59,13 @@ class DatastorePolicy:
             last_use=last_use,
             look=look,
             backing_fd=backing_fd,
-            settings=_facts_settings(config),
+            settings=facts_settings(config),
         )
 
-    def configure(self, config: Config) -> None:
+    def apply(self, config: Config) -> None:
         """Go by another configuration from the next decision on."""
         self._policy = config.archive_policy
-        self._facts.settings = _facts_settings(config)
+        self._facts.settings = facts_settings(config)
 
     def expected_s(self, vm: Vm) -> float:
         """How long a VM that is archived is predicted to take until it is usable."""
@@ -89,16 +90,6 @@ class DatastorePolicy:
             partial(decide_all, facts, policy, now_s=now_s, size_bytes=size_bytes, free_bytes=free_bytes)
         )
         return [Decided(*each) for each in zip(vms, facts, decisions, strict=True)]
-
-
-def _facts_settings(config: Config) -> FactsSettings:
-    archive = config.archive
-    return FactsSettings(
-        placeholder_bytes_min=archive.placeholder_bytes_min,
-        resident_bytes=archive.resident_head_bytes + archive.resident_tail_bytes,
-        boot_bytes=config.policy.boot_bytes,
-        store_bytes_per_s=config.policy.store_bytes_per_s,
-    )
 
 
 def policy_row(decided: Decided) -> PolicyRow:
