@@ -83,8 +83,7 @@ class JobRig:
     def __post_init__(self) -> None:
         services, backing = self.services, self.services.rig.backing
         paths = DatastorePaths(files=services.files, backing=backing, mountpoint=MOUNT)
-        plain = DirectoryInventory(backing, files=services.files)
-        managed_save = ManagedSave.at(self.save_dir, mountpoint=MOUNT, paths=paths, inventory=plain)
+        managed_save = ManagedSave.at(self.save_dir, backing=backing, mountpoint=MOUNT, files=services.files)
         self.inventory = DirectoryInventory(backing, files=services.files, memory_dir=managed_save.memory_dir)
         self.guests = StoppedGuests(
             hypervisor=self.hypervisor,

@@ -63,7 +63,6 @@ from vmfs_stub.primary.serving_mark import PACE, Machine, OwnCalls, Pace, Servin
 from vmfs_stub.services import memory
 from vmfs_stub.services.bandwidth import Bandwidth
 from vmfs_stub.services.datastore_lock import end_at_once, take_lock
-from vmfs_stub.services.datastore_paths import DatastorePaths
 from vmfs_stub.services.disk_services import DiskServices, connect_services
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.file_reads import FileReads, open_ring
@@ -171,7 +170,8 @@ async def _open_datastore(
     for subject, error in recovered.findings:
         findings.add(subject, error)
     private.reserve.fill(files)
-    managed_save = _managed_save(config, files)
+    save_dir, mountpoint = config.libvirt.save_dir, config.datastore.mountpoint
+    managed_save = ManagedSave.at(save_dir, backing=backing, mountpoint=mountpoint, files=files)
     mount_usage = MountUsage(config.usage.hypervisors)
     with (
         _closing(make_threads(config)) as threads,
@@ -201,15 +201,13 @@ async def _open_datastore(
                 changes_left=recovered.changes,
                 findings=findings,
                 bandwidth=bandwidth,
-                mountpoint=config.datastore.mountpoint,
+                mountpoint=mountpoint,
                 hypervisor=hypervisor,
             )
             async with (
                 _laid_down(background, services.disks),
                 _open_filesystem(config, files, threads, services.disks, mount_usage) as filesystem,
-                open_mount(
-                    filesystem, mountpoint=config.datastore.mountpoint, settings=mount_settings(config)
-                ) as mount,
+                open_mount(filesystem, mountpoint=mountpoint, settings=mount_settings(config)) as mount,
                 open_jobs(catalog, running_max=config.control.jobs_running_max, kept=config.control.jobs_kept) as jobs,
             ):
                 services.disks.attributes_changed = mount.attributes_changed
@@ -283,7 +281,7 @@ async def _open_datastore(
                         connections_max=config.control.connections_max,
                     ):
                         memory.settle()
-                        log.info("%s is served at %s", backing, config.datastore.mountpoint)
+                        log.info("%s is served at %s", backing, mountpoint)
                         tell_ready()
                         yield stop
 
@@ -326,14 +324,6 @@ async def _open_hypervisor(config: Config) -> AsyncIterator[WatchedHypervisor]:
         return
     async with open_libvirt(libvirt_settings(config)) as hypervisor:
         yield hypervisor
-
-
-def _managed_save(config: Config, files: FileCalls) -> ManagedSave:
-    datastore = config.datastore
-    paths = DatastorePaths(files=files, backing=datastore.backing, mountpoint=datastore.mountpoint)
-    inventory = DirectoryInventory(datastore.backing, files=files)
-    save_dir, mountpoint = config.libvirt.save_dir, datastore.mountpoint
-    return ManagedSave.at(save_dir, mountpoint=mountpoint, paths=paths, inventory=inventory)
 
 
 def open_store(config: Config, objects: ObjectStore | None = None) -> Store:

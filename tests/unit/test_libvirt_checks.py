@@ -24,10 +24,10 @@ WEB = domain("web", MOUNT / "web/disk.raw")
 LAX = replace(WEB, disks=tuple(replace(disk, stops_on_error=False) for disk in WEB.disks))
 
 
-def config(libvirt: str = "", mountpoint: Path = MOUNT) -> Config:
+def config(libvirt: str = "", mountpoint: Path = MOUNT, backing: Path = Path("/srv/backing")) -> Config:
     text = f"""[datastore]
 name = "vms"
-backing = "/srv/backing"
+backing = "{backing}"
 mountpoint = "{mountpoint}"
 [store]
 url = "file:///srv/store"
@@ -78,14 +78,22 @@ def test_what_keeps_a_domain_from_being_archived_is_told(known: list[Domain]) ->
 
 
 def test_where_the_memory_of_saved_guests_goes(known: list[Domain], tmp_path: Path) -> None:
-    mount, save = tmp_path / "mount", tmp_path / "save"
-    (mount / "saved").mkdir(parents=True)
-    save.mkdir()
-    given = config(f'save_dir = "{save}"', mount)
+    mount, backing, save = tmp_path / "mount", tmp_path / "backing", tmp_path / "save"
+    for directory in (mount, backing / "web", save):
+        directory.mkdir(parents=True)
+    (backing / "web/disk.raw").touch()
+    given = config(f'save_dir = "{save}"', mount, backing)
     assert "does not lie on the mount" in findings(given, "note")[-1].message
     save.rmdir()
     save.symlink_to("mount/saved")
     assert "lies on the mount" in findings(given, "ok")[-1].message
+    save.unlink()
+    save.symlink_to("mount/web")
+    assert f"{save} leads to web on the mount, which is not for memory alone" in findings(given, "note")[-1].message
+    (backing / "web/disk.raw").unlink()
+    (backing / "web").rmdir()
+    backing.rmdir()
+    assert "cannot be told" in findings(given, "note")[-1].message
 
 
 def test_a_host_without_libvirt_is_no_problem_unless_it_should_have_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,6 @@ from tests.datastore_harness import Rig, temporary_rig
 from tests.fake_hypervisor import domain
 from vmfs_stub.core.sites import PLAIN, FileCalls
 from vmfs_stub.inventory.directory import DirectoryInventory
-from vmfs_stub.services.datastore_paths import DatastorePaths
 from vmfs_stub.services.managed_save import ManagedSave
 
 
@@ -26,8 +25,7 @@ def rig() -> Iterator[Rig]:
 
 
 def at(rig: Rig, save_dir: Path, *, files: FileCalls = PLAIN) -> ManagedSave:
-    paths = DatastorePaths(files=files, backing=rig.backing, mountpoint=rig.mountpoint)
-    return ManagedSave.at(save_dir, mountpoint=rig.mountpoint, paths=paths, inventory=DirectoryInventory(rig.backing))
+    return ManagedSave.at(save_dir, backing=rig.backing, mountpoint=rig.mountpoint, files=files)
 
 
 @pytest.mark.parametrize(

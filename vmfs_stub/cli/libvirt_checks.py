@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmfs_stub.cli.host_checks import HostFinding
-from vmfs_stub.core.errors import HypervisorAway
+from vmfs_stub.core.errors import HypervisorAway, PrimaryIOError
+from vmfs_stub.core.names import printable
 from vmfs_stub.core.sites import PLAIN
-from vmfs_stub.mount.mountpoint import FILESYSTEM_TYPE, mounts_at
 from vmfs_stub.services.datastore_paths import DatastorePaths
 from vmfs_stub.services.libvirt_hypervisor import LibvirtSettings, is_there, look_at_domains
+from vmfs_stub.services.managed_save import ManagedSave
 
 if TYPE_CHECKING:
     from vmfs_stub.config import Config
@@ -72,14 +72,22 @@ def _domain(domain: Domain, config: Config, is_here: Callable[[Path], bool]) -> 
 
 
 def _managed_save(config: Config) -> HostFinding:
-    """Whether the memory of guests can be archived with their disks; asks the kernel, and nothing of the mount."""
+    """Whether the memory of guests can be archived with their disks, as jobs will find it."""
     save_dir, mountpoint = config.libvirt.save_dir, config.datastore.mountpoint
-    target = save_dir
-    if save_dir.is_symlink():
-        target = Path(os.path.normpath(save_dir.parent / save_dir.readlink()))
-    bound = [mount for mount in mounts_at(save_dir) if mount.kind == FILESYSTEM_TYPE]
-    if target.is_relative_to(mountpoint) or bound:
+    try:
+        managed_save = ManagedSave.at(save_dir, backing=config.datastore.backing, mountpoint=mountpoint)
+    except PrimaryIOError as exc:
+        return HostFinding("note", "managed save", f"where {save_dir} leads cannot be told: {exc}", "be root")
+    if managed_save.memory_dir is not None:
         return HostFinding("ok", "managed save", f"{save_dir} lies on the mount")
+    if managed_save.is_on_mount:
+        return HostFinding(
+            "note",
+            "managed save",
+            f"{save_dir} leads to {printable(managed_save.place) or 'the top'} on the mount, which is not for memory "
+            "alone: at most guests whose VM that is are saved in order to be archived",
+            f"none; or have it lead to a directory at the top of {mountpoint} that has nothing else",
+        )
     return HostFinding(
         "note",
         "managed save",

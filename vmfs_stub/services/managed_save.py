@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from vmfs_stub.core.names import printable
+from vmfs_stub.core.sites import PLAIN, FileCalls
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.inventory.vm import Vm
@@ -35,16 +36,20 @@ class ManagedSave:
     is_vm: bool = False
 
     @classmethod
-    def at(
-        cls, save_dir: Path, *, mountpoint: Path, paths: DatastorePaths, inventory: DirectoryInventory
-    ) -> ManagedSave:
-        """Of the directory that is there now.  Blocks.  Raises PrimaryIOError."""
+    def at(cls, save_dir: Path, *, backing: Path, mountpoint: Path, files: FileCalls = PLAIN) -> ManagedSave:
+        """Of the directory that is there now; asks nothing of the mount.  Blocks.  Raises PrimaryIOError."""
         try:
-            place = paths.locate(str(save_dir))
+            place = DatastorePaths(files=files, backing=backing, mountpoint=mountpoint).locate(str(save_dir))
         except OSError:
             place = str(save_dir)
         is_at_top = bool(place) and "/" not in place
+        inventory = DirectoryInventory(backing, files=files)
         return cls(save_dir, mountpoint, place, is_vm=is_at_top and not inventory.has_only(place, IMAGE_SUFFIX))
+
+    @property
+    def is_on_mount(self) -> bool:
+        """Whether memory images lie in this datastore at all."""
+        return not self.place.startswith("/")
 
     @property
     def memory_dir(self) -> str | None:
@@ -53,7 +58,7 @@ class ManagedSave:
 
     def image(self, domain: Domain) -> PurePosixPath | None:
         """The domain's memory image, from the backing directory; None when it is not on the mount."""
-        return None if self.place.startswith("/") else PurePosixPath(self.place) / f"{domain.name}{IMAGE_SUFFIX}"
+        return PurePosixPath(self.place) / f"{domain.name}{IMAGE_SUFFIX}" if self.is_on_mount else None
 
     def problem(self, vm: Vm, domain: Domain) -> str:
         """Why the guest's memory cannot be archived with its disks, and what to do; empty when it can."""
