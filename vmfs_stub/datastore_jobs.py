@@ -105,7 +105,6 @@ class DatastoreJobs:
         self._threads = threads
         self._catalog = catalog
         self._store = store
-        self._replica = replica
         self._services = services
         self._jobs = jobs
         self._listing = listing

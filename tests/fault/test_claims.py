@@ -148,7 +148,7 @@ async def test_what_another_host_has_taken_is_not_used_here() -> None:
             assert disk.placeholder.absent_bytes() == absent, "nothing becomes resident without the claim"
             assert bytes(await disk.read(0, 10)) == first_contents()[DISK][:10]
             found = [finding for finding in services.findings.all() if isinstance(finding.error, ClaimedElsewhere)]
-            assert [finding.is_problem for finding in found] == [True, True]
+            assert [finding.severity for finding in found] == ["problem", "problem"]
             assert "since 20" in str(found[0].error)
             assert "adopt" in str(found[0].error)
             await services.disks.release(disk)
@@ -266,7 +266,9 @@ def taken_over(services: Services) -> list[str]:
     return [
         finding.subject
         for finding in services.findings.all()
-        if isinstance(finding.error, ClaimedElsewhere) and finding.is_problem and finding.subject.startswith("VM ")
+        if isinstance(finding.error, ClaimedElsewhere)
+        and finding.severity == "problem"
+        and finding.subject.startswith("VM ")
     ]
 
 

@@ -183,11 +183,6 @@ class Catalog:
         rows = self._read("SELECT id, last_point FROM vms WHERE last_point IS NOT NULL")
         return {VmId(row[0]): row[1] for row in rows}
 
-    def recalls_seen(self) -> dict[VmId, float]:
-        """When a disk of each VM last was an ordinary file again, of those of which that is known."""
-        rows = self._read("SELECT id, last_recalled FROM vms WHERE last_recalled IS NOT NULL")
-        return {VmId(row[0]): row[1] for row in rows}
-
     @property
     def is_rebuild_due(self) -> bool:
         """Whether facts about VMs are to be taken from store and primary: so it is until `rebuilt`."""

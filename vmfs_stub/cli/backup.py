@@ -18,6 +18,6 @@ def backup(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done to each, and why.")] = False,
 ) -> None:
-    """Back up VMs; those in use are skipped, or refused when they are named."""
+    """Back up VMs, also those in use; idle ones become placeholders where the configuration allows it."""
     client = client_of(load_config_of(ctx))
     follow_job(client, client.start_backup(argument_names(vms), archive=not no_archive, rehearsal=dry_run))

@@ -49,7 +49,7 @@ from vmfs_stub.core.wrapped_errors import unwrapped
 
 app = typer.Typer(
     cls=CommandList,
-    help="Backs up VMs and turns those that are named into placeholders that still boot.",
+    help="Backs up VMs and turns idle ones into placeholders that still boot.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -24,32 +24,28 @@ _FIXED_3 = struct.Struct(">QQQII")
 """What version 3 adds: incompatible, compatible and automatically cleared features, refcount order, header length."""
 _EXTENSION = struct.Struct(">II")
 _EXTENSION_END = 0
-_EXTENSION_BASE_FORMAT = 0xE2792ACA
 _EXTENSION_DATA_FILE = 0x44415441
 _FEATURE_DATA_FILE = 1 << 2
 _CLUSTER_BITS = range(9, 22)
 _NAME_BYTES_MAX = 1023
-_ENCRYPTIONS = {0: "", 1: "aes", 2: "luks"}
+_ENCRYPTIONS = range(3)
+"""None, AES, LUKS: what is encrypted is the data, not the head."""
 _JSON = "json:"
 _RAW_ENDINGS = (".raw", ".iso")
 
 
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
-    """What a head says; sizes in bytes.  ``format`` is raw unless the head is that of a format known here.
+    """What a head says.  ``format`` is raw unless the head is that of a format known here.
 
     ``base`` is the name of the image that this one is based on, as it is written there (see `local_names`); None when
     there is none.  ``data_file`` is the file that has the data instead of this one, "" when its name is not told.
-    ``encryption`` is "" when the image itself is not encrypted.  ``problem`` says why the head cannot be understood.
+    ``problem`` says why the head cannot be understood.
     """
 
     format: str = "raw"
-    virtual_bytes: int | None = None
     base: str | None = None
-    base_format: str | None = None
     data_file: str | None = None
-    snapshot_count: int = 0
-    encryption: str = ""
     problem: str = ""
 
 
@@ -90,7 +86,7 @@ def _qcow2_checked(head: bytes) -> ImageHeader:
     """Raises ValueError."""
     if len(head) < _FIXED.size:
         raise ValueError("it is cut short")
-    _, version, name_at, name_bytes, cluster_bits, size, crypt, *_, snapshots, _ = _FIXED.unpack_from(head)
+    _, version, name_at, name_bytes, cluster_bits, _, crypt, *_ = _FIXED.unpack_from(head)
     if version not in (2, 3):
         raise ValueError(f"version {version}")
     if cluster_bits not in _CLUSTER_BITS:
@@ -103,12 +99,8 @@ def _qcow2_checked(head: bytes) -> ImageHeader:
     base = _name(head, name_at, name_bytes, 1 << cluster_bits)
     return ImageHeader(
         format="qcow2",
-        virtual_bytes=size,
         base=base,
-        base_format=None if base is None else _text(extensions.get(_EXTENSION_BASE_FORMAT, b"")) or None,
         data_file=_text(extensions.get(_EXTENSION_DATA_FILE, b"")) if has_data_file else None,
-        snapshot_count=snapshots,
-        encryption=_ENCRYPTIONS[crypt],
     )
 
 

@@ -106,7 +106,6 @@ class BackupReport:
     new_bytes: int = 0
     stored_bytes: int = 0
     placeholders: list[str] = field(default_factory=list)
-    released_bytes: int = 0
     abandoned: str = ""
     left_out: list[str] = field(default_factory=list)
     """Paths of what no backup holds: FIFOs, sockets, devices."""
@@ -419,9 +418,7 @@ class Archiver:
     async def _release_space(self, disk: Disk, report: BackupReport) -> None:
         try:
             if disk.placeholder is not None:
-                before = disk.fstat().st_blocks
                 await disk.placeholder.punch_absent()
-                report.released_bytes += max(0, before - disk.fstat().st_blocks) * 512
         except (OSError, VmfsStubError) as exc:
             log.exception("%s: releasing its space failed; the next start goes on", disk.label)
             report.abandoned = report.abandoned or f"{disk.label}: releasing its space failed: {exc}"

@@ -48,11 +48,6 @@ class Made(Protocol):
     async def __call__(self, vm_id: VmId, *, is_archived: bool) -> None: ...
 
 
-async def nothing_is_idle(vms: Sequence[Vm]) -> Mapping[VmId, Decision]:
-    """What is decided where there is no policy."""
-    return {}
-
-
 class Placeholders(Enum):
     """Of which VMs a job makes placeholders."""
 

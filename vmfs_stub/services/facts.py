@@ -121,18 +121,12 @@ class FactsService:
         self._backing_fd = backing_fd
         self.settings = settings
 
-    async def gather(
-        self,
-        vms: Sequence[Vm],
-        policy: Policy,
-        *,
-        now_s: float,
-    ) -> list[Facts]:
+    async def gather(self, vms: Sequence[Vm], policy: Policy, *, now_s: float) -> list[Facts]:
         """The facts of these VMs, in their order.
 
         Only what ``policy`` goes by is asked for.  What cannot be had of a source is left out, and told in the log.
         """
-        known = await self._ask(vms, policy, now_s)
+        known = await self._ask(policy, now_s)
         on_disk = await self._threads.files(self._look, vms)
 
         def all_facts() -> list[Facts]:
@@ -152,7 +146,7 @@ class FactsService:
             return None
         return points[-1].created_s if points else None
 
-    async def _ask(self, vms: Sequence[Vm], policy: Policy, now_s: float) -> _Known:
+    async def _ask(self, policy: Policy, now_s: float) -> _Known:
         sight: Sight | None = None
         blind = ""
         try:

@@ -27,11 +27,6 @@ class Finding:
     error: VmfsStubError
     severity: Severity
 
-    @property
-    def is_problem(self) -> bool:
-        """Whether somebody has to act."""
-        return self.severity == "problem"
-
 
 class Findings:
     """The findings of one datastore, oldest first."""
