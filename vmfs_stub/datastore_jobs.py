@@ -1,4 +1,4 @@
-"""The jobs that the control API starts: what each does with VMs, and what its report says."""
+"""The jobs that the control API starts: which there are, and what each does with VMs."""
 
 from __future__ import annotations
 
@@ -8,48 +8,43 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from vmfs_stub.catalog.catalog import Catalog, JobRecord
+from vmfs_stub.catalog.catalog import Catalog
 from vmfs_stub.config import Config
-from vmfs_stub.control.jobs import JobProgress, Jobs, failed_outcome, failure_info, one_by_one
+from vmfs_stub.control.jobs import JobProgress, Jobs, failed_outcome, one_by_one
 from vmfs_stub.control.messages import JobInfo, JobKind, JobReport, VmOutcome, error_info
 from vmfs_stub.control.peer import Peer
 from vmfs_stub.core.errors import (
     HypervisorAway,
     InUse,
     NotFound,
-    PrimaryError,
     PrimaryIOError,
-    Protected,
     RecallsHeld,
     Refused,
-    Unsupported,
     VmNotFound,
 )
 from vmfs_stub.core.ids import JobId, PointId, VmId
 from vmfs_stub.core.names import printable
-from vmfs_stub.core.times import time_text
-from vmfs_stub.core.usage import GuestState
 from vmfs_stub.daemon_settings import job_settings, make_hooks
 from vmfs_stub.datastore_listing import Listing, only_warned
+from vmfs_stub.datastore_reports import adopted, job_of, not_forgotten, outcome_of, watch_of
 from vmfs_stub.inventory.directory import DirectoryInventory
-from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.inventory.vm import Scan, UnreadVm, Vm, VmFile
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.primary.tree import open_beneath
 from vmfs_stub.services import memory
 from vmfs_stub.services.adopt import Missed, Wanted
 from vmfs_stub.services.adoption_choice import Told
-from vmfs_stub.services.backup_job import BackupJobs, Decide, Placeholders, VmResult, Watch, protected
+from vmfs_stub.services.backup_job import BackupJobs, Decide, Placeholders, protected
 from vmfs_stub.services.disk_name import disk_label
 from vmfs_stub.services.disk_services import DiskServices
 from vmfs_stub.services.domains import LinkDomains
+from vmfs_stub.services.gathering import Gathering
 from vmfs_stub.services.hypervisor import GuestFilesystems, WatchedHypervisor
-from vmfs_stub.services.managed_save import IMAGE_SUFFIX, ManagedSave
-from vmfs_stub.services.obstacles import Obstacles, ObstacleSight
+from vmfs_stub.services.managed_save import ManagedSave
+from vmfs_stub.services.obstacles import ObstacleSight
 from vmfs_stub.services.replication import ReplicaService
 from vmfs_stub.services.retention import apply_rules, problem_of
 from vmfs_stub.services.running_backup import Freezer
@@ -101,7 +96,15 @@ class DatastoreJobs:
         self._inventory = inventory
         self._hypervisor = hypervisor
         self._obstacles = obstacles
-        self._link = link
+        self._gathering = Gathering(
+            hypervisor=hypervisor,
+            threads=threads,
+            inventory=inventory,
+            groups=services.groups,
+            chains=services.chains,
+            link=link,
+            scan=listing.scan,
+        )
         self._threads = threads
         self._catalog = catalog
         self._store = store
@@ -160,12 +163,12 @@ class DatastoreJobs:
         """Back up the named VMs (none named: all), and archive those that policy says if that is allowed."""
         if self.paused and not rehearsal:
             raise Refused("backup jobs are paused; `vmfs-stub jobs --unpause` allows them again")
-        await self._gather_files()
+        await self._gathering.run()
         scan = Scan(tuple(await self.named(vms))) if vms else await self._listing.scan()
         if rehearsal:
 
             async def rehearse(progress: JobProgress) -> JobReport:
-                return JobReport(vms=[_outcome(each) for each in await self._backups.rehearse(scan.vms)])
+                return JobReport(vms=[outcome_of(each) for each in await self._backups.rehearse(scan.vms)])
 
             return self._jobs.start("rehearsal", [vm.name for vm in scan.vms], rehearse, peer=peer)
         by_policy = archive and self._config.archive.enabled
@@ -174,7 +177,7 @@ class DatastoreJobs:
 
     async def start_archive(self, vms: Sequence[str], *, peer: Peer) -> JobId:
         """Back up the named VMs and make placeholders of them; raises Refused kinds, HypervisorAway."""
-        await self._gather_files()
+        await self._gathering.run()
         found = await self.named(vms)
         for vm in found:
             if vm.is_protected:
@@ -187,7 +190,7 @@ class DatastoreJobs:
         # Images before those that they are based on, which may be archived only then.
         found = obstacles.chains.in_order(found)
         for vm in found:
-            self._refuse_domains(vm, obstacles)
+            obstacles.refuse_by_domains(vm)
         one_by_one = obstacles.chains.are_linked(found)
         scan = Scan(tuple(found))
         return self._start_backing_up("archive", scan, Placeholders.OF_ALL, tolerant=False, peer=peer, alone=one_by_one)
@@ -217,7 +220,7 @@ class DatastoreJobs:
             return await self._jobs.wait(job_id, wait_s=wait_s)
         except NotFound:
             record = await self._threads.files(self._catalog.job, job_id)
-            if record is None or (info := _info(record)) is None:
+            if record is None or (info := job_of(record)) is None:
                 raise
             return info
 
@@ -227,7 +230,7 @@ class DatastoreJobs:
         known = {job.id for job in found}
         with only_warned("the jobs of earlier daemons could not be read"):
             kept = await self._threads.files(self._catalog.jobs, count_max=LISTED_MAX)
-            found += [info for record in kept if record.id not in known and (info := _info(record)) is not None]
+            found += [info for record in kept if record.id not in known and (info := job_of(record)) is not None]
         return sorted(found, key=lambda job: job.started, reverse=True)[:LISTED_MAX]
 
     async def cancel(self, job_id: JobId) -> None:
@@ -250,20 +253,7 @@ class DatastoreJobs:
         with suppress(VmNotFound):  # whoever archives it says what became of it
             if await self._threads.files(self._inventory.is_protected, vm):
                 raise protected(vm)
-        obstacles = await self._obstacles.look()
-        self._refuse_domains(vm, obstacles)
-        if reasons := obstacles.against(vm):
-            raise _refused(vm, reasons)
-
-    @staticmethod
-    def _refuse_domains(vm: Vm, obstacles: Obstacles) -> None:
-        for domain in obstacles.domains_of(vm):
-            if domain.is_protected:
-                raise Protected(f"VM {vm.name}: the metadata of domain {domain.name} says that it is protected")
-            if not domain.state.is_off and domain.state is not GuestState.UNKNOWN:
-                raise InUse(f"VM {vm.name} is in use: domain {domain.name} is {domain.state.value}; shut it down first")
-        if reasons := obstacles.by_domains(vm):
-            raise _refused(vm, reasons)
+        (await self._obstacles.look()).refuse(vm)
 
     async def _freezer_of(self, vm: Vm) -> Freezer | None:
         """What brings the filesystems of its guest to rest; None when no guest of one domain runs it."""
@@ -272,29 +262,8 @@ class DatastoreJobs:
             return None if domain is None else GuestFilesystems(self._hypervisor, domain.uuid)
         return None
 
-    async def _gather_files(self) -> None:
-        """Have files that are one domain's be one VM from now on; where that cannot be told they stay what they are."""
-        try:
-            domains = await self._hypervisor.domains()
-            if not domains:
-                return
-            vms = (await self._listing.scan()).vms
-            if await self._services.groups.regroup(vms, domains, await self._services.chains.look(vms, domains)):
-                vms = (await self._listing.scan()).vms
-            await self._threads.files(self._give_memory, vms, domains)
-        except (HypervisorAway, PrimaryError, Unsupported) as exc:
-            log.info("which files belong together stays as it is known: %s", exc)
-
-    def _give_memory(self, vms: Sequence[Vm], domains: Sequence[Domain]) -> None:
-        """The memory of a guest that is saved is its VM's."""
-        links, by_id = self._link(vms, domains), {vm.id: vm for vm in vms}
-        for domain in domains:
-            owners = links.vms_of(domain.uuid)
-            if domain.state is GuestState.SAVED and owners:
-                self._inventory.give_memory(by_id[owners[0]], f"{domain.name}{IMAGE_SUFFIX}")
-
     async def _found_again(self, vm: Vm) -> Vm:
-        await self._gather_files()
+        await self._gathering.run()
         return (await self._listing.scan()).find(vm.id)
 
     # Backups
@@ -314,7 +283,7 @@ class DatastoreJobs:
             for outcome in outcomes:
                 progress.add(outcome)
             ended: dict[VmId, VmOutcome] = {}
-            watch = _watch(kind, scan.vms, progress, ended)
+            watch = watch_of(kind, scan.vms, progress, ended)
             await self._backups.run(scan.vms, placeholders=placeholders, tolerant=tolerant, watch=watch, alone=alone)
             await self._clean_up()
             return JobReport(vms=outcomes + [ended[vm.id] for vm in scan.vms])
@@ -338,11 +307,11 @@ class DatastoreJobs:
                 self._threads, self._store, vm.id, rules, host=socket.gethostname(), now_s=time.time()
             )
         except Exception as exc:
-            return [], _not_forgotten(vm, exc)
+            return [], not_forgotten(vm, exc)
         forgotten = [verdict.point.point_id for verdict in verdicts if not verdict.is_kept]
         problem = problem_of(verdicts)
         if problem is not None:
-            return forgotten, _not_forgotten(vm, problem)
+            return forgotten, not_forgotten(vm, problem)
         return forgotten, f"older restore points forgotten: {len(forgotten)}" if forgotten else ""
 
     # One VM after the other
@@ -378,19 +347,7 @@ class DatastoreJobs:
         for warning in report.warnings:
             log.warning("VM %s: %s", wanted.name, printable(warning))
         await self._listing.adopted(wanted.vm.vm_id, wanted.name, created_s=report.created_s)
-        message = f"as it was at {time_text(report.created_s)}, restore point {report.point_id}"
-        if report.warnings:
-            more = len(report.warnings) - 1
-            message += f"; {report.warnings[0]}{f' (and {more} more in the log)' if more else ''}"
-        fields = {
-            "vm": wanted.name,
-            "outcome": "adopted",
-            "message": message,
-            "vm_id": wanted.vm.vm_id,
-            "point_id": report.point_id,
-            "placeholders": [printable(path) for path in report.placeholders],
-        }
-        return VmOutcome.model_validate(fields)
+        return adopted(wanted, report)
 
     async def _bring_back(self, vm: Vm, progress: Callable[[int], None]) -> VmOutcome:
         for file in vm.files:
@@ -408,63 +365,3 @@ class DatastoreJobs:
             await self._services.hydration.bring_back(path_fd, progress=progress)
         finally:
             os.close(path_fd)
-
-
-def _refused(vm: Vm, reasons: Sequence[str]) -> Refused:
-    return Refused(f"VM {vm.name} is not archived: {'; '.join(reasons)}")
-
-
-def _watch(kind: JobKind, vms: Sequence[Vm], progress: JobProgress, outcomes: dict[VmId, VmOutcome]) -> Watch:
-    """Shows how far a backup job is, and what it is at; collects what became of each VM."""
-    done, total = 0, sum(vm.size_bytes for vm in vms)
-
-    def advance(vm: Vm, count: int) -> None:
-        nonlocal done
-        done += count
-        progress.update(done_bytes=min(done, total), total_bytes=total, doing=f"{kind} of {vm.name}")
-
-    def end(result: VmResult) -> None:
-        progress.add(outcome := _outcome(result, kind=kind))
-        outcomes[result.vm.id] = outcome
-
-    return Watch(began=lambda vm: advance(vm, 0), advanced=advance, ended=end)
-
-
-def _outcome(result: VmResult, *, kind: JobKind = "backup") -> VmOutcome:
-    """What a report says of a VM."""
-    fields: dict[str, Any] = {} if result.report is None else asdict(result.report)
-    for paths in ("placeholders", "left_out"):
-        fields[paths] = [printable(path) for path in fields.get(paths, ())]
-    if result.report is not None:
-        fields["abandoned"] = printable(result.report.abandoned)
-    decision = result.decision
-    fields |= {
-        "vm": result.vm.name,
-        "vm_id": result.vm.id,
-        "outcome": result.outcome,
-        "message": result.message,
-        "error": None if result.error is None else failure_info(f"{kind} of VM {result.vm.name}", result.error),
-        "forgotten": result.forgotten,
-        "seconds": round(result.seconds, 3),
-        "reason": "" if decision is None else printable(decision.reason),
-        "rule": None if decision is None or decision.rule is None else printable(decision.rule),
-        "guest": result.guest,
-    }
-    return VmOutcome.model_validate(fields)
-
-
-def _info(record: JobRecord) -> JobInfo | None:
-    """A job of an earlier daemon; None when what the catalog has of it makes no sense."""
-    fields = {
-        name: getattr(record, name) for name in ("id", "kind", "state", "caller_uid", "started", "ended", "error")
-    }
-    try:
-        return JobInfo.model_validate({**fields, "vms": list(record.vms), "result": record.report})
-    except ValueError as exc:
-        log.warning("job %s is left out, since the catalog has it wrong: %s", printable(record.id), exc)
-        return None
-
-
-def _not_forgotten(vm: Vm, error: Exception) -> str:
-    failure = failure_info(f"forgetting restore points of VM {vm.name}", error)
-    return f"not all restore points that are due could be forgotten: {failure.message}"

@@ -47,6 +47,7 @@ WIRING = frozenset(
         "datastore_monitoring",
         "datastore_policy",
         "datastore_rebuild",
+        "datastore_reports",
         "datastore_status",
         "datastore_usage",
         "settings",

@@ -3,6 +3,10 @@
 A domain names its files by paths on this host, which lead below the mountpoint, perhaps through symlinks; a VM is known
 by its files in the backing directory.  No image is opened.  What an image of the domain is based on is no link: bases
 are the business of `image_chains`.
+
+This is what usage, notes and guests go by: a domain is linked to the VM in whose directory its disk will be, too, and
+what cannot be looked at is left out.  What stands against an archive goes by `inventory.chains.Chains.domains_of`, by
+files alone, where the same is an error.
 """
 
 from __future__ import annotations

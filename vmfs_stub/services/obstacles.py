@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from vmfs_stub.core.errors import InUse, Protected, Refused
+from vmfs_stub.core.usage import GuestState
 from vmfs_stub.inventory.chains import Chains, why_never_by_domains
 from vmfs_stub.inventory.domain import Domain, DomainDisk
 from vmfs_stub.inventory.vm import Scan, Vm
@@ -31,6 +33,20 @@ class Obstacles:
         """Those of its domains: they do not pass when other VMs are archived first."""
         found = why_never_by_domains(vm, self.chains)
         return (*found, *self._without_stop(vm)) if self.require_stop_on_error else found
+
+    def refuse(self, vm: Vm) -> None:
+        """Raise Protected, InUse or Refused when anything stands against archiving it now."""
+        self.refuse_by_domains(vm)
+        _refuse(vm, self.chains.never(vm))
+
+    def refuse_by_domains(self, vm: Vm) -> None:
+        """The same for what its domains say, their states included."""
+        for domain in self.domains_of(vm):
+            if domain.is_protected:
+                raise Protected(f"VM {vm.name}: the metadata of domain {domain.name} says that it is protected")
+            if not domain.state.is_off and domain.state is not GuestState.UNKNOWN:
+                raise InUse(f"VM {vm.name} is in use: domain {domain.name} is {domain.state.value}; shut it down first")
+        _refuse(vm, self.by_domains(vm))
 
     def _without_stop(self, vm: Vm) -> Iterator[str]:
         """Its guests that would see a recall that fails as an error of a disk, whatever name the disk has for them."""
@@ -72,3 +88,8 @@ class ObstacleSight:
         domains = await self._hypervisor.domains()
         chains = await self._chains.look((await self._scan()).vms, domains)
         return Obstacles(chains, self.require_stop_on_error)
+
+
+def _refuse(vm: Vm, reasons: Sequence[str]) -> None:
+    if reasons:
+        raise Refused(f"VM {vm.name} is not archived: {'; '.join(reasons)}")
