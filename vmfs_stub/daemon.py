@@ -13,7 +13,6 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -23,24 +22,21 @@ import trio
 from vmfs_stub import paced_io
 from vmfs_stub.catalog.catalog import Catalog
 from vmfs_stub.config import Config
-from vmfs_stub.control.jobs import Jobs, open_jobs
+from vmfs_stub.control.jobs import open_jobs
 from vmfs_stub.control.metrics import Metrics
 from vmfs_stub.control.metrics_port import MetricsPort
 from vmfs_stub.control.readiness import tell_ready
 from vmfs_stub.control.server import open_control
 from vmfs_stub.core.errors import (
-    ConfigError,
     CorruptStoreObject,
     PrimaryError,
     PrimaryIOError,
     Refused,
-    StoreDenied,
     StoreError,
     UnknownFormat,
-    VmfsStubError,
 )
+from vmfs_stub.daemon_reload import follow, reload_on_hangup
 from vmfs_stub.daemon_settings import (
-    fetch_bytes_max,
     libvirt_settings,
     make_threads,
     mount_settings,
@@ -55,7 +51,7 @@ from vmfs_stub.datastore_rebuild import Rebuild
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.mount.filesystem import Filesystem
 from vmfs_stub.mount.serving import Mount, open_mount
-from vmfs_stub.mover.client import ProcessMover, open_mover
+from vmfs_stub.mover.client import open_mover
 from vmfs_stub.mover.lock import MoverLock
 from vmfs_stub.primary.files import FileCalls, sync_directory, write_fully
 from vmfs_stub.primary.placeholder import PrivateState
@@ -63,7 +59,7 @@ from vmfs_stub.primary.serving_mark import PACE, Machine, OwnCalls, Pace, Servin
 from vmfs_stub.services import memory
 from vmfs_stub.services.bandwidth import Bandwidth
 from vmfs_stub.services.datastore_lock import end_at_once, take_lock
-from vmfs_stub.services.disk_services import DiskServices, connect_services
+from vmfs_stub.services.disk_services import connect_services
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.file_reads import FileReads, open_ring
 from vmfs_stub.services.findings import Findings
@@ -78,12 +74,11 @@ from vmfs_stub.services.replication import ReplicaService
 from vmfs_stub.services.resumption import resume
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.threads import Threads
-from vmfs_stub.settings import Settings, Take
+from vmfs_stub.settings import Settings
 from vmfs_stub.store.clients import StoreClients
 from vmfs_stub.store.fallback import ReplicatedStore
 from vmfs_stub.store.key_sources import source_of
 from vmfs_stub.store.keyring import decode_seen, look_at
-from vmfs_stub.store.keys import STORE_KEY
 from vmfs_stub.store.objects import ObjectStore
 from vmfs_stub.store.objects_url import open_objects
 from vmfs_stub.store.store import Store
@@ -257,7 +252,7 @@ async def _open_datastore(
                 background.start_soon(datastore.health.watch_store)
                 background.start_soon(datastore.monitoring.run)
                 background.start_soon(rebuild.run)
-                background.start_soon(_reload_on_hangup, settings, hangups, findings)
+                background.start_soon(reload_on_hangup, settings, hangups, findings)
                 if config.monitoring.address is not None:
                     background.start_soon(_metrics_port(config, metrics, findings).run)
                 background.start_soon(datastore.replicate)
@@ -406,74 +401,6 @@ async def _sync_regularly(disks: Disks, settings: Settings) -> None:
     while True:
         await trio.sleep(settings.current.primary.sync_interval_s)
         await disks.sync_dirty()
-
-
-def follow(
-    settings: Settings,
-    *,
-    services: DiskServices,
-    jobs: Jobs,
-    clients: StoreClients,
-    store: Store,
-    mover: ProcessMover,
-    findings: Findings,
-    bandwidth: Bandwidth,
-    datastore: Datastore,
-) -> None:
-    """Give everybody who has a value of the configuration the new one when it is reloaded."""
-    slot_bytes = max(fetch_bytes_max(settings.current), store.chunk_size)
-
-    async def prepare_limits(new: Config) -> Take:
-        limits = service_settings(new)
-        # What the mover fetches lies in memory whose size was chosen at the start.
-        limits = replace(limits, fetch_bytes_max=min(limits.fetch_bytes_max, slot_bytes))
-
-        def take() -> None:
-            services.apply(limits)
-            datastore.apply(new)
-            bandwidth.windows = new.jobs.bandwidth
-            jobs.running_max, jobs.kept = new.control.jobs_running_max, new.control.jobs_kept
-            findings.settle("configuration", ConfigError)
-
-        return take
-
-    async def prepare_clients(new: Config) -> Take:
-        places = store_places(new)
-        prepared = clients.prepare(*places)
-        for name, objects in (("store", prepared.store), ("replica", prepared.replica)):
-            if objects is not None:
-                await trio.to_thread.run_sync(_refuse_denied, name, objects)
-
-        def take() -> None:
-            if prepared.is_change:
-                prepared.take()
-                mover.ask_like(*places)
-
-        return take
-
-    settings.follow(prepare_limits)
-    settings.follow(prepare_clients)
-
-
-def _refuse_denied(name: str, objects: ObjectStore) -> None:
-    """Raise ConfigError when new credentials are refused; a place that is away may accept them when it is back."""
-    try:
-        objects.size(STORE_KEY)
-    except StoreDenied as exc:
-        raise ConfigError(f"the credentials in [{name}] are refused ({exc}); nothing was changed") from exc
-    except StoreError as exc:
-        log.warning("whether the %s takes the new credentials cannot be told: %s", name, exc)
-
-
-async def _reload_on_hangup(settings: Settings, hangups: AsyncIterator[int], findings: Findings) -> None:
-    """What `reload` does, at each SIGHUP; nobody waits for the answer, so what is wrong becomes a finding."""
-    async for _ in hangups:
-        try:
-            await settings.reload()
-        except VmfsStubError as exc:
-            log.warning("the configuration could not be read again: %s", exc)
-            told = f"SIGHUP asked for a reload, and nothing was changed: {exc}; correct it and try again"
-            findings.add("configuration", ConfigError(told), stays=False, severity="warning")
 
 
 def _metrics_port(config: Config, metrics: Metrics, findings: Findings) -> MetricsPort:

@@ -1,6 +1,6 @@
 """What the configuration means to each part of the daemon: its settings, and limits that follow from several keys.
 
-Touches nothing.  What of it can change while the daemon runs, `daemon.follow` gives to each.
+Touches nothing.  What of it can change while the daemon runs, `daemon_reload.follow` gives to each.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
 WIRING = frozenset(
     {
         "daemon",
+        "daemon_reload",
         "daemon_settings",
         "datastore",
         "datastore_jobs",
