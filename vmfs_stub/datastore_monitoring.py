@@ -181,7 +181,7 @@ class Monitoring:
             return [("backups", f"no backup job has been done yet, and {limit}; run `vmfs-stub backup`")]
         if age_s > hours_max * HOUR_S:
             told = f"the last backup job that was done ended {age_s / HOUR_S:.1f} h ago, and {limit}"
-            return [("backups", f"{told}; see why with `vmfs-stub backup`")]
+            return [("backups", f"{told}; see why with `vmfs-stub jobs`")]
         return ()
 
     def _recalls_fail(self) -> Sequence[tuple[str, str]]:

@@ -54,7 +54,7 @@ from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.disk_parts import DiskParts
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.last_points import LastPoints
-from vmfs_stub.services.mover import CopyOrder, Mover, Part, PointFile, PointOrder
+from vmfs_stub.services.mover import CopyOrder, Mover, Part, PointFile, PointOrder, by_name
 from vmfs_stub.services.placeholder_ender import Ended, PlaceholderEnder
 from vmfs_stub.services.placeholder_maker import PlaceholderMaker
 from vmfs_stub.services.recall import RecallService
@@ -345,7 +345,11 @@ class Archiver:
                 for source in sources:
                     if source.placeholder_id is not None:
                         await self._threads.files(self._maker.prepare, vm, source, report.point_id)
-                files = [*map(PointFile, others.stored), *_point_files(sources)]
+                regular = [
+                    PointFile(stored_file(name, each.st, mtime_ns=each.mtime_ns, xattrs=each.xattrs), copy)
+                    for copy, each, name in by_name(sources, [source.names for source in sources])
+                ]
+                files = [*map(PointFile, others.stored), *regular]
                 point = self._point_order(vm, sources, report.point_id, others.top, metadata)
                 return await backup.commit(point, files)
 
@@ -424,17 +428,3 @@ class Archiver:
             report.abandoned = report.abandoned or f"{disk.label}: releasing its space failed: {exc}"
         finally:
             await self._disks.let_go(disk)
-
-
-def _point_files(sources: Sequence[Source]) -> list[PointFile]:
-    """The regular files of the restore point.
-
-    The first names come first, so that a placeholder's number is that of its source; other names of the same file are
-    files of their own in the restore point.
-    """
-    return [
-        PointFile(stored_file(s.names[position], s.st, mtime_ns=s.mtime_ns, xattrs=s.xattrs), copy)
-        for position in range(max((len(source.names) for source in sources), default=0))
-        for copy, s in enumerate(sources)
-        if position < len(s.names)
-    ]

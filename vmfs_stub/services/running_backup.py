@@ -44,7 +44,7 @@ from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.disk_parts import DiskParts
 from vmfs_stub.services.frozen_disk import FrozenDisk
 from vmfs_stub.services.last_points import LastPoints
-from vmfs_stub.services.mover import CopyOrder, Mover, Part, PointFile, PointOrder
+from vmfs_stub.services.mover import CopyOrder, Mover, Part, PointFile, PointOrder, by_name
 from vmfs_stub.services.reservation import has_lease
 from vmfs_stub.services.set_aside import Room, SetAside
 from vmfs_stub.services.single_error import single_error
@@ -288,7 +288,11 @@ class RunningBackup:
             for frozen in disks:
                 frozen.end()
             await self._check(disks)
-            files = [*map(PointFile, others.stored), *_point_files(disks)]
+            regular = [
+                PointFile(stored_file(name, each.st, mtime_ns=each.mtime_ns, xattrs=each.source.xattrs), copy)
+                for copy, each, name in by_name(disks, [frozen.source.names for frozen in disks])
+            ]
+            files = [*map(PointFile, others.stored), *regular]
             return await backup.commit(self._order(others), files)
 
     def _progress_of(self, frozen: FrozenDisk) -> Callable[[int], None]:
@@ -359,15 +363,3 @@ async def _close(frozen: FrozenDisk) -> None:
 
 def _reasons(disks: Sequence[FrozenDisk]) -> list[str]:
     return [f"{each.disk.label}: {each.aside.reason}" for each in disks if each.aside is not None and each.aside.reason]
-
-
-def _point_files(disks: Sequence[FrozenDisk]) -> list[PointFile]:
-    """As archive's: first names first, so that the number of a file is that of its disk."""
-    return [
-        PointFile(
-            stored_file(each.source.names[position], each.st, mtime_ns=each.mtime_ns, xattrs=each.source.xattrs), n
-        )
-        for position in range(max((len(each.source.names) for each in disks), default=0))
-        for n, each in enumerate(disks)
-        if position < len(each.source.names)
-    ]
