@@ -162,7 +162,6 @@ class Datastore:
             mount=mount,
             listing=self.listing,
             monitoring=self.monitoring,
-            backing_fd=self._backing_fd,
             jobs_paused=lambda: self.work.paused,
         )
         self._disks.on_graduated = self.listing.graduated

@@ -11,6 +11,7 @@ from importlib.metadata import version
 
 from vmfs_stub.control.jobs import Jobs
 from vmfs_stub.control.metrics import Labelled, Metrics
+from vmfs_stub.core.usage import DAY_S
 from vmfs_stub.datastore import Datastore
 from vmfs_stub.datastore_monitoring import Monitoring
 from vmfs_stub.datastore_status import Health
@@ -22,7 +23,6 @@ from vmfs_stub.services.recall import RecallService
 from vmfs_stub.store.clients import StoreClients
 
 _SEVERITIES = ("problem", "warning", "note")
-_DAY_S = 86400.0
 
 
 def make_metrics(
@@ -91,7 +91,7 @@ def _add_primary(metrics: Metrics, monitoring: Monitoring) -> None:
     metrics.maybe(
         "primary_full_in_days",
         "When it is full if it goes on filling as in the last days; left out where it is not filling.",
-        lambda: None if (left_s := monitoring.full_in_s()) is None else left_s / _DAY_S,
+        lambda: None if (left_s := monitoring.full_in_s()) is None else left_s / DAY_S,
     )
     metrics.gauge("saved_bytes", "What placeholders do not take on primary.", lambda: monitoring.saved_bytes)
 

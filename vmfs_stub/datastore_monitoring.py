@@ -21,6 +21,7 @@ from vmfs_stub.control.jobs import Jobs
 from vmfs_stub.control.messages import Finding
 from vmfs_stub.core.forecast import FreeSpace, seconds_until_full
 from vmfs_stub.core.names import printable
+from vmfs_stub.core.usage import HOUR_S
 from vmfs_stub.datastore_listing import Listing, only_warned
 from vmfs_stub.services.recall_waits import RecallWaits
 from vmfs_stub.services.threads import Threads
@@ -32,7 +33,6 @@ LOOK_INTERVAL_S: Final = 300.0
 SPACE_INTERVAL_S: Final = 3600.0
 SPACE_KEPT_S: Final = 7 * 86400.0
 """How much of the past tells when primary will be full."""
-HOUR_S: Final = 3600.0
 OTHERS: Final = "(others)"
 RECALLS: Final = "recalls"
 """Subject of the finding that they fail."""

@@ -43,7 +43,7 @@ PROBE_INTERVAL_S = 15.0
 
 
 class Health:
-    """Knows what the parts of a daemon say of themselves; ``backing_fd`` stays the caller's."""
+    """Knows what the parts of a daemon say of themselves."""
 
     def __init__(
         self,
@@ -59,7 +59,6 @@ class Health:
         mount: Mount,
         listing: Listing,
         monitoring: Monitoring,
-        backing_fd: int,
         jobs_paused: Callable[[], bool],
     ) -> None:
         self._settings = settings
@@ -74,14 +73,13 @@ class Health:
         self._mount = mount
         self._listing = listing
         self._monitoring = monitoring
-        self._backing_fd = backing_fd
         self._jobs_paused = jobs_paused
         self.started_s = time.time()
         self._store_error: str | None = None
 
     async def status(self) -> Status:
         """What the daemon knows about itself; ``healthy`` is false when an operator has to act."""
-        vfs = os.fstatvfs(self._backing_fd)
+        space = self._monitoring.space()
         datastore = self._config.datastore
         findings = self.findings()
         mounted = not self._mount.ended.is_set()
@@ -103,8 +101,8 @@ class Health:
                 backing=str(datastore.backing),
                 mounted=mounted,
                 open_disks=len(self._disks.open_disks()),
-                free_bytes=vfs.f_bavail * vfs.f_frsize,
-                size_bytes=vfs.f_blocks * vfs.f_frsize,
+                free_bytes=space.free_bytes,
+                size_bytes=space.size_bytes,
                 full_in_s=self._monitoring.full_in_s(),
             ),
             backups=BackupStatus(

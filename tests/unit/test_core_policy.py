@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from vmfs_stub.core import policy as policy_module
 from vmfs_stub.core.ids import VmId
 from vmfs_stub.core.policy import (
-    DAY_S,
     DEFAULT_RULE,
     Facts,
     Idleness,
@@ -27,7 +26,7 @@ from vmfs_stub.core.policy import (
     predicted_usable_s,
 )
 from vmfs_stub.core.unused import GAP_SHARE_MAX, Found, Limits, find_off, last_start_s
-from vmfs_stub.core.usage import GuestState, Sample
+from vmfs_stub.core.usage import DAY_S, GuestState, Sample
 
 NOW_S = 1_800_000_000.0
 HOUR_S = 3600.0

@@ -17,8 +17,8 @@ from vmfs_stub.catalog.usage_rows import LastUse
 from vmfs_stub.core.errors import ClaimedElsewhere, HypervisorAway, PrimaryIOError, StoreUnavailable, VmfsStubError
 from vmfs_stub.core.ids import VmId
 from vmfs_stub.core.names import RECALLED_XATTR
-from vmfs_stub.core.policy import DAY_S, DEFAULT_RULE, Facts, Policy, Rule, decide
-from vmfs_stub.core.usage import GuestState, Sample
+from vmfs_stub.core.policy import DEFAULT_RULE, Facts, Policy, Rule, decide
+from vmfs_stub.core.usage import DAY_S, GuestState, Sample
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.inventory.vm import Scan, Vm

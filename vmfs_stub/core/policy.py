@@ -21,9 +21,8 @@ from typing import Final
 from vmfs_stub.core.ids import VmId
 from vmfs_stub.core.times import span_text
 from vmfs_stub.core.unused import SPAN_S_MIN, Found, Limits, find_idle, find_known, find_off
-from vmfs_stub.core.usage import GuestState, Sample
+from vmfs_stub.core.usage import DAY_S, GuestState, Sample
 
-DAY_S: Final = 86400.0
 _SCORE_S_MIN: Final = 0.1
 """What is usable at once is not endlessly better than what nearly is."""
 

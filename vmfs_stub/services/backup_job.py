@@ -321,7 +321,7 @@ class _Run:
         if kept := await self._ask_again(await self._jobs.found_again(vm)):
             return kept
         call = HookCall(
-            "stop", vm.name, vm.id, decision.reason, decision.rule or "", f"virsh start {_word(domain.name)}"
+            "stop", vm.name, vm.id, decision.reason, decision.rule or "", f"virsh start {shlex.quote(domain.name)}"
         )
         if forbidden := await self._jobs.hooks.before(call):
             return forbidden
@@ -409,7 +409,7 @@ class _Run:
             vm.id,
             reason=decision.reason if decision is not None else "an operator named it" if archives else "",
             rule=(decision.rule or "") if decision is not None else "",
-            undo=f"vmfs-stub recall {_word(vm.name)}" if archives else "",
+            undo=f"vmfs-stub recall {shlex.quote(vm.name)}" if archives else "",
         )
 
 
@@ -432,8 +432,3 @@ def _in_use(report: BackupReport) -> str:
 
 def _not_archived(kept: str) -> str:
     return f"not archived after all: {kept}" if kept else ""
-
-
-def _word(name: str) -> str:
-    """A name as a shell takes it."""
-    return shlex.quote(name)
