@@ -30,10 +30,13 @@ from vmfs_stub.settings import Settings
 BACKUP_KINDS: Final = ("backup", "archive")
 """Jobs that make restore points."""
 LOOK_INTERVAL_S: Final = 300.0
+"""How often VMs are looked at when nothing is told of: they come and go by themselves."""
 SPACE_INTERVAL_S: Final = 3600.0
+"""How often free space is noted."""
 SPACE_KEPT_S: Final = 7 * 86400.0
 """How much of the past tells when primary will be full."""
 OTHERS: Final = "(others)"
+"""As which VMs beyond the limit are shown together."""
 RECALLS: Final = "recalls"
 """Subject of the finding that they fail."""
 

@@ -16,8 +16,9 @@ from vmfs_stub.core.policy import Decision, Facts, decide_all, predicted_usable_
 from vmfs_stub.daemon_settings import facts_settings
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.services.disk_services import DiskServices
-from vmfs_stub.services.facts import FactsService, Samples, Sight
+from vmfs_stub.services.facts import FactsService, Samples
 from vmfs_stub.services.findings import Findings
+from vmfs_stub.services.obstacles import Obstacles
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.store import Store
 
@@ -44,7 +45,7 @@ class DatastorePolicy:
         findings: Findings,
         samples: Samples,
         last_use: Callable[[VmId], LastUse],
-        look: Callable[[], Awaitable[Sight]],
+        look: Callable[[], Awaitable[Obstacles]],
         backing_fd: int,
     ) -> None:
         self._threads = threads

@@ -22,9 +22,9 @@ from vmfs_stub.core.usage import DAY_S, GuestState, Sample
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.inventory.vm import Scan, Vm
-from vmfs_stub.services.facts import FactsService, FactsSettings, Sight
+from vmfs_stub.services.facts import FactsService, FactsSettings
 from vmfs_stub.services.hypervisor import NoHypervisor
-from vmfs_stub.services.obstacles import ObstacleSight
+from vmfs_stub.services.obstacles import Obstacles, ObstacleSight
 
 PATH = "vm/disk.img"
 SIZE = 8 * CHUNK
@@ -60,14 +60,14 @@ class FakeCatalog:
 
 
 @dataclass
-class FakeSight:
+class FakeObstacles:
     """The only VM's domains, and what stands against archiving it; ``error`` is why that cannot be told."""
 
     domains: Sequence[Domain] = ()
     reasons: Sequence[str] = ()
     error: VmfsStubError | None = None
 
-    async def look(self) -> FakeSight:
+    async def look(self) -> FakeObstacles:
         await trio.lowlevel.checkpoint()
         if self.error is not None:
             raise self.error
@@ -84,8 +84,8 @@ async def facts_of(
     services: Services,
     *,
     catalog: FakeCatalog | None = None,
-    sight: FakeSight | None = None,
-    look: Callable[[], Awaitable[Sight]] | None = None,
+    obstacles: FakeObstacles | None = None,
+    look: Callable[[], Awaitable[Obstacles | FakeObstacles]] | None = None,
     policy: Policy = POLICY,
 ) -> Facts:
     catalog = catalog or FakeCatalog()
@@ -98,7 +98,7 @@ async def facts_of(
             findings=services.findings,
             samples=catalog,
             last_use=catalog.last_use,
-            look=look or (sight or FakeSight()).look,
+            look=look or (obstacles or FakeObstacles()).look,
             backing_fd=backing_fd,
             settings=FactsSettings(
                 placeholder_bytes_min=CHUNK, resident_bytes=BLOCK, boot_bytes=4 * CHUNK, store_bytes_per_s=CHUNK
@@ -162,21 +162,21 @@ async def test_a_vm_that_comes_back_stays(rig: Rig) -> None:
 
 async def test_what_the_domain_says(rig: Rig) -> None:
     known = replace(domain("vm", Path("/x")), state_since_s=5.0, metadata={"group": "lab"})
-    sight = FakeSight([known], ["domain vm: disk vdb is a block device"])
+    obstacles = FakeObstacles([known], ["domain vm: disk vdb is a block device"])
     async with rig.running() as services:
-        found = await facts_of(services, sight=sight)
+        found = await facts_of(services, obstacles=obstacles)
         assert (found.state, found.state_since_s, found.metadata) == (GuestState.OFF, 5.0, {"group": "lab"})
         assert found.never == ("domain vm: disk vdb is a block device",)
         for protected, is_protected in (("yes", True), ("", True), ("no", False)):
-            sight.domains = [replace(known, metadata={"protected": protected})]
-            assert (await facts_of(services, sight=sight)).is_protected == is_protected
+            obstacles.domains = [replace(known, metadata={"protected": protected})]
+            assert (await facts_of(services, obstacles=obstacles)).is_protected == is_protected
 
 
 async def test_of_several_domains_no_state_is_the_vms(rig: Rig) -> None:
     known = replace(domain("vm", Path("/x")), state_since_s=5.0, metadata={"group": "lab"})
     clone = replace(domain("clone", Path("/x"), state=GuestState.RUNNING), metadata={"protected": "yes"})
     async with rig.running() as services:
-        shared = await facts_of(services, sight=FakeSight([known, clone], ["is a disk of several domains"]))
+        shared = await facts_of(services, obstacles=FakeObstacles([known, clone], ["is a disk of several domains"]))
     assert (shared.state, shared.state_since_s, shared.metadata) == (GuestState.UNKNOWN, None, {})
     assert (shared.is_protected, shared.never) == (True, ("is a disk of several domains",))
 
@@ -192,7 +192,7 @@ async def test_nothing_is_archived_while_domains_cannot_be_told(
     rig: Rig, error: VmfsStubError, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with rig.running() as services:
-        found = await facts_of(services, sight=FakeSight([domain("vm", Path("/x"))], error=error))
+        found = await facts_of(services, obstacles=FakeObstacles([domain("vm", Path("/x"))], error=error))
     assert (found.state, found.state_since_s) == (GuestState.UNKNOWN, None)
     assert [each.startswith(reason) for each in found.never] == [True]
     assert not decide(found, POLICY, now_s=time.time()).archives
@@ -206,8 +206,8 @@ async def test_a_disk_that_is_open(rig: Rig) -> None:
         plain = await facts_of(services)
         assert plain.state is GuestState.RUNNING
         assert "no domain is known that has it" in plain.never[0]
-        assert "though the domain is off" in (await facts_of(services, sight=FakeSight([known]))).never[0]
-        runs = await facts_of(services, sight=FakeSight([replace(known, state=GuestState.RUNNING)]))
+        assert "though the domain is off" in (await facts_of(services, obstacles=FakeObstacles([known]))).never[0]
+        runs = await facts_of(services, obstacles=FakeObstacles([replace(known, state=GuestState.RUNNING)]))
         assert (runs.state, runs.never) == (GuestState.RUNNING, ())
         await services.disks.release(disk)
 
@@ -217,7 +217,7 @@ async def test_reasons_of_the_datastore(rig: Rig) -> None:
         vm_id = rig.vm("vm").id
         services.recall.held = True
         services.findings.add(f"VM {vm_id}", ClaimedElsewhere("has it"))
-        found = await facts_of(services, sight=FakeSight(reasons=["is the base of web", "has a block job"]))
+        found = await facts_of(services, obstacles=FakeObstacles(reasons=["is the base of web", "has a block job"]))
     assert [reason.split(",")[0] for reason in found.never] == [
         "is the base of web",
         "has a block job",

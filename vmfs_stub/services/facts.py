@@ -28,6 +28,7 @@ from vmfs_stub.services.disk_name import disk_label
 from vmfs_stub.services.disk_services import DiskServices
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.mount_usage import latest
+from vmfs_stub.services.obstacles import Obstacles
 from vmfs_stub.services.sources import is_worth_placeholder
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.store import Store
@@ -44,14 +45,6 @@ class Samples(Protocol):
     def all_samples(self, since_s: float) -> Mapping[VmId, Sequence[Sample]]:
         """The samples of each VM that end after ``since_s``, in order.  Blocking.  Raises PrimaryError."""
         ...
-
-
-class Sight(Protocol):
-    """What domains and chains of images say of VMs; see `obstacles.Obstacles`."""
-
-    def domains_of(self, vm: Vm) -> tuple[Domain, ...]: ...
-
-    def against(self, vm: Vm) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +74,9 @@ class _OnDisk:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What is asked once for all VMs; ``sight`` is None where ``blind`` says why nothing can be told of domains."""
+    """What is asked once for all VMs; ``obstacles`` is None where ``blind`` says why nothing can be told of domains."""
 
-    sight: Sight | None
+    obstacles: Obstacles | None
     blind: str
     samples: Mapping[VmId, Sequence[Sample]]
     elsewhere: frozenset[str]
@@ -104,7 +97,7 @@ class FactsService:
         findings: Findings,
         samples: Samples,
         last_use: Callable[[VmId], LastUse],
-        look: Callable[[], Awaitable[Sight]],
+        look: Callable[[], Awaitable[Obstacles]],
         backing_fd: int,
         settings: FactsSettings,
     ) -> None:
@@ -117,7 +110,7 @@ class FactsService:
         self._findings = findings
         self._samples = samples
         self._last_use = last_use
-        self._look_at_domains = look
+        self._look_at_obstacles = look
         self._backing_fd = backing_fd
         self.settings = settings
 
@@ -147,10 +140,10 @@ class FactsService:
         return points[-1].created_s if points else None
 
     async def _ask(self, policy: Policy, now_s: float) -> _Known:
-        sight: Sight | None = None
+        obstacles: Obstacles | None = None
         blind = ""
         try:
-            sight = await self._look_at_domains()
+            obstacles = await self._look_at_obstacles()
         except (HypervisorAway, PrimaryError) as exc:
             log.warning("no VM is archived: %s", exc)
             blind = "libvirt does not answer" if isinstance(exc, HypervisorAway) else str(exc)
@@ -162,14 +155,15 @@ class FactsService:
         elsewhere = frozenset(
             finding.subject for finding in self._findings.all() if isinstance(finding.error, ClaimedElsewhere)
         )
-        return _Known(sight, blind, samples, elsewhere)
+        return _Known(obstacles, blind, samples, elsewhere)
 
     def _facts(self, vm: Vm, on_disk: _OnDisk, known: _Known) -> Facts:
-        domains = () if known.sight is None else known.sight.domains_of(vm)
+        obstacles = known.obstacles
+        domains = () if obstacles is None else obstacles.domains_of(vm)
         domain = domains[0] if len(domains) == 1 else None
-        state = self._state(on_disk, domains, is_blind=known.sight is None)
+        state = self._state(on_disk, domains, is_blind=obstacles is None)
         samples, use = known.samples.get(vm.id, ()), self._last_use(vm.id)
-        against = [known.blind] if known.sight is None else [*known.sight.against(vm), *_open(on_disk, domains, state)]
+        against = [known.blind] if obstacles is None else [*obstacles.against(vm), *_open(on_disk, domains, state)]
         never = [*on_disk.never, *against]
         if f"VM {vm.id}" in known.elsewhere:
             never.append("its newest state is in another datastore")
