@@ -195,9 +195,9 @@ class LiveDatastore:
         assert done.state == "done", done
         return done
 
-    def wait_job(self, job_id: str) -> JobInfo:
+    def wait_job(self, job_id: str, *, deadline_s: float = DEADLINE_S) -> JobInfo:
         """How a job ended."""
-        return wait_until(f"job {job_id} ends", lambda: self._ended(job_id))
+        return wait_until(f"job {job_id} ends", lambda: self._ended(job_id), deadline_s=deadline_s)
 
     def _ended(self, job_id: str) -> JobInfo | None:
         info = self.client.job(job_id)  # type: ignore[arg-type]

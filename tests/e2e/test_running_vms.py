@@ -60,7 +60,8 @@ def writer(datastore: LiveDatastore) -> Iterator[Path]:
 
 
 def back_up(datastore: LiveDatastore) -> dict[str, object]:
-    done = datastore.wait_job(datastore.client.start_backup(["vm"], archive=False))
+    # Beside a guest that never rests the job gives way to it, step by step.
+    done = datastore.wait_job(datastore.client.start_backup(["vm"], archive=False), deadline_s=240)
     assert done.state == "done", done
     assert done.result is not None
     (outcome,) = done.result["vms"]
