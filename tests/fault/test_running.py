@@ -727,3 +727,65 @@ async def test_what_is_planted_is_found(planted: str, monkeypatch: pytest.Monkey
                 return
             assert group.split(PrimaryIOError)[0] is not None, group  # a disk that is too short for what was not kept
     pytest.fail("nothing was found")
+
+
+# Files that come and go
+
+
+async def _with_names_changed(services: Services, change: Callable[[Rig], None]) -> BackupReport:
+    """A backup of a VM whose names change once, after its files were opened, and before the moment."""
+    shut, changed = running_backup.RunningBackup._shut_gates, False
+
+    async def changing(self: Any, disks: Any) -> None:
+        nonlocal changed
+        if not changed:
+            changed = True
+            change(services.rig)
+        await shut(self, disks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running_backup.RunningBackup, "_shut_gates", changing)
+        return await services.back_up_in_use("vm")
+
+
+def _snapshot(rig: Rig) -> None:
+    rig.make_disk("vm/overlay.img", noise(CHUNK, seed=9))
+
+
+def _removal(rig: Rig) -> None:
+    (rig.backing / SECOND).unlink()
+
+
+def _exchange(rig: Rig) -> None:
+    for old, new in ((DISK, "vm/x"), (SECOND, DISK), ("vm/x", SECOND)):
+        (rig.backing / old).rename(rig.backing / new)
+
+
+def _link(rig: Rig) -> None:
+    (rig.backing / "vm/link").symlink_to("overlay.img")
+
+
+@pytest.mark.parametrize("change", [_snapshot, _removal, _exchange, _link])
+async def test_no_point_is_made_of_files_that_were_not_the_vms_at_the_moment(change: Callable[[Rig], None]) -> None:
+    with rig_with_disks() as rig:
+        async with rig.running() as services:
+            disk = await services.open(DISK)
+            with pytest.raises(Abandoned, match="made, renamed or removed"):
+                await _with_names_changed(services, change)
+            assert rig.store.vms() == []
+            await services.back_up_in_use("vm")
+            await services.disks.release(disk)
+
+
+@pytest.mark.parametrize("in_use", [False, True])
+async def test_a_file_that_was_made_after_the_vm_was_found_is_in_the_point(in_use: bool) -> None:
+    with rig_with_disks() as rig:
+        vm = rig.vm("vm")
+        _snapshot(rig)
+        async with rig.running() as services:
+            if in_use:
+                report = await services.archiver.run_in_use(vm, progress=lambda count: None)
+            else:
+                report = await services.archiver.run(vm, archive=False, progress=lambda count: None)
+        assert point_bytes(rig, report, "vm/overlay.img") == noise(CHUNK, seed=9)
+        assert point_bytes(rig, report, DISK) == (rig.backing / DISK).read_bytes()

@@ -214,6 +214,10 @@ class Archiver:
         sources: list[Source] = []
         free_at: PointId | None = None
         still_held = ""
+        if not archive:
+            # Whether placeholders may be made was asked about the files that were known: these stay, or it is given up.
+            vm = await self._sources.as_it_is(vm)
+            report.size_bytes = vm.size_bytes
         # Before the files are reserved: what is asked for it may look into them.
         associated = await self.associated(vm)
         try:
@@ -277,6 +281,7 @@ class Archiver:
         Raises InUse when somebody has it open who does not write through the mount, or another job backs it up;
         Abandoned, with the reason, when it could not be kept as it was; and as `run`.
         """
+        vm = await self._sources.as_it_is(vm)
         report = BackupReport(vm.name, PointId(secrets.token_hex(16)), vm.size_bytes)
         associated = await self.associated(vm)
         await RunningBackup(self._running, vm, report, associated.metadata, progress).run(claimed, freezer)

@@ -139,12 +139,11 @@ class RunningBackup:
                 async with AsyncExitStack() as stack:
                     kept = await self._means.sources.keep(self._vm, stack)
                     await self._means.claims.begin(self._vm.id, self._points(kept), claimed)
-                    others = await self._means.threads.files(
-                        other_entries, self._means.backing, self._vm, files=self._means.files
-                    )
+                    others = await self._others()
                     disks = await self._make_ready(kept, stack, first_file=len(others.stored))
                     stack.callback(lambda: reasons.extend(_reasons(disks)))
                     await self._take_moment(disks, freezer)
+                    others = await self._others_at_moment(others)
                     counts = await self._copy(disks, others, uses_last=uses_last)
                     for disk in disks:
                         await disk.disk.changes.replace()
@@ -154,6 +153,20 @@ class RunningBackup:
             reason = reasons[0] if reasons else "it could not be kept as it was"
             raise Abandoned(f"VM {self._vm.name} is in use, and its backup was given up: {reason}")
         self._note(others, counts)
+
+    async def _others(self) -> OtherEntries:
+        means = self._means
+        return await means.threads.files(other_entries, means.backing, self._vm, files=means.files)
+
+    async def _others_at_moment(self, before: OtherEntries) -> OtherEntries:
+        """What else the VM has, after the moment; Abandoned when at the moment other files were its than are kept."""
+        now = await self._others()
+        if not (now.has_files(self._vm) and now.has_same_names(before)):
+            raise Abandoned(
+                f"VM {self._vm.name} is in use, and files of it were made, renamed or removed before all of it was as "
+                "at one moment; try again"
+            )
+        return now
 
     def _points(self, kept: Sequence[KeptSource]) -> set[PointId | None]:
         """As archive.Archiver finds them."""
