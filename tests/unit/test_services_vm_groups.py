@@ -229,3 +229,18 @@ async def test_adopting_a_group_is_refused_with_what_to_do_instead(rig: Rig) -> 
         assert isinstance(wanted, Wanted)
         with pytest.raises(Refused, match=r"several files at the top.*restore"):
             await services.adopter.run(wanted, told=Told(force=True, accept_loss=True), progress=lambda count: None)
+
+
+async def test_no_two_vms_have_one_id_while_the_marks_are_made(rig: Rig) -> None:
+    """The overlay was marked first, with the id of its base, which was a VM of its own of that id until its turn."""
+    make_base(rig, "vm.qcow2")
+    make_overlay(rig, "vm.snap1", "vm.qcow2")
+    told = guest(rig, "web", "vm.snap1")
+    async with rig.running() as services:
+        scan(rig)
+        services.files.fail("inventory.identify", 2, OSError(5, os.strerror(5)))
+        assert await regroup(services, told)
+        vms = DirectoryInventory(rig.backing).scan().vms
+        assert len({vm.id for vm in vms}) == len(vms) == 2
+        assert await regroup(services, told)
+        assert scan(rig)["web"].tops == ("vm.qcow2", "vm.snap1")

@@ -122,7 +122,10 @@ def wanted_regroupings(vms: Sequence[Vm], domains: Sequence[Domain], chains: Cha
         counts = Counter(vm.id for vm, _ in members if vm in grouped)
         vm_id = counts.most_common(1)[0][0] if counts else _first_file(members, chains).id
         if any(vm.id != vm_id or vm.group != group for vm, _ in members):
-            markings = [Marking(file, vm_id, group) for _, file in members]
+            # Those that have the id first: a crash in between leaves no file outside the group with the group's id.
+            markings = [
+                Marking(file, vm_id, group) for vm, file in sorted(members, key=lambda member: member[0].id != vm_id)
+            ]
             wanted.append(Regrouping(domain.name, markings, [vm for vm, _ in members]))
     for path, (vm, file) in at_top.items():
         # Of a domain that is not known now nobody says that the file is not its any more.
