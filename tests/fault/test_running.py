@@ -21,6 +21,7 @@ from vmfs_stub.core.errors import Abandoned, HypervisorAway, InUse, PrimaryIOErr
 from vmfs_stub.core.names import FROZEN_DIR, PRIVATE_DIR
 from vmfs_stub.services import copying, frozen_disk, running_backup, set_aside
 from vmfs_stub.services.archive import BackupReport
+from vmfs_stub.services.associated import AssociatedFiles
 from vmfs_stub.services.changes import DiskChanges
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.frozen_disk import FrozenDisk
@@ -789,3 +790,24 @@ async def test_a_file_that_was_made_after_the_vm_was_found_is_in_the_point(in_us
                 report = await services.archiver.run(vm, archive=False, progress=lambda count: None)
         assert point_bytes(rig, report, "vm/overlay.img") == noise(CHUNK, seed=9)
         assert point_bytes(rig, report, DISK) == (rig.backing / DISK).read_bytes()
+
+
+async def test_no_point_is_made_of_a_vm_that_has_other_images_at_the_moment_than_its_definition_says() -> None:
+    """A definition that names an overlay, with a base into which that was folded meanwhile, is a corrupt guest."""
+    with rig_with_disks() as rig:
+        guest = domain("vm", rig.mountpoint / DISK)
+        hypervisor = FakeHypervisor(guest)
+        async with rig.running() as services:
+            services.archiver.associated = AssociatedFiles(
+                files=services.files, threads=services.threads, hypervisor=hypervisor, chains=services.chains
+            ).of
+
+            def fold_back(rig: Rig) -> None:
+                hypervisor.put(guest.uuid, disks=domain("vm", rig.mountpoint / SECOND).disks)
+
+            with pytest.raises(Abandoned, match="other images"):
+                await _with_names_changed(services, fold_back)
+            assert rig.store.vms() == []
+            await services.back_up_in_use("vm")
+            hypervisor.away = True
+            await services.back_up_in_use("vm")

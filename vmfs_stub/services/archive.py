@@ -284,7 +284,16 @@ class Archiver:
         vm = await self._sources.as_it_is(vm)
         report = BackupReport(vm.name, PointId(secrets.token_hex(16)), vm.size_bytes)
         associated = await self.associated(vm)
-        await RunningBackup(self._running, vm, report, associated.metadata, progress).run(claimed, freezer)
+
+        async def check_images() -> None:
+            if associated.has_other_images(await self.associated(vm)):
+                raise Abandoned(
+                    f"VM {vm.name} is in use, and has other images than when its backup began: a snapshot was made, or "
+                    "folded back; try again"
+                )
+
+        backup = RunningBackup(self._running, vm, report, associated.metadata, progress, check_images)
+        await backup.run(claimed, freezer)
         report.warning = "; ".join(associated.warnings)
         return report
 

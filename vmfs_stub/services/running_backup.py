@@ -15,7 +15,7 @@ the same, which says more than it must.  Whatever goes wrong ends the backup, ne
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +97,10 @@ class Means:
 
 
 class RunningBackup:
-    """The backup of one VM; ``metadata`` goes into the restore point, too."""
+    """The backup of one VM; ``metadata`` goes into the restore point, too.
+
+    ``check_images`` raises Abandoned when that is not what its domain says any more.
+    """
 
     def __init__(
         self,
@@ -106,12 +109,14 @@ class RunningBackup:
         report: BackupReport,
         metadata: Mapping[str, str],
         progress: Callable[[int], None],
+        check_images: Callable[[], Awaitable[None]],
     ) -> None:
         self._means = means
         self._vm = vm
         self._report = report
         self._metadata = metadata
         self._progress = progress
+        self._check_images = check_images
         self._room = Room(means.settings.set_aside_bytes_max, means.settings.free_floor_percent)
         self._scope = trio.CancelScope()
         self._has_used_last = False
@@ -144,6 +149,7 @@ class RunningBackup:
                     stack.callback(lambda: reasons.extend(_reasons(disks)))
                     await self._take_moment(disks, freezer)
                     others = await self._others_at_moment(others)
+                    await self._check_images()
                     counts = await self._copy(disks, others, uses_last=uses_last)
                     for disk in disks:
                         await disk.disk.changes.replace()
