@@ -733,14 +733,14 @@ async def test_what_is_planted_is_found(planted: str, monkeypatch: pytest.Monkey
 # Files that come and go
 
 
-async def _with_names_changed(services: Services, change: Callable[[Rig], None]) -> BackupReport:
-    """A backup of a VM whose names change once, after its files were opened, and before the moment."""
-    shut, changed = running_backup.RunningBackup._shut_gates, False
+async def _with_names_changed(services: Services, change: Callable[[Rig], None], *, times: int = 1) -> BackupReport:
+    """A backup of a VM whose names change so often, each time after its files were opened, and before the moment."""
+    shut, left = running_backup.RunningBackup._shut_gates, times
 
     async def changing(self: Any, disks: Any) -> None:
-        nonlocal changed
-        if not changed:
-            changed = True
+        nonlocal left
+        if left:
+            left -= 1
             change(services.rig)
         await shut(self, disks)
 
@@ -767,12 +767,25 @@ def _link(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("change", [_snapshot, _removal, _exchange, _link])
-async def test_no_point_is_made_of_files_that_were_not_the_vms_at_the_moment(change: Callable[[Rig], None]) -> None:
+async def test_a_point_has_the_names_that_were_the_vms_at_the_moment(change: Callable[[Rig], None]) -> None:
+    with rig_with_disks() as rig:
+        async with rig.running() as services:
+            disk = await services.open(DISK)
+            report = await _with_names_changed(services, change)
+            await services.disks.release(disk)
+        vm = rig.vm("vm")
+        stored = Store(rig.objects, rig.store.description).open_point(vm.id, report.point_id).manifest.files
+        assert sorted(file.path for file in stored) == sorted(path.name for path in (rig.backing / "vm").iterdir())
+        for file in vm.files:
+            assert point_bytes(rig, report, file.path) == (rig.backing / file.path).read_bytes()
+
+
+async def test_no_point_is_made_of_a_vm_of_which_the_names_never_rest() -> None:
     with rig_with_disks() as rig:
         async with rig.running() as services:
             disk = await services.open(DISK)
             with pytest.raises(Abandoned, match="made, renamed or removed"):
-                await _with_names_changed(services, change)
+                await _with_names_changed(services, _exchange, times=100)
             assert rig.store.vms() == []
             await services.back_up_in_use("vm")
             await services.disks.release(disk)

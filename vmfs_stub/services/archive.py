@@ -24,7 +24,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,7 @@ from vmfs_stub.services.mover import CopyOrder, Mover, Part, PointFile, PointOrd
 from vmfs_stub.services.placeholder_ender import Ended, PlaceholderEnder
 from vmfs_stub.services.placeholder_maker import PlaceholderMaker
 from vmfs_stub.services.recall import RecallService
-from vmfs_stub.services.running_backup import Freezer, Means, RunningBackup
+from vmfs_stub.services.running_backup import Freezer, Means, NotOneMoment, RunningBackup
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.sources import Source, Sources
 from vmfs_stub.services.stored_files import OtherEntries, other_entries, stored_file
@@ -73,6 +73,8 @@ log = logging.getLogger(__name__)
 Recheck = Callable[[], Awaitable[str]]
 """Asked while the VM is reserved: why it is not to become a placeholder after all; empty when it is."""
 
+MOMENT_TRIES_MAX = 5
+"""How often a VM in use is tried whose programs make, rename or remove files just then, as of a database's journal."""
 LEFT_OUT_LOGGED = 20
 """Names of what is not backed up that go into the log, for each VM and job; the job's outcome counts them all."""
 
@@ -281,6 +283,18 @@ class Archiver:
         Raises InUse when somebody has it open who does not write through the mount, or another job backs it up;
         Abandoned, with the reason, when it could not be kept as it was; and as `run`.
         """
+        for _ in range(MOMENT_TRIES_MAX - 1):
+            with suppress(NotOneMoment):
+                return await self._run_in_use(vm, progress, claimed, freezer)
+        return await self._run_in_use(vm, progress, claimed, freezer)
+
+    async def _run_in_use(
+        self,
+        vm: Vm,
+        progress: Callable[[int], None],
+        claimed: Mapping[VmId, int] | None,
+        freezer: Freezer | None,
+    ) -> BackupReport:
         vm = await self._sources.as_it_is(vm)
         report = BackupReport(vm.name, PointId(secrets.token_hex(16)), vm.size_bytes)
         associated = await self.associated(vm)

@@ -65,6 +65,10 @@ THAW_S_MAX: Final = 10.0
 """A guest whose agent answers, and is then silent, is thawed by the agent's own time limit, if by any."""
 
 
+class NotOneMoment(Abandoned):
+    """The files of the VM were others at the moment than those that are kept: another try keeps those."""
+
+
 class Freezer(Protocol):
     """Brings the filesystems of one guest to rest, and lets them go on."""
 
@@ -125,7 +129,7 @@ class RunningBackup:
         """Make a restore point of the VM as it is at one moment.
 
         Raises InUse (somebody has it open, but not through the mount), Abandoned (with the reason), ClaimedElsewhere,
-        StoreError, IntegrityError, PrimaryError.
+        StoreError, IntegrityError, PrimaryError; NotOneMoment.
         """
         try:
             await self._try(claimed, freezer, uses_last=True)
@@ -165,10 +169,10 @@ class RunningBackup:
         return await means.threads.files(other_entries, means.backing, self._vm, files=means.files)
 
     async def _others_at_moment(self, before: OtherEntries) -> OtherEntries:
-        """What else the VM has, after the moment; Abandoned when at the moment other files were its than are kept."""
+        """What else the VM has, after the moment.  Raises NotOneMoment when other files are its than are kept."""
         now = await self._others()
         if not (now.has_files(self._vm) and now.has_same_names(before)):
-            raise Abandoned(
+            raise NotOneMoment(
                 f"VM {self._vm.name} is in use, and files of it were made, renamed or removed before all of it was as "
                 "at one moment; try again"
             )
