@@ -116,3 +116,32 @@ async def test_an_archive_does_not_take_a_recall_of_an_earlier_opening_for_its_o
             disk = await services.open("vm/disk.img")
             assert await disk.read(0, len(content)) == content
             await services.disks.release(disk)
+
+
+async def test_a_vm_with_a_file_that_was_not_found_is_not_archived() -> None:
+    """Its restore point, which any host could go on from, would be without that file."""
+    with temporary_rig() as rig:
+        rig.make_disk("one/disk.img", b"1" * CHUNK)
+        vm = rig.vm("one")
+        rig.make_disk("one/overlay.img", b"2" * CHUNK)
+        async with rig.running() as services:
+            with pytest.raises(Abandoned, match="made, renamed or removed"):
+                await services.archiver.run(vm, archive=True, progress=lambda count: None)
+        assert rig.store.vms() == []
+        assert rig.pins() == []
+        assert not rig.is_placeholder("one/disk.img")
+
+
+async def test_a_file_that_is_made_during_the_copy_makes_no_restore_point() -> None:
+    with temporary_rig() as rig:
+        rig.make_disk("one/disk.img", random.Random(1).randbytes(8 * CHUNK))
+        vm = rig.vm("one")
+
+        def make(count: int) -> None:
+            (rig.backing / "one/overlay.img").touch()
+
+        async with rig.running() as services:
+            with pytest.raises(Abandoned, match="made, renamed or removed"):
+                await services.archiver.run(vm, archive=True, progress=make)
+        assert rig.store.vms() == []
+        assert rig.pins() == []

@@ -21,6 +21,7 @@ from vmfs_stub.core.errors import Abandoned, HypervisorAway, InUse, PrimaryIOErr
 from vmfs_stub.core.names import FROZEN_DIR, PRIVATE_DIR
 from vmfs_stub.services import copying, frozen_disk, running_backup, set_aside
 from vmfs_stub.services.archive import BackupReport
+from vmfs_stub.services.associated import AssociatedFiles
 from vmfs_stub.services.changes import DiskChanges
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.frozen_disk import FrozenDisk
@@ -727,3 +728,99 @@ async def test_what_is_planted_is_found(planted: str, monkeypatch: pytest.Monkey
                 return
             assert group.split(PrimaryIOError)[0] is not None, group  # a disk that is too short for what was not kept
     pytest.fail("nothing was found")
+
+
+# Files that come and go
+
+
+async def _with_names_changed(services: Services, change: Callable[[Rig], None], *, times: int = 1) -> BackupReport:
+    """A backup of a VM whose names change so often, each time after its files were opened, and before the moment."""
+    shut, left = running_backup.RunningBackup._shut_gates, times
+
+    async def changing(self: Any, disks: Any) -> None:
+        nonlocal left
+        if left:
+            left -= 1
+            change(services.rig)
+        await shut(self, disks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running_backup.RunningBackup, "_shut_gates", changing)
+        return await services.back_up_in_use("vm")
+
+
+def _snapshot(rig: Rig) -> None:
+    rig.make_disk("vm/overlay.img", noise(CHUNK, seed=9))
+
+
+def _removal(rig: Rig) -> None:
+    (rig.backing / SECOND).unlink()
+
+
+def _exchange(rig: Rig) -> None:
+    for old, new in ((DISK, "vm/x"), (SECOND, DISK), ("vm/x", SECOND)):
+        (rig.backing / old).rename(rig.backing / new)
+
+
+def _link(rig: Rig) -> None:
+    (rig.backing / "vm/link").symlink_to("overlay.img")
+
+
+@pytest.mark.parametrize("change", [_snapshot, _removal, _exchange, _link])
+async def test_a_point_has_the_names_that_were_the_vms_at_the_moment(change: Callable[[Rig], None]) -> None:
+    with rig_with_disks() as rig:
+        async with rig.running() as services:
+            disk = await services.open(DISK)
+            report = await _with_names_changed(services, change)
+            await services.disks.release(disk)
+        vm = rig.vm("vm")
+        stored = Store(rig.objects, rig.store.description).open_point(vm.id, report.point_id).manifest.files
+        assert sorted(file.path for file in stored) == sorted(path.name for path in (rig.backing / "vm").iterdir())
+        for file in vm.files:
+            assert point_bytes(rig, report, file.path) == (rig.backing / file.path).read_bytes()
+
+
+async def test_no_point_is_made_of_a_vm_of_which_the_names_never_rest() -> None:
+    with rig_with_disks() as rig:
+        async with rig.running() as services:
+            disk = await services.open(DISK)
+            with pytest.raises(Abandoned, match="made, renamed or removed"):
+                await _with_names_changed(services, _exchange, times=100)
+            assert rig.store.vms() == []
+            await services.back_up_in_use("vm")
+            await services.disks.release(disk)
+
+
+@pytest.mark.parametrize("in_use", [False, True])
+async def test_a_file_that_was_made_after_the_vm_was_found_is_in_the_point(in_use: bool) -> None:
+    with rig_with_disks() as rig:
+        vm = rig.vm("vm")
+        _snapshot(rig)
+        async with rig.running() as services:
+            if in_use:
+                report = await services.archiver.run_in_use(vm, progress=lambda count: None)
+            else:
+                report = await services.archiver.run(vm, archive=False, progress=lambda count: None)
+        assert point_bytes(rig, report, "vm/overlay.img") == noise(CHUNK, seed=9)
+        assert point_bytes(rig, report, DISK) == (rig.backing / DISK).read_bytes()
+
+
+async def test_no_point_is_made_of_a_vm_that_has_other_images_at_the_moment_than_its_definition_says() -> None:
+    """A definition that names an overlay, with a base into which that was folded meanwhile, is a corrupt guest."""
+    with rig_with_disks() as rig:
+        guest = domain("vm", rig.mountpoint / DISK)
+        hypervisor = FakeHypervisor(guest)
+        async with rig.running() as services:
+            services.archiver.associated = AssociatedFiles(
+                files=services.files, threads=services.threads, hypervisor=hypervisor, chains=services.chains
+            ).of
+
+            def fold_back(rig: Rig) -> None:
+                hypervisor.put(guest.uuid, disks=domain("vm", rig.mountpoint / SECOND).disks)
+
+            with pytest.raises(Abandoned, match="other images"):
+                await _with_names_changed(services, fold_back)
+            assert rig.store.vms() == []
+            await services.back_up_in_use("vm")
+            hypervisor.away = True
+            await services.back_up_in_use("vm")

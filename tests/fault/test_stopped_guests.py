@@ -27,6 +27,7 @@ from vmfs_stub.primary.stopped_notes import StoppedNote
 from vmfs_stub.services import stopped_guests
 from vmfs_stub.services.backup_job import Placeholders
 from vmfs_stub.services.stopped_guests import StoppedGuests
+from vmfs_stub.services.stored_files import OtherEntries
 
 NAMES = ("a/one.img", "a/two.img")
 CONTENTS = {name: random.Random(name).randbytes(2 * CHUNK + 99) for name in NAMES}
@@ -223,6 +224,8 @@ async def test_memory_that_is_not_archived_with_its_disks_is_found(monkeypatch: 
 
     assert await swept("archive.seek", "kill", name="save_and_archive") == ""
     monkeypatch.setattr(DatastoreJobs, "_found_again", without_memory)
+    # Its directory would tell.
+    monkeypatch.setattr(OtherEntries, "has_files", lambda *arguments: True)
     assert "memory" in await swept("archive.seek", "kill", name="save_and_archive")
 
 

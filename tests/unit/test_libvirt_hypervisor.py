@@ -17,7 +17,14 @@ from vmfs_stub.core.usage import Counters, GuestState, Reading
 from vmfs_stub.inventory.domain import ArchiveNote, Domain
 from vmfs_stub.inventory.libvirt import DomainEvent, Told
 from vmfs_stub.inventory.libvirt_binding import has_binding, sockets_of
-from vmfs_stub.services.libvirt_hypervisor import CALLS_MAX, LibvirtHypervisor, LibvirtSettings, open_libvirt
+from vmfs_stub.services import libvirt_hypervisor
+from vmfs_stub.services.libvirt_hypervisor import (
+    CALLS_MAX,
+    LONG_CALLS_MAX,
+    LibvirtHypervisor,
+    LibvirtSettings,
+    open_libvirt,
+)
 
 SETTINGS = LibvirtSettings(uri="qemu:///system?socket=/nowhere/sock", timeout_s=0.2, mountpoint=Path("/mnt/images"))
 QUICK = (0.01, 0.02)
@@ -38,6 +45,7 @@ class FakeLibvirt:
         self.hanging_max = 0
         self.powers_off = True
         self.refuses = False
+        self.refuses_thaws = 0
 
     def connect(self, told: Told) -> FakeConnection:
         self.connections += 1
@@ -107,6 +115,16 @@ class FakeConnection:
 
     def start(self, uuid: str) -> None:
         self.libvirt.call("start")
+
+    def freeze(self, uuid: str) -> bool:
+        self.libvirt.call("freeze")
+        return True
+
+    def thaw(self, uuid: str) -> None:
+        if self.libvirt.refuses_thaws:
+            self.libvirt.refuses_thaws -= 1
+            raise HypervisorAway("cannot acquire state change lock")
+        self.libvirt.asked.append("thaw")
 
     def set_note(self, uuid: str, note: ArchiveNote | None) -> None:
         self.libvirt.call("note")
@@ -321,3 +339,47 @@ def test_where_the_socket_of_a_uri_is() -> None:
     assert sockets_of("qemu:///system?socket=/a/b") == (Path("/a/b"),)
     assert sockets_of("qemu+ssh://host/system") == ()
     assert sockets_of("qemu:///session") == ()
+
+
+async def test_a_guest_is_thawed_although_all_freezes_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose thaw waited behind freezes that hung, which went on later, was frozen for ever."""
+    monkeypatch.setattr(libvirt_hypervisor, "AGENT_LIMIT_S", 0.1)
+
+    async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
+        await hypervisor.domains()
+        libvirt.goes_on.clear()
+        async with trio.open_nursery() as nursery:
+            for _ in range(LONG_CALLS_MAX):
+                nursery.start_soon(_freeze_in_vain, hypervisor)
+        await hypervisor.thaw(VM.uuid)
+        assert libvirt.asked[-1] == "thaw"
+
+    await with_libvirt(check, FakeLibvirt(VM))
+
+
+async def _freeze_in_vain(hypervisor: LibvirtHypervisor) -> None:
+    with pytest.raises(HypervisorAway):
+        await hypervisor.freeze(VM.uuid)
+
+
+async def test_a_guest_that_could_not_be_thawed_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libvirt_hypervisor, "THAW_INTERVAL_S", 0.05)
+
+    async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
+        assert await hypervisor.freeze(VM.uuid)
+        libvirt.refuses_thaws = 3
+        with pytest.raises(HypervisorAway):
+            await hypervisor.thaw(VM.uuid)
+        assert not await hypervisor.freeze(VM.uuid), "it would be thawed at any time"
+        await until(lambda: "thaw" in libvirt.asked)
+        await until(lambda: not hypervisor._unthawed)
+        assert await hypervisor.freeze(VM.uuid)
+        # For ever it is not asked.
+        monkeypatch.setattr(libvirt_hypervisor, "THAW_TRIES_MAX", 2)
+        libvirt.refuses_thaws = 1000
+        with pytest.raises(HypervisorAway):
+            await hypervisor.thaw(VM.uuid)
+        await until(lambda: not hypervisor._unthawed)
+        assert libvirt.refuses_thaws == 997
+
+    await with_libvirt(check, FakeLibvirt(VM))

@@ -153,6 +153,23 @@ async def test_a_vm_in_use_is_backed_up_while_it_runs(rig: Rig, decided: bool) -
         await services.disks.release(disk)
 
 
+async def test_a_snapshot_that_was_made_since_the_job_began_is_in_the_point_of_a_vm_in_use(rig: Rig) -> None:
+    for name in ("a.img", "a.snap1"):
+        rig.make_disk(name, name.encode() * CHUNK)
+    web = domain("web", MOUNT / "a.img", state=GuestState.RUNNING)
+    async with rig.running() as services:
+        job = JobRig(services, hypervisor=FakeHypervisor(web))
+        found = tuple(vm for vm in job.vms() if vm.path == "a.img")
+        both = domain("web", rig.mountpoint / "a.img", rig.mountpoint / "a.snap1")
+        await services.groups.regroup(job.vms(), [both], await services.chains.look(job.vms(), [both]))
+        disk = await services.open("a.img")
+        (result,) = await job.jobs().run(found, placeholders=BY_POLICY, tolerant=True)
+        await services.disks.release(disk)
+        assert result.report is not None
+        point = services.store.open_point(found[0].id, result.report.point_id)
+        assert sorted(file.path for file in point.manifest.files) == ["a.img", "a.snap1"]
+
+
 async def test_a_vm_in_use_that_an_operator_names_is_not_archived(rig: Rig) -> None:
     make_vms(rig, "a")
     async with rig.running() as services:

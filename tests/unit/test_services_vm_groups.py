@@ -229,3 +229,55 @@ async def test_adopting_a_group_is_refused_with_what_to_do_instead(rig: Rig) -> 
         assert isinstance(wanted, Wanted)
         with pytest.raises(Refused, match=r"several files at the top.*restore"):
             await services.adopter.run(wanted, told=Told(force=True, accept_loss=True), progress=lambda count: None)
+
+
+async def test_no_two_vms_have_one_id_while_the_marks_are_made(rig: Rig) -> None:
+    """The overlay was marked first, with the id of its base, which was a VM of its own of that id until its turn."""
+    make_base(rig, "vm.qcow2")
+    make_overlay(rig, "vm.snap1", "vm.qcow2")
+    told = guest(rig, "web", "vm.snap1")
+    async with rig.running() as services:
+        scan(rig)
+        services.files.fail("inventory.identify", 2, OSError(5, os.strerror(5)))
+        assert await regroup(services, told)
+        vms = DirectoryInventory(rig.backing).scan().vms
+        assert len({vm.id for vm in vms}) == len(vms) == 2
+        assert await regroup(services, told)
+        assert scan(rig)["web"].tops == ("vm.qcow2", "vm.snap1")
+
+
+async def test_a_disk_that_goes_to_another_domain_does_not_take_the_id_along(rig: Rig) -> None:
+    for name in ("a.img", "b.img", "c.img", "d.img"):
+        rig.make_disk(name, name.encode() * CHUNK)
+    web = domain("web", rig.mountpoint / "a.img", rig.mountpoint / "b.img")
+    async with rig.running() as services:
+        await regroup(services, web)
+        (vm_id,) = {vm.id for vm in scan(rig).values() if vm.name == "web"}
+        less = replace(web, disks=web.disks[:1])
+        assert await regroup(services, less, domain("new", rig.mountpoint / "b.img", rig.mountpoint / "c.img"))
+        found = scan(rig)
+        assert {name: vm.tops for name, vm in found.items()} == {
+            "web": ("a.img",),
+            "new": ("b.img", "c.img"),
+            "d": ("d.img",),
+        }
+        assert found["web"].id == vm_id != found["new"].id
+
+
+async def test_a_domain_of_the_disks_of_two_others_has_an_id_of_its_own(rig: Rig) -> None:
+    for name in ("a.img", "b.img", "c.img", "d.img"):
+        rig.make_disk(name, name.encode() * CHUNK)
+    web = domain("web", rig.mountpoint / "a.img", rig.mountpoint / "b.img")
+    shop = domain("shop", rig.mountpoint / "c.img", rig.mountpoint / "d.img")
+    async with rig.running() as services:
+        await regroup(services, web, shop)
+        before = {vm.name: vm.id for vm in scan(rig).values()}
+        rest = [replace(each, disks=each.disks[:1]) for each in (web, shop)]
+        assert await regroup(services, *rest, domain("new", rig.mountpoint / "b.img", rig.mountpoint / "d.img"))
+        found = scan(rig)
+        assert {name: vm.tops for name, vm in found.items()} == {
+            "web": ("a.img",),
+            "shop": ("c.img",),
+            "new": ("b.img", "d.img"),
+        }
+        assert found["new"].id not in before.values()

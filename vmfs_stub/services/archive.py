@@ -24,7 +24,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,7 @@ from vmfs_stub.services.mover import CopyOrder, Mover, Part, PointFile, PointOrd
 from vmfs_stub.services.placeholder_ender import Ended, PlaceholderEnder
 from vmfs_stub.services.placeholder_maker import PlaceholderMaker
 from vmfs_stub.services.recall import RecallService
-from vmfs_stub.services.running_backup import Freezer, Means, RunningBackup
+from vmfs_stub.services.running_backup import Freezer, Means, NotOneMoment, RunningBackup
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.sources import Source, Sources
 from vmfs_stub.services.stored_files import OtherEntries, other_entries, stored_file
@@ -73,6 +73,8 @@ log = logging.getLogger(__name__)
 Recheck = Callable[[], Awaitable[str]]
 """Asked while the VM is reserved: why it is not to become a placeholder after all; empty when it is."""
 
+MOMENT_TRIES_MAX = 5
+"""How often a VM in use is tried whose programs make, rename or remove files just then, as of a database's journal."""
 LEFT_OUT_LOGGED = 20
 """Names of what is not backed up that go into the log, for each VM and job; the job's outcome counts them all."""
 
@@ -213,6 +215,10 @@ class Archiver:
         sources: list[Source] = []
         free_at: PointId | None = None
         still_held = ""
+        if not archive:
+            # Whether placeholders may be made was asked about the files that were known: these stay, or it is given up.
+            vm = await self._sources.as_it_is(vm)
+            report.size_bytes = vm.size_bytes
         # Before the files are reserved: what is asked for it may look into them.
         associated = await self.associated(vm)
         try:
@@ -276,9 +282,31 @@ class Archiver:
         Raises InUse when somebody has it open who does not write through the mount, or another job backs it up;
         Abandoned, with the reason, when it could not be kept as it was; and as `run`.
         """
+        for _ in range(MOMENT_TRIES_MAX - 1):
+            with suppress(NotOneMoment):
+                return await self._run_in_use(vm, progress, claimed, freezer)
+        return await self._run_in_use(vm, progress, claimed, freezer)
+
+    async def _run_in_use(
+        self,
+        vm: Vm,
+        progress: Callable[[int], None],
+        claimed: Mapping[VmId, int] | None,
+        freezer: Freezer | None,
+    ) -> BackupReport:
+        vm = await self._sources.as_it_is(vm)
         report = BackupReport(vm.name, PointId(secrets.token_hex(16)), vm.size_bytes)
         associated = await self.associated(vm)
-        await RunningBackup(self._running, vm, report, associated.metadata, progress).run(claimed, freezer)
+
+        async def check_images() -> None:
+            if associated.has_other_images(await self.associated(vm)):
+                raise Abandoned(
+                    f"VM {vm.name} is in use, and has other images than when its backup began: a snapshot was made, or "
+                    "folded back; try again"
+                )
+
+        backup = RunningBackup(self._running, vm, report, associated.metadata, progress, check_images)
+        await backup.run(claimed, freezer)
         report.warning = "; ".join(associated.warnings)
         return report
 

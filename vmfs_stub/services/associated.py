@@ -45,10 +45,18 @@ SWTPM: Final = Path("/var/lib/libvirt/swtpm")
 
 @dataclass(frozen=True, slots=True)
 class Associated:
-    """Metadata for a restore point, and what is missing in it."""
+    """Metadata for a restore point, and what is missing in it.
+
+    ``images`` are those of the VM's domains and what they are based on, as far as domains tell; None when none did.
+    """
 
     metadata: Mapping[str, str] = field(default_factory=dict)
     warnings: Sequence[str] = ()
+    images: frozenset[tuple[Path, ...]] | None = None
+
+    def has_other_images(self, now: Associated) -> bool:
+        """Whether the VM is known to consist of others by now: a snapshot was made, or one was folded back."""
+        return None not in (self.images, now.images) and self.images != now.images
 
 
 async def nothing_associated(vm: Vm) -> Associated:
@@ -98,7 +106,7 @@ class AssociatedFiles:
                 warnings.append("the restore point is without NVRAM and TPM state: they are too large")
         if bases:
             metadata[BASES] = json.dumps([asdict(base) for base in bases])
-        return Associated(metadata, warnings)
+        return Associated(metadata, warnings, _images(own) if own else None)
 
     def _collected(self, domains: Sequence[Domain], warnings: list[str]) -> list[AssociatedFile]:
         found: dict[str, AssociatedFile] = {}
@@ -156,6 +164,10 @@ class AssociatedFiles:
         finally:
             os.close(fd)
         return AssociatedFile(kind, os.path.normpath(path), stat.S_IMODE(st.st_mode), data)
+
+
+def _images(domains: Sequence[Domain]) -> frozenset[tuple[Path, ...]]:
+    return frozenset((disk.path, *disk.backing) for domain in domains for disk in domain.disks if disk.path is not None)
 
 
 def _definitions(domains: Sequence[Domain], warnings: list[str]) -> Iterator[tuple[str, str]]:

@@ -376,6 +376,8 @@ class _Run:
             except (InUse, Abandoned):  # whoever opens it meanwhile goes first, and is not disturbed by the next try
                 if archive:
                     raise
+                # A snapshot may have made another file its own since the job began.
+                vm = await self._jobs.found_again(vm)
                 freezer = await self._jobs.freezer_of(vm)
                 report = await archiver.run_in_use(vm, progress=advance, claimed=self._claimed, freezer=freezer)
             result.report = report

@@ -15,7 +15,7 @@ the same, which says more than it must.  Whatever goes wrong ends the backup, ne
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +65,10 @@ THAW_S_MAX: Final = 10.0
 """A guest whose agent answers, and is then silent, is thawed by the agent's own time limit, if by any."""
 
 
+class NotOneMoment(Abandoned):
+    """The files of the VM were others at the moment than those that are kept: another try keeps those."""
+
+
 class Freezer(Protocol):
     """Brings the filesystems of one guest to rest, and lets them go on."""
 
@@ -97,7 +101,10 @@ class Means:
 
 
 class RunningBackup:
-    """The backup of one VM; ``metadata`` goes into the restore point, too."""
+    """The backup of one VM; ``metadata`` goes into the restore point, too.
+
+    ``check_images`` raises Abandoned when that is not what its domain says any more.
+    """
 
     def __init__(
         self,
@@ -106,12 +113,14 @@ class RunningBackup:
         report: BackupReport,
         metadata: Mapping[str, str],
         progress: Callable[[int], None],
+        check_images: Callable[[], Awaitable[None]],
     ) -> None:
         self._means = means
         self._vm = vm
         self._report = report
         self._metadata = metadata
         self._progress = progress
+        self._check_images = check_images
         self._room = Room(means.settings.set_aside_bytes_max, means.settings.free_floor_percent)
         self._scope = trio.CancelScope()
         self._has_used_last = False
@@ -120,7 +129,7 @@ class RunningBackup:
         """Make a restore point of the VM as it is at one moment.
 
         Raises InUse (somebody has it open, but not through the mount), Abandoned (with the reason), ClaimedElsewhere,
-        StoreError, IntegrityError, PrimaryError.
+        StoreError, IntegrityError, PrimaryError; NotOneMoment.
         """
         try:
             await self._try(claimed, freezer, uses_last=True)
@@ -139,12 +148,12 @@ class RunningBackup:
                 async with AsyncExitStack() as stack:
                     kept = await self._means.sources.keep(self._vm, stack)
                     await self._means.claims.begin(self._vm.id, self._points(kept), claimed)
-                    others = await self._means.threads.files(
-                        other_entries, self._means.backing, self._vm, files=self._means.files
-                    )
+                    others = await self._others()
                     disks = await self._make_ready(kept, stack, first_file=len(others.stored))
                     stack.callback(lambda: reasons.extend(_reasons(disks)))
                     await self._take_moment(disks, freezer)
+                    others = await self._others_at_moment(others)
+                    await self._check_images()
                     counts = await self._copy(disks, others, uses_last=uses_last)
                     for disk in disks:
                         await disk.disk.changes.replace()
@@ -154,6 +163,20 @@ class RunningBackup:
             reason = reasons[0] if reasons else "it could not be kept as it was"
             raise Abandoned(f"VM {self._vm.name} is in use, and its backup was given up: {reason}")
         self._note(others, counts)
+
+    async def _others(self) -> OtherEntries:
+        means = self._means
+        return await means.threads.files(other_entries, means.backing, self._vm, files=means.files)
+
+    async def _others_at_moment(self, before: OtherEntries) -> OtherEntries:
+        """What else the VM has, after the moment.  Raises NotOneMoment when other files are its than are kept."""
+        now = await self._others()
+        if not (now.has_files(self._vm) and now.has_same_names(before)):
+            raise NotOneMoment(
+                f"VM {self._vm.name} is in use, and files of it were made, renamed or removed before all of it was as "
+                "at one moment; try again"
+            )
+        return now
 
     def _points(self, kept: Sequence[KeptSource]) -> set[PointId | None]:
         """As archive.Archiver finds them."""

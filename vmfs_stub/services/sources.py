@@ -26,7 +26,7 @@ from vmfs_stub.primary.tree import open_beneath
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.reservation import Reservation, end_watch, watch_lease
-from vmfs_stub.services.stored_files import public_xattrs
+from vmfs_stub.services.stored_files import other_entries, public_xattrs, with_files_of
 from vmfs_stub.services.threads import Threads
 
 MAP_BYTES_CHEAP = 1 << 20
@@ -76,6 +76,17 @@ class Sources:
         self._disks = disks
         self._backing = backing
         self.placeholder_bytes_min = placeholder_bytes_min
+
+    async def as_it_is(self, vm: Vm) -> Vm:
+        """The VM with the files that its directory has now: it was found when the job began, perhaps hours ago.
+
+        Raises Abandoned, PrimaryIOError.
+        """
+        return await self._threads.files(self._as_it_is, vm) if vm.is_directory else vm
+
+    def _as_it_is(self, vm: Vm) -> Vm:
+        self._check_still_same_vm(vm)
+        return with_files_of(vm, other_entries(self._backing, vm, files=self._files))
 
     async def reserve(self, vm: Vm, scope: trio.CancelScope, stack: AsyncExitStack, *, archive: bool) -> list[Source]:
         """Reserve every file of ``vm`` until ``stack`` ends; ``scope`` is cancelled when an open wins.
@@ -168,11 +179,18 @@ class Sources:
         return Source(files[0], names, reservation, st, mtime_ns, xattrs, is_apt, placeholder_id)
 
     async def check_unchanged(self, vm: Vm, sources: Sequence[Source]) -> None:
-        """See that nobody has opened a file since, and that the VM is where it was.  Raises Abandoned."""
+        """See that nobody has opened a file since, and that the VM is where it was, with the files that it had.
+
+        Raises Abandoned, PrimaryIOError.
+        """
         for source in sources:
             if not source.reservation.is_intact:
                 raise Abandoned(f"VM {vm.name}: {source.file.path} was opened during the backup; nothing was changed")
         await self._threads.files(self._check_still_same_vm, vm)
+        if vm.is_directory:
+            found = await self._threads.files(other_entries, self._backing, vm, files=self._files)
+            if not found.has_files(vm):
+                raise Abandoned(f"VM {vm.name}: files of it were made, renamed or removed meanwhile; run it again")
 
     def _check_still_same_vm(self, vm: Vm) -> None:
         backing_fd = self._open_backing(vm)

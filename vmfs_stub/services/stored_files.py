@@ -11,13 +11,13 @@ import os
 import stat
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vmfs_stub.core.errors import PrimaryIOError
 from vmfs_stub.core.names import XATTR_PREFIX, printable
 from vmfs_stub.core.sites import PLAIN, FileCalls
-from vmfs_stub.inventory.vm import Vm
+from vmfs_stub.inventory.vm import Vm, VmFile
 from vmfs_stub.primary.tree import Entry, OnError, open_beneath, reopen, walk
 from vmfs_stub.store.manifest import FileKind, StoredFile
 
@@ -54,12 +54,45 @@ def stored_file(
 class OtherEntries:
     """What a VM has besides regular files; ``left_out`` are the paths of what no backup holds.
 
-    ``top`` is the directory that all is in, with its name as path; None for a VM that is one file.
+    ``top`` is the directory that all is in, with its name as path; None for a VM that is one file.  ``seen`` is all
+    that was found in it, regular files too, by paths from there.
     """
 
     stored: list[StoredFile]
     left_out: list[str]
     top: StoredFile | None
+    seen: dict[str, os.stat_result] = field(default_factory=dict)
+
+    def has_same_names(self, other: OtherEntries) -> bool:
+        """Whether the same names stood for the same entries when ``other`` was found."""
+        return {path: st.st_ino for path, st in self.seen.items()} == {
+            path: st.st_ino for path, st in other.seen.items()
+        }
+
+    def has_files(self, vm: Vm) -> bool:
+        """Whether the regular files in the VM's directory are those that ``vm`` says; true of a VM without one."""
+        if self.top is None:
+            return True
+        own = {file.relative: file.ino for file in vm.files if is_inside(vm, file)}
+        return own == {path: st.st_ino for path, st in self.seen.items() if stat.S_ISREG(st.st_mode)}
+
+
+def is_inside(vm: Vm, file: VmFile) -> bool:
+    """Whether a file of a VM that is a directory lies in it; its guest's memory may lie elsewhere."""
+    return file.path == f"{vm.path}/{file.relative}"
+
+
+def with_files_of(vm: Vm, found: OtherEntries) -> Vm:
+    """The VM with the files that its directory had when ``found`` was."""
+    if found.top is None or found.has_files(vm):
+        return vm
+    inside = [
+        VmFile(f"{vm.path}/{path}", path, st.st_size, st.st_ino)
+        for path, st in found.seen.items()
+        if stat.S_ISREG(st.st_mode)
+    ]
+    elsewhere = [file for file in vm.files if not is_inside(vm, file)]
+    return replace(vm, files=(*sorted(inside, key=lambda file: file.relative), *elsewhere))
 
 
 def other_entries(backing: Path, vm: Vm, *, files: FileCalls = PLAIN) -> OtherEntries:
@@ -94,6 +127,7 @@ def _walked(files: FileCalls, backing: Path, vm: Vm, on_error: OnError) -> Other
         with closing(walk(top_fd, on_error, files=files, site="archive.walk")) as entries:
             for entry in entries:
                 mode = entry.st.st_mode
+                found.seen[entry.path] = entry.st
                 if stat.S_ISDIR(mode):
                     found.stored.append(_entry(entry, FileKind.DIRECTORY, xattrs=_directory_xattrs(files, entry)))
                 elif stat.S_ISLNK(mode):

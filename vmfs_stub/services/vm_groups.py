@@ -2,9 +2,9 @@
 
 An external snapshot puts an overlay beside the disk: both are one VM, which only together is of any use.  That is
 written on each file (`inventory/identity.py`), so that it is known when libvirt is away, and until libvirt says
-otherwise.  The group has the id of the file that was there first, whose restore points go on; those that another file
-had by itself stay in the store under its former id.  Nothing is changed of a domain of which a file is a placeholder or
-in a job: its claim, pins and restore points name the id.
+otherwise.  The group has the id of the file that was there first, whose restore points go on, unless a file that stays
+outside has the same; those that another file had by itself stay in the store under its former id.  Nothing is changed
+of a domain of which a file is a placeholder or in a job: its claim, pins and restore points name the id.
 """
 
 from __future__ import annotations
@@ -99,9 +99,10 @@ class VmGroups:
 
 
 def wanted_regroupings(vms: Sequence[Vm], domains: Sequence[Domain], chains: Chains) -> list[Regrouping]:
-    """What has to be marked so that each domain's own files at the top are one VM, and nothing else.  Pure.
+    """What has to be marked so that each domain's own files at the top are one VM, and nothing else.
 
-    Where it cannot be told what an image is based on, all that has to do with its domain stays as it is.
+    Pure, but for new ids.  Where it cannot be told what an image is based on, all that has to do with its domain stays
+    as it is.
     """
     at_top = {file.path: (vm, file) for vm in vms for file in vm.files if file.path in vm.tops and not vm.is_directory}
     wanted: list[Regrouping] = []
@@ -120,15 +121,25 @@ def wanted_regroupings(vms: Sequence[Vm], domains: Sequence[Domain], chains: Cha
         right.update(file.path for _, file in members)
         group = Group(domain.name, domain.uuid)
         counts = Counter(vm.id for vm, _ in members if vm in grouped)
-        vm_id = counts.most_common(1)[0][0] if counts else _first_file(members, chains).id
+        vm_id = counts.most_common(1)[0][0] if counts else _free_id(members, chains)
         if any(vm.id != vm_id or vm.group != group for vm, _ in members):
-            markings = [Marking(file, vm_id, group) for _, file in members]
+            # Those that have the id first: a crash in between leaves no file outside the group with the group's id.
+            markings = [
+                Marking(file, vm_id, group) for vm, file in sorted(members, key=lambda member: member[0].id != vm_id)
+            ]
             wanted.append(Regrouping(domain.name, markings, [vm for vm, _ in members]))
     for path, (vm, file) in at_top.items():
         # Of a domain that is not known now nobody says that the file is not its any more.
         if vm.group is not None and vm.group.domain in sure and path not in right:
             wanted.append(Regrouping(vm.group.name, [Marking(file, None, None)], [vm]))
     return wanted
+
+
+def _free_id(members: Sequence[tuple[Vm, VmFile]], chains: Chains) -> VmId:
+    """The id for a new group: of the file that was there first, unless files that stay outside have the same."""
+    places = {file.path for _, file in members}
+    vms = [_first_file(members, chains), *(vm for vm, _ in members)]
+    return next((vm.id for vm in vms if places.issuperset(vm.tops)), None) or new_vm_id()
 
 
 def _own_places(domains: Sequence[Domain], chains: Chains) -> list[tuple[Domain, list[str], Collection[str]]]:
