@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from vmfs_stub.core.errors import InUse, Protected, Refused
-from vmfs_stub.core.usage import GuestState
 from vmfs_stub.inventory.chains import Chains, why_never_by_domains
 from vmfs_stub.inventory.domain import Domain, DomainDisk
 from vmfs_stub.inventory.vm import Scan, Vm
@@ -44,7 +43,7 @@ class Obstacles:
         for domain in self.domains_of(vm):
             if domain.is_protected:
                 raise Protected(f"VM {vm.name}: the metadata of domain {domain.name} says that it is protected")
-            if not domain.state.is_off and domain.state is not GuestState.UNKNOWN:
+            if not domain.state.is_off:
                 raise InUse(f"VM {vm.name} is in use: domain {domain.name} is {domain.state.value}; shut it down first")
         _refuse(vm, self.by_domains(vm))
 
