@@ -14,12 +14,13 @@ from vmfs_stub.core.policy import Decision, WhenRunning
 from vmfs_stub.core.usage import GuestState
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.vm import Vm
-from vmfs_stub.services.backup_job import BackupJobs, JobSettings, protected
+from vmfs_stub.services.backup_job import BackupJobs, JobSettings
 from vmfs_stub.services.datastore_paths import DatastorePaths
 from vmfs_stub.services.domains import link
 from vmfs_stub.services.hooks import Hooks
 from vmfs_stub.services.hypervisor import GuestFilesystems
 from vmfs_stub.services.managed_save import ManagedSave
+from vmfs_stub.services.obstacles import protected
 from vmfs_stub.services.running_backup import Freezer
 from vmfs_stub.services.stopped_guests import StoppedGuests
 

@@ -37,14 +37,14 @@ from vmfs_stub.primary.tree import open_beneath
 from vmfs_stub.services import memory
 from vmfs_stub.services.adopt import Missed, Wanted
 from vmfs_stub.services.adoption_choice import Told
-from vmfs_stub.services.backup_job import BackupJobs, Decide, Placeholders, protected
+from vmfs_stub.services.backup_job import BackupJobs, Decide, Placeholders
 from vmfs_stub.services.disk_name import disk_label
 from vmfs_stub.services.disk_services import DiskServices
 from vmfs_stub.services.domains import LinkDomains
 from vmfs_stub.services.gathering import Gathering
 from vmfs_stub.services.hypervisor import GuestFilesystems, WatchedHypervisor
 from vmfs_stub.services.managed_save import ManagedSave
-from vmfs_stub.services.obstacles import ObstacleSight
+from vmfs_stub.services.obstacles import ObstacleSight, protected
 from vmfs_stub.services.replication import ReplicaService
 from vmfs_stub.services.retention import apply_rules, problem_of
 from vmfs_stub.services.running_backup import Freezer

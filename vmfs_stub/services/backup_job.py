@@ -22,7 +22,7 @@ from typing import Protocol
 
 import trio
 
-from vmfs_stub.core.errors import Abandoned, HypervisorAway, InUse, Protected, Refused, Unsupported, VmfsStubError
+from vmfs_stub.core.errors import Abandoned, HypervisorAway, InUse, Refused, Unsupported, VmfsStubError
 from vmfs_stub.core.ids import PointId, VmId
 from vmfs_stub.core.names import printable
 from vmfs_stub.core.policy import Decision, WhenRunning
@@ -413,11 +413,6 @@ class _Run:
             rule=(decision.rule or "") if decision is not None else "",
             undo=f"vmfs-stub recall {shlex.quote(vm.name)}" if archives else "",
         )
-
-
-def protected(vm: Vm) -> Protected:
-    """Why a VM is not archived that its operator has protected."""
-    return Protected(f"VM {vm.name} is protected from being archived; `vmfs-stub unprotect` allows it again")
 
 
 def _left_out(report: BackupReport) -> str:

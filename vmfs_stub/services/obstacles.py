@@ -89,6 +89,11 @@ class ObstacleSight:
         return Obstacles(chains, self.require_stop_on_error)
 
 
+def protected(vm: Vm) -> Protected:
+    """Why a VM is not archived that its operator has protected."""
+    return Protected(f"VM {vm.name} is protected from being archived; `vmfs-stub unprotect` allows it again")
+
+
 def _refuse(vm: Vm, reasons: Sequence[str]) -> None:
     if reasons:
         raise Refused(f"VM {vm.name} is not archived: {'; '.join(reasons)}")
