@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vmfs_stub.core import toml_places
@@ -178,6 +178,7 @@ def test_nothing_is_found_of_what_is_not_there() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(alphabet="ab.='\"[]{}#,\n \\1-", max_size=40))
+@example('"\\1"')
 def test_what_is_no_toml_does_no_harm(text: str) -> None:
     TomlPlaces(text).of(("a",))
 

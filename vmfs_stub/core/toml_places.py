@@ -214,5 +214,8 @@ def _unquoted(text: str) -> str:
     """The key that is written as the string ``text``."""
     if "\\" not in text:
         return text[1:-1]
-    (key,) = tomllib.loads(f"{text} = 0")
+    try:
+        (key,) = tomllib.loads(f"{text} = 0")
+    except tomllib.TOMLDecodeError:
+        raise _Unexpected from None
     return key
