@@ -10,7 +10,7 @@ import argparse
 import logging
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -35,14 +35,22 @@ class SiteSoak:
             "--minutes", type=float, default=math.inf, help="stop after so long (default: when all calls were spoiled)"
         )
         length.add_argument("--operations", type=int, help="spoil so many calls instead, however long they take")
+        parser.add_argument(
+            "--part", type=_part, default=(1, 1), metavar="K/N", help="only the K-th of N parts of a seed's calls"
+        )
+        parser.add_argument(
+            "--scenario", action="append", choices=[scenario.name for scenario in SCENARIOS], help="only this one"
+        )
         add_store(parser)
 
     def run(self, options: argparse.Namespace, seed: int) -> str:
         """Raises LabError when the VM is not whole afterwards, naming the call and how it went wrong."""
         with _without_log(), store_place(options) as place:
-            waiting = _everything()
-            everything = len(waiting)
+            waiting = _everything(options.scenario)
             random.Random(seed).shuffle(waiting)
+            part, parts = options.part
+            waiting = waiting[part - 1 :: parts]
+            everything = len(waiting)
             done = run_steps(
                 "sites",
                 lambda: _spoil(*waiting.pop(), place, seed),
@@ -53,11 +61,19 @@ class SiteSoak:
         return f"{done} of {everything} calls went wrong, the VM was whole after each"
 
 
-def _everything() -> list[tuple[Scenario, Spoiling]]:
-    """All ways in which a scenario can be spoiled, found by running each once."""
+def _part(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not K/N, with K from 1 to N")
+    return int(part), int(parts)
+
+
+def _everything(names: Collection[str] | None) -> list[tuple[Scenario, Spoiling]]:
+    """All ways in which these scenarios (None: all) can be spoiled, found by running each once."""
     return [
         (scenario, spoiling)
         for scenario in SCENARIOS
+        if names is None or scenario.name in names
         for spoiling in spoilings(trio.run(run, scenario, None), every=True)
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,13 @@ def test_a_few_calls_go_wrong(tmp_path: Path) -> None:
     assert "5 of " in said
     assert "the VM was whole after each" in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_parts_are_all_of_it(tmp_path: Path) -> None:
+    said = [run(SOAK + MAIN, "--operations", "1", "--part", part, tmp=tmp_path)[1] for part in ("1/1", "1/2", "2/2")]
+    whole, *halves = (int(found[1]) for found in map(re.compile(r"1 of (\d+) calls").search, said) if found)
+    assert len(halves) == 2
+    assert sum(halves) == whole > 0
 
 
 def test_what_is_planted_is_found_and_named(tmp_path: Path) -> None:
