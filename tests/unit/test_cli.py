@@ -25,7 +25,7 @@ from vmfs_stub.cli import main as cli
 from vmfs_stub.cli.exit_codes import ExitCode
 from vmfs_stub.cli.output import bytes_text
 from vmfs_stub.config import load_config
-from vmfs_stub.config_policy import IdleConfig, RuleConfig
+from vmfs_stub.config.policy import IdleConfig, RuleConfig
 from vmfs_stub.control.client import ControlClient
 from vmfs_stub.core.errors import DaemonUnreachable
 from vmfs_stub.core.policy import DEFAULT_RULE
