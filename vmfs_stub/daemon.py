@@ -230,7 +230,6 @@ async def _open_datastore(
                 rebuild = Rebuild(
                     catalog=catalog,
                     listing=datastore.listing,
-                    placeholders=placeholders,
                     threads=threads,
                     store=store,
                     findings=findings,
