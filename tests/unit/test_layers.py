@@ -24,14 +24,15 @@ ADAPTERS = frozenset({"store", "primary", "catalog", "inventory"})
 ALLOWED: Mapping[str, frozenset[str]] = {
     "": frozenset(),
     "core": frozenset(),
+    "directory_sync": frozenset(),
     "paced_io": frozenset(),
-    **{adapter: frozenset({"core", "paced_io"}) for adapter in ADAPTERS},
+    **{adapter: frozenset({"core", "directory_sync", "paced_io"}) for adapter in ADAPTERS},
     "config": frozenset({"core"}),
     "services": frozenset({"core", "paced_io"}) | ADAPTERS,
     "mover": frozenset({"core", "paced_io", "primary", "services", "store"}),
     "mount": frozenset({"core", "config", "services"}),
     "control": frozenset({"core", "config", "services"}),
-    "cli": frozenset({"core", "config", "services", "store"})
+    "cli": frozenset({"core", "config", "directory_sync", "services", "store"})
     | {"control.client", "control.messages", "inventory.domain", "mount.mountpoint"},
 }
 WIRING = frozenset(
