@@ -410,16 +410,6 @@ def test_background_gives_up_on_a_silent_daemon(run: Run, config: Path, fake_dae
 # init
 
 
-@pytest.fixture
-def mountpoint(tmp_path: Path) -> Iterator[Path]:
-    """A mountpoint that `init` may make immutable; the flag would stop the clean-up."""
-    path = tmp_path / "vms"
-    yield path
-    if path.is_dir():
-        with suppress(OSError):
-            mountpoints.clear_immutable(path)
-
-
 def init_arguments(tmp_path: Path, mountpoint: Path, **changes: str | Path) -> list[str | Path]:
     options: dict[str, str | Path] = {
         "backing": tmp_path / "backing",

@@ -46,11 +46,6 @@ RANDOM = random.Random(8)
 
 
 @pytest.fixture
-def objects() -> FakeObjects:
-    return FakeObjects()
-
-
-@pytest.fixture
 def store(objects: FakeObjects) -> Store:
     return Store.create(objects, chunk_size=CHUNK)
 

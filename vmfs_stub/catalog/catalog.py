@@ -33,6 +33,7 @@ SCHEMA_VERSION = 3
 _BUSY_TIMEOUT_S = 10.0
 _ACCESS_ROWS_PER_DISK = 32
 """Executables and users remembered per disk: any user who may read a disk could otherwise add rows without end."""
+_JOBS = "SELECT id, kind, state, vms, caller_uid, started, ended, report, error FROM jobs"
 
 _DAMAGED = frozenset(
     {
@@ -221,18 +222,12 @@ class Catalog:
 
     def jobs(self, *, count_max: int) -> list[JobRecord]:
         """The newest ``count_max`` jobs, newest first."""
-        rows = self._read(
-            "SELECT id, kind, state, vms, caller_uid, started, ended, report, error FROM jobs "
-            "ORDER BY started DESC, id LIMIT ?",
-            (count_max,),
-        )
+        rows = self._read(f"{_JOBS} ORDER BY started DESC, id LIMIT ?", (count_max,))
         return self._jobs_of(rows)
 
     def job(self, job_id: JobId) -> JobRecord | None:
         """One job; None when none of that id is remembered."""
-        rows = self._read(
-            "SELECT id, kind, state, vms, caller_uid, started, ended, report, error FROM jobs WHERE id = ?", (job_id,)
-        )
+        rows = self._read(f"{_JOBS} WHERE id = ?", (job_id,))
         return next(iter(self._jobs_of(rows)), None)
 
     def _jobs_of(self, rows: Iterable[Sequence[Any]]) -> list[JobRecord]:

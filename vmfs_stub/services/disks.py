@@ -83,7 +83,6 @@ class Disks:
         """Called when somebody opened a disk through the mount."""
         self.attributes_changed: Callable[[int], object] = lambda ino: None
         """Called with an inode number when stat of it changes without a request that changes it; the mount sets it."""
-        """Called with the VM of which a disk is an ordinary file again."""
         self._opener = DiskOpener(
             files=files,
             threads=threads,
