@@ -77,7 +77,7 @@ class JobRig:
     protected: set[VmId] = field(default_factory=set)
     refusals: list[Exception | None] = field(default_factory=list)
     looks: list[tuple[str, bool]] = field(default_factory=list)
-    made: dict[VmId, bool] = field(default_factory=dict)
+    made: set[VmId] = field(default_factory=set)
     save_dir: Path = Path("/var/lib/libvirt/qemu/save")
     limit_s: float = 5.0
 
@@ -132,8 +132,8 @@ class JobRig:
         domain = await self.guests.running(vm)
         return None if domain is None else GuestFilesystems(self.hypervisor, domain.uuid)
 
-    async def _made(self, vm_id: VmId, *, is_archived: bool) -> None:
-        self.made[vm_id] = is_archived
+    async def _made(self, vm_id: VmId) -> None:
+        self.made.add(vm_id)
 
     async def _forget(self, vm: Vm) -> tuple[list[PointId], str]:
         return [], ""

@@ -13,6 +13,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -22,7 +23,7 @@ import trio
 from vmfs_stub import paced_io
 from vmfs_stub.catalog.catalog import Catalog
 from vmfs_stub.config import Config
-from vmfs_stub.control.jobs import open_jobs
+from vmfs_stub.control.jobs import Jobs, open_jobs
 from vmfs_stub.control.metrics import Metrics
 from vmfs_stub.control.metrics_port import MetricsPort
 from vmfs_stub.control.readiness import tell_ready
@@ -51,7 +52,7 @@ from vmfs_stub.datastore_rebuild import Rebuild
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.mount.filesystem import Filesystem
 from vmfs_stub.mount.serving import Mount, open_mount
-from vmfs_stub.mover.client import open_mover
+from vmfs_stub.mover.client import ProcessMover, open_mover
 from vmfs_stub.mover.lock import MoverLock
 from vmfs_stub.primary.files import FileCalls, sync_directory, write_fully
 from vmfs_stub.primary.placeholder import PrivateState
@@ -59,7 +60,7 @@ from vmfs_stub.primary.serving_mark import PACE, Machine, OwnCalls, Pace, Servin
 from vmfs_stub.services import memory
 from vmfs_stub.services.bandwidth import Bandwidth
 from vmfs_stub.services.datastore_lock import end_at_once, take_lock
-from vmfs_stub.services.disk_services import connect_services
+from vmfs_stub.services.disk_services import DiskServices, connect_services
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.file_reads import FileReads, open_ring
 from vmfs_stub.services.findings import Findings
@@ -149,136 +150,203 @@ def look_at_placeholders(
         ) from exc
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What is known before anything is opened: the store and its replica, and what start-up found on primary."""
+
+    clients: StoreClients
+    store: Store
+    replicated: ReplicatedStore | None
+    placeholders: PlaceholderIndex
+    findings: Findings
+    private: PrivateState
+    recovered: Recovered
+    managed_save: ManagedSave
+    is_first_start: bool
+    """Whether no daemon has been here before."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What serves disks, without the mount; what goes on beside it runs in ``background``."""
+
+    background: trio.Nursery
+    threads: Threads
+    catalog: Catalog
+    mover: ProcessMover
+    hypervisor: WatchedHypervisor
+    bandwidth: Bandwidth
+    services: DiskServices
+
+
 @asynccontextmanager
 async def _open_datastore(
     settings: Settings, files: FileCalls, hangups: AsyncIterator[int]
 ) -> AsyncIterator[trio.Event]:
     """Everything of one datastore; yields the event that is set when it is to end."""
     config = settings.current
-    backing = config.datastore.backing
-    was_here = config.store_copy_path.exists()
+    found = _look(config, files)
+    usage, stop = MountUsage(config.usage.hypervisors), trio.Event()
+    async with (
+        _open_parts(config, files, found) as parts,
+        _open_filesystem(config, files, parts.threads, parts.services.disks, usage) as filesystem,
+        open_mount(filesystem, mountpoint=config.datastore.mountpoint, settings=mount_settings(config)) as mount,
+        open_jobs(parts.catalog, running_max=config.control.jobs_running_max, kept=config.control.jobs_kept) as jobs,
+    ):
+        background, services, mover = parts.background, parts.services, parts.mover
+        services.disks.attributes_changed = mount.attributes_changed
+        services.adopter.appeared = lambda name: mount.name_appeared(os.fsencode(name))
+        datastore = _make_datastore(settings, files, found, parts, mount, jobs, usage, stop)
+        follow(
+            settings,
+            services=services,
+            jobs=jobs,
+            clients=found.clients,
+            store=found.store,
+            mover=mover,
+            findings=found.findings,
+            bandwidth=parts.bandwidth,
+            datastore=datastore,
+        )
+        metrics = make_metrics(datastore, services, mount, jobs, found.clients, mover)
+        _start_datastore(background, datastore)
+        _start_services(background, services, settings)
+        background.start_soon(_rebuild(found, parts, datastore).run)
+        background.start_soon(reload_on_hangup, settings, hangups, found.findings)
+        if config.monitoring.address is not None:
+            background.start_soon(_metrics_port(config, metrics, found.findings).run)
+        background.start_soon(_end_on_signal, stop)
+        background.start_soon(_end_with_mount, mount, stop)
+        background.start_soon(resume, found.recovered, config.datastore.backing, services)
+        await mover.wait_started()
+        with _closing(datastore):
+            async with open_control(
+                datastore,
+                metrics,
+                backing=config.datastore.backing,
+                socket_path=config.socket_path,
+                connections_max=config.control.connections_max,
+            ):
+                memory.settle()
+                log.info("%s is served at %s", config.datastore.backing, config.datastore.mountpoint)
+                tell_ready()
+                yield stop
+
+
+def _look(config: Config, files: FileCalls) -> _Found:
+    is_first_start = not config.store_copy_path.exists()
     clients = StoreClients(*store_places(config))
     store = open_store(config, clients.store)
     replicated = ReplicatedStore.at(store, store_at(config).replica(config.replica), objects=clients.replica)
-    placeholders, findings, guests, stop = PlaceholderIndex(), Findings(), GuestActivity(), trio.Event()
+    placeholders, findings = PlaceholderIndex(), Findings()
     private, recovered = look_at_placeholders(config, files, placeholders)
     for subject, error in recovered.findings:
         findings.add(subject, error)
     private.reserve.fill(files)
-    save_dir, mountpoint = config.libvirt.save_dir, config.datastore.mountpoint
-    managed_save = ManagedSave.at(save_dir, backing=backing, mountpoint=mountpoint, files=files)
-    mount_usage = MountUsage(config.usage.hypervisors)
+    backing, mountpoint = config.datastore.backing, config.datastore.mountpoint
+    managed_save = ManagedSave.at(config.libvirt.save_dir, backing=backing, mountpoint=mountpoint, files=files)
+    return _Found(clients, store, replicated, placeholders, findings, private, recovered, managed_save, is_first_start)
+
+
+@asynccontextmanager
+async def _open_parts(config: Config, files: FileCalls, found: _Found) -> AsyncIterator[_Parts]:
+    """At the end all background work is over, and every disk laid down."""
+    guests, bandwidth = GuestActivity(), Bandwidth(config.jobs.bandwidth)
     with (
         _closing(make_threads(config)) as threads,
         _closing(FileReads(files=files, threads=threads, ring=open_ring())) as reads,
-        _closing(open_catalog(config, findings)) as catalog,
+        _closing(open_catalog(config, found.findings)) as catalog,
         _closing(MoverLock(config.mover_lock_path)) as mover_lock,
     ):
         async with (
-            open_mover(mover_settings(config, store), guests, _index_told(findings), lock=mover_lock) as mover,
+            open_mover(
+                mover_settings(config, found.store), guests, _index_told(found.findings), lock=mover_lock
+            ) as mover,
             _open_hypervisor(config) as hypervisor,
             trio.open_nursery() as background,
         ):
-            bandwidth = Bandwidth(config.jobs.bandwidth)
             services = connect_services(
                 background,
                 service_settings(config),
-                backing=backing,
+                backing=config.datastore.backing,
                 files=files,
                 threads=threads,
                 reads=reads,
-                private=private,
-                store=store,
-                reading=replicated or store,
+                private=found.private,
+                store=found.store,
+                reading=found.replicated or found.store,
                 mover=mover,
                 guests=guests,
-                placeholders=placeholders,
-                changes_left=recovered.changes,
-                findings=findings,
+                placeholders=found.placeholders,
+                changes_left=found.recovered.changes,
+                findings=found.findings,
                 bandwidth=bandwidth,
-                mountpoint=mountpoint,
+                mountpoint=config.datastore.mountpoint,
                 hypervisor=hypervisor,
             )
-            async with (
-                _laid_down(background, services.disks),
-                _open_filesystem(config, files, threads, services.disks, mount_usage) as filesystem,
-                open_mount(filesystem, mountpoint=mountpoint, settings=mount_settings(config)) as mount,
-                open_jobs(catalog, running_max=config.control.jobs_running_max, kept=config.control.jobs_kept) as jobs,
-            ):
-                services.disks.attributes_changed = mount.attributes_changed
-                services.adopter.appeared = lambda name: mount.name_appeared(os.fsencode(name))
-                datastore = Datastore(
-                    settings=settings,
-                    threads=threads,
-                    private=private,
-                    inventory=DirectoryInventory(backing, files=files, memory_dir=managed_save.memory_dir),
-                    catalog=catalog,
-                    store=store,
-                    replica=None
-                    if replicated is None
-                    else ReplicaService(threads=threads, store=replicated, mover=mover),
-                    services=services,
-                    hypervisor=hypervisor,
-                    mount_usage=mount_usage,
-                    managed_save=managed_save,
-                    findings=findings,
-                    jobs=jobs,
-                    mount=mount,
-                    reserve=partial(private.reserve.fill, files),
-                    stop=stop,
-                )
-                rebuild = Rebuild(
-                    catalog=catalog,
-                    listing=datastore.listing,
-                    placeholders=placeholders,
-                    threads=threads,
-                    store=store,
-                    findings=findings,
-                    was_lost=catalog.is_new and was_here,
-                    on_done=datastore.monitoring.stir,
-                )
-                follow(
-                    settings,
-                    services=services,
-                    jobs=jobs,
-                    clients=clients,
-                    store=store,
-                    mover=mover,
-                    findings=findings,
-                    bandwidth=bandwidth,
-                    datastore=datastore,
-                )
-                metrics = make_metrics(datastore, services, mount, jobs, clients, mover)
-                background.start_soon(datastore.health.watch_store)
-                background.start_soon(datastore.monitoring.run)
-                background.start_soon(rebuild.run)
-                background.start_soon(reload_on_hangup, settings, hangups, findings)
-                if config.monitoring.address is not None:
-                    background.start_soon(_metrics_port(config, metrics, findings).run)
-                background.start_soon(datastore.replicate)
-                background.start_soon(datastore.listing.record_accesses)
-                background.start_soon(datastore.usage.sampler.run)
-                background.start_soon(datastore.work.watch_guests)
-                background.start_soon(datastore.notes.run)
-                background.start_soon(services.ender.run)
-                background.start_soon(services.claims.run)
-                background.start_soon(_sync_regularly, services.disks, settings)
-                background.start_soon(_end_on_signal, stop)
-                background.start_soon(_end_with_mount, mount, stop)
-                background.start_soon(resume, recovered, backing, services)
-                await mover.wait_started()
-                with _closing(datastore):
-                    async with open_control(
-                        datastore,
-                        metrics,
-                        backing=backing,
-                        socket_path=config.socket_path,
-                        connections_max=config.control.connections_max,
-                    ):
-                        memory.settle()
-                        log.info("%s is served at %s", backing, mountpoint)
-                        tell_ready()
-                        yield stop
+            async with _laid_down(background, services.disks):
+                yield _Parts(background, threads, catalog, mover, hypervisor, bandwidth, services)
+
+
+def _make_datastore(
+    settings: Settings,
+    files: FileCalls,
+    found: _Found,
+    parts: _Parts,
+    mount: Mount,
+    jobs: Jobs,
+    usage: MountUsage,
+    stop: trio.Event,
+) -> Datastore:
+    backing, managed_save = settings.current.datastore.backing, found.managed_save
+    threads, replicated = parts.threads, found.replicated
+    replica = None if replicated is None else ReplicaService(threads=threads, store=replicated, mover=parts.mover)
+    return Datastore(
+        settings=settings,
+        threads=threads,
+        private=found.private,
+        inventory=DirectoryInventory(backing, files=files, memory_dir=managed_save.memory_dir),
+        catalog=parts.catalog,
+        store=found.store,
+        replica=replica,
+        services=parts.services,
+        hypervisor=parts.hypervisor,
+        mount_usage=usage,
+        managed_save=managed_save,
+        findings=found.findings,
+        jobs=jobs,
+        mount=mount,
+        reserve=partial(found.private.reserve.fill, files),
+        stop=stop,
+    )
+
+
+def _rebuild(found: _Found, parts: _Parts, datastore: Datastore) -> Rebuild:
+    return Rebuild(
+        catalog=parts.catalog,
+        listing=datastore.listing,
+        threads=parts.threads,
+        store=found.store,
+        findings=found.findings,
+        was_lost=parts.catalog.is_new and not found.is_first_start,
+        on_done=datastore.monitoring.stir,
+    )
+
+
+def _start_datastore(background: trio.Nursery, datastore: Datastore) -> None:
+    background.start_soon(datastore.health.watch_store)
+    background.start_soon(datastore.monitoring.run)
+    background.start_soon(datastore.replicate)
+    background.start_soon(datastore.listing.record_accesses)
+    background.start_soon(datastore.usage.sampler.run)
+    background.start_soon(datastore.work.watch_guests)
+    background.start_soon(datastore.notes.run)
+
+
+def _start_services(background: trio.Nursery, services: DiskServices, settings: Settings) -> None:
+    background.start_soon(services.ender.run)
+    background.start_soon(services.claims.run)
+    background.start_soon(_sync_regularly, services.disks, settings)
 
 
 @asynccontextmanager

@@ -164,7 +164,6 @@ class Datastore:
             monitoring=self.monitoring,
             jobs_paused=lambda: self.work.paused,
         )
-        self._disks.on_graduated = self.listing.graduated
         self.notes = ArchiveNotes(
             hypervisor=hypervisor,
             scan=self.listing.scan,

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 
 import trio
 
@@ -63,7 +62,6 @@ class Listing:
         self._backing_fd = backing_fd
         self._point_counts: dict[VmId, int] = {}
         self._accessed: dict[int, tuple[Caller, float]] = {}
-        self._recalled: dict[VmId, float] = {}
         self.unread: tuple[UnreadVm, ...] = ()
 
     async def disks(self, vm: str | None) -> list[DiskRow]:
@@ -149,16 +147,10 @@ class Listing:
                         saved += max(0, st.st_size - st.st_blocks * 512)
         return saved
 
-    async def backed_up(self, vm_id: VmId, *, is_archived: bool) -> None:
-        """A restore point of a VM was made, and perhaps placeholders of its disks."""
-        now_s = time.time()
-
-        def record() -> None:
-            archived_s = now_s if is_archived else None
-            self._catalog.record_facts(vm_id, last_point=now_s, last_archived=archived_s)
-
+    async def backed_up(self, vm_id: VmId) -> None:
+        """A restore point of a VM was made."""
         with only_warned("a backup could not be recorded"):
-            await self._threads.files(record)
+            await self._threads.files(self._catalog.record_point, vm_id, time.time())
 
     async def adopted(self, vm_id: VmId, name: str, *, created_s: float) -> None:
         """A VM of the store is here now, as placeholders of a restore point that was made then."""
@@ -166,27 +158,19 @@ class Listing:
 
         def record() -> None:
             self._catalog.see_vms([(vm_id, name)], now=now_s)
-            self._catalog.record_facts(vm_id, last_point=created_s, last_archived=now_s)
+            self._catalog.record_point(vm_id, created_s)
 
         with only_warned("an adoption could not be recorded"):
             await self._threads.files(record)
-
-    def graduated(self, vm_id: VmId) -> None:
-        """A disk of a VM is an ordinary file again."""
-        self._recalled[vm_id] = time.time()
 
     def opened(self, disk: Disk, caller: Caller) -> None:
         """Somebody opens a disk."""
         self._accessed[disk.ino] = (caller, time.time())
 
     async def record_accesses(self) -> None:
-        """Write to the catalog, now and then, who opened which disk, and which VMs came back."""
+        """Write to the catalog, now and then, who opened which disk."""
         while True:
             await trio.sleep(ACCESS_INTERVAL_S)
-            recalled, self._recalled = self._recalled, {}
-            with only_warned("recalls could not be recorded"):
-                for vm_id, at_s in recalled.items():
-                    await self._threads.files(partial(self._catalog.record_facts, vm_id, last_recalled=at_s))
             accessed, self._accessed = self._accessed, {}
             if accessed:
                 with only_warned("accesses could not be recorded"):

@@ -1,4 +1,4 @@
-"""What a new catalog does not know of VMs, taken from where it is written down: manifests and placeholders.
+"""What a new catalog does not know of VMs, taken from the store's manifests.
 
 Purpose: a catalog that was lost, or is of an older version, must not make VMs look as if they had never been backed
 up.  It happens beside everything else, and is tried until the store has answered.  Jobs and usage are nowhere else:
@@ -8,7 +8,7 @@ they are lost, which is said once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Final
 
 import trio
@@ -18,7 +18,6 @@ from vmfs_stub.core.errors import HistoryLost, VmfsStubError
 from vmfs_stub.core.ids import VmId
 from vmfs_stub.datastore_listing import Listing
 from vmfs_stub.services.findings import Findings
-from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.store import Store
 
@@ -38,7 +37,6 @@ class Rebuild:
         *,
         catalog: Catalog,
         listing: Listing,
-        placeholders: PlaceholderIndex,
         threads: Threads,
         store: Store,
         findings: Findings,
@@ -47,7 +45,6 @@ class Rebuild:
     ) -> None:
         self._catalog = catalog
         self._listing = listing
-        self._placeholders = placeholders
         self._threads = threads
         self._store = store
         self._findings = findings
@@ -58,12 +55,12 @@ class Rebuild:
     async def run(self) -> None:
         """Rebuild the catalog if that is due, as often as it takes; returns when nothing more is to be said of it."""
         if self._was_lost:
-            self._tell("its facts about VMs are being taken from the store and from placeholders", is_over=False)
+            self._tell("its facts about VMs are being taken from the store", is_over=False)
         while not await self._try():  # noqa: ASYNC110 - nothing tells when the store is back
             await trio.sleep(RETRY_INTERVAL_S)
         self._on_done()
         if self._was_lost:
-            self._tell("what is known of VMs was taken from the store and from placeholders", is_over=True)
+            self._tell("what is known of VMs was taken from the store", is_over=True)
             await trio.sleep(NOTED_S)
             self._findings.settle(_SUBJECT, HistoryLost)
 
@@ -71,10 +68,9 @@ class Rebuild:
         try:
             if not await self._threads.files(lambda: self._catalog.is_rebuild_due):
                 return True
-            archived = archived_times(self._placeholders)
             for vm in (await self._listing.scan()).vms:
                 if vm.id not in self._done:
-                    await self._take(vm.id, archived.get(vm.id))
+                    await self._take(vm.id)
                     self._done.add(vm.id)
             await self._threads.files(self._catalog.rebuilt)
         except VmfsStubError as exc:
@@ -83,27 +79,13 @@ class Rebuild:
         log.info("the catalog knows the last restore points of %d VMs", len(self._done))
         return True
 
-    async def _take(self, vm_id: VmId, archived_s: float | None) -> None:
+    async def _take(self, vm_id: VmId) -> None:
         points = await self._threads.background(self._store.points, vm_id)
-        last_s = max((point.created_s for point in points), default=None)
-
-        def record() -> None:
-            self._catalog.record_facts(vm_id, last_point=last_s, last_archived=archived_s)
-
-        await self._threads.files(record)
+        if points:
+            await self._threads.files(self._catalog.record_point, vm_id, max(point.created_s for point in points))
 
     def _tell(self, what: str, *, is_over: bool) -> None:
         lost = HistoryLost(f"it was lost and begun anew: {what}; the history of jobs and usage before is lost")
         if not is_over:
             log.warning("the catalog was lost: %s", lost)
         self._findings.add(_SUBJECT, lost, stays=False, severity="note" if is_over else "warning")
-
-
-def archived_times(placeholders: PlaceholderIndex) -> Mapping[VmId, float]:
-    """When each VM that has placeholders was last archived, in seconds since the epoch."""
-    found: dict[VmId, float] = {}
-    for _, known in placeholders.items():
-        if known.record is not None:
-            vm_id = known.record.vm_id
-            found[vm_id] = max(found.get(vm_id, 0.0), known.record.archived_ns / 1e9)
-    return found

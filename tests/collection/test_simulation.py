@@ -12,7 +12,7 @@ import pytest
 from tests.collection import hosts
 from tests.collection.hosts import play
 from vmfs_stub.core.errors import ObjectExists
-from vmfs_stub.store import backup_writer, collector, uses
+from vmfs_stub.store import collector, committing, uses
 from vmfs_stub.store.claims import Claim, encode_claim
 from vmfs_stub.store.collector import Collector
 from vmfs_stub.store.condemned import Condemned
@@ -49,7 +49,7 @@ def no_look_at_lists(patch: Patch) -> None:
 
 def no_look_whether_it_is_there(patch: Patch) -> None:
     patch.setattr(uses, "absent", lambda objects, names, key_of: set())
-    patch.setattr(backup_writer, "exists", lambda objects, key: False)  # nor at the mark of a dead one
+    patch.setattr(committing, "exists", lambda objects, key: False)  # nor at the mark of a dead one
 
 
 def no_last_look(patch: Patch) -> None:

@@ -23,7 +23,7 @@ from vmfs_stub.catalog.usage_rows import LastUse
 from vmfs_stub.cli.init import _config_text
 from vmfs_stub.cli.output import bytes_text
 from vmfs_stub.config import load_config
-from vmfs_stub.config_policy import RULES_MAX
+from vmfs_stub.config.policy import RULES_MAX
 from vmfs_stub.control.client import ControlClient
 from vmfs_stub.control.jobs import open_jobs
 from vmfs_stub.control.messages import DiskRow, JobInfo, PolicyRow

@@ -200,20 +200,16 @@ def test_one_in_memory_works_alike() -> None:
     catalog.close()
 
 
-def test_facts_about_vms_only_go_forward(catalog: Catalog) -> None:
+def test_the_newest_point_of_a_vm_only_goes_forward(catalog: Catalog) -> None:
     other = VmId("c" * 32)
     catalog.see_vms([(VM, "web"), (other, "db")], now=1.0)
     assert catalog.points_seen() == {}
-    catalog.record_facts(VM, last_point=10.0, last_archived=10.0)
-    catalog.record_facts(VM, last_point=9.0)
-    catalog.record_facts(VM, last_recalled=12.0)
-    catalog.record_facts(VM, last_point=11.0)
-    catalog.record_facts(VM, last_point=10.5)
+    for made_s in (10.0, 9.0, 11.0, 10.5):
+        catalog.record_point(VM, made_s)
     catalog.see_vms([(VM, "web")], now=20.0)
-    catalog.record_facts(VmId("d" * 32), last_point=1.0)  # nobody has met it: there is no row
+    catalog.record_point(VmId("d" * 32), 1.0)  # nobody has met it: there is no row
     assert catalog.points_seen() == {VM: 11.0}
-    web = next(vm for vm in catalog.known_vms() if vm.name == "web")
-    assert (web.last_point, web.last_archived, web.last_recalled) == (11.0, 10.0, 12.0)
+    assert [(vm.name, vm.last_point) for vm in catalog.known_vms()] == [("db", None), ("web", 11.0)]
 
 
 def test_the_last_job_that_was_done(catalog: Catalog) -> None:
@@ -284,6 +280,25 @@ def test_an_older_catalog_is_brought_to_this_version(path: Path, tmp_path: Path)
     Catalog.open(tmp_path / "fresh.sqlite").close()
     assert described(path) == described(tmp_path / "fresh.sqlite")
     assert described(path)["version"] == [(SCHEMA_VERSION,)]
+
+
+def test_a_catalog_of_version_2_keeps_points_and_what_is_due(path: Path, tmp_path: Path) -> None:
+    catalog = Catalog.open(path)
+    catalog.see_vms([(VM, "web")], now=1.0)
+    catalog.record_point(VM, 5.0)
+    catalog.close()
+    connection = sqlite3.connect(path)
+    for column in ("last_archived", "last_recalled"):
+        connection.execute(f"ALTER TABLE vms ADD COLUMN {column} REAL")
+    with connection:
+        connection.execute("UPDATE vms SET last_archived = 5.0, last_recalled = 6.0")
+    connection.execute("PRAGMA user_version = 2")
+    connection.close()
+    catalog = Catalog.open(path)
+    assert (catalog.was_damaged, catalog.is_rebuild_due, catalog.points_seen()) == (False, True, {VM: 5.0})
+    catalog.close()
+    Catalog.open(tmp_path / "fresh.sqlite").close()
+    assert described(path) == described(tmp_path / "fresh.sqlite")
 
 
 def test_a_step_that_fails_leaves_the_earlier_catalog(path: Path) -> None:

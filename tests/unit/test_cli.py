@@ -25,7 +25,7 @@ from vmfs_stub.cli import main as cli
 from vmfs_stub.cli.exit_codes import ExitCode
 from vmfs_stub.cli.output import bytes_text
 from vmfs_stub.config import load_config
-from vmfs_stub.config_policy import IdleConfig, RuleConfig
+from vmfs_stub.config.policy import IdleConfig, RuleConfig
 from vmfs_stub.control.client import ControlClient
 from vmfs_stub.core.errors import DaemonUnreachable
 from vmfs_stub.core.policy import DEFAULT_RULE
@@ -408,16 +408,6 @@ def test_background_gives_up_on_a_silent_daemon(run: Run, config: Path, fake_dae
 
 
 # init
-
-
-@pytest.fixture
-def mountpoint(tmp_path: Path) -> Iterator[Path]:
-    """A mountpoint that `init` may make immutable; the flag would stop the clean-up."""
-    path = tmp_path / "vms"
-    yield path
-    if path.is_dir():
-        with suppress(OSError):
-            mountpoints.clear_immutable(path)
 
 
 def init_arguments(tmp_path: Path, mountpoint: Path, **changes: str | Path) -> list[str | Path]:

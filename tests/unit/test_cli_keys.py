@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,6 @@ from store_points import back_up
 
 from vmfs_stub.cli.exit_codes import ExitCode
 from vmfs_stub.config import load_config
-from vmfs_stub.mount import mountpoint as mountpoints
 from vmfs_stub.store import key_documents
 from vmfs_stub.store.key_sources import source_of
 from vmfs_stub.store.objects_url import StoreAt, open_objects
@@ -38,15 +35,6 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         return outcome
 
     return watched
-
-
-@pytest.fixture
-def mountpoint(tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "vms"
-    yield path
-    if path.is_dir():
-        with suppress(OSError):
-            mountpoints.clear_immutable(path)
 
 
 def init_words(tmp_path: Path, mountpoint: Path) -> list[str | Path]:

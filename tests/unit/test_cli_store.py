@@ -45,6 +45,19 @@ def url(tmp_path: Path) -> str:
     return where
 
 
+def configured(tmp_path: Path, url: str, more: str) -> str:
+    """The configuration of a datastore with that store; ``more`` comes after its url."""
+    return f"""
+[datastore]
+name = "main"
+backing = "{tmp_path}/backing"
+mountpoint = "{tmp_path}/mount"
+[store]
+url = "{url}"
+{more}
+"""
+
+
 def add_point(store: Store, vm_id: str, name: str, point_id: str, content: bytes = CONTENT) -> None:
     index = ChunkIndex(None, store.id)
     writer = store.begin_backup(index=index)
@@ -103,15 +116,7 @@ def test_the_configured_store_is_tried_as_often_as_configured(
     run: Run, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, tried = tmp_path / "config.toml", []
-    path.write_text(f"""
-[datastore]
-name = "main"
-backing = "{tmp_path}/backing"
-mountpoint = "{tmp_path}/mount"
-[store]
-url = "{url}"
-retries_max = 7
-""")
+    path.write_text(configured(tmp_path, url, "retries_max = 7"))
 
     def opening(at: StoreAt) -> ObjectStore:
         tried.append(at.retries_max)
@@ -279,16 +284,7 @@ def test_gc_repacks_when_the_replica_has_the_copies(
 ) -> None:
     monkeypatch.setattr("vmfs_stub.cli.gc.time.sleep", lambda seconds: None)
     config = tmp_path / "config.toml"
-    config.write_text(f"""
-[datastore]
-name = "main"
-backing = "{tmp_path}/backing"
-mountpoint = "{tmp_path}/mount"
-[store]
-url = "{url}"
-[replica]
-url = "file://{tmp_path}/replica"
-""")
+    config.write_text(configured(tmp_path, url, f'[replica]\nurl = "file://{tmp_path}/replica"'))
     assert run("--config", config, "replicate", "--create").code == 0
     if is_away:
         (tmp_path / "replica").rename(tmp_path / "elsewhere")
@@ -351,16 +347,7 @@ def test_scrub_repairs_what_the_next_backup_has_stored_again(run: Run, url: str,
 def test_scrub_goes_on_where_it_was_with_a_configuration(run: Run, url: str, tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     (tmp_path / "backing/.vmfs-stub").mkdir(parents=True)
-    path.write_text(f"""
-[datastore]
-name = "main"
-backing = "{tmp_path}/backing"
-mountpoint = "{tmp_path}/mount"
-[store]
-url = "{url}"
-[scrub]
-bytes_per_s_max = "1 GiB"
-""")
+    path.write_text(configured(tmp_path, url, '[scrub]\nbytes_per_s_max = "1 GiB"'))
     (pack,) = [path for path in (tmp_path / "store/packs").rglob("*") if path.is_file()]
 
     def nearly_done() -> None:

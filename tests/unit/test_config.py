@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from vmfs_stub.config import DEFAULT_CONFIG_PATH, config_path, load_config, parse_config
-from vmfs_stub.config_values import parse_bytes
+from vmfs_stub.config.values import parse_bytes
 from vmfs_stub.core.errors import ConfigError
 from vmfs_stub.core.policy import DEFAULT_RULE, Idleness, Match, Policy, Rule, WhenRunning
 from vmfs_stub.core.retention import Retention

@@ -80,7 +80,7 @@ class Place:
         self.vms.append(SimpleNamespace(id=vm_id, name=name))
         self.catalog.see_vms([(vm_id, name)], now=self.now_s)
         if age_s is not None:
-            self.catalog.record_facts(vm_id, last_point=self.now_s - age_s)
+            self.catalog.record_point(vm_id, self.now_s - age_s)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import trio
 from prometheus_client.parser import text_string_to_metric_families
 from trio.testing import MockClock, memory_stream_pair
 
-from vmfs_stub.config import listen_address
+from vmfs_stub.config.monitoring import listen_address
 from vmfs_stub.control.metrics import Metrics
 from vmfs_stub.control.metrics_port import CONNECTION_S, RETRY_INTERVAL_S, MetricsPort
 from vmfs_stub.services.recall_waits import Waits

@@ -148,7 +148,7 @@ async def test_a_vm_in_use_is_backed_up_while_it_runs(rig: Rig, decided: bool) -
             assert ("not archived: " in results["a"].message) is decided
             assert services.store.points(results["a"].vm.id)[-1].point_id == report.point_id
             assert results["b"].message == ""
-        assert job.made == {vm.id: False for vm in job.vms()}
+        assert job.made == {vm.id for vm in job.vms()}
         assert not rig.is_placeholder("a/disk.img")
         await services.disks.release(disk)
 
@@ -178,7 +178,7 @@ async def test_a_vm_in_use_that_an_operator_names_is_not_archived(rig: Rig) -> N
         results = await run(job, Placeholders.OF_ALL, tolerant=False)
         assert outcomes(results) == {"a": "skipped"}
         assert isinstance(results["a"].error, InUse)
-        assert job.made == {}
+        assert job.made == set()
         await services.disks.release(disk)
 
 
@@ -572,13 +572,13 @@ async def test_what_is_protected_meanwhile_stays(rig: Rig) -> None:
         (vm,) = job.vms()
         job.protected.add(vm.id)
         by_policy = (await run(job))["a"]
-        assert (by_policy.outcome, job.made) == ("backed up", {vm.id: False})
+        assert (by_policy.outcome, job.made) == ("backed up", {vm.id})
         assert "is protected" in by_policy.message
         named = (await run(job, Placeholders.OF_ALL, tolerant=False))["a"]
         assert isinstance(named.error, Protected)
         job.protected.clear()
         assert outcomes(await run(job, Placeholders.OF_ALL)) == {"a": "archived"}
-        assert job.made == {vm.id: True}
+        assert job.made == {vm.id}
 
 
 # What stands against archives
@@ -607,7 +607,7 @@ async def test_what_comes_up_while_it_is_copied_makes_a_backup_of_it(rig: Rig, p
         assert outcomes(results) == {"a": "backed up"}
         assert results["a"].message == "not archived after all: libvirt does not answer"
         assert job.looks == [*([("a", False)] if at_turn else []), ("a", True)]
-        assert job.made == {results["a"].vm.id: False}
+        assert job.made == {results["a"].vm.id}
         assert not rig.is_placeholder("a/disk.img")
         assert rig.pins() == []
         assert outcomes(await run(job, placeholders)) == {"a": "archived"}

@@ -28,11 +28,6 @@ LAST_TWO = Retention(keep_last=2)
 
 
 @pytest.fixture
-def objects() -> FakeObjects:
-    return FakeObjects()
-
-
-@pytest.fixture
 def store(objects: FakeObjects) -> Store:
     return Store.create(objects)
 

@@ -35,11 +35,6 @@ DISK = RANDOM.randbytes(5 * CHUNK + 17)
 
 
 @pytest.fixture
-def objects() -> FakeObjects:
-    return FakeObjects()
-
-
-@pytest.fixture
 def store(objects: FakeObjects) -> Store:
     return Store.create(objects, chunk_size=CHUNK)
 

@@ -25,10 +25,10 @@ from vmfs_stub.core.errors import (
 )
 from vmfs_stub.core.ids import DatastoreId, PackId, PlaceholderId, PointId, SegmentId, VmId
 from vmfs_stub.store import backup_writer
-from vmfs_stub.store.backup_writer import BackupWriter
 from vmfs_stub.store.chunk_index import ChunkIndex
 from vmfs_stub.store.claims import Claim, ClaimState, put_claim
 from vmfs_stub.store.collector import Collected, Collector
+from vmfs_stub.store.committing import Committing
 from vmfs_stub.store.condemned import Condemned, encode_condemned
 from vmfs_stub.store.condemning import Condemning
 from vmfs_stub.store.format import SEAL_GROWTH
@@ -43,11 +43,6 @@ from vmfs_stub.store.store import Store
 
 CHUNK = 64 * 1024
 RANDOM = random.Random(8)
-
-
-@pytest.fixture
-def objects() -> FakeObjects:
-    return FakeObjects()
 
 
 @pytest.fixture
@@ -261,13 +256,13 @@ def test_what_is_committed_while_it_looks_for_the_last_time_stays(monkeypatch: p
         threading.Event(),
         threading.Event(),
         Condemning.condemn,
-        BackupWriter._put_manifest,
+        Committing._put_manifest,
     )
 
-    def slowly(writer: BackupWriter, key: str, data: bytes) -> None:
+    def slowly(committing: Committing, key: str, data: bytes) -> None:
         stands_still.set()
         assert go_on.wait(10)
-        put(writer, key, data)
+        put(committing, key, data)
         objects.unlisted.add(key)
 
     def condemned_since(self: Condemning, names: Condemned, keys: Any) -> Any:
@@ -282,7 +277,7 @@ def test_what_is_committed_while_it_looks_for_the_last_time_stays(monkeypatch: p
             go_on.set()
             backup.join()
 
-    monkeypatch.setattr(BackupWriter, "_put_manifest", slowly)
+    monkeypatch.setattr(Committing, "_put_manifest", slowly)
     monkeypatch.setattr(Condemning, "condemn", condemned_since)
     backup = threading.Thread(target=lambda: back_up(store, {"disk": content}, vm_id="5" * 32, index=index))
     collect(store, sleep=sleep)

@@ -55,11 +55,6 @@ def nothing_secret_is_logged(caplog: pytest.LogCaptureFixture, monkeypatch: pyte
     assert PASSPHRASE.secret.decode() not in caplog.text
 
 
-@pytest.fixture
-def objects() -> FakeObjects:
-    return FakeObjects()
-
-
 def _keys(objects: FakeObjects) -> list[str]:
     return [key for key in objects.contents if key.startswith("keys/")]
 

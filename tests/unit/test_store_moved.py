@@ -36,11 +36,6 @@ DISK = RANDOM.randbytes(4 * CHUNK + 9)
 
 
 @pytest.fixture
-def objects() -> FakeObjects:
-    return FakeObjects()
-
-
-@pytest.fixture
 def store(objects: FakeObjects) -> Store:
     return Store.create(objects, chunk_size=CHUNK)
 

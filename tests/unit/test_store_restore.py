@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from store_fakes import FakeObjects
-from store_points import KEY_SOURCE, back_up, stored_file
+from store_points import back_up, stored_file
 
 from vmfs_stub.core.errors import (
     AlreadyExists,
@@ -38,18 +38,6 @@ DISK = RANDOM.randbytes(300_000) + bytes(5_000_000) + RANDOM.randbytes(9_000_001
 MARKED = ("disk.raw", "nvram")
 LINK = stored_file("link", 0, kind=FileKind.SYMLINK, target="disk.raw")
 FOLDER = stored_file("nvram", 0, kind=FileKind.DIRECTORY, mode=0o750)
-
-
-@pytest.fixture
-def objects() -> FakeObjects:
-    return FakeObjects()
-
-
-@pytest.fixture(params=[None, KEY_SOURCE], ids=["plain", "encrypted"])
-def source(request: pytest.FixtureRequest) -> KeySource | None:
-    """What opens the store."""
-    found: KeySource | None = request.param
-    return found
 
 
 @pytest.fixture

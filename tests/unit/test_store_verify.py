@@ -6,7 +6,7 @@ import random
 
 import pytest
 from store_fakes import FakeObjects
-from store_points import KEY_SOURCE, back_up, new_id
+from store_points import back_up, new_id
 from xxhash import xxh3_128_digest
 
 from vmfs_stub.core.errors import PointNotFound, StoreUnavailable
@@ -19,18 +19,6 @@ from vmfs_stub.store.store import Store
 RANDOM = random.Random(11)
 CHUNK = 64 * 1024
 DISK = RANDOM.randbytes(5 * CHUNK + 17)
-
-
-@pytest.fixture
-def objects() -> FakeObjects:
-    return FakeObjects()
-
-
-@pytest.fixture(params=[None, KEY_SOURCE], ids=["plain", "encrypted"])
-def source(request: pytest.FixtureRequest) -> KeySource | None:
-    """What opens the store."""
-    found: KeySource | None = request.param
-    return found
 
 
 @pytest.fixture

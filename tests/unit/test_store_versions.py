@@ -27,11 +27,6 @@ CHUNK = 64 << 10
 
 
 @pytest.fixture
-def objects() -> FakeObjects:
-    return FakeObjects()
-
-
-@pytest.fixture
 def store(objects: FakeObjects) -> Store:
     return Store.create(objects, chunk_size=CHUNK)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from store_fakes import FakeObjects
-from store_points import KEY_SOURCE, back_up, finish, new_id, stored_file, write_chunks
+from store_points import back_up, finish, new_id, stored_file, write_chunks
 
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.errors import (
@@ -42,18 +42,6 @@ from vmfs_stub.store.store import Store
 
 CHUNK = 64 * 1024
 RANDOM = random.Random(5)
-
-
-@pytest.fixture
-def objects() -> FakeObjects:
-    return FakeObjects()
-
-
-@pytest.fixture(params=[None, KEY_SOURCE], ids=["plain", "encrypted"])
-def source(request: pytest.FixtureRequest) -> KeySource | None:
-    """What opens the store."""
-    found: KeySource | None = request.param
-    return found
 
 
 @pytest.fixture

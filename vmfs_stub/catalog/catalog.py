@@ -29,10 +29,11 @@ from vmfs_stub.core.names import printable
 from vmfs_stub.core.sites import PLAIN, FileCalls
 from vmfs_stub.core.usage import HOUR_S, Reading, Sample
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _BUSY_TIMEOUT_S = 10.0
 _ACCESS_ROWS_PER_DISK = 32
 """Executables and users remembered per disk: any user who may read a disk could otherwise add rows without end."""
+_JOBS = "SELECT id, kind, state, vms, caller_uid, started, ended, report, error FROM jobs"
 
 _DAMAGED = frozenset(
     {
@@ -56,8 +57,7 @@ log = logging.getLogger(__name__)
 class KnownVm:
     """A VM that was met; times in seconds since the epoch, None where it is not known, or never was.
 
-    ``last_point`` is when its newest restore point was made, ``last_archived`` when it last became a placeholder,
-    ``last_recalled`` when a disk of it last was an ordinary file again.
+    ``last_point`` is when its newest restore point was made.
     """
 
     id: VmId
@@ -65,8 +65,6 @@ class KnownVm:
     first_seen: float
     last_seen: float
     last_point: float | None = None
-    last_archived: float | None = None
-    last_recalled: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,29 +152,16 @@ class Catalog:
 
     def known_vms(self) -> list[KnownVm]:
         """Every VM ever met, by name."""
-        rows = self._read(
-            "SELECT id, name, first_seen, last_seen, last_point, last_archived, last_recalled FROM vms "
-            "ORDER BY name, id"
-        )
+        rows = self._read("SELECT id, name, first_seen, last_seen, last_point FROM vms ORDER BY name, id")
         return [KnownVm(VmId(row[0]), *row[1:]) for row in rows]
 
-    def record_facts(
-        self,
-        vm_id: VmId,
-        *,
-        last_point: float | None = None,
-        last_archived: float | None = None,
-        last_recalled: float | None = None,
-    ) -> None:
-        """Record what happened to a VM that `see_vms` knows; a later time replaces an earlier one, None none."""
-        found = {"last_point": last_point, "last_archived": last_archived, "last_recalled": last_recalled}
+    def record_point(self, vm_id: VmId, made_s: float) -> None:
+        """Record when a restore point was made of a VM that `see_vms` knows; an earlier one replaces no later one."""
         with self._write() as connection:
-            for column, time_s in found.items():
-                if time_s is not None:
-                    connection.execute(
-                        f"UPDATE vms SET {column} = max(coalesce({column}, :time), :time) WHERE id = :id",
-                        {"id": vm_id, "time": time_s},
-                    )
+            connection.execute(
+                "UPDATE vms SET last_point = max(coalesce(last_point, :made), :made) WHERE id = :id",
+                {"id": vm_id, "made": made_s},
+            )
 
     def points_seen(self) -> dict[VmId, float]:
         """When the newest known restore point of each VM that has one was made."""
@@ -237,18 +222,12 @@ class Catalog:
 
     def jobs(self, *, count_max: int) -> list[JobRecord]:
         """The newest ``count_max`` jobs, newest first."""
-        rows = self._read(
-            "SELECT id, kind, state, vms, caller_uid, started, ended, report, error FROM jobs "
-            "ORDER BY started DESC, id LIMIT ?",
-            (count_max,),
-        )
+        rows = self._read(f"{_JOBS} ORDER BY started DESC, id LIMIT ?", (count_max,))
         return self._jobs_of(rows)
 
     def job(self, job_id: JobId) -> JobRecord | None:
         """One job; None when none of that id is remembered."""
-        rows = self._read(
-            "SELECT id, kind, state, vms, caller_uid, started, ended, report, error FROM jobs WHERE id = ?", (job_id,)
-        )
+        rows = self._read(f"{_JOBS} WHERE id = ?", (job_id,))
         return next(iter(self._jobs_of(rows)), None)
 
     def _jobs_of(self, rows: Iterable[Sequence[Any]]) -> list[JobRecord]:

@@ -30,5 +30,11 @@ INSERT INTO jobs_new SELECT id, kind, state, vms, caller_uid, started, ended, re
 DROP TABLE jobs;
 ALTER TABLE jobs_new RENAME TO jobs;
 """
+_FACTS_THAT_THE_FILES_TELL = """
+ALTER TABLE vms DROP COLUMN last_archived;
+ALTER TABLE vms DROP COLUMN last_recalled;
+"""
 
-MIGRATIONS: Mapping[int, str] = MappingProxyType({1: _FACTS_ABOUT_VMS + _JOBS_CAN_BE_CANCELLED})
+MIGRATIONS: Mapping[int, str] = MappingProxyType(
+    {1: _FACTS_ABOUT_VMS + _JOBS_CAN_BE_CANCELLED, 2: _FACTS_THAT_THE_FILES_TELL}
+)

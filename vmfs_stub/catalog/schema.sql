@@ -4,7 +4,7 @@
 -- one process, the daemon that holds the datastore's lock.  All times are seconds since the epoch (REAL).  Run on an older
 -- catalog, after migrations.py has changed the tables that it has, this adds those that it lacks.
 
-PRAGMA user_version = 2;
+PRAGMA user_version = 3;
 
 -- VMs that an inventory scan has met.
 CREATE TABLE IF NOT EXISTS vms (
@@ -12,9 +12,7 @@ CREATE TABLE IF NOT EXISTS vms (
     name        TEXT NOT NULL,                              -- the newest name, printable
     first_seen  REAL NOT NULL,
     last_seen   REAL NOT NULL,                              -- a VM that is gone keeps its row
-    last_point     REAL,                                    -- when its newest restore point was made; NULL: none is known
-    last_archived  REAL,                                    -- when it was last made a placeholder
-    last_recalled  REAL                                     -- when a disk of it last became an ordinary file again
+    last_point  REAL                                        -- when its newest restore point was made; NULL: none is known
 ) STRICT, WITHOUT ROWID;
 
 -- Jobs: backup, archive, recall, adopt, rehearsal.
@@ -97,4 +95,4 @@ CREATE TABLE IF NOT EXISTS due (
     name        TEXT PRIMARY KEY
 ) STRICT, WITHOUT ROWID;
 
-INSERT INTO due (name) VALUES ('rebuild');
+INSERT OR IGNORE INTO due (name) VALUES ('rebuild');

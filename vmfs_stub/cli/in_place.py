@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from vmfs_stub.core.errors import AlreadyExists, ConfigError, InUse, PrimaryIOError, Refused
 from vmfs_stub.core.names import TOP_MODE_XATTR
+from vmfs_stub.directory_sync import sync_directory
 from vmfs_stub.mount.mountpoint import clear_immutable, mounts
 
 if TYPE_CHECKING:
@@ -54,9 +55,10 @@ def refuse_running_domains(directory: Path, settings: LibvirtConfig) -> None:
 
     Raises InUse; HypervisorAway where libvirt is there and does not answer.
     """
-    from vmfs_stub.services.libvirt_hypervisor import LibvirtSettings, is_there, look_at_domains
+    from vmfs_stub.cli.libvirt_checks import is_used
+    from vmfs_stub.services.libvirt_hypervisor import LibvirtSettings, look_at_domains
 
-    if settings.enabled is False or (settings.enabled == "auto" and not is_there(settings.uri)):
+    if not is_used(settings):
         return
     for domain in look_at_domains(LibvirtSettings(settings.uri, settings.timeout_s, directory)):
         paths = [Path(os.path.realpath(path)) for path in domain.paths]
@@ -88,7 +90,7 @@ def renamed(directory: Path, backing: Path) -> Iterator[None]:
         os.setxattr(backing, TOP_MODE_XATTR, f"{mode:o}".encode())
         backing.chmod(0o700)
         directory.mkdir(mode=0o755)
-        _sync(directory.parent)
+        sync_directory(directory.parent)
         yield
     except BaseException:
         _undo(directory, backing, mode)
@@ -103,15 +105,7 @@ def _undo(directory: Path, backing: Path, mode: int) -> None:
     with suppress(OSError):
         os.removexattr(backing, TOP_MODE_XATTR)
     backing.rename(directory)
-    _sync(directory.parent)
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    sync_directory(directory.parent)
 
 
 def _refuse_open_files(directory: Path) -> None:

@@ -17,14 +17,19 @@ from vmfs_stub.services.libvirt_hypervisor import LibvirtSettings, is_there, loo
 from vmfs_stub.services.managed_save import ManagedSave
 
 if TYPE_CHECKING:
-    from vmfs_stub.config import Config
+    from vmfs_stub.config import Config, LibvirtConfig
     from vmfs_stub.inventory.domain import Domain
+
+
+def is_used(settings: LibvirtConfig) -> bool:
+    """Whether libvirt is asked on this host: where it is enabled, or left to be found and there."""
+    return settings.enabled is True or (settings.enabled == "auto" and is_there(settings.uri))
 
 
 def check_libvirt(config: Config) -> Iterator[HostFinding]:
     """libvirt, where this host has it, and whether its domains are such that they can be archived."""
     wanted = config.libvirt
-    if wanted.enabled is False or (wanted.enabled == "auto" and not is_there(wanted.uri)):
+    if not is_used(wanted):
         said = (
             "[libvirt] enabled is false" if wanted.enabled is False else "no socket, or vmfs-stub[libvirt] is missing"
         )

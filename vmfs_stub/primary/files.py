@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from vmfs_stub.core.sites import FileCalls as FileCalls
+from vmfs_stub.directory_sync import sync_directory as sync_directory
 from vmfs_stub.paced_io import write_buffers
 
 _FALLOC_FL_KEEP_SIZE = 0x01
@@ -72,15 +73,3 @@ def rename_new(old_dir_fd: int, old: str, new_dir_fd: int, new: str) -> None:
     if _libc.renameat2(old_dir_fd, old_name, new_dir_fd, new_name, ctypes.c_uint(_RENAME_NOREPLACE)) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), new)
-
-
-def sync_directory(fd_or_path: int | str | os.PathLike[str]) -> None:
-    """Make the entries of a directory durable.  Raises OSError."""
-    if isinstance(fd_or_path, int):
-        os.fsync(fd_or_path)
-        return
-    fd = os.open(fd_or_path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Protocol
 
 import trio
 
@@ -42,10 +41,8 @@ Decide = Callable[[Sequence[Vm]], Awaitable[Mapping[VmId, Decision]]]
 """What policy says of VMs; of one that is missing in the answer, it says that it stays."""
 
 
-class Made(Protocol):
-    """Told of a restore point that was made, and whether placeholders were."""
-
-    async def __call__(self, vm_id: VmId, *, is_archived: bool) -> None: ...
+Made = Callable[[VmId], Awaitable[None]]
+"""Told of each VM of which a restore point was made."""
 
 
 class Placeholders(Enum):
@@ -100,7 +97,7 @@ class BackupJobs:
     """Runs backup jobs; what they have in common.
 
     ``forget`` applies retention to a VM that was backed up: what went, and what to say of it.  ``backed_up`` is told of
-    each VM of which there may be a new restore point, ``made`` of each that has one, and whether it was archived.
+    each VM of which there may be a new restore point, ``made`` of each that has one.
     ``found_again`` reads which files a VM has now, and whether it is protected; ``refuse`` raises what stands against
     archiving it now; ``freezer_of`` tells what brings its guest's filesystems to rest, if anything does.  ``is_paused``
     says whether no further VM is to be begun.
@@ -384,7 +381,7 @@ class _Run:
         finally:
             self._jobs.backed_up(vm.id)
         result.outcome = "archived" if report.placeholders else "backed up"
-        await self._jobs.made(vm.id, is_archived=bool(report.placeholders))
+        await self._jobs.made(vm.id)
         result.forgotten, retention = await self._jobs.forget(vm)
         said = [
             report.abandoned or _left_out(report),

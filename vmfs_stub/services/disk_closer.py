@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 
 from vmfs_stub.core.errors import VmfsStubError
-from vmfs_stub.core.ids import VmId
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.placeholder import Placeholder
 from vmfs_stub.services.placeholder_ender import Ended, PlaceholderEnder
@@ -22,8 +21,7 @@ log = logging.getLogger(__name__)
 class DiskCloser:
     """Closes disks that nobody has open any more.
 
-    ``attributes_changed`` is called with an inode number when stat of it changes, ``graduated`` with the VM of which a
-    disk is an ordinary file again.
+    ``attributes_changed`` is called with an inode number when stat of it changes.
     """
 
     def __init__(
@@ -35,7 +33,6 @@ class DiskCloser:
         removals: Removals,
         placeholders: PlaceholderIndex,
         attributes_changed: Callable[[int], object],
-        graduated: Callable[[VmId], object],
     ) -> None:
         self._threads = threads
         self._recall = recall
@@ -43,7 +40,6 @@ class DiskCloser:
         self._removals = removals
         self._placeholders = placeholders
         self._attributes_changed = attributes_changed
-        self._graduated = graduated
 
     async def close(self, disk: Disk) -> None:
         """Close the descriptor where nothing is unsynced; what fails is logged, and left to the next opening."""
@@ -111,5 +107,4 @@ class DiskCloser:
         self._recall.forget(placeholder)
         self._attributes_changed(disk.ino)
         log.info("%s: is an ordinary file again", disk.label)
-        self._graduated(record.vm_id)
         await self._ender.end(Ended.of(record))

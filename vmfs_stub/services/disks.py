@@ -22,7 +22,6 @@ import trio
 
 from vmfs_stub.core.chunking import BLOCK_SIZE
 from vmfs_stub.core.errors import InUse, VmfsStubError
-from vmfs_stub.core.ids import VmId
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PlaceholderMaps, PrivateState
 from vmfs_stub.primary.tree import reopen
@@ -84,8 +83,6 @@ class Disks:
         """Called when somebody opened a disk through the mount."""
         self.attributes_changed: Callable[[int], object] = lambda ino: None
         """Called with an inode number when stat of it changes without a request that changes it; the mount sets it."""
-        self.on_graduated: Callable[[VmId], object] = lambda vm_id: None
-        """Called with the VM of which a disk is an ordinary file again."""
         self._opener = DiskOpener(
             files=files,
             threads=threads,
@@ -116,7 +113,6 @@ class Disks:
             removals=self._removals,
             placeholders=placeholders,
             attributes_changed=self._changed,
-            graduated=self._graduated,
         )
 
     def _recalled(self, disk: Disk) -> None:
@@ -124,9 +120,6 @@ class Disks:
 
     def _changed(self, ino: int) -> None:
         self.attributes_changed(ino)
-
-    def _graduated(self, vm_id: VmId) -> None:
-        self.on_graduated(vm_id)
 
     # Opening and closing
 

@@ -1,19 +1,11 @@
 """Writes one VM's restore point, or copies of frames that are moved: whatever puts packs.
 
 Use, by one job: ``encode`` (CPU only; from several threads at once) → ``append`` (one at a time, in file order; hands
-out packs when full) → ``put_pack`` (from several threads) → ``read_back`` → segments → ``commit``;
+out packs when full) → ``put_pack`` (from several threads) → ``read_back`` → segments → ``commit`` (`committing.py`);
 a job that moves frames has no segments, and ends with ``commit_moves`` (`moving.py`).
 
 Ordering invariants (must = data loss otherwise):
-- must: frames and segments are durable before the pending manifest names them;
-- must: pins are durable before the pending manifest, which is durable before ``condemned/`` is read;
-- must: after that all that is used is seen to stay (`uses.py`), and then this job not to have been taken for dead,
-  before the manifest is committed: what a dead one puts again may be deleted at any time;
-- must: the committed manifest is put where none is: a collector that took this job for dead has put a void one there,
-  before it deleted the pending one and stopped counting what that names;
-- must: when what was pending is gone by then, all that is used is seen to be there once more: the manifest may have
-  been put twice, and the point forgotten and deleted in between;
-- must: a moved document has a name of its own in each try to put it, for the same reason: others count on it at once;
+- must: frames and segments are durable before the commit begins;
 - must: nobody else refers to a pack of this job before it was seen, after the put was done, not to have been taken for
   dead: of one that is dead a late try may put again what collectors delete;
 - should: index objects come last (without them the chunks are merely stored again).
@@ -27,40 +19,29 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Final
 
 from vmfs_stub.core.chunking import FrameRef
-from vmfs_stub.core.errors import IntegrityError, ObjectExists, ObjectMissing, StoreConflict, StoreDenied, StoreError
+from vmfs_stub.core.errors import IntegrityError, ObjectMissing
 from vmfs_stub.core.ids import ChunkId, PackId, PointId, SegmentId, VmId, WriterId
 from vmfs_stub.core.recall_plan import plan_fetches
 from vmfs_stub.store import frames
 from vmfs_stub.store.chunk_index import ChunkIndex
-from vmfs_stub.store.forgotten import Forgotten, put_forgotten
+from vmfs_stub.store.committing import Committing
 from vmfs_stub.store.format import FRAME_HEADER, INDEX_OBJECT_ENTRIES
 from vmfs_stub.store.frames import EncodedChunk
 from vmfs_stub.store.index_objects import PackEntries, encode_index
-from vmfs_stub.store.keys import (
-    INDEX,
-    dead_key,
-    manifest_key,
-    pack_key,
-    pending_key,
-    pin_key,
-    segment_key,
-)
+from vmfs_stub.store.keys import INDEX, pack_key, segment_key
 from vmfs_stub.store.leases import LEASE_INTERVAL_S, Lease
-from vmfs_stub.store.manifest import Manifest, StoredFile, encode_checked
-from vmfs_stub.store.moved import Documents, Move, drop_caches, new_moved
-from vmfs_stub.store.objects import Buffer, ObjectStore, absent, exists, put_anew
+from vmfs_stub.store.manifest import Manifest, StoredFile
+from vmfs_stub.store.moved import Documents, Move, drop_caches
+from vmfs_stub.store.objects import Buffer, ObjectStore, absent
 from vmfs_stub.store.packs import OpenPack, SealedPack
-from vmfs_stub.store.pins import Pin, encode_pin, remove_pin
+from vmfs_stub.store.pins import Pin
 from vmfs_stub.store.sealing import Sealing
 from vmfs_stub.store.segments import Entry, SealedSegment, Segment, SegmentTable, entries_of
 from vmfs_stub.store.uses import Uses
-from vmfs_stub.store.versions import NEWER, is_known
 
 BUFFERS_KEPT: Final = 4
 """Buffers of packs, and of batches, kept for the next one: fresh memory costs more than the copy into it."""
@@ -142,6 +123,7 @@ class BackupWriter:
         self._unindexed: dict[ChunkId, FrameRef] = {}
         """Chunks of this job that the index does not know yet; bounded by the packs that are not put."""
         self._uses = Uses(quarantined)
+        self._committing = Committing(objects, self.writer_id, self._uses, index=index, sealing=sealing, clock=clock)
         self._unpublished: list[PackEntries] = []
         self._unpublished_entries = 0
         self.counts = WriterCounts()
@@ -216,7 +198,7 @@ class BackupWriter:
         self._objects.put(pack_key(pack.pack_id), pack.data)
         # A late try of a writer that was taken for dead puts again what was deleted since, and another collector may be
         # about to delete it.  From here on jobs of this host refer to it, and soon those of others.
-        self._check_not_dead()
+        self._committing.check_not_dead()
         self._index.add(pack.pack_id, pack.refs)
         with self._lock:
             del self._unput[pack.pack_id]
@@ -324,25 +306,11 @@ class BackupWriter:
         manifest = Manifest(
             vm_id, point_id, vm_name, self._clock(), host, self.chunk_size, tuple(files), dict(metadata), top
         )
-        data = encode_checked(manifest, manifest_key(vm_id, point_id))
-        for pin in pins:
-            self._objects.put(pin_key(vm_id, point_id, pin.placeholder_id), encode_pin(pin, vm_id, point_id))
-        pending = pending_key(vm_id, point_id, self.writer_id)
-        self._objects.put(pending, data)
-        try:
-            self._check_used()
-            self._put_manifest(manifest_key(vm_id, point_id), data)
-            if not exists(self._objects, pending):
-                self._check_stands(vm_id, point_id, host)
-        except StoreConflict:
-            self._withdraw(pending, vm_id, point_id, pins)
-            raise
-        with suppress(StoreDenied):  # a host that may not delete leaves that to garbage collection
-            self._objects.delete(pending)
+        self._committing.point(manifest, pins)
         self._publish_index()
         if self._abandoned:
             # Whoever waited for this thread does so no more, and has removed the pins, perhaps before they were made.
-            self._withdraw_pins(vm_id, point_id, pins)
+            self._committing.withdraw_pins(manifest, pins)
         self._lease.end()
         return manifest
 
@@ -354,13 +322,7 @@ class BackupWriter:
         StoreDenied, StoreFull.  What it told stays: it leads nowhere then, which readers bear, or else a backup may
         count on it by now.
         """
-        documents: dict[PackId, Documents] = {}
-        for pack_id, moved in sorted(moves.items()):
-            self.stay_alive()
-            # A late try under the same name would put again what collectors have deleted, or are about to.
-            key = put_anew(self._objects, partial(new_moved, moved, pack_id))
-            documents[pack_id] = {key: list(moved)}
-        self._check_used()
+        documents = self._committing.moves(moves, before_each=self.stay_alive)
         self._publish_index()
         self._lease.end()
         return documents
@@ -444,59 +406,8 @@ class BackupWriter:
             used = self._uses.packs - self._uses.own
         self._index.forget_packs(absent(self._objects, used, pack_key))
 
-    def _check_used(self) -> None:
-        """See that nothing this job uses is condemned, gone, or found damaged meanwhile."""
-        lost = self._uses.lost(self._objects, self._sealing)
-        self._check_not_dead()
-        if not is_known(self._objects):
-            raise StoreConflict(f"the store was raised to a version that this program does not know; {NEWER}")
-        self._index.forget_packs(lost.packs)
-        if lost:
-            msg = (
-                f"{len(lost.packs)} packs and {len(lost.segments)} segments that this job refers to were found "
-                "damaged, or are being removed by garbage collection; run the job again"
-            )
-            raise StoreConflict(msg)
-
-    def _check_not_dead(self) -> None:
-        if exists(self._objects, dead_key(self.writer_id)):
-            raise _taken_for_dead()
-
-    def _put_manifest(self, key: str, data: bytes) -> None:
-        try:
-            self._objects.put(key, data)
-        except ObjectExists as exc:
-            raise _taken_for_dead() from exc
-
-    def _check_stands(self, vm_id: VmId, point_id: PointId, host: str) -> None:
-        """See that nothing is gone of a point of which garbage collection has dealt with what was pending.
-
-        So it was committed when this job was taken for dead.  If it was forgotten and collected since, a late try has
-        put the manifest again: it is to go, since collectors refuse to run where one names what is gone.
-        """
-        try:
-            self._check_used()
-        except StoreConflict:
-            mark = Forgotten(host, self._clock(), "the backup stood still as it ended", secrets.token_hex(8))
-            put_forgotten(self._objects, mark, vm_id, point_id)
-            raise
-
-    def _withdraw(self, pending: str, vm_id: VmId, point_id: PointId, pins: Sequence[Pin]) -> None:
-        with suppress(StoreError):  # garbage collection takes what is pending of a dead job
-            self._objects.delete(pending)
-        self._withdraw_pins(vm_id, point_id, pins)
-
-    def _withdraw_pins(self, vm_id: VmId, point_id: PointId, pins: Sequence[Pin]) -> None:
-        with suppress(StoreError):
-            for pin in pins:
-                remove_pin(self._objects, vm_id, point_id, pin.placeholder_id)
-
     def _publish_index(self) -> None:
         with self._lock:
             packs, self._unpublished, self._unpublished_entries = self._unpublished, [], 0
         if packs:
             self._objects.put(f"{INDEX}{secrets.token_hex(8)}{self.writer_id}", encode_index(packs))
-
-
-def _taken_for_dead() -> StoreConflict:
-    return StoreConflict("this job stood still, and was taken for dead by garbage collection; run it again")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from vmfs_stub.core.errors import AlreadyExists, ConfigError
+from vmfs_stub.directory_sync import sync_directory
 
 KEY_FILE_BYTES: Final = 32
 PASSPHRASE_BYTES_MAX: Final = 1024
@@ -74,7 +75,7 @@ def new_key_file(path: Path) -> KeySource:
             file.write(base64.b64encode(secret) + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        _sync(path.absolute().parent)
+        sync_directory(path.absolute().parent)
     except FileExistsError as exc:
         raise AlreadyExists(f"{path} exists already; it was not changed") from exc
     except FileNotFoundError as exc:
@@ -119,11 +120,3 @@ def _private_bytes(path: Path, what: str) -> bytes:
     if len(data) > _FILE_BYTES_MAX:
         raise ConfigError(f"{what}: is larger than {_FILE_BYTES_MAX} bytes")
     return data
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

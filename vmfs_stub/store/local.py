@@ -30,6 +30,7 @@ from vmfs_stub.core.errors import (
     StoreFull,
     StoreUnavailable,
 )
+from vmfs_stub.directory_sync import sync_directory
 from vmfs_stub.paced_io import read_into, stop_read_ahead, write_buffers
 from vmfs_stub.store.keys import STORE_KEY, check_key, check_prefix
 from vmfs_stub.store.objects import OBJECT_SIZE_MAX, Buffer, ObjectInfo, oversized, truncated
@@ -67,7 +68,7 @@ class LocalObjects:
                 raise ObjectMissing(f"there is no vmfs-stub store in {root}; is what belongs there mounted?")
             if not root.is_dir():
                 root.mkdir(mode=0o700)
-                _sync_folder(root.absolute().parent)
+                sync_directory(root.absolute().parent)
             with contextlib.ExitStack() as opened:
                 self._root_fd = os.open(root, _FOLDER)
                 opened.callback(os.close, self._root_fd)
@@ -262,14 +263,6 @@ def _read(fd: int, key: str, *, offset: int, length: int) -> bytearray:
     if read_into(fd, data, offset) < length:
         raise truncated(key, offset=offset, length=length)
     return data
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, _FOLDER)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _host_tag() -> str:

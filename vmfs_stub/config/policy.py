@@ -7,7 +7,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from vmfs_stub.config_values import ByteCount, Duration, Section
+from vmfs_stub.config.values import ByteCount, Duration, Section
 from vmfs_stub.core.policy import DEFAULT_RULE, Idleness, Match, Policy, Rule, WhenRunning
 from vmfs_stub.core.unused import GAP_SHARE_MAX, SPAN_S_MIN
 

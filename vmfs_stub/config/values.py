@@ -1,11 +1,13 @@
-"""What the sections of a configuration are made of: sizes and times as people write them; unknown keys are refused."""
+"""What the sections of a configuration are made of: sizes, times and paths as people write them."""
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 _SIZE_UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _SIZE = re.compile(r"([0-9]{1,19}) *([A-Za-z]*)")
@@ -35,8 +37,18 @@ def parse_duration(value: object) -> object:
     return float(int(match[1]) * _TIME_UNITS[match[2]])
 
 
+def absolute(value: Path) -> Path:
+    """The path without ``.`` and ``..``; raises ValueError for what is not absolute, or no path at all."""
+    if not value.is_absolute():
+        raise ValueError("must be an absolute path")
+    if "\0" in str(value):
+        raise ValueError("must not hold the character NUL")
+    return Path(os.path.normpath(value))
+
+
 ByteCount = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, le=BYTES_MAX)]
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(ge=0, le=DURATION_S_MAX)]
+AbsolutePath = Annotated[Path, AfterValidator(absolute)]
 
 
 class Section(BaseModel):
