@@ -219,7 +219,7 @@ async def test_a_backup_of_a_vm_in_use_is_held_to_the_limit_and_whole(
     content = random.Random(1).randbytes(16 * CHUNK)
     rig.make_disk("a/disk.img", content)
     async with rig.running() as services:
-        services.archiver._bandwidth.windows = Windows(outside=CHUNK)
+        rig.bandwidth.windows = Windows(outside=CHUNK)
         disk = await services.open("a/disk.img")
         began_s = trio.current_time()
         result = (await run(JobRig(services), Placeholders.NONE))["a"]

@@ -29,7 +29,8 @@ from vmfs_stub.core.policy import Decision, WhenRunning
 from vmfs_stub.core.wrapped_errors import unwrapped
 from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.inventory.vm import Vm
-from vmfs_stub.services.archive import Archiver, BackupReport, Recheck
+from vmfs_stub.services.archive import Archiver, Recheck
+from vmfs_stub.services.backup_report import BackupReport
 from vmfs_stub.services.claims import Claims
 from vmfs_stub.services.hooks import HookCall, Hooks
 from vmfs_stub.services.hydration import HydrationService

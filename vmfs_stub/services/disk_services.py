@@ -10,8 +10,9 @@ import trio
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.services.adopt import Adopter
-from vmfs_stub.services.archive import Archiver, ArchiveSettings
+from vmfs_stub.services.archive import Archiver
 from vmfs_stub.services.associated import AssociatedFiles
+from vmfs_stub.services.backup_report import ArchiveSettings
 from vmfs_stub.services.bandwidth import Bandwidth
 from vmfs_stub.services.changes import Changes
 from vmfs_stub.services.changes_left import ChangesLeft
@@ -97,7 +98,7 @@ def connect_services(
     placeholders: PlaceholderIndex,
     changes_left: ChangesLeft,
     findings: Findings,
-    bandwidth: Bandwidth | None = None,
+    bandwidth: Bandwidth,
     mountpoint: Path | None = None,
     hypervisor: Hypervisor | None = None,
 ) -> DiskServices:
