@@ -258,7 +258,7 @@ async def _open_datastore(
                 background.start_soon(datastore.replicate)
                 background.start_soon(datastore.listing.record_accesses)
                 background.start_soon(datastore.usage.sampler.run)
-                background.start_soon(datastore.work.watch_guests)
+                background.start_soon(datastore.backups.watch_guests)
                 background.start_soon(datastore.notes.run)
                 background.start_soon(services.ender.run)
                 background.start_soon(services.claims.run)

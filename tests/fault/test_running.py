@@ -812,7 +812,11 @@ async def test_no_point_is_made_of_a_vm_that_has_other_images_at_the_moment_than
         hypervisor = FakeHypervisor(guest)
         async with rig.running() as services:
             services.archiver.associated = AssociatedFiles(
-                files=services.files, threads=services.threads, hypervisor=hypervisor, chains=services.chains
+                files=services.files,
+                threads=services.threads,
+                hypervisor=hypervisor,
+                chains=services.chains,
+                link=services.connected.link,
             ).of
 
             def fold_back(rig: Rig) -> None:
