@@ -149,8 +149,8 @@ class Backups:
         Raises VmNotFound, AmbiguousName, and HypervisorAway, PrimaryIOError where it cannot be told of any.
         """
         await self._gathering.run()
-        scan = (await self._listing.scan()).named(vms)
-        chains = (await self._look()).chains
+        situation = await self._look()
+        scan, chains = situation.scan.named(vms), situation.chains
         # Images before those that they are based on, which may be archived only then.
         scan = replace(scan, vms=tuple(chains.in_order(scan.vms)))
         alone = chains.are_linked(scan.vms)

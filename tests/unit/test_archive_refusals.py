@@ -110,6 +110,7 @@ async def test_a_vm_that_cannot_be_read_stops_no_other(rig: Rig) -> None:
                 "archived": datastore.start_archive,
                 "recalled": datastore.start_recall,
                 "backed up": partial(datastore.start_backup, archive=False),
+                "would be backed up": partial(datastore.start_backup, archive=True, rehearsal=True),
             }
             for outcome, start in starts.items():
                 info = await done(datastore, await start(["mine", "other"], peer=ROOT_PEER))
