@@ -327,7 +327,7 @@ class Archiver:
                 async with backup.copying(verify=any(source.placeholder_id for source in sources)) as copying:
                     for source, since in zip(sources, changed, strict=True):
                         disk = source.disk
-                        async with aclosing(self._parts.in_time(disk, since, read=report.count_read)) as parts:
+                        async with aclosing(self._parts.metered(disk, since, read=report.count_read)) as parts:
                             await copying.copy(disk.fd, CopyOrder(disk.fstat().st_size, disk.label), parts, progress)
                 await self._sources.check_unchanged(vm, sources)
                 for source in sources:

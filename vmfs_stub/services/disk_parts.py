@@ -58,7 +58,7 @@ class DiskParts:
         self._chunk_size = chunk_size
         self._bandwidth = bandwidth
 
-    async def in_time(
+    async def metered(
         self, disk: Copied, changed: Changed | None, *, read: Callable[[int], None], aside: SetAside | None = None
     ) -> AsyncGenerator[Part, None]:
         """All parts of ``disk``, those with data when they may be read; ``read`` is told of how many bytes.

@@ -285,7 +285,7 @@ class RunningBackup:
         else:
             for each in disks:
                 await means.last_points.forget_disk(each.disk)
-        parts_of, read = means.parts.in_time, self._report.count_read
+        parts_of, read = means.parts.metered, self._report.count_read
         async with means.mover.backup() as backup:
             async with backup.copying(verify=False) as copying:
                 for frozen, since in zip(disks, changed, strict=True):
