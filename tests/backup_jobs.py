@@ -6,22 +6,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 from tests.datastore_harness import Services
 from tests.fake_hypervisor import FakeHypervisor
+from vmfs_stub.core.errors import Protected
 from vmfs_stub.core.ids import PointId, VmId
 from vmfs_stub.core.policy import Decision, WhenRunning
 from vmfs_stub.core.usage import GuestState
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.services.backup_job import BackupJobs, JobSettings
+from vmfs_stub.services.backup_turn import TurnMeans
 from vmfs_stub.services.datastore_paths import DatastorePaths
 from vmfs_stub.services.domains import link
 from vmfs_stub.services.hooks import Hooks
 from vmfs_stub.services.hypervisor import GuestFilesystems
 from vmfs_stub.services.managed_save import ManagedSave
-from vmfs_stub.services.obstacles import protected
 from vmfs_stub.services.running_backup import Freezer
+from vmfs_stub.services.situation import Situation
 from vmfs_stub.services.stopped_guests import StoppedGuests
 
 MOUNT = Path("/srv/vms")
@@ -46,9 +50,12 @@ class Policy:
     asked: list[tuple[str, ...]] = field(default_factory=list)
     errors: list[Exception] = field(default_factory=list)
     answers: dict[str, list[bool]] = field(default_factory=dict)
+    seen: list[Situation | None] = field(default_factory=list)
+    """What it was to decide from, each time."""
 
-    async def decide(self, vms: Sequence[Vm]) -> Mapping[VmId, Decision]:
+    async def decide(self, vms: Sequence[Vm], situation: Situation | None = None) -> Mapping[VmId, Decision]:
         self.asked.append(tuple(vm.name for vm in vms))
+        self.seen.append(situation)
         if self.errors:
             raise self.errors.pop(0)
         return {vm.id: self._decision(vm) for vm in vms}
@@ -64,8 +71,8 @@ class Policy:
 class JobRig:
     """What a test changes before, and looks at after, a job.
 
-    ``refusals`` are raised by the next looks at what stands against an archive, one by each; ``looks`` are those that
-    there were: at which VM, and whether nobody could use it then.
+    ``refusals`` are raised by what the next looks have seen, one by each; ``seen`` is that, and ``looks`` says of which
+    VM it was asked, and whether nobody could use it then.
     """
 
     services: Services
@@ -77,6 +84,7 @@ class JobRig:
     protected: set[VmId] = field(default_factory=set)
     refusals: list[Exception | None] = field(default_factory=list)
     looks: list[tuple[str, bool]] = field(default_factory=list)
+    seen: list[Situation] = field(default_factory=list)
     made: set[VmId] = field(default_factory=set)
     save_dir: Path = Path("/var/lib/libvirt/qemu/save")
     limit_s: float = 5.0
@@ -98,21 +106,21 @@ class JobRig:
         )
 
     def jobs(self) -> BackupJobs:
-        return BackupJobs(
-            settings=self.settings,
+        means = TurnMeans(
             archiver=self.services.archiver,
-            claims=self.services.claims,
             hydration=self.services.hydration,
             guests=self.guests,
             hooks=self.hooks,
             decide=self.policy.decide,
-            refuse=self._refuse,
+            look=self._look,
             freezer_of=self._freezer_of,
+            found_again=self._found_again,
+            backed_up=lambda vm_id: None,
             made=self._made,
             forget=self._forget,
-            backed_up=lambda vm_id: None,
-            found_again=self._found_again,
-            is_paused=lambda: self.paused,
+        )
+        return BackupJobs(
+            settings=self.settings, means=means, claims=self.services.claims, is_paused=lambda: self.paused
         )
 
     def vms(self) -> tuple[Vm, ...]:
@@ -121,12 +129,16 @@ class JobRig:
     async def all_vms(self) -> Sequence[Vm]:
         return self.vms()
 
-    async def _refuse(self, vm: Vm) -> None:
+    async def _look(self) -> Situation:
+        self.seen.append(cast("Situation", SimpleNamespace(refuse=self._refuse)))
+        return self.seen[-1]
+
+    def _refuse(self, vm: Vm) -> None:
         self.looks.append((vm.name, all(self.services.disks.is_reserved(file.ino) for file in vm.files)))
         if self.refusals and (refusal := self.refusals.pop(0)):
             raise refusal
         if vm.id in self.protected:
-            raise protected(vm)
+            raise Protected(f"VM {vm.name} is protected")
 
     async def _freezer_of(self, vm: Vm) -> Freezer | None:
         domain = await self.guests.running(vm)

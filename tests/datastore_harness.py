@@ -42,7 +42,8 @@ from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.identity import BootIdentity
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.primary.tree import open_beneath, reopen
-from vmfs_stub.services.archive import ArchiveSettings, BackupReport
+from vmfs_stub.services.backup_report import ArchiveSettings, BackupReport
+from vmfs_stub.services.bandwidth import Bandwidth
 from vmfs_stub.services.datastore_lock import take_lock
 from vmfs_stub.services.disk import Caller, Disk
 from vmfs_stub.services.disk_services import DiskServices, ServiceSettings, connect_services
@@ -362,6 +363,7 @@ class Rig:
             host="host1",
             datastore="vms",
         )
+        self.bandwidth = Bandwidth()
         self.hypervisor: WatchedHypervisor | None = None
         """What tells of domains in later lives."""
         self.mountpoint = base / "mount"
@@ -559,6 +561,7 @@ class Rig:
             placeholders=placeholders,
             changes_left=recovered.changes,
             findings=findings,
+            bandwidth=self.bandwidth,
             mountpoint=self.mountpoint,
             hypervisor=None if self.hypervisor is None else SitedHypervisor(self.hypervisor, files),
         )

@@ -339,7 +339,7 @@ def _start_datastore(background: trio.Nursery, datastore: Datastore) -> None:
     background.start_soon(datastore.replicate)
     background.start_soon(datastore.listing.record_accesses)
     background.start_soon(datastore.usage.sampler.run)
-    background.start_soon(datastore.work.watch_guests)
+    background.start_soon(datastore.backups.watch_guests)
     background.start_soon(datastore.notes.run)
 
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 from vmfs_stub.config import Config
 from vmfs_stub.mount.settings import MountSettings
 from vmfs_stub.mover.messages import MoverSettings
-from vmfs_stub.services.archive import ArchiveSettings
 from vmfs_stub.services.backup_job import JobSettings
+from vmfs_stub.services.backup_report import ArchiveSettings
 from vmfs_stub.services.disk_services import ServiceSettings
 from vmfs_stub.services.facts import FactsSettings
 from vmfs_stub.services.hooks import Hooks

@@ -19,10 +19,12 @@ from vmfs_stub.control.peer import Peer
 from vmfs_stub.core.errors import InUse, PrimaryIOError
 from vmfs_stub.core.ids import JobId, VmId
 from vmfs_stub.core.policy import Decision
-from vmfs_stub.datastore_jobs import DatastoreJobs
+from vmfs_stub.datastore_backups import Backups
+from vmfs_stub.datastore_jobs import KnownJobs
 from vmfs_stub.datastore_listing import Listing, only_warned
 from vmfs_stub.datastore_monitoring import Monitoring
 from vmfs_stub.datastore_policy import DatastorePolicy, policy_row
+from vmfs_stub.datastore_recalls import Recalls
 from vmfs_stub.datastore_status import Health
 from vmfs_stub.datastore_usage import Usage
 from vmfs_stub.inventory.directory import DirectoryInventory
@@ -30,16 +32,17 @@ from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.mount.serving import Mount
 from vmfs_stub.primary.files import sync_filesystem
 from vmfs_stub.primary.placeholder import PrivateState
+from vmfs_stub.services import memory
 from vmfs_stub.services.adoption_choice import Told
 from vmfs_stub.services.archive_notes import ArchiveNotes
-from vmfs_stub.services.backup_job import Decide
+from vmfs_stub.services.backup_turn import Decide
 from vmfs_stub.services.disk_services import DiskServices
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.hypervisor import WatchedHypervisor
 from vmfs_stub.services.managed_save import ManagedSave
 from vmfs_stub.services.mount_usage import MountUsage
-from vmfs_stub.services.obstacles import ObstacleSight
 from vmfs_stub.services.replication import ReplicaService
+from vmfs_stub.services.situation import Lookout, Situation
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.settings import Settings
 from vmfs_stub.store.store import Store
@@ -50,7 +53,7 @@ class Datastore:
 
     ``decide`` says what jobs archive; by default that is the configured policy.
 
-    Attributes: ``listing``, ``usage``, ``health``, ``monitoring``, ``notes`` and ``work`` (jobs) have work of their own
+    Attributes: ``listing``, ``usage``, ``health``, ``monitoring``, ``notes`` and ``backups`` have work of their own
     that goes on beside the datastore's.
     """
 
@@ -85,6 +88,7 @@ class Datastore:
         self._recall = services.recall
         self._mount = mount
         self._stop = stop
+        self._fill_reserve = reserve
         flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
         self._backing_fd = self._files.call("list.backing", os.open, config.datastore.backing, flags)
         self.listing = Listing(
@@ -102,16 +106,18 @@ class Datastore:
             catalog=catalog,
             hypervisor=hypervisor,
             mount_usage=mount_usage,
-            files=services.files,
+            link=services.link,
             scan=self.listing.scan,
         )
-        self.obstacles = ObstacleSight(
+        self.lookout = Lookout(
             hypervisor=hypervisor,
+            threads=threads,
             chains=services.chains,
+            link=services.link,
             scan=self.listing.scan,
             require_stop_on_error=config.libvirt.require_stop_on_error,
         )
-        self.policy_view = DatastorePolicy(
+        self.archive_policy = DatastorePolicy(
             config=config,
             threads=threads,
             services=services,
@@ -119,28 +125,34 @@ class Datastore:
             findings=findings,
             samples=catalog,
             last_use=self.usage.sampler.last_use,
-            look=self.obstacles.look,
+            look=self.lookout.look,
             backing_fd=self._backing_fd,
         )
-        self.work = DatastoreJobs(
+        self.backups = Backups(
             settings=settings,
             threads=threads,
             private=private,
             inventory=inventory,
-            catalog=catalog,
             store=store,
             replica=replica,
             services=services,
             jobs=jobs,
             listing=self.listing,
-            backing_fd=self._backing_fd,
-            reserve=reserve,
             hypervisor=hypervisor,
-            obstacles=self.obstacles,
             managed_save=managed_save,
-            link=self.usage.link,
+            look=self.lookout.look,
             decide=decide or self._decide,
+            clean_up=self._clean_up,
         )
+        self.recalls = Recalls(
+            threads=threads,
+            services=services,
+            jobs=jobs,
+            listing=self.listing,
+            backing_fd=self._backing_fd,
+            clean_up=self._clean_up,
+        )
+        self.known_jobs = KnownJobs(threads=threads, catalog=catalog, jobs=jobs)
         self.monitoring = Monitoring(
             settings=settings,
             catalog=catalog,
@@ -162,16 +174,16 @@ class Datastore:
             mount=mount,
             listing=self.listing,
             monitoring=self.monitoring,
-            jobs_paused=lambda: self.work.paused,
+            jobs_paused=lambda: self.backups.paused,
         )
         self.notes = ArchiveNotes(
             hypervisor=hypervisor,
             scan=self.listing.scan,
             placeholders=self._disks.placeholders,
-            link=self.usage.link,
+            link=services.link,
             threads=threads,
             datastore=config.datastore.name,
-            expected_s=self.policy_view.expected_s,
+            expected_s=self.archive_policy.expected_s,
         )
         self._disks.on_open = self.listing.opened
         self._recall.held = config.hold_path.exists()
@@ -182,9 +194,9 @@ class Datastore:
 
     def apply(self, config: Config) -> None:
         """Go by another configuration, in what is not read from it when it is needed."""
-        self.policy_view.apply(config)
-        self.work.apply(config)
-        self.obstacles.require_stop_on_error = config.libvirt.require_stop_on_error
+        self.archive_policy.apply(config)
+        self.backups.apply(config)
+        self.lookout.require_stop_on_error = config.libvirt.require_stop_on_error
 
     def close(self) -> None:
         """Give back the descriptor of the backing directory."""
@@ -204,11 +216,12 @@ class Datastore:
 
     async def policy(self) -> list[PolicyRow]:
         """What a backup job's policy would do now, one row per VM; changes nothing."""
-        return [policy_row(each) for each in await self.policy_view.decide((await self.listing.scan()).vms)]
+        return [policy_row(each) for each in await self.archive_policy.decide((await self.listing.scan()).vms)]
 
     async def protect(self, vms: Sequence[str], *, protected: bool, peer: Peer) -> None:
         """Never archive the named VMs, or allow it again.  Raises VmNotFound, AmbiguousName, PrimaryIOError."""
-        for vm in await self.work.named(vms):
+        scan = await self.listing.scan()
+        for vm in [scan.find(name) for name in vms]:
             await self._threads.files(self._inventory.protect, vm, protected)
         backing = self._config.datastore.backing
         try:
@@ -254,35 +267,39 @@ class Datastore:
 
     async def start_backup(self, vms: Sequence[str], *, archive: bool, rehearsal: bool = False, peer: Peer) -> JobId:
         """Back up the named VMs (none named: all)."""
-        return await self.work.start_backup(vms, archive=archive, rehearsal=rehearsal, peer=peer)
+        return await self.backups.start_backup(vms, archive=archive, rehearsal=rehearsal, peer=peer)
 
     async def start_archive(self, vms: Sequence[str], *, peer: Peer) -> JobId:
-        """Back up the named VMs and make placeholders of them; raises InUse, Protected."""
-        return await self.work.start_archive(vms, peer=peer)
+        """Back up the named VMs and make placeholders of them; raises VmNotFound, AmbiguousName, HypervisorAway."""
+        return await self.backups.start_archive(vms, peer=peer)
 
     async def start_recall(self, vms: Sequence[str], *, peer: Peer) -> JobId:
         """Bring the named VMs back in full; raises RecallsHeld."""
-        return await self.work.start_recall(vms, peer=peer)
+        return await self.recalls.start_recall(vms, peer=peer)
 
     async def start_adopt(self, vms: Sequence[str], *, everything: bool, told: Told, peer: Peer) -> JobId:
         """Make placeholders here of the named VMs of the store, or of all that are not here."""
-        return await self.work.start_adopt(vms, everything=everything, told=told, peer=peer)
+        return await self.recalls.start_adopt(vms, everything=everything, told=told, peer=peer)
 
     async def job(self, job_id: JobId, *, wait_s: float) -> JobInfo:
         """State of one job when it has ended, or after so many seconds; raises NotFound."""
-        return await self.work.job(job_id, wait_s=wait_s)
+        return await self.known_jobs.job(job_id, wait_s=wait_s)
 
     async def jobs(self) -> list[JobInfo]:
         """Running and recent jobs, those of earlier daemons included, newest first."""
-        return await self.work.jobs()
+        return await self.known_jobs.all()
 
     async def cancel_job(self, job_id: JobId, *, peer: Peer) -> None:
         """Tell a running job to end where it is; raises NotFound, Refused."""
-        await self.work.cancel(job_id)
+        await self.known_jobs.cancel(job_id)
 
     async def pause_jobs(self, *, paused: bool, peer: Peer) -> None:
         """Pause backup jobs until they are let go on, also after a restart."""
-        await self.work.pause(paused=paused)
+        await self.backups.pause(paused=paused)
 
-    async def _decide(self, vms: Sequence[Vm]) -> Mapping[VmId, Decision]:
-        return {each.vm.id: each.decision for each in await self.policy_view.decide(vms)}
+    async def _decide(self, vms: Sequence[Vm], situation: Situation | None = None) -> Mapping[VmId, Decision]:
+        return {each.vm.id: each.decision for each in await self.archive_policy.decide(vms, situation)}
+
+    async def _clean_up(self) -> None:
+        await self._threads.files(self._fill_reserve)
+        await self._threads.files(memory.give_back)

@@ -18,7 +18,7 @@ from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.services.disk_services import DiskServices
 from vmfs_stub.services.facts import FactsService, Samples
 from vmfs_stub.services.findings import Findings
-from vmfs_stub.services.obstacles import Obstacles
+from vmfs_stub.services.situation import Situation
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.store import Store
 
@@ -45,7 +45,7 @@ class DatastorePolicy:
         findings: Findings,
         samples: Samples,
         last_use: Callable[[VmId], LastUse],
-        look: Callable[[], Awaitable[Obstacles]],
+        look: Callable[[], Awaitable[Situation]],
         backing_fd: int,
     ) -> None:
         self._threads = threads
@@ -76,15 +76,17 @@ class DatastorePolicy:
         )
         return round(seconds, 1)
 
-    async def decide(self, vms: Sequence[Vm], *, now_s: float | None = None) -> list[Decided]:
+    async def decide(
+        self, vms: Sequence[Vm], situation: Situation | None = None, *, now_s: float | None = None
+    ) -> list[Decided]:
         """What a job would do with these VMs, in their order; changes nothing.
 
-        ``vms`` should be all of the datastore: what is left out is not archived for the watermark either.  ``now_s`` is
-        Unix time, by default the clock's.
+        ``vms`` should be all of the datastore: what is left out is not archived for the watermark either.
+        ``situation`` is what was seen just now, if anybody has looked; ``now_s`` is Unix time, by default the clock's.
         """
         now_s = time.time() if now_s is None else now_s
         policy = self._policy
-        facts = await self._facts.gather(vms, policy, now_s=now_s)
+        facts = await self._facts.gather(vms, policy, now_s=now_s, situation=situation)
         vfs = os.fstatvfs(self._backing_fd)
         size_bytes, free_bytes = vfs.f_blocks * vfs.f_frsize, vfs.f_bavail * vfs.f_frsize
         decisions = await self._threads.compute(

@@ -13,11 +13,17 @@ from vmfs_stub.control.messages import JobInfo, JobKind, VmOutcome
 from vmfs_stub.core.ids import VmId
 from vmfs_stub.core.names import printable
 from vmfs_stub.core.times import time_text
-from vmfs_stub.inventory.vm import Vm
+from vmfs_stub.inventory.vm import Scan, Vm
 from vmfs_stub.services.adopt import AdoptReport, Wanted
-from vmfs_stub.services.backup_job import VmResult, Watch
+from vmfs_stub.services.backup_job import Watch
+from vmfs_stub.services.backup_turn import VmResult
 
 log = logging.getLogger(__name__)
+
+
+def names_of(scan: Scan) -> list[str]:
+    """What a job says that it is about."""
+    return [*(vm.name for vm in scan.vms), *(unread.name for unread in scan.unread)]
 
 
 def watch_of(kind: JobKind, vms: Sequence[Vm], progress: JobProgress, outcomes: dict[VmId, VmOutcome]) -> Watch:

@@ -9,11 +9,9 @@ from functools import partial
 from vmfs_stub.catalog.catalog import Catalog
 from vmfs_stub.config import Config
 from vmfs_stub.control.messages import UsageSpan, VmUsage
-from vmfs_stub.core.sites import FileCalls
 from vmfs_stub.core.usage import DAY_S, GAP_INTERVALS, HOUR_S, GuestState, Sample, spans
 from vmfs_stub.inventory.vm import Scan, Vm
-from vmfs_stub.services.datastore_paths import DatastorePaths
-from vmfs_stub.services.domains import LinkDomains, link
+from vmfs_stub.services.domains import LinkDomains
 from vmfs_stub.services.hypervisor import Hypervisor
 from vmfs_stub.services.mount_usage import MountUsage
 from vmfs_stub.services.threads import Threads
@@ -26,10 +24,7 @@ GAP_SHARE = 0.01
 
 
 class Usage:
-    """What `usage` shows; ``sampler`` has work of its own that goes on beside the datastore's.
-
-    ``link`` tells which domains are which VMs; it blocks.
-    """
+    """What `usage` shows; ``sampler`` has work of its own that goes on beside the datastore's."""
 
     def __init__(
         self,
@@ -39,20 +34,17 @@ class Usage:
         catalog: Catalog,
         hypervisor: Hypervisor,
         mount_usage: MountUsage,
-        files: FileCalls,
+        link: LinkDomains,
         scan: Callable[[], Awaitable[Scan]],
     ) -> None:
         self._threads = threads
         self._catalog = catalog
         self._interval_s = config.usage.interval_s
-        datastore = config.datastore
-        paths = DatastorePaths(files=files, backing=datastore.backing, mountpoint=datastore.mountpoint)
-        self.link: LinkDomains = partial(link, paths=paths)
         self.sampler = UsageSampler(
             catalog=catalog,
             threads=threads,
             hypervisor=hypervisor,
-            link=self.link,
+            link=link,
             mount=mount_usage,
             scan=scan,
             interval_s=config.usage.interval_s,

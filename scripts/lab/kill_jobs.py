@@ -12,7 +12,6 @@ from scripts.lab.failure import LabError
 from scripts.lab.kill_disk import KillDisk
 from vmfs_stub.control.client import ControlClient
 from vmfs_stub.control.messages import JobInfo, JobKind
-from vmfs_stub.core.errors import InUse
 from vmfs_stub.core.ids import JobId
 
 _CLOSE_DEADLINE_S: Final = 30.0
@@ -34,21 +33,17 @@ def digests_of(disks: Sequence[KillDisk]) -> dict[str, str]:
 
 
 def start_job(client: ControlClient, kind: JobKind, vm: str) -> JobId:
-    """Start one; the kernel tells of a closed file a moment later, until then its VM counts as in use."""
-    until_s = time.monotonic() + _CLOSE_DEADLINE_S
-    while True:
-        try:
-            if kind == "archive":
-                return client.start_archive([vm])
-            return client.start_recall([vm]) if kind == "recall" else client.start_backup([vm], archive=False)
-        except InUse:
-            if time.monotonic() > until_s:
-                raise
-            time.sleep(0.02)
+    """Start one, of one VM."""
+    if kind == "archive":
+        return client.start_archive([vm])
+    return client.start_recall([vm]) if kind == "recall" else client.start_backup([vm], archive=False)
 
 
 def run_job(client: ControlClient, kind: JobKind, vm: str) -> JobInfo:
-    """Run one to its end, as `start_job`.  Raises LabError when it fails."""
+    """Run one to its end; the kernel tells of a closed file a moment later, until then its VM counts as in use.
+
+    Raises LabError when it fails.
+    """
     until_s = time.monotonic() + _CLOSE_DEADLINE_S
     while True:
         info = client.wait_job(start_job(client, kind, vm), lambda _: None)

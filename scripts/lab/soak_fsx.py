@@ -20,7 +20,6 @@ from scripts.lab.failure import LabError
 from scripts.lab.file_play import FilePlay
 from vmfs_stub.config import load_config
 from vmfs_stub.control.client import ControlClient
-from vmfs_stub.core.errors import InUse
 
 _MIB: Final = 1 << 20
 _DEADLINE_S: Final = 60.0
@@ -147,21 +146,13 @@ class Course:
     def _archive(self) -> None:
         """Archive the VM; the kernel tells of a closed file a moment later, until then it counts as in use."""
         until_s = time.monotonic() + _DEADLINE_S
-        while (error := self._try_to_archive()) is not None:
+        while (error := self._wait_job(self._client.start_archive([self.kind.name]), may_fail=True)) is not None:
             if "InUse" not in error or time.monotonic() > until_s:
                 raise LabError(f"archiving {self.kind.name} failed: {error}")
             time.sleep(0.05)
         if (states := self._states()) != ["placeholder"] * len(self.plays):
             raise LabError(f"{self.kind.name} is {states} after it was archived")
         self.archives += 1
-
-    def _try_to_archive(self) -> str | None:
-        """Why it failed; a VM that is in use may be refused before there is a job, or by it."""
-        try:
-            job_id = self._client.start_archive([self.kind.name])
-        except InUse as exc:
-            return repr(exc)
-        return self._wait_job(job_id, may_fail=True)
 
     def _states(self) -> list[str]:
         return [row.state for row in self._client.list_disks(self.kind.name)]

@@ -86,6 +86,19 @@ def test_one_open_disk_of_two_keeps_the_vm_whole(datastore: LiveDatastore, hold:
     assert {row["state"] for row in datastore.rows()} == {"placeholder"}
 
 
+def test_a_vm_in_use_stops_no_other_and_a_name_that_is_none_stops_all(datastore: LiveDatastore, hold: Hold) -> None:
+    names = ("first", "held", "last")
+    disks = {name: datastore.add_vm(name, noise(SIZE, seed=seed)) for seed, name in enumerate(names, start=20)}
+    holder = hold(disks["held"])
+    assert "'frist'" in datastore.cli("archive", "last", "frist", check=3).err
+    assert datastore.client.jobs() == []
+    done = datastore.cli("archive", *names, check=REFUSED)
+    assert ("first: archived" in done.out, "last: archived" in done.out) == (True, True)
+    assert "held: skipped: VM held is in use" in done.err
+    assert [datastore.state(name) for name in names] == ["placeholder", "resident", "placeholder"]
+    holder.let_go()
+
+
 def test_backup_of_all_skips_who_is_used_outside_the_mount_and_backs_up_the_rest(
     datastore: LiveDatastore, hold: Hold
 ) -> None:

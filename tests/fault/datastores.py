@@ -22,7 +22,7 @@ from vmfs_stub.core.ids import JobId
 from vmfs_stub.datastore import Datastore
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.mount.serving import Mount
-from vmfs_stub.services.backup_job import Decide
+from vmfs_stub.services.backup_turn import Decide
 from vmfs_stub.services.hypervisor import NoHypervisor
 from vmfs_stub.services.managed_save import ManagedSave
 from vmfs_stub.services.mount_usage import MountUsage
@@ -86,12 +86,18 @@ def _datastore(
     )
 
 
-async def done(datastore: Datastore, job: JobId) -> JobInfo:
-    """Wait for a job as a client does; raises what it failed with."""
+async def ended(datastore: Datastore, job: JobId) -> JobInfo:
+    """Wait for a job as a client does, however it ends."""
     while (info := await datastore.job(job, wait_s=0)).state == "running":  # noqa: ASYNC110
         await trio.sleep(0.001)
     if info.state == "interrupted":
         await trio.sleep_forever()  # killed, which ends this soon
+    return info
+
+
+async def done(datastore: Datastore, job: JobId) -> JobInfo:
+    """Wait for a job as a client does; raises what it failed with."""
+    info = await ended(datastore, job)
     if info.state != "done":
         if "log has the traceback" in str(info.error):
             raise NotWhole(f"a programming error: {info.error}")

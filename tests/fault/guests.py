@@ -187,7 +187,7 @@ async def _settle(datastore: Datastore) -> None:
     async def vms() -> Sequence[Vm]:
         return (await datastore.listing.scan()).vms
 
-    await datastore.work.guests.settle(vms)
+    await datastore.backups.guests.settle(vms)
 
 
 async def _back_up(datastore: Datastore) -> VmOutcome:

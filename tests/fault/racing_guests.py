@@ -20,7 +20,8 @@ from tests.medium import Medium
 from tests.seeded_ids import ids_from
 from vmfs_stub.core.policy import WhenRunning
 from vmfs_stub.core.usage import GuestState
-from vmfs_stub.services.backup_job import Placeholders, VmResult
+from vmfs_stub.services.backup_job import Placeholders
+from vmfs_stub.services.backup_turn import VmResult
 
 START_S_MAX = 20.0
 """How long a start may take in the end; nothing here waits for more than a slow machine."""

@@ -21,7 +21,7 @@ import trio
 from tests import store_points
 from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, RigFiles, Services, survives_kill
 from tests.fake_hypervisor import FakeHypervisor, domain
-from tests.fault.datastores import PATHS, ROOT_PEER, NotWhole, done, with_datastore
+from tests.fault.datastores import PATHS, ROOT_PEER, NotWhole, done, ended, with_datastore
 from tests.fault.guests import stop_and_archive, with_guest, with_guest_to_save
 from tests.store_fakes import FakeObjects, SitedObjects, packs_condemned, refused_deletes
 from tests.store_points import KEY_SOURCE
@@ -34,7 +34,6 @@ from vmfs_stub.core.errors import (
     MapFrozen,
     ObjectMissing,
     PointNotFound,
-    Protected,
     StoreConflict,
     UnknownFormat,
     VmfsStubError,
@@ -339,6 +338,7 @@ def _set_domain(services: Services) -> None:
         threads=services.threads,
         hypervisor=hypervisor,
         chains=services.chains,
+        link=services.connected.link,
         swtpm=services.rig.base / "swtpm",
     ).of
 
@@ -1025,11 +1025,12 @@ async def _protect_and_decide(datastore: Datastore, services: Services) -> None:
         if (row.protected, row.archives, "is protected" in row.reason) != (protected, False, protected):
             raise NotWhole(f"protected is {protected}, and {row.reason}")
         if protected:
-            try:
-                await datastore.start_archive(["vm"], peer=ROOT_PEER)
-            except Protected:
-                continue
-            raise NotWhole("a protected VM is archived")
+            info = await ended(datastore, await datastore.start_archive(["vm"], peer=ROOT_PEER))
+            if info.state == "done":
+                raise NotWhole("a protected VM is archived")
+            if "is protected" not in str(info.error):
+                raise OSError(errno.EIO, str(info.error))
+            continue
         if not services.files.spoiled and "was recalled" not in row.reason:
             raise NotWhole(f"it came back just now, and {row.reason}")
 

@@ -21,7 +21,7 @@ from vmfs_stub.core.names import PRIVATE_DIR
 from vmfs_stub.mount.syscalls import RENAME_EXCHANGE
 from vmfs_stub.primary.changed_record import Seen
 from vmfs_stub.services import copying
-from vmfs_stub.services.archive import ArchiveSettings, BackupReport
+from vmfs_stub.services.backup_report import ArchiveSettings, BackupReport
 from vmfs_stub.services.last_points import LastPoints
 from vmfs_stub.store import chunk_table, manifest, segments
 from vmfs_stub.store.keys import MANIFESTS, SEGMENTS

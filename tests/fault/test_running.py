@@ -20,8 +20,8 @@ from tests.fake_hypervisor import FakeHypervisor, domain
 from vmfs_stub.core.errors import Abandoned, HypervisorAway, InUse, PrimaryIOError, StoreFull
 from vmfs_stub.core.names import FROZEN_DIR, PRIVATE_DIR
 from vmfs_stub.services import copying, frozen_disk, running_backup, set_aside
-from vmfs_stub.services.archive import BackupReport
 from vmfs_stub.services.associated import AssociatedFiles
+from vmfs_stub.services.backup_report import BackupReport
 from vmfs_stub.services.changes import DiskChanges
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.frozen_disk import FrozenDisk
@@ -812,7 +812,11 @@ async def test_no_point_is_made_of_a_vm_that_has_other_images_at_the_moment_than
         hypervisor = FakeHypervisor(guest)
         async with rig.running() as services:
             services.archiver.associated = AssociatedFiles(
-                files=services.files, threads=services.threads, hypervisor=hypervisor, chains=services.chains
+                files=services.files,
+                threads=services.threads,
+                hypervisor=hypervisor,
+                chains=services.chains,
+                link=services.connected.link,
             ).of
 
             def fold_back(rig: Rig) -> None:

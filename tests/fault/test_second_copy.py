@@ -14,7 +14,8 @@ from tests.fault.site_faults import BY_NAME, NotWhole, Spoiling, run
 from tests.store_points import KEY_SOURCE
 from vmfs_stub.core.errors import Abandoned, CorruptPack, ObjectMissing, StoreFull, StoreUnavailable, VmfsStubError
 from vmfs_stub.inventory.vm import Vm
-from vmfs_stub.services.archive import Archiver, BackupReport
+from vmfs_stub.services.archive import Archiver
+from vmfs_stub.services.backup_report import BackupReport
 from vmfs_stub.services.verify import verify
 from vmfs_stub.store.keys import MANIFESTS, PACKS, SEGMENTS
 from vmfs_stub.store.store import Store

@@ -21,7 +21,7 @@ from tests.fault.spoilings import Spoiling, numbers
 from tests.seeded_ids import ids_from
 from vmfs_stub.core.policy import WhenRunning
 from vmfs_stub.core.usage import GuestState
-from vmfs_stub.datastore_jobs import DatastoreJobs
+from vmfs_stub.datastore_backups import Backups
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.primary.stopped_notes import StoppedNote
 from vmfs_stub.services import stopped_guests
@@ -216,14 +216,14 @@ async def test_a_vm_that_is_taken_for_archived_and_is_not_is_found(monkeypatch: 
 
 async def test_memory_that_is_not_archived_with_its_disks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StoppedGuests, "has_memory", lambda *arguments: True)
-    found_again = DatastoreJobs._found_again
+    found_again = Backups._found_again
 
-    async def without_memory(self: DatastoreJobs, vm: Vm) -> Vm:
+    async def without_memory(self: Backups, vm: Vm) -> Vm:
         found = await found_again(self, vm)
         return replace(found, files=tuple(file for file in found.files if not file.path.endswith(".save")))
 
     assert await swept("archive.seek", "kill", name="save_and_archive") == ""
-    monkeypatch.setattr(DatastoreJobs, "_found_again", without_memory)
+    monkeypatch.setattr(Backups, "_found_again", without_memory)
     # Its directory would tell.
     monkeypatch.setattr(OtherEntries, "has_files", lambda *arguments: True)
     assert "memory" in await swept("archive.seek", "kill", name="save_and_archive")

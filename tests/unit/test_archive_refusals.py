@@ -1,9 +1,10 @@
-"""What refuses an operator's `archive`: what the VM's domains say at that moment."""
+"""What stands against an operator's `archive`: of one VM it is that VM's trouble, and told; of all it refuses all."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from tests.datastore_harness import CHUNK, Rig, temporary_rig
 from tests.fake_hypervisor import FakeHypervisor, domain
 from tests.fault.datastores import ROOT_PEER, with_datastore
 from vmfs_stub.control.messages import JobInfo
-from vmfs_stub.core.errors import HypervisorAway, InUse, Protected, Refused
+from vmfs_stub.core.errors import HypervisorAway, InUse, Protected, Refused, VmNotFound
+from vmfs_stub.core.ids import JobId
 from vmfs_stub.core.usage import GuestState
 from vmfs_stub.datastore import Datastore
 
@@ -36,8 +38,12 @@ def hypervisor_of(rig: Rig, changes: dict[str, Any]) -> FakeHypervisor:
     return rig.hypervisor
 
 
-async def archived(datastore: Datastore, name: str) -> JobInfo:
-    job = await datastore.start_archive([name], peer=ROOT_PEER)
+async def archived(datastore: Datastore, *names: str) -> JobInfo:
+    job = await datastore.start_archive(names, peer=ROOT_PEER)
+    return await done(datastore, job)
+
+
+async def done(datastore: Datastore, job: JobId) -> JobInfo:
     with trio.fail_after(60):
         while (info := await datastore.job(job, wait_s=0)).state == "running":  # noqa: ASYNC110
             await trio.sleep(0.005)
@@ -54,18 +60,78 @@ async def archived(datastore: Datastore, name: str) -> JobInfo:
         ({"state": GuestState.PAUSED}, InUse, "domain guest is paused"),
     ],
 )
-async def test_archives_are_refused(rig: Rig, changes: dict[str, Any], error: type[Exception], message: str) -> None:
+async def test_what_stands_against_one_vm_stops_no_other(
+    rig: Rig, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    rig.make_disk("third/disk.img", b"z" * 3 * CHUNK)
     hypervisor_of(rig, dict(changes))
     async with rig.running() as services:
 
         async def act(datastore: Datastore, _: object) -> None:
-            with pytest.raises(error, match=message):
-                await datastore.start_archive(["web"], peer=ROOT_PEER)
-            assert (await archived(datastore, "other")).state == "done"
+            info = await archived(datastore, "other", "web", "third")
+            assert (info.state, None if info.error is None else info.error.error) == ("failed", error.__name__)
+            assert info.result is not None
+            outcomes = {vm["vm"]: vm for vm in info.result["vms"]}
+            assert {name: vm["outcome"] for name, vm in outcomes.items()} == {
+                "other": "archived",
+                "web": "skipped",
+                "third": "archived",
+            }
+            assert message in outcomes["web"]["message"]
+            assert services.store.points(rig.vm("web").id) == []
 
         await with_datastore(services, "", act)
     assert not rig.is_placeholder("web/disk.img")
-    assert rig.is_placeholder("other/disk.img")
+
+
+async def test_a_name_that_is_no_vms_is_refused_before_anything_is_done(rig: Rig) -> None:
+    async with rig.running() as services:
+
+        async def act(datastore: Datastore, _: object) -> None:
+            for start in (
+                datastore.start_archive,
+                datastore.start_recall,
+                partial(datastore.start_backup, archive=False),
+            ):
+                with pytest.raises(VmNotFound, match="'wbe'"):
+                    await start(["other", "wbe"], peer=ROOT_PEER)
+            assert await datastore.jobs() == []
+
+        await with_datastore(services, "", act)
+    assert not rig.is_placeholder("other/disk.img")
+
+
+async def test_a_vm_that_cannot_be_read_stops_no_other(rig: Rig) -> None:
+    (rig.backing / "mine" / "/".join(["d"] * 70)).mkdir(parents=True)
+    async with rig.running() as services:
+
+        async def act(datastore: Datastore, _: object) -> None:
+            starts = {
+                "archived": datastore.start_archive,
+                "recalled": datastore.start_recall,
+                "backed up": partial(datastore.start_backup, archive=False),
+                "would be backed up": partial(datastore.start_backup, archive=True, rehearsal=True),
+            }
+            for outcome, start in starts.items():
+                info = await done(datastore, await start(["mine", "other"], peer=ROOT_PEER))
+                assert (info.state, sorted(info.vms)) == ("failed", ["mine", "other"])
+                assert info.result is not None
+                told = {vm["vm"]: vm for vm in info.result["vms"]}
+                assert told["other"]["outcome"] == outcome
+                assert told["mine"]["outcome"] == "failed"
+                assert "VM mine cannot be read" in told["mine"]["message"]
+
+        await with_datastore(services, "", act)
+
+
+async def test_a_vm_named_twice_is_archived_once(rig: Rig) -> None:
+    async with rig.running() as services:
+
+        async def act(datastore: Datastore, _: object) -> None:
+            info = await archived(datastore, "other", rig.vm("other").id, "other/")
+            assert (info.state, info.vms) == ("done", ["other"])
+
+        await with_datastore(services, "", act)
 
 
 @pytest.mark.parametrize(

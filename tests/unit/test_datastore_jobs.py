@@ -142,7 +142,7 @@ async def test_a_guest_that_an_earlier_daemon_stopped_is_started(rig: Rig) -> No
                 scope.cancel()
     hypervisor.put(uuid, state=GuestState.OFF)
     async with opened(rig, ENABLED, policy, hypervisor=hypervisor) as datastore, trio.open_nursery() as nursery:
-        nursery.start_soon(datastore.work.watch_guests)
+        nursery.start_soon(datastore.backups.watch_guests)
         with trio.fail_after(10):
             while hypervisor.known[uuid].state is GuestState.OFF:  # noqa: ASYNC110
                 await trio.sleep(0.001)

@@ -69,7 +69,6 @@ def test_protection_stays_with_the_entry(backing: Path, name: str) -> None:
     inventory.protect(vm, True)
     inventory.protect(vm, True)
     assert protected() == [stem]
-    assert inventory.is_protected(vm)
     (backing / name).rename(backing / "renamed")
     assert protected() == ["renamed"]
     with pytest.raises(VmNotFound, match="renamed or replaced"):
@@ -91,7 +90,7 @@ def test_protecting_breaks_no_lease(backing: Path) -> None:
     try:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
         inventory.protect(vm, True)
-        assert inventory.is_protected(vm)
+        assert inventory.find("web").is_protected
         assert fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_WRLCK
     finally:
         os.close(fd)
@@ -340,7 +339,8 @@ def test_memory_images_are_files_of_the_vms_they_were_given_to(backing: Path, sa
     assert (web.tops, db.tops, group.tops) == (("web.raw",), ("db",), ("part1.raw", "part2.raw"))
     (backing / "save/web.save").unlink()  # its guest goes on
     assert paths_of(saved.find("web")) == [("web.raw", "web.raw")]
-    assert not saved.is_protected(web)  # as it was found before
+    saved.protect(web, True)  # as it was found before
+    assert saved.find("web").is_protected
 
 
 def test_a_memory_image_is_the_vms_that_it_was_given_to_last_and_no_copys(

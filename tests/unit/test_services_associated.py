@@ -59,6 +59,7 @@ async def backed_up(rig: Rig, name: str = "vm", *, swtpm: Path | None = None) ->
                 threads=services.threads,
                 hypervisor=rig.hypervisor,
                 chains=services.chains,
+                link=services.connected.link,
                 swtpm=swtpm,
             ).of
         report = await services.archive(name, archive=False)

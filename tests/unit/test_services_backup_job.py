@@ -21,7 +21,8 @@ from vmfs_stub.core.usage import GuestState
 from vmfs_stub.core.windows import Windows
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.vm import Vm
-from vmfs_stub.services.backup_job import JobSettings, Placeholders, VmResult, Watch
+from vmfs_stub.services.backup_job import JobSettings, Placeholders, Watch
+from vmfs_stub.services.backup_turn import VmResult
 from vmfs_stub.services.hooks import HookCall, Hooks
 from vmfs_stub.services.restore import restore_point
 
@@ -219,7 +220,7 @@ async def test_a_backup_of_a_vm_in_use_is_held_to_the_limit_and_whole(
     content = random.Random(1).randbytes(16 * CHUNK)
     rig.make_disk("a/disk.img", content)
     async with rig.running() as services:
-        services.archiver._bandwidth.windows = Windows(outside=CHUNK)
+        rig.bandwidth.windows = Windows(outside=CHUNK)
         disk = await services.open("a/disk.img")
         began_s = trio.current_time()
         result = (await run(JobRig(services), Placeholders.NONE))["a"]
@@ -589,10 +590,38 @@ async def test_what_stands_against_an_operators_archive_at_its_turn_is_told_and_
     async with rig.running() as services:
         job = JobRig(services, settings=JobSettings(parallel=1), refusals=[Refused("a disk is shared")])
         results = await run(job, Placeholders.OF_ALL, tolerant=False)
-        assert outcomes(results) == {"a": "failed", "b": "archived"}
+        assert outcomes(results) == {"a": "skipped", "b": "archived"}
         assert str(results["a"].error) == "a disk is shared"
         assert job.looks == [("a", False), ("b", False), ("b", True)]
         assert services.store.points(results["a"].vm.id) == []
+
+
+async def test_refusals_however_many_do_not_end_the_job(rig: Rig) -> None:
+    """They are no sign of something that is wrong with more than these VMs."""
+    make_vms(rig, *"abcd")
+    async with rig.running() as services:
+        settings = JobSettings(parallel=1, failures_count_min=1, failures_percent_max=0)
+        job = JobRig(services, settings=settings, refusals=[Refused("a disk is shared")] * 3)
+        results = await run(job, Placeholders.OF_ALL, tolerant=False)
+        assert outcomes(results) == {"a": "skipped", "b": "skipped", "c": "skipped", "d": "archived"}
+        job.refusals = [HypervisorAway("libvirt does not answer")]
+        assert outcomes(await run(job, Placeholders.OF_ALL, tolerant=False)) == {
+            "a": "failed",
+            "b": "not tried",
+            "c": "not tried",
+            "d": "not tried",
+        }
+
+
+async def test_under_its_lease_a_vm_is_looked_at_once_and_policy_decides_from_that(rig: Rig) -> None:
+    make_vms(rig, "a")
+    async with rig.running() as services:
+        job = JobRig(services)
+        job.policy.archives = {"a": WhenRunning.SKIP}
+        assert outcomes(await run(job)) == {"a": "archived"}
+        assert job.looks == [("a", True)]
+        assert job.policy.seen == [None, job.seen[0]]
+        assert len(job.seen) == 1
 
 
 @pytest.mark.parametrize("placeholders", [Placeholders.OF_ALL, BY_POLICY])

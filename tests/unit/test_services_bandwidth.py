@@ -79,12 +79,12 @@ async def test_a_backup_is_held_to_the_limit_and_whole(autojump_clock: object) -
         rig.inline = True
         rig.make_disk("vm/disk.img", content)
         async with rig.running() as services:
-            services.archiver._bandwidth.windows = Windows(outside=CHUNK)
+            rig.bandwidth.windows = Windows(outside=CHUNK)
             began_s = trio.current_time()
             report = await services.archive("vm")
             assert trio.current_time() - began_s >= 64
             assert report.read_bytes == len(content)
-            services.archiver._bandwidth.windows = Windows()
+            rig.bandwidth.windows = Windows()
             began_s = trio.current_time()
             await services.bring_back("vm/disk.img")
             assert (rig.backing / "vm/disk.img").read_bytes() == content

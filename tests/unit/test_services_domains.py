@@ -102,6 +102,15 @@ def test_several_domains_and_several_vms_are_listed(host: Host) -> None:
     assert links.vms_of(first.uuid) == (WEB, DB)
 
 
+def test_a_file_with_names_in_several_vms_is_each_ones(host: Host) -> None:
+    """Whoever has the domain's disk by another name must not be archived while that runs, either."""
+    copy = replace(VMS[1], files=(VmFile("db.qcow2", "db.qcow2", 1, 1),))
+    paths = DatastorePaths(files=PLAIN, backing=host.backing, mountpoint=host.mountpoint)
+    one = domain("one", host.mountpoint / "web/disk.raw")
+    links = link((VMS[0], copy), [one], paths=paths)
+    assert (links.vms_of(one.uuid), links.of(DB)) == ((WEB, DB), (one,))
+
+
 def test_symlinks_outside_are_followed(host: Host) -> None:
     (host.base / "pool").symlink_to("real/vms")
     (host.base / "images").symlink_to(host.base / "pool")
@@ -137,7 +146,7 @@ def test_what_leads_nowhere_is_no_link(host: Host) -> None:
 
 
 def test_links_that_lead_elsewhere_by_now_are_followed_anew(host: Host) -> None:
-    paths = DatastorePaths(files=host.asked, backing=host.backing, mountpoint=host.mountpoint)
+    paths = DatastorePaths(files=host.asked, backing=host.backing, mountpoint=host.mountpoint, kept_s=0)
     one = domain("one", host.base / "image")
     for target, owner in (("web/disk.raw", WEB), ("db.qcow2", DB)):
         (host.base / "image").unlink(missing_ok=True)
@@ -155,7 +164,7 @@ def test_what_cannot_be_looked_at_is_no_link(host: Host) -> None:
 def test_several_threads_may_look_at_once(host: Host) -> None:
     """Samples, notes and jobs ask when they like, each for paths as they are then."""
     paths = DatastorePaths(files=PLAIN, backing=host.backing, mountpoint=host.mountpoint)
-    domains = [domain(f"d{number}", host.mountpoint / f"web/{number}.raw") for number in range(20)]
+    domains = [domain(f"d{number:02}", host.mountpoint / f"web/{number}.raw") for number in range(20)]
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(lambda _: link(VMS, domains, paths=paths), range(200)))
     assert all(links.of(WEB) == tuple(domains) for links in found)

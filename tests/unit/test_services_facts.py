@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trio
@@ -24,7 +25,7 @@ from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.inventory.vm import Scan, Vm
 from vmfs_stub.services.facts import FactsService, FactsSettings
 from vmfs_stub.services.hypervisor import NoHypervisor
-from vmfs_stub.services.obstacles import Obstacles, ObstacleSight
+from vmfs_stub.services.situation import Lookout, Situation
 
 PATH = "vm/disk.img"
 SIZE = 8 * CHUNK
@@ -60,21 +61,22 @@ class FakeCatalog:
 
 
 @dataclass
-class FakeObstacles:
+class FakeSituation:
     """The only VM's domains, and what stands against archiving it; ``error`` is why that cannot be told."""
 
     domains: Sequence[Domain] = ()
     reasons: Sequence[str] = ()
     error: VmfsStubError | None = None
 
-    async def look(self) -> FakeObstacles:
+    async def look(self) -> FakeSituation:
         await trio.lowlevel.checkpoint()
         if self.error is not None:
             raise self.error
         return self
 
-    def domains_of(self, vm: Vm) -> tuple[Domain, ...]:
-        return tuple(self.domains)
+    @property
+    def links(self) -> SimpleNamespace:
+        return SimpleNamespace(of=lambda vm_id: tuple(self.domains))
 
     def against(self, vm: Vm) -> tuple[str, ...]:
         return tuple(self.reasons)
@@ -84,8 +86,8 @@ async def facts_of(
     services: Services,
     *,
     catalog: FakeCatalog | None = None,
-    obstacles: FakeObstacles | None = None,
-    look: Callable[[], Awaitable[Obstacles | FakeObstacles]] | None = None,
+    situation: FakeSituation | None = None,
+    look: Callable[[], Awaitable[Situation | FakeSituation]] | None = None,
     policy: Policy = POLICY,
 ) -> Facts:
     catalog = catalog or FakeCatalog()
@@ -98,7 +100,7 @@ async def facts_of(
             findings=services.findings,
             samples=catalog,
             last_use=catalog.last_use,
-            look=look or (obstacles or FakeObstacles()).look,
+            look=look or (situation or FakeSituation()).look,
             backing_fd=backing_fd,
             settings=FactsSettings(
                 placeholder_bytes_min=CHUNK, resident_bytes=BLOCK, boot_bytes=4 * CHUNK, store_bytes_per_s=CHUNK
@@ -162,21 +164,21 @@ async def test_a_vm_that_comes_back_stays(rig: Rig) -> None:
 
 async def test_what_the_domain_says(rig: Rig) -> None:
     known = replace(domain("vm", Path("/x")), state_since_s=5.0, metadata={"group": "lab"})
-    obstacles = FakeObstacles([known], ["domain vm: disk vdb is a block device"])
+    situation = FakeSituation([known], ["domain vm: disk vdb is a block device"])
     async with rig.running() as services:
-        found = await facts_of(services, obstacles=obstacles)
+        found = await facts_of(services, situation=situation)
         assert (found.state, found.state_since_s, found.metadata) == (GuestState.OFF, 5.0, {"group": "lab"})
         assert found.never == ("domain vm: disk vdb is a block device",)
         for protected, is_protected in (("yes", True), ("", True), ("no", False)):
-            obstacles.domains = [replace(known, metadata={"protected": protected})]
-            assert (await facts_of(services, obstacles=obstacles)).is_protected == is_protected
+            situation.domains = [replace(known, metadata={"protected": protected})]
+            assert (await facts_of(services, situation=situation)).is_protected == is_protected
 
 
 async def test_of_several_domains_no_state_is_the_vms(rig: Rig) -> None:
     known = replace(domain("vm", Path("/x")), state_since_s=5.0, metadata={"group": "lab"})
     clone = replace(domain("clone", Path("/x"), state=GuestState.RUNNING), metadata={"protected": "yes"})
     async with rig.running() as services:
-        shared = await facts_of(services, obstacles=FakeObstacles([known, clone], ["is a disk of several domains"]))
+        shared = await facts_of(services, situation=FakeSituation([known, clone], ["is a disk of several domains"]))
     assert (shared.state, shared.state_since_s, shared.metadata) == (GuestState.UNKNOWN, None, {})
     assert (shared.is_protected, shared.never) == (True, ("is a disk of several domains",))
 
@@ -192,7 +194,7 @@ async def test_nothing_is_archived_while_domains_cannot_be_told(
     rig: Rig, error: VmfsStubError, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with rig.running() as services:
-        found = await facts_of(services, obstacles=FakeObstacles([domain("vm", Path("/x"))], error=error))
+        found = await facts_of(services, situation=FakeSituation([domain("vm", Path("/x"))], error=error))
     assert (found.state, found.state_since_s) == (GuestState.UNKNOWN, None)
     assert [each.startswith(reason) for each in found.never] == [True]
     assert not decide(found, POLICY, now_s=time.time()).archives
@@ -206,8 +208,8 @@ async def test_a_disk_that_is_open(rig: Rig) -> None:
         plain = await facts_of(services)
         assert plain.state is GuestState.RUNNING
         assert "no domain is known that has it" in plain.never[0]
-        assert "though the domain is off" in (await facts_of(services, obstacles=FakeObstacles([known]))).never[0]
-        runs = await facts_of(services, obstacles=FakeObstacles([replace(known, state=GuestState.RUNNING)]))
+        assert "though the domain is off" in (await facts_of(services, situation=FakeSituation([known]))).never[0]
+        runs = await facts_of(services, situation=FakeSituation([replace(known, state=GuestState.RUNNING)]))
         assert (runs.state, runs.never) == (GuestState.RUNNING, ())
         await services.disks.release(disk)
 
@@ -217,7 +219,7 @@ async def test_reasons_of_the_datastore(rig: Rig) -> None:
         vm_id = rig.vm("vm").id
         services.recall.held = True
         services.findings.add(f"VM {vm_id}", ClaimedElsewhere("has it"))
-        found = await facts_of(services, obstacles=FakeObstacles(reasons=["is the base of web", "has a block job"]))
+        found = await facts_of(services, situation=FakeSituation(reasons=["is the base of web", "has a block job"]))
     assert [reason.split(",")[0] for reason in found.never] == [
         "is the base of web",
         "has a block job",
@@ -236,8 +238,15 @@ async def test_a_base_that_an_overlay_needs_stays(rig: Rig) -> None:
         async def scan() -> Scan:
             return DirectoryInventory(rig.backing).scan()
 
-        sight = ObstacleSight(hypervisor=NoHypervisor(), chains=services.chains, scan=scan, require_stop_on_error=True)
-        found = await facts_of(services, look=sight.look)
+        lookout = Lookout(
+            hypervisor=NoHypervisor(),
+            threads=services.threads,
+            chains=services.chains,
+            link=services.connected.link,
+            scan=scan,
+            require_stop_on_error=True,
+        )
+        found = await facts_of(services, look=lookout.look)
     assert found.never == (f"{PATH} is the base of clone.qcow2, which is resident",)
 
 

@@ -17,13 +17,15 @@ from tests.datastore_harness import BLOCK, CHUNK, Rig, Services, temporary_rig
 from tests.fake_hypervisor import domain
 from vmfs_stub.core.ids import VmId
 from vmfs_stub.core.usage import GuestState
-from vmfs_stub.inventory.chains import Chains, DiskUse, why_never_by_domains
+from vmfs_stub.inventory.chains import Chains, DiskUse
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.domain import Domain
-from vmfs_stub.inventory.vm import Vm, VmFile
+from vmfs_stub.inventory.vm import Scan, Vm, VmFile
 from vmfs_stub.services import image_chains
+from vmfs_stub.services.datastore_paths import DatastorePaths
+from vmfs_stub.services.domains import Links, link
 from vmfs_stub.services.image_chains import ImageChains
-from vmfs_stub.services.obstacles import Obstacles
+from vmfs_stub.services.situation import Situation
 
 MOUNT = Path("/mnt/never-there")
 
@@ -60,6 +62,10 @@ def make_base(rig: Rig, path: str) -> None:
     rig.medium.note(full)
 
 
+def paths_of(services: Services, mountpoint: Path) -> DatastorePaths:
+    return DatastorePaths(files=services.files, backing=services.rig.backing, mountpoint=mountpoint)
+
+
 def chains_of(services: Services, *, mountpoint: Path = MOUNT) -> ImageChains:
     return ImageChains(
         files=services.files,
@@ -67,7 +73,7 @@ def chains_of(services: Services, *, mountpoint: Path = MOUNT) -> ImageChains:
         disks=services.disks,
         reading=services.store,
         backing=services.rig.backing,
-        mountpoint=mountpoint,
+        paths=paths_of(services, mountpoint),
     )
 
 
@@ -165,7 +171,8 @@ async def test_names_lead_through_links_from_outside_and_out_again(rig: Rig, tmp
     async with running(rig) as services:
         chains = await look(services, told, mountpoint=tmp_path / "mount")
         assert chains.bases == {"near/disk.qcow2": {"near/base.qcow2", "golden/base.qcow2"}}
-        assert chains.domains_of(rig.vm("near")) == (told,)
+        near, paths = rig.vm("near"), paths_of(services, tmp_path / "mount")
+        assert link([near], [told], paths=paths).of(near.id) == (told,)
 
 
 async def test_links_that_run_in_circles_end(rig: Rig, tmp_path: Path) -> None:
@@ -266,35 +273,38 @@ def vm(name: str, *files: str) -> Vm:
     return Vm(VmId(f"{number:032x}"), name, name, True, found)
 
 
+def situation(chains: Chains, *, require_stop_on_error: bool = False, **domains: Sequence[Domain]) -> Situation:
+    """With the domains of VMs by the VMs' names."""
+    links = Links({vm(name).id: tuple(each) for name, each in domains.items()})
+    return Situation(Scan(()), links, chains, require_stop_on_error)
+
+
 def test_all_reasons_are_told_together() -> None:
     shared = domain("one", MOUNT / "a/disk.img"), domain("two", MOUNT / "a/disk.img")
     shared = (replace(shared[0], problems=("vdb is passed through",)), shared[1])
     a = vm("a", "a/disk.img")
     uses = {"a/disk.img": [DiskUse(each, each.disks[0]) for each in shared]}
     chains = Chains({"b/top.img": {"a/disk.img"}}, uses, resident={"a/disk.img", "b/top.img"})
-    obstacles = Obstacles(chains, require_stop_on_error=True)
-    assert obstacles.against(a) == (
+    assert situation(chains, require_stop_on_error=True, a=shared).against(a) == (
         "domain one: vdb is passed through",
         "a/disk.img is a disk of several domains: one, two",
         "a/disk.img is the base of b/top.img, which is resident",
     )
-    assert obstacles.by_domains(a) == why_never_by_domains(a, chains) == obstacles.against(a)[:2]
-    assert obstacles.domains_of(a) == shared
 
 
 def test_a_guest_that_would_see_a_failed_recall_is_an_obstacle_unless_that_is_waived() -> None:
     a, told = vm("a", "a/disk.img"), domain("guest", MOUNT / "a/disk.img")
     told = replace(told, disks=(replace(told.disks[0], stops_on_error=False),))
     chains = Chains({}, {"a/disk.img": [DiskUse(told, told.disks[0])]}, resident={"a/disk.img"})
-    (reason,) = Obstacles(chains, require_stop_on_error=True).against(a)
+    (reason,) = situation(chains, require_stop_on_error=True, a=[told]).against(a)
     assert "domain guest: vda without error_policy='stop'" in reason
-    assert Obstacles(chains, require_stop_on_error=False).against(a) == ()
+    assert situation(chains, a=[told]).against(a) == ()
 
 
 def test_a_read_only_disk_may_be_that_of_several_domains() -> None:
     both = [with_format(domain(name, MOUNT / "iso/x.iso"), "raw", read_only=True) for name in ("one", "two")]
     chains = Chains({}, {"iso/x.iso": [DiskUse(each, each.disks[0]) for each in both]}, resident={"iso/x.iso"})
-    assert Obstacles(chains, require_stop_on_error=False).against(vm("iso", "iso/x.iso")) == ()
+    assert situation(chains, iso=both).against(vm("iso", "iso/x.iso")) == ()
 
 
 def test_vms_that_have_bases_of_each_other_keep_their_order() -> None:

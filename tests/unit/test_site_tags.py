@@ -16,7 +16,7 @@ EXEMPT = {
     "control/": "the socket and its place in the runtime directory",
     "daemon.py": "the copy of the store's description; unit/test_daemon_store_copy.py fails each",
     "datastore.py:__init__": "whether recalls are held: a file of our own in the runtime directory",
-    "datastore_jobs.py:__init__": "whether backup jobs are paused: a file of our own in the private directory",
+    "datastore_backups.py:__init__": "whether backup jobs are paused: a file of our own in the private directory",
     "mount/mountpoint.py": "where the mount goes, before it is there",
     "mount/session.py": "the kernel's end of the mount",
     "mover/shared_slots.py": "memory that two processes share; no filesystem is behind it",

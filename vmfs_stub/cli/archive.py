@@ -11,6 +11,9 @@ from vmfs_stub.cli.job_progress import follow_job
 
 
 def archive(ctx: typer.Context, vms: Annotated[list[str], typer.Argument(metavar="VM", help="Names or ids.")]) -> None:
-    """Back up VMs and make placeholders of them now; a VM in use is refused."""
+    """Back up VMs and make placeholders of them now.
+
+    A VM that is in use, or must not be archived, stays as it is, and stops none of the others.
+    """
     client = client_of(load_config_of(ctx))
     follow_job(client, client.start_archive(argument_names(vms)))

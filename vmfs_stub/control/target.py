@@ -76,7 +76,10 @@ class JobTarget(Protocol):
         ...
 
     async def start_archive(self, vms: Sequence[str], *, peer: Peer) -> JobId:
-        """Back up the named VMs and make placeholders of them; raises InUse, Protected."""
+        """Back up the named VMs and make placeholders of them; what stands against one of them is told in the report.
+
+        Raises VmNotFound, AmbiguousName, HypervisorAway.
+        """
         ...
 
     async def start_recall(self, vms: Sequence[str], *, peer: Peer) -> JobId:

@@ -56,11 +56,6 @@ class Chains:
         """The place of a VM's file; that of its first name, if it has several."""
         return self.places.get(file.ino, file.path)
 
-    def domains_of(self, vm: Vm) -> tuple[Domain, ...]:
-        """The domains that have a disk in this VM, by name."""
-        found = {use.domain.uuid: use.domain for file in vm.files for use in self.uses.get(self.place(file), ())}
-        return tuple(sorted(found.values(), key=lambda domain: domain.name))
-
     def never(self, vm: Vm) -> tuple[str, ...]:
         """Why a VM must not be archived as things are, as far as its images' chains say; empty when it may be."""
         own = {self.place(file) for file in vm.files}
@@ -123,17 +118,6 @@ class Chains:
             done.update(vm.id for vm in ready)
             todo = [vm for vm in todo if vm.id not in done]
         return ordered
-
-
-def why_never_by_domains(vm: Vm, chains: Chains) -> tuple[str, ...]:
-    """All reasons of its domains why a VM must not be archived, each as an operator can read it."""
-    reasons = [f"domain {domain.name}: {problem}" for domain in chains.domains_of(vm) for problem in domain.problems]
-    for file in vm.files:
-        uses = [use for use in chains.uses.get(chains.place(file), ()) if not use.disk.is_read_only]
-        names = sorted({use.domain.name for use in uses})
-        if len({use.domain.uuid for use in uses}) > 1:
-            reasons.append(f"{printable(file.path)} is a disk of several domains: {', '.join(names)}")
-    return tuple(reasons)
 
 
 def _in_circles(bases: Mapping[str, Collection[str]], overlays: Mapping[str, Sequence[str]]) -> frozenset[str]:

@@ -165,11 +165,6 @@ class DirectoryInventory:
         finally:
             os.close(path_fd)
 
-    def is_protected(self, vm: Vm) -> bool:
-        """Whether a VM that was found is protected now.  Raises as `protect`."""
-        with self._found(vm) as path_fds:
-            return any(is_protected(path_fd, files=self._files) for path_fd in path_fds)
-
     def protect(self, vm: Vm, protected: bool) -> None:
         """Protect a VM that was found, or no longer; the caller syncs.  Raises VmNotFound, PrimaryIOError."""
         with self._lock, self._found(vm) as path_fds:

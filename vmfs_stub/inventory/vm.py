@@ -6,6 +6,7 @@ may hold surrogate escapes (names are bytes); ``name`` is always printable.  Mus
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vmfs_stub.core.errors import AmbiguousName, VmfsStubError, VmNotFound
@@ -93,6 +94,18 @@ class Scan:
         Raises VmNotFound, AmbiguousName with the candidates when several VMs answer to ``name``, and why it cannot be
         read when it is one of those.
         """
+        found = self._find(name)
+        if isinstance(found, UnreadVm):
+            raise found.error
+        return found
+
+    def named(self, names: Iterable[str]) -> Scan:
+        """The VMs of these names, each once and in their order, with those that cannot be read; else as `find`."""
+        found = {each.path: each for each in map(self._find, names)}.values()
+        vms = [each for each in found if isinstance(each, Vm)]
+        return Scan(tuple(vms), tuple(each for each in found if isinstance(each, UnreadVm)))
+
+    def _find(self, name: str) -> Vm | UnreadVm:
         found = [vm for vm in self.vms if vm.id == name]
         unread = []
         if not found:
@@ -101,8 +114,6 @@ class Scan:
         if len(found) + len(unread) > 1:
             candidates = [f"{vm.entry} (id {vm.id})" for vm in found] + [printable(vm.path) for vm in unread]
             raise AmbiguousName(f"{name!r} is the name of {len(candidates)} VMs; name one of: {', '.join(candidates)}")
-        if unread:
-            raise unread[0].error
-        if not found:
+        if not (found or unread):
             raise VmNotFound(f"no VM is called {name!r}; `vmfs-stub ls` lists them")
-        return found[0]
+        return found[0] if found else unread[0]

@@ -44,7 +44,7 @@ from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.primary.tree import open_beneath
 from vmfs_stub.services.adoption import Absent, Adoption, needed_bytes, top_of
 from vmfs_stub.services.adoption_choice import Told, chosen_point
-from vmfs_stub.services.archive import ArchiveSettings
+from vmfs_stub.services.backup_report import ArchiveSettings
 from vmfs_stub.services.claims import Claims, kept_for
 from vmfs_stub.services.disk_name import disk_label
 from vmfs_stub.services.disks import Disks

@@ -23,9 +23,9 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -48,23 +48,24 @@ from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.services.associated import Associated, nothing_associated
+from vmfs_stub.services.backup_report import ArchiveSettings, BackupReport
 from vmfs_stub.services.bandwidth import Bandwidth
 from vmfs_stub.services.claims import Claims, kept_for
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.disk_parts import DiskParts
 from vmfs_stub.services.disks import Disks
 from vmfs_stub.services.last_points import LastPoints
-from vmfs_stub.services.mover import CopyOrder, Mover, Part, PointFile, PointOrder, by_name
+from vmfs_stub.services.mover import CopyOrder, Mover
+from vmfs_stub.services.new_point import point_files, point_order
 from vmfs_stub.services.placeholder_ender import Ended, PlaceholderEnder
 from vmfs_stub.services.placeholder_maker import PlaceholderMaker
 from vmfs_stub.services.recall import RecallService
 from vmfs_stub.services.running_backup import Freezer, Means, NotOneMoment, RunningBackup
 from vmfs_stub.services.single_error import single_error
 from vmfs_stub.services.sources import Source, Sources
-from vmfs_stub.services.stored_files import OtherEntries, other_entries, stored_file
+from vmfs_stub.services.stored_files import OtherEntries, other_entries
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.backup_writer import WriterCounts
-from vmfs_stub.store.manifest import StoredFile
 from vmfs_stub.store.pins import Pin, new_pin
 from vmfs_stub.store.store import Store
 
@@ -77,45 +78,6 @@ MOMENT_TRIES_MAX = 5
 """How often a VM in use is tried whose programs make, rename or remove files just then, as of a database's journal."""
 LEFT_OUT_LOGGED = 20
 """Names of what is not backed up that go into the log, for each VM and job; the job's outcome counts them all."""
-
-
-@dataclass(frozen=True, slots=True)
-class ArchiveSettings:
-    """Sizes in bytes; ``host`` and ``datastore`` go into pins and manifests.
-
-    Nothing is released of which there are not ``min_copies``, 1 or 2, that were read back.  The backup of a VM in use
-    may set ``set_aside_bytes_max`` aside on primary, of which ``free_floor_percent`` stay free.
-    """
-
-    resident_head_bytes: int
-    resident_tail_bytes: int
-    placeholder_bytes_min: int
-    host: str
-    datastore: str
-    min_copies: int = 1
-    set_aside_bytes_max: int = 16 << 30
-    free_floor_percent: float = 0
-
-
-@dataclass(slots=True)
-class BackupReport:
-    """What a backup of one VM did: of ``size_bytes`` it read ``read_bytes``, the rest being holes or stored before."""
-
-    vm: str
-    point_id: PointId
-    size_bytes: int = 0
-    read_bytes: int = 0
-    new_bytes: int = 0
-    stored_bytes: int = 0
-    placeholders: list[str] = field(default_factory=list)
-    abandoned: str = ""
-    left_out: list[str] = field(default_factory=list)
-    """Paths of what no backup holds: FIFOs, sockets, devices."""
-    warning: str = ""
-    kept: str = ""
-    """Why no placeholders were made after all."""
-    consistency: str = "off"
-    """Of what was in use: "crash", or "quiesced" if the guest had brought its filesystems to rest; else "off"."""
 
 
 class Archiver:
@@ -135,18 +97,22 @@ class Archiver:
         private: PrivateState,
         backing: Path,
         settings: ArchiveSettings,
-        bandwidth: Bandwidth | None = None,
+        bandwidth: Bandwidth,
     ) -> None:
         self._files = files
-        self._bandwidth = bandwidth or Bandwidth()
         self._threads = threads
         self._claims = claims
         self._ender = ender
         self._disks = disks
         self._mover = mover
-        self._chunk_size = store.chunk_size
         self._last_points = LastPoints(threads=threads, store=store)
-        self._parts = DiskParts(files=files, threads=threads, recall=recall, chunk_size=store.chunk_size)
+        self._parts = DiskParts(
+            files=files,
+            threads=threads,
+            recall=recall,
+            chunk_size=store.chunk_size,
+            bandwidth=bandwidth,
+        )
         self._backing = backing
         self.settings = settings
         self.associated: Callable[[Vm], Awaitable[Associated]] = nothing_associated
@@ -183,7 +149,6 @@ class Archiver:
             store_id=store.id,
             chunk_size=store.chunk_size,
             settings=settings,
-            bandwidth=self._bandwidth,
         )
 
     def apply(self, settings: ArchiveSettings) -> None:
@@ -225,7 +190,7 @@ class Archiver:
             with trio.CancelScope() as scope:
                 async with AsyncExitStack() as stack:
                     sources = await self._sources.reserve(vm, scope, stack, archive=archive)
-                    free_at = await self._claims.begin(vm.id, self._points(vm, sources), claimed)
+                    free_at = await self._claims.begin(vm.id, self._sources.points(vm, sources), claimed)
                     first_file = await self._back_up(vm, sources, report, associated.metadata, progress)
                     if archive:
                         await self._make_second_copy(vm, report)
@@ -244,7 +209,7 @@ class Archiver:
                     await self._release_space(disk, report)
                 # Whoever opened the VM does not wait for this: the reservations have ended.
                 await self._end_unmade(vm, sources, report.point_id)
-                if free_at is not None and None not in self._points(vm, sources):
+                if free_at is not None and self._are_all_placeholders(vm, sources):
                     inos = {source.disk.ino for source in sources}
                     moved = self._disks.placeholders.moved_out(vm.id, inos, free_at)
                     still_held = kept_for(moved) or await self._claims.set_free(vm.id, free_at)
@@ -253,14 +218,10 @@ class Archiver:
             log.warning("VM %s: %s", vm.name, report.warning)
         return report
 
-    def _points(self, vm: Vm, sources: Sequence[Source]) -> set[PointId | None]:
-        """The restore points of this VM that its placeholders are of.
-
-        None is among them unless all that can be placeholders are: what is none is not kept from use by the VM's claim.
-        """
-        known = [self._disks.placeholders.get(source.disk.ino) for source in sources if source.is_apt]
-        records = [None if each is None else each.record for each in known]
-        return {r.point_id if r is not None and r.vm_id == vm.id else None for r in records} or {None}
+    def _are_all_placeholders(self, vm: Vm, sources: Sequence[Source]) -> bool:
+        """Whether all are that can be: what is none is not kept from use by the VM's claim."""
+        points = self._sources.points(vm, [source for source in sources if source.is_apt])
+        return bool(points) and None not in points
 
     async def _end_unmade(self, vm: Vm, sources: Sequence[Source], point_id: PointId) -> None:
         """Remove pin and map of every placeholder that was prepared and did not come to be."""
@@ -366,58 +327,15 @@ class Archiver:
                 async with backup.copying(verify=any(source.placeholder_id for source in sources)) as copying:
                     for source, since in zip(sources, changed, strict=True):
                         disk = source.disk
-                        order = CopyOrder(disk.fstat().st_size, disk.label)
-                        async with aclosing(self._counted(disk, since, report)) as parts:
-                            await copying.copy(disk.fd, order, parts, progress)
+                        async with aclosing(self._parts.metered(disk, since, read=report.count_read)) as parts:
+                            await copying.copy(disk.fd, CopyOrder(disk.fstat().st_size, disk.label), parts, progress)
                 await self._sources.check_unchanged(vm, sources)
                 for source in sources:
                     if source.placeholder_id is not None:
                         await self._threads.files(self._maker.prepare, vm, source, report.point_id)
-                regular = [
-                    PointFile(stored_file(name, each.st, mtime_ns=each.mtime_ns, xattrs=each.xattrs), copy)
-                    for copy, each, name in by_name(sources, [source.names for source in sources])
-                ]
-                files = [*map(PointFile, others.stored), *regular]
-                point = self._point_order(vm, sources, report.point_id, others.top, metadata)
-                return await backup.commit(point, files)
-
-    async def _counted(self, disk: Disk, since: Changed | None, report: BackupReport) -> AsyncGenerator[Part, None]:
-        """The parts of a disk, those that are read when they may be; the report counts them."""
-
-        def read(count: int) -> None:
-            report.read_bytes += count
-
-        size = disk.fstat().st_size
-        async with (
-            aclosing(self._parts.of(disk, since)) as parts,
-            aclosing(self._bandwidth.metered(parts, size=size, chunk_size=self._chunk_size, read=read)) as metered,
-        ):
-            async for part in metered:
-                yield part
-
-    def _point_order(
-        self,
-        vm: Vm,
-        sources: Sequence[Source],
-        point_id: PointId,
-        top: StoredFile | None,
-        metadata: Mapping[str, str],
-    ) -> PointOrder:
-        return PointOrder(
-            vm_id=vm.id,
-            point_id=point_id,
-            vm_name=vm.name,
-            host=self.settings.host,
-            metadata={
-                **metadata,
-                "inventory": "directory",
-                "path": vm.entry,
-                "datastore": self.settings.datastore,
-                "consistency": "off",
-            },
-            pins=[self._pin(source.placeholder_id) for source in sources if source.placeholder_id is not None],
-            top=top,
-        )
+                pins = [self._pin(source.placeholder_id) for source in sources if source.placeholder_id is not None]
+                point = point_order(vm, report, self.settings, metadata=metadata, top=others.top, pins=pins)
+                return await backup.commit(point, point_files(others, sources))
 
     def _pin(self, placeholder_id: PlaceholderId) -> Pin:
         return new_pin(placeholder_id, host=self.settings.host, datastore=self.settings.datastore)

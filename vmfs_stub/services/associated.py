@@ -21,6 +21,7 @@ from vmfs_stub.core.names import printable
 from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.primary.files import FileCalls, read_fully
+from vmfs_stub.services.domains import LinkDomains
 from vmfs_stub.services.hypervisor import Hypervisor
 from vmfs_stub.services.image_chains import BaseOf, ImageChains
 from vmfs_stub.services.threads import Threads
@@ -74,12 +75,14 @@ class AssociatedFiles:
         threads: Threads,
         hypervisor: Hypervisor,
         chains: ImageChains,
+        link: LinkDomains,
         swtpm: Path = SWTPM,
     ) -> None:
         self._files = files
         self._threads = threads
         self._hypervisor = hypervisor
         self._chains = chains
+        self._link = link
         self._swtpm = swtpm
 
     async def of(self, vm: Vm) -> Associated:
@@ -93,8 +96,8 @@ class AssociatedFiles:
         own: Sequence[Domain] = ()
         bases: Sequence[BaseOf] = ()
         try:
-            own = await self._chains.domains_of(vm, domains)
             bases = await self._chains.bases_of(vm, domains)
+            own = (await self._threads.files(self._link, [vm], domains)).of(vm.id)
         except PrimaryIOError as exc:
             warnings.append(f"the restore point may be without what belongs to the VM: {exc}")
         warnings += await self._threads.files(self._elsewhere, vm, own)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Final
 
@@ -17,26 +18,23 @@ from vmfs_stub.core.sites import FileCalls
 
 LINKS_MAX: Final = 40
 """Symbolic links on one path, as many as the kernel follows."""
+KEPT_S: Final = 30.0
+"""How long a path is taken to lead where it led."""
 
 
 class DatastorePaths:
-    """Tells of paths where they lead; what is found out is kept until `forget`."""
+    """Tells of paths where they lead; what is found out is kept for ``kept_s``."""
 
-    def __init__(self, *, files: FileCalls, backing: Path, mountpoint: Path) -> None:
+    def __init__(self, *, files: FileCalls, backing: Path, mountpoint: Path, kept_s: float = KEPT_S) -> None:
         self._files = files
         self._mountpoint = str(mountpoint)
         self._backing = str(backing)
+        self._kept_s = kept_s
+        self._since_s = time.monotonic()
         self._tops: tuple[str, str] | None = None
         self._known: dict[str, str] = {}
         self._targets: dict[str, str | None] = {}
         self._lock = threading.Lock()
-
-    def forget(self) -> None:
-        """Look anew from now on: links may lead elsewhere by now."""
-        with self._lock:
-            self._known.clear()
-            self._targets.clear()
-            self._tops = None
 
     def locate(self, path: str) -> str:
         """The place of an absolute path: relative to the backing directory, or absolute when it lies outside.
@@ -44,12 +42,21 @@ class DatastorePaths:
         Its last component need not exist.  Raises OSError when a link below the backing directory cannot be read.
         """
         with self._lock:
+            if time.monotonic() - self._since_s >= self._kept_s:
+                self._forget()
             known = self._known.get(path)
             if known is None:
                 backing, mountpoint = self._resolved_tops()
                 at = self._walked(path, backing, mountpoint)
                 known = self._known[path] = at.removeprefix(f"{backing}/") if at.startswith(f"{backing}/") else at
             return known
+
+    def _forget(self) -> None:
+        """Links may lead elsewhere by now."""
+        self._known.clear()
+        self._targets.clear()
+        self._tops = None
+        self._since_s = time.monotonic()
 
     def _resolved_tops(self) -> tuple[str, str]:
         """Backing directory and mountpoint as they are without links; of the mountpoint itself nothing is asked."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from functools import partial
 from typing import Protocol
@@ -18,6 +18,7 @@ from vmfs_stub.core.chunking import chunk_count
 from vmfs_stub.core.errors import PrimaryIOError
 from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.sites import FileCalls
+from vmfs_stub.services.bandwidth import Bandwidth
 from vmfs_stub.services.mover import Content, Part
 from vmfs_stub.services.placeholder import Placeholder
 from vmfs_stub.services.recall import RecallService
@@ -48,21 +49,34 @@ class Copied(Protocol):
 class DiskParts:
     """Cuts disks into parts; ``chunk_size`` is the store's."""
 
-    def __init__(self, *, files: FileCalls, threads: Threads, recall: RecallService, chunk_size: int) -> None:
+    def __init__(
+        self, *, files: FileCalls, threads: Threads, recall: RecallService, chunk_size: int, bandwidth: Bandwidth
+    ) -> None:
         self._files = files
         self._threads = threads
         self._recall = recall
         self._chunk_size = chunk_size
+        self._bandwidth = bandwidth
 
-    async def of(
-        self, disk: Copied, changed: Changed | None = None, *, aside: SetAside | None = None
+    async def metered(
+        self, disk: Copied, changed: Changed | None, *, read: Callable[[int], None], aside: SetAside | None = None
     ) -> AsyncGenerator[Part, None]:
-        """All parts of ``disk``; without ``changed`` all of it may have changed.
+        """All parts of ``disk``, those with data when they may be read; ``read`` is told of how many bytes.
 
-        Nobody changes it meanwhile, or what is changed goes ``aside`` first, and these are the parts as of that moment.
-        Raises StoreError, IntegrityError, PrimaryError.
+        Without ``changed`` all of it may have changed.  Nobody changes it meanwhile, or what is changed goes ``aside``
+        first, and these are the parts as of that moment.  Raises StoreError, IntegrityError, PrimaryError.
         """
         size = disk.fstat().st_size if aside is None else aside.size
+        async with (
+            aclosing(self._of(disk, changed, aside, size)) as parts,
+            aclosing(self._bandwidth.metered(parts, size=size, chunk_size=self._chunk_size, read=read)) as metered,
+        ):
+            async for part in metered:
+                yield part
+
+    async def _of(
+        self, disk: Copied, changed: Changed | None, aside: SetAside | None, size: int
+    ) -> AsyncGenerator[Part, None]:
         count, at = chunk_count(size, self._chunk_size), 0
         while at < count:
             same = Extent(count, count) if changed is None else changed.unchanged(at, size=size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -10,13 +11,16 @@ import trio
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.services.adopt import Adopter
-from vmfs_stub.services.archive import Archiver, ArchiveSettings
+from vmfs_stub.services.archive import Archiver
 from vmfs_stub.services.associated import AssociatedFiles
+from vmfs_stub.services.backup_report import ArchiveSettings
 from vmfs_stub.services.bandwidth import Bandwidth
 from vmfs_stub.services.changes import Changes
 from vmfs_stub.services.changes_left import ChangesLeft
 from vmfs_stub.services.claims import Claims
+from vmfs_stub.services.datastore_paths import DatastorePaths
 from vmfs_stub.services.disks import Disks
+from vmfs_stub.services.domains import LinkDomains, link
 from vmfs_stub.services.file_reads import FileReads
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.guest_activity import GuestActivity
@@ -64,6 +68,7 @@ class DiskServices:
     archiver: Archiver
     adopter: Adopter
     changes: Changes
+    link: LinkDomains
     chains: ImageChains
     groups: VmGroups
 
@@ -97,7 +102,7 @@ def connect_services(
     placeholders: PlaceholderIndex,
     changes_left: ChangesLeft,
     findings: Findings,
-    bandwidth: Bandwidth | None = None,
+    bandwidth: Bandwidth,
     mountpoint: Path | None = None,
     hypervisor: Hypervisor | None = None,
 ) -> DiskServices:
@@ -188,15 +193,32 @@ def connect_services(
         backing=backing,
         settings=settings.archive,
     )
+    paths = DatastorePaths(files=files, backing=backing, mountpoint=mountpoint or backing)
+    link_domains = partial(link, paths=paths)
     chains = ImageChains(
         files=files,
         threads=threads,
         disks=disks,
         reading=reading,
         backing=backing,
-        mountpoint=mountpoint or backing,
+        paths=paths,
     )
     groups = VmGroups(files=files, threads=threads, disks=disks, backing=backing)
     if hypervisor is not None:
-        archiver.associated = AssociatedFiles(files=files, threads=threads, hypervisor=hypervisor, chains=chains).of
-    return DiskServices(files, claims, recall, ender, disks, hydration, archiver, adopter, changes, chains, groups)
+        archiver.associated = AssociatedFiles(
+            files=files, threads=threads, hypervisor=hypervisor, chains=chains, link=link_domains
+        ).of
+    return DiskServices(
+        files=files,
+        claims=claims,
+        recall=recall,
+        ender=ender,
+        disks=disks,
+        hydration=hydration,
+        archiver=archiver,
+        adopter=adopter,
+        changes=changes,
+        link=link_domains,
+        chains=chains,
+        groups=groups,
+    )

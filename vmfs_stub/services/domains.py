@@ -4,14 +4,14 @@ A domain names its files by paths on this host, which lead below the mountpoint,
 by its files in the backing directory.  No image is opened.  What an image of the domain is based on is no link: bases
 are the business of `image_chains`.
 
-This is what usage, notes and guests go by: a domain is linked to the VM in whose directory its disk will be, too, and
-what cannot be looked at is left out.  What stands against an archive goes by `inventory.chains.Chains.domains_of`, by
-files alone, where the same is an error.
+A domain is linked to the VM in whose directory its disk will be, too, and to each VM that has a name of its file.  What
+cannot be looked at is no link: where that must not be, `ImageChains.look` has told of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from vmfs_stub.core.ids import VmId
@@ -28,7 +28,7 @@ class Links:
     vms: Mapping[str, tuple[VmId, ...]] = field(default_factory=dict)
 
     def of(self, vm_id: VmId) -> tuple[Domain, ...]:
-        """The domains that have a file of this VM."""
+        """The domains that have a file of this VM, by name."""
         return self.domains.get(vm_id, ())
 
     def vms_of(self, uuid: str) -> tuple[VmId, ...]:
@@ -42,30 +42,30 @@ LinkDomains = Callable[[Sequence[Vm], Sequence[Domain]], Links]
 
 def link(vms: Sequence[Vm], domains: Iterable[Domain], *, paths: DatastorePaths) -> Links:
     """Whose files each domain's disks and NVRAM are.  What cannot be looked at is no link."""
-    paths.forget()
-    owner_of = _Owners(vms)
+    owners_of = _Owners(vms)
     by_vm: dict[VmId, dict[str, Domain]] = {}
     by_domain: dict[str, tuple[VmId, ...]] = {}
-    for domain in domains:
+    for domain in sorted(domains, key=lambda domain: domain.name):
         found: dict[VmId, None] = {}
         for path in domain.paths:
-            try:
-                owner = owner_of(paths.locate(str(path)))
-            except OSError:
-                continue
-            if owner is not None:
-                found[owner] = None
-                by_vm.setdefault(owner, {})[domain.uuid] = domain
+            with suppress(OSError, ValueError):
+                found.update(dict.fromkeys(owners_of(paths.locate(str(path)))))
+        for vm_id in found:
+            by_vm.setdefault(vm_id, {})[domain.uuid] = domain
         by_domain[domain.uuid] = tuple(found)
     return Links({vm_id: tuple(each.values()) for vm_id, each in by_vm.items()}, by_domain)
 
 
 class _Owners:
-    """Whose a path in the backing directory is: of the VM that has the file, or the directory around it."""
+    """Whose a path in the backing directory is: of the VMs that have the file, or of the directory around it."""
 
     def __init__(self, vms: Sequence[Vm]) -> None:
-        self._files = {file.path: vm.id for vm in vms for file in vm.files}
-        self._tops = {vm.path: vm.id for vm in vms if vm.is_directory}
+        of_ino: dict[int, list[VmId]] = {}
+        for vm in vms:
+            for file in vm.files:
+                of_ino.setdefault(file.ino, []).append(vm.id)
+        self._files = {file.path: [vm.id, *of_ino[file.ino]] for vm in vms for file in vm.files}
+        self._tops = {vm.path: [vm.id] for vm in vms if vm.is_directory}
 
-    def __call__(self, place: str) -> VmId | None:
-        return self._files.get(place) or self._tops.get(place.partition("/")[0])
+    def __call__(self, place: str) -> list[VmId]:
+        return self._files.get(place) or self._tops.get(place.partition("/")[0], [])

@@ -28,7 +28,7 @@ from vmfs_stub.services.disk_name import disk_label
 from vmfs_stub.services.disk_services import DiskServices
 from vmfs_stub.services.findings import Findings
 from vmfs_stub.services.mount_usage import latest
-from vmfs_stub.services.obstacles import Obstacles
+from vmfs_stub.services.situation import Situation
 from vmfs_stub.services.sources import is_worth_placeholder
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.store import Store
@@ -74,9 +74,9 @@ class _OnDisk:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What is asked once for all VMs; ``obstacles`` is None where ``blind`` says why nothing can be told of domains."""
+    """What is asked once for all VMs; ``situation`` is None where ``blind`` says why nothing can be told of it."""
 
-    obstacles: Obstacles | None
+    situation: Situation | None
     blind: str
     samples: Mapping[VmId, Sequence[Sample]]
     elsewhere: frozenset[str]
@@ -97,7 +97,7 @@ class FactsService:
         findings: Findings,
         samples: Samples,
         last_use: Callable[[VmId], LastUse],
-        look: Callable[[], Awaitable[Obstacles]],
+        look: Callable[[], Awaitable[Situation]],
         backing_fd: int,
         settings: FactsSettings,
     ) -> None:
@@ -110,16 +110,18 @@ class FactsService:
         self._findings = findings
         self._samples = samples
         self._last_use = last_use
-        self._look_at_obstacles = look
+        self._look_around = look
         self._backing_fd = backing_fd
         self.settings = settings
 
-    async def gather(self, vms: Sequence[Vm], policy: Policy, *, now_s: float) -> list[Facts]:
-        """The facts of these VMs, in their order.
+    async def gather(
+        self, vms: Sequence[Vm], policy: Policy, *, now_s: float, situation: Situation | None = None
+    ) -> list[Facts]:
+        """The facts of these VMs, in their order; ``situation`` is what was seen just now, if anybody has looked.
 
         Only what ``policy`` goes by is asked for.  What cannot be had of a source is left out, and told in the log.
         """
-        known = await self._ask(policy, now_s)
+        known = await self._ask(policy, now_s, situation)
         on_disk = await self._threads.files(self._look, vms)
 
         def all_facts() -> list[Facts]:
@@ -139,11 +141,10 @@ class FactsService:
             return None
         return points[-1].created_s if points else None
 
-    async def _ask(self, policy: Policy, now_s: float) -> _Known:
-        obstacles: Obstacles | None = None
+    async def _ask(self, policy: Policy, now_s: float, situation: Situation | None) -> _Known:
         blind = ""
         try:
-            obstacles = await self._look_at_obstacles()
+            situation = situation or await self._look_around()
         except (HypervisorAway, PrimaryError) as exc:
             log.warning("no VM is archived: %s", exc)
             blind = "libvirt does not answer" if isinstance(exc, HypervisorAway) else str(exc)
@@ -155,15 +156,15 @@ class FactsService:
         elsewhere = frozenset(
             finding.subject for finding in self._findings.all() if isinstance(finding.error, ClaimedElsewhere)
         )
-        return _Known(obstacles, blind, samples, elsewhere)
+        return _Known(situation, blind, samples, elsewhere)
 
     def _facts(self, vm: Vm, on_disk: _OnDisk, known: _Known) -> Facts:
-        obstacles = known.obstacles
-        domains = () if obstacles is None else obstacles.domains_of(vm)
+        situation = known.situation
+        domains = () if situation is None else situation.links.of(vm.id)
         domain = domains[0] if len(domains) == 1 else None
-        state = self._state(on_disk, domains, is_blind=obstacles is None)
+        state = self._state(on_disk, domains, is_blind=situation is None)
         samples, use = known.samples.get(vm.id, ()), self._last_use(vm.id)
-        against = [known.blind] if obstacles is None else [*obstacles.against(vm), *_open(on_disk, domains, state)]
+        against = [known.blind] if situation is None else [*situation.against(vm), *_open(on_disk, domains, state)]
         never = [*on_disk.never, *against]
         if f"VM {vm.id}" in known.elsewhere:
             never.append("its newest state is in another datastore")

@@ -57,6 +57,16 @@ class FrozenDisk:
         """What is copied."""
         return self.disk if self.aside is not None else Clone(self.fd, self.disk.label)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its names, relative to the VM."""
+        return self.source.names
+
+    @property
+    def xattrs(self) -> dict[str, bytes]:
+        """What users have put on it."""
+        return self.source.xattrs
+
     async def catch(self) -> None:
         """No change of the disk is under way: clone it, or see that what was made ready is of its size.
 

@@ -12,11 +12,9 @@ from vmfs_stub.core.errors import HypervisorAway, PrimaryError, Unsupported
 from vmfs_stub.core.usage import GuestState
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.domain import Domain
-from vmfs_stub.inventory.vm import Scan, Vm
-from vmfs_stub.services.domains import LinkDomains
 from vmfs_stub.services.hypervisor import Hypervisor
-from vmfs_stub.services.image_chains import ImageChains
 from vmfs_stub.services.managed_save import IMAGE_SUFFIX
+from vmfs_stub.services.situation import Situation
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.services.vm_groups import VmGroups
 
@@ -24,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Gathering:
-    """Gathers the files of one datastore's VMs; ``scan`` lists these."""
+    """Gathers the files of one datastore's VMs; ``look`` sees what is so now."""
 
     def __init__(
         self,
@@ -33,17 +31,13 @@ class Gathering:
         threads: Threads,
         inventory: DirectoryInventory,
         groups: VmGroups,
-        chains: ImageChains,
-        link: LinkDomains,
-        scan: Callable[[], Awaitable[Scan]],
+        look: Callable[[], Awaitable[Situation]],
     ) -> None:
         self._hypervisor = hypervisor
         self._threads = threads
         self._inventory = inventory
         self._groups = groups
-        self._chains = chains
-        self._link = link
-        self._scan = scan
+        self._look = look
 
     async def run(self) -> None:
         """Have files that are one domain's be one VM from now on; where that cannot be told they stay what they are."""
@@ -51,17 +45,17 @@ class Gathering:
             domains = await self._hypervisor.domains()
             if not domains:
                 return
-            vms = (await self._scan()).vms
-            if await self._groups.regroup(vms, domains, await self._chains.look(vms, domains)):
-                vms = (await self._scan()).vms
-            await self._threads.files(self._give_memory, vms, domains)
+            situation = await self._look()
+            if await self._groups.regroup(situation.scan.vms, domains, situation.chains):
+                situation = await self._look()
+            await self._threads.files(self._give_memory, situation, domains)
         except (HypervisorAway, PrimaryError, Unsupported) as exc:
             log.info("which files belong together stays as it is known: %s", exc)
 
-    def _give_memory(self, vms: Sequence[Vm], domains: Sequence[Domain]) -> None:
+    def _give_memory(self, situation: Situation, domains: Sequence[Domain]) -> None:
         """The memory of a guest that is saved is its VM's."""
-        links, by_id = self._link(vms, domains), {vm.id: vm for vm in vms}
+        by_id = {vm.id: vm for vm in situation.scan.vms}
         for domain in domains:
-            owners = links.vms_of(domain.uuid)
+            owners = situation.links.vms_of(domain.uuid)
             if domain.state is GuestState.SAVED and owners:
                 self._inventory.give_memory(by_id[owners[0]], f"{domain.name}{IMAGE_SUFFIX}")

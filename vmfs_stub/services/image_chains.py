@@ -37,8 +37,6 @@ SETTLED_NS: Final = 2_000_000_000
 """A file that changed so lately may change again without its times telling: what was read of it is not kept."""
 NVRAM_TARGET: Final = "nvram"
 """As what the NVRAM of a domain counts among its disks."""
-PATHS_KEPT_S: Final = 30.0
-"""How long a path is taken to lead where it led."""
 _IMAGE_BYTES_MIN = 512
 """Of a qcow2 image: its first cluster."""
 
@@ -81,15 +79,14 @@ class ImageChains:
         disks: Disks,
         reading: Store,
         backing: Path,
-        mountpoint: Path,
+        paths: DatastorePaths,
     ) -> None:
         self._files = files
         self._threads = threads
         self._disks = disks
         self._reading = reading
         self._backing = backing
-        self._paths = DatastorePaths(files=files, backing=backing, mountpoint=mountpoint)
-        self._paths_s = 0.0
+        self._paths = paths
         self._headers: dict[int, _Known] = {}
 
     async def look(self, vms: Sequence[Vm], domains: Sequence[Domain]) -> Chains:
@@ -113,11 +110,6 @@ class ImageChains:
         open_ = {places[disk.ino] for disk in self._disks.open_disks() if disk.ino in places}
         return Chains(bases, uses, resident, open_, problems, places)
 
-    async def domains_of(self, vm: Vm, domains: Sequence[Domain]) -> tuple[Domain, ...]:
-        """Those of ``domains`` that have a disk in ``vm``, by name.  Raises as `look`."""
-        uses = await self._threads.files(self._uses, domains)
-        return Chains({}, uses).domains_of(vm)
-
     def place_of(self, path: Path) -> str | None:
         """The place of a path that a domain names; None when it cannot be told.  Blocking."""
         return self._place(str(path))
@@ -137,9 +129,6 @@ class ImageChains:
 
     def _uses(self, domains: Sequence[Domain]) -> dict[str, list[DiskUse]]:
         """By place, whose disk an image is."""
-        if time.monotonic() - self._paths_s > PATHS_KEPT_S:
-            self._paths.forget()
-            self._paths_s = time.monotonic()
         uses: dict[str, list[DiskUse]] = {}
         for domain in domains:
             for disk in (*domain.disks, *_nvram_of(domain)):

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from vmfs_stub.core.chunking import FrameRef
 from vmfs_stub.core.extents import Extent
@@ -21,8 +21,6 @@ from vmfs_stub.store.backup_writer import WriterCounts
 from vmfs_stub.store.manifest import StoredFile
 from vmfs_stub.store.objects import Buffer
 from vmfs_stub.store.pins import Pin
-
-C = TypeVar("C")
 
 FETCHES_AT_ONCE = 16
 """Background fetches at once, of the whole datastore, at the most; each is held in memory until it is on primary."""
@@ -59,20 +57,6 @@ class PointFile:
 
     stored: StoredFile
     copy: int | None = None
-
-
-def by_name(copies: Sequence[C], names: Sequence[Sequence[str]]) -> list[tuple[int, C, str]]:
-    """The regular files of a restore point: number of the copy, the copy, and one of its ``names``.
-
-    The first names come first, so that the number of a file in the restore point is that of its copy; other names of
-    the same file are files of their own there.
-    """
-    return [
-        (number, copy, several[position])
-        for position in range(max(map(len, names), default=0))
-        for number, (copy, several) in enumerate(zip(copies, names, strict=True))
-        if position < len(several)
-    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,11 @@ the same, which says more than it must.  Whatever goes wrong ends the backup, ne
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 import trio
 
@@ -32,29 +32,27 @@ from vmfs_stub.core.errors import (
     ObjectMissing,
     PrimaryIOError,
 )
-from vmfs_stub.core.ids import PointId, StoreId, VmId
+from vmfs_stub.core.ids import StoreId, VmId
 from vmfs_stub.core.origin import Origin
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.primary.aside_file import can_clone, make_nameless
 from vmfs_stub.primary.files import FileCalls
 from vmfs_stub.primary.placeholder import PrivateState
-from vmfs_stub.services.bandwidth import Bandwidth
+from vmfs_stub.services.backup_report import ArchiveSettings, BackupReport
 from vmfs_stub.services.claims import Claims
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.disk_parts import DiskParts
 from vmfs_stub.services.frozen_disk import FrozenDisk
 from vmfs_stub.services.last_points import LastPoints
-from vmfs_stub.services.mover import CopyOrder, Mover, Part, PointFile, PointOrder, by_name
+from vmfs_stub.services.mover import CopyOrder, Mover
+from vmfs_stub.services.new_point import point_files, point_order
 from vmfs_stub.services.reservation import has_lease
 from vmfs_stub.services.set_aside import Room, SetAside
 from vmfs_stub.services.single_error import single_error
-from vmfs_stub.services.sources import KeptSource, Sources, is_worth_placeholder
-from vmfs_stub.services.stored_files import OtherEntries, other_entries, stored_file
+from vmfs_stub.services.sources import KeptSource, Sources
+from vmfs_stub.services.stored_files import OtherEntries, other_entries
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.backup_writer import WriterCounts
-
-if TYPE_CHECKING:
-    from vmfs_stub.services.archive import ArchiveSettings, BackupReport
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +95,6 @@ class Means:
     store_id: StoreId
     chunk_size: int
     settings: ArchiveSettings
-    bandwidth: Bandwidth
 
 
 class RunningBackup:
@@ -147,7 +144,7 @@ class RunningBackup:
             with self._scope, single_error():
                 async with AsyncExitStack() as stack:
                     kept = await self._means.sources.keep(self._vm, stack)
-                    await self._means.claims.begin(self._vm.id, self._points(kept), claimed)
+                    await self._means.claims.begin(self._vm.id, self._means.sources.points(self._vm, kept), claimed)
                     others = await self._others()
                     disks = await self._make_ready(kept, stack, first_file=len(others.stored))
                     stack.callback(lambda: reasons.extend(_reasons(disks)))
@@ -177,19 +174,6 @@ class RunningBackup:
                 "at one moment; try again"
             )
         return now
-
-    def _points(self, kept: Sequence[KeptSource]) -> set[PointId | None]:
-        """As archive.Archiver finds them."""
-        found: set[PointId | None] = set()
-        bytes_min = self._means.settings.placeholder_bytes_min
-        for source in kept:
-            placeholder, st = source.disk.placeholder, source.disk.fstat()
-            if placeholder is not None:
-                record = placeholder.maps.record
-                found.add(record.point_id if record.vm_id == self._vm.id else None)
-            elif is_worth_placeholder(st.st_size, st.st_blocks * 512, bytes_min=bytes_min):
-                found.add(None)
-        return found or {None}
 
     def _note(self, others: OtherEntries, counts: WriterCounts) -> None:
         report = self._report
@@ -301,22 +285,19 @@ class RunningBackup:
         else:
             for each in disks:
                 await means.last_points.forget_disk(each.disk)
+        parts_of, read = means.parts.metered, self._report.count_read
         async with means.mover.backup() as backup:
             async with backup.copying(verify=False) as copying:
                 for frozen, since in zip(disks, changed, strict=True):
                     order = CopyOrder(frozen.st.st_size, frozen.disk.label)
-                    async with aclosing(self._counted(frozen, since)) as parts:
+                    async with aclosing(parts_of(frozen.copied, since, read=read, aside=frozen.aside)) as parts:
                         aside_fd = None if frozen.aside is None else frozen.aside.fd
                         await copying.copy(frozen.copied.fd, order, parts, self._progress_of(frozen), aside_fd=aside_fd)
             for frozen in disks:
                 frozen.end()
             await self._check(disks)
-            regular = [
-                PointFile(stored_file(name, each.st, mtime_ns=each.mtime_ns, xattrs=each.source.xattrs), copy)
-                for copy, each, name in by_name(disks, [frozen.source.names for frozen in disks])
-            ]
-            files = [*map(PointFile, others.stored), *regular]
-            return await backup.commit(self._order(others), files)
+            point = point_order(self._vm, self._report, means.settings, metadata=self._metadata, top=others.top)
+            return await backup.commit(point, point_files(others, disks))
 
     def _progress_of(self, frozen: FrozenDisk) -> Callable[[int], None]:
         def progress(count: int) -> None:
@@ -329,20 +310,6 @@ class RunningBackup:
 
         return progress
 
-    async def _counted(self, frozen: FrozenDisk, since: Changed | None) -> AsyncGenerator[Part, None]:
-        """The parts of a disk, those that are read when they may be; the report counts them."""
-
-        def read(count: int) -> None:
-            self._report.read_bytes += count
-
-        size, means = frozen.st.st_size, self._means
-        async with (
-            aclosing(means.parts.of(frozen.copied, since, aside=frozen.aside)) as parts,
-            aclosing(means.bandwidth.metered(parts, size=size, chunk_size=means.chunk_size, read=read)) as metered,
-        ):
-            async for part in metered:
-                yield part
-
     async def _check(self, disks: Sequence[FrozenDisk]) -> None:
         """Raises Abandoned when what was copied need not be the VM as it was."""
         for reason in _reasons(disks):
@@ -354,23 +321,6 @@ class RunningBackup:
                     "what is written is not seen"
                 )
         await self._means.sources.check_still_same_vm(self._vm)
-
-    def _order(self, others: OtherEntries) -> PointOrder:
-        settings = self._means.settings
-        return PointOrder(
-            vm_id=self._vm.id,
-            point_id=self._report.point_id,
-            vm_name=self._vm.name,
-            host=settings.host,
-            metadata={
-                **self._metadata,
-                "inventory": "directory",
-                "path": self._vm.entry,
-                "datastore": settings.datastore,
-                "consistency": self._report.consistency,
-            },
-            top=others.top,
-        )
 
 
 async def _catch(disks: Sequence[FrozenDisk], caught: trio.Event) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import trio
 
 from vmfs_stub.core.errors import Abandoned, InUse, PrimaryIOError
-from vmfs_stub.core.ids import PlaceholderId
+from vmfs_stub.core.ids import PlaceholderId, PointId
 from vmfs_stub.core.names import printable
 from vmfs_stub.inventory.identity import read_vm_id
 from vmfs_stub.inventory.vm import Vm, VmFile
@@ -151,6 +151,12 @@ class Sources:
         finally:
             os.close(backing_fd)
         return kept
+
+    def points(self, vm: Vm, sources: Sequence[Source | KeptSource]) -> set[PointId | None]:
+        """Of which restore points of this VM the files are placeholders now; None for those that are none of it."""
+        known = [self._disks.placeholders.get(source.disk.ino) for source in sources]
+        records = [None if each is None else each.record for each in known]
+        return {r.point_id if r is not None and r.vm_id == vm.id else None for r in records}
 
     async def check_still_same_vm(self, vm: Vm) -> None:
         """See that the VM is where it was.  Raises Abandoned, PrimaryIOError."""
