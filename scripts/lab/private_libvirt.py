@@ -8,6 +8,7 @@ Everything that was started is ended by its process id, the guests as well.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -25,6 +26,8 @@ from scripts.lab.failure import LabError, run
 from scripts.lab.guest import DONE, INIT, MARKER, Guest
 from vmfs_stub.mount.mountpoint import mounts_at
 
+AGENT_CHANNEL: Final = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
+"""The device over which libvirt reaches the agent of a guest with ``vmfs.agent``."""
 _START_DEADLINE_S: Final = 60.0
 _END_DEADLINE_S: Final = 30.0
 _VIRSH_DEADLINE_S: Final = 120.0
@@ -237,6 +240,22 @@ class PrivateLibvirt:
         """As virsh says it: running, shut off, paused, …"""
         return self.virsh("domstate", name).strip()
 
+    def ask_agent(self, name: str, command: str, **arguments: object) -> object:
+        """What the agent in a guest returns to a command of its protocol; raises LabError, also while none answers."""
+        question = json.dumps({"execute": command, "arguments": arguments} if arguments else {"execute": command})
+        return json.loads(self.virsh("qemu-agent-command", name, question))["return"]
+
+    def has_agent(self, name: str) -> bool:
+        """Whether the agent in a guest answers."""
+        with suppress(LabError):
+            self.ask_agent(name, "guest-ping")
+            return True
+        return False
+
+    def wait_agent(self, name: str, *, deadline_s: float = 60.0) -> None:
+        """Wait until the agent in a guest answers; raises LabError."""
+        self._wait(f"the agent of {name} answers", lambda: self.has_agent(name), deadline_s=deadline_s)
+
     def console(self, name: str) -> Path:
         """Where the guest's serial console goes, of a domain of `domain_xml`."""
         return self.home / f"console-{name}"
@@ -305,4 +324,4 @@ def private_libvirt(home: Path, *, shared: Path) -> Iterator[PrivateLibvirt]:
         libvirt.end()
 
 
-__all__ = ["DONE", "MARKER", "LabDisk", "PrivateLibvirt", "private_libvirt"]
+__all__ = ["AGENT_CHANNEL", "DONE", "MARKER", "LabDisk", "PrivateLibvirt", "private_libvirt"]
