@@ -118,7 +118,6 @@ def libvirt_settings(config: Config) -> LibvirtSettings:
     return LibvirtSettings(
         uri=libvirt.uri,
         timeout_s=libvirt.timeout_s,
-        mountpoint=config.datastore.mountpoint,
         is_optional=libvirt.enabled == "auto",
     )
 

@@ -53,9 +53,15 @@ count() {{
 busy() {{
     while :; do
         for n in 1 2 3 4; do
-            dd if=/dev/urandom of="/root/busy-$n" bs=64k count=32 conv=fsync 2>/dev/null
+            dd if=/dev/urandom of="$1/busy-$n" bs=64k count=32 conv=fsync 2>/dev/null
         done
     done
+}}
+agent() {{
+    modprobe virtio_console
+    until port=$(grep -l org.qemu.guest_agent.0 /sys/class/virtio-ports/*/name 2>/dev/null); do sleep 0.1; done
+    port=${{port%/name}}
+    qemu-ga --daemonize --method=virtio-serial --path="/dev/${{port##*/}}"
 }}
 say {MARKER}
 stay=no
@@ -66,7 +72,9 @@ for word in $(cat /proc/cmdline); do
         vmfs.read=*) say {FILE_PREFIX} "$value" "$(cat "/root/$value" 2>/dev/null)" ;;
         vmfs.stay) stay=yes ;;
         vmfs.count) stay=yes; count & ;;
-        vmfs.busy) stay=yes; busy & ;;
+        vmfs.busy) stay=yes; busy /root & ;;
+        vmfs.busy=*) stay=yes; mount "/dev/$value" /mnt; busy /mnt & ;;
+        vmfs.agent) stay=yes; agent ;;
     esac
 done
 sync
@@ -93,7 +101,17 @@ ExecStart={INIT}
 WantedBy=graphical.target
 """
 
-_PACKAGES = ("systemd-sysv", "udev", "dbus", "initramfs-tools", "util-linux", "e2fsprogs", "fio")
+_PACKAGES = (
+    "systemd-sysv",
+    "udev",
+    "dbus",
+    "initramfs-tools",
+    "util-linux",
+    "e2fsprogs",
+    "fio",
+    "kmod",
+    "qemu-guest-agent",
+)
 _KERNELS = {"debian": "linux-image-cloud-amd64", "ubuntu": "linux-image-virtual"}
 _COMPONENTS = {"debian": ("main",), "ubuntu": ("main", "universe")}
 _MASKED = (
@@ -175,6 +193,13 @@ def built_guest(say: Callable[[str], None] = lambda text: None) -> Guest:
             say(f"building a guest of {distribution.name} {distribution.codename} (once; kept in {home})")
             _build(home, distribution, say)
     return Guest(home)
+
+
+def needs_replay(image: Path) -> bool:
+    """Whether the journal of the ext4 in ``image`` has what is not in its place yet; raises LabError."""
+    shown = run(["dumpe2fs", "-h", image], deadline_s=60)
+    (features,) = [line for line in shown.splitlines() if line.startswith("Filesystem features:")]
+    return "needs_recovery" in features.split()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ Everything that was started is ended by its process id, the guests as well.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -25,6 +26,8 @@ from scripts.lab.failure import LabError, run
 from scripts.lab.guest import DONE, INIT, MARKER, Guest
 from vmfs_stub.mount.mountpoint import mounts_at
 
+AGENT_CHANNEL: Final = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
+"""The device over which libvirt reaches the agent of a guest with ``vmfs.agent``."""
 _START_DEADLINE_S: Final = 60.0
 _END_DEADLINE_S: Final = 30.0
 _VIRSH_DEADLINE_S: Final = 120.0
@@ -40,6 +43,8 @@ log_outputs = "3:file:{log}"
 _QEMU_CONFIG: Final = """\
 user = "root"
 group = "root"
+swtpm_user = "root"
+swtpm_group = "root"
 security_driver = "none"
 stdio_handler = "file"
 namespaces = []
@@ -52,8 +57,9 @@ _OWN: Final = {
     "/var/cache/libvirt": "cache",
     "/var/log/libvirt": "log",
     "/run/libvirt": "run",
+    "/var/lib/swtpm-localca": "localca",
 }
-"""Directories that are compiled into libvirtd, and where each is instead, below its home."""
+"""Directories that libvirtd, and what it starts, take for granted, and where each is instead, below its home."""
 _USERS: Final = {
     "passwd": {"libvirt-qemu": "libvirt-qemu:x:64055:64055::/nonexistent:/usr/sbin/nologin"},
     "group": {"libvirt-qemu": "libvirt-qemu:x:64055:", "kvm": "kvm:x:64056:"},
@@ -220,6 +226,13 @@ class PrivateLibvirt:
                 raise LabError(f"{what}: not so after {deadline_s:g} s:\n{self.log()[-4000:]}")
             time.sleep(0.05)
 
+    @property
+    def view(self) -> list[str | Path]:
+        """Words before a command, which then sees its /var/lib/libvirt as the host's; what it mounts, all see."""
+        there = "/var/lib/libvirt"
+        script = f'mount --make-private "$(findmnt -n -o TARGET -T {there})" && mount --bind "$0" {there} && exec "$@"'
+        return ["unshare", "--mount", "--propagation", "unchanged", "sh", "-c", script, self.home / _OWN[there]]
+
     # Domains
 
     def virsh(self, *words: str | Path) -> str:
@@ -236,6 +249,22 @@ class PrivateLibvirt:
     def state(self, name: str) -> str:
         """As virsh says it: running, shut off, paused, …"""
         return self.virsh("domstate", name).strip()
+
+    def ask_agent(self, name: str, command: str, **arguments: object) -> object:
+        """What the agent in a guest returns to a command of its protocol; raises LabError, also while none answers."""
+        question = json.dumps({"execute": command, "arguments": arguments} if arguments else {"execute": command})
+        return json.loads(self.virsh("qemu-agent-command", name, question))["return"]
+
+    def has_agent(self, name: str) -> bool:
+        """Whether the agent in a guest answers."""
+        with suppress(LabError):
+            self.ask_agent(name, "guest-ping")
+            return True
+        return False
+
+    def wait_agent(self, name: str, *, deadline_s: float = 60.0) -> None:
+        """Wait until the agent in a guest answers; raises LabError."""
+        self._wait(f"the agent of {name} answers", lambda: self.has_agent(name), deadline_s=deadline_s)
 
     def console(self, name: str) -> Path:
         """Where the guest's serial console goes, of a domain of `domain_xml`."""
@@ -264,13 +293,15 @@ class PrivateLibvirt:
         parameters: Sequence[str] = (),
         more: str = "",
         devices: str = "",
+        firmware: str = "",
         memory_mib: int = 256,
         fast: bool = True,
     ) -> str:
         """XML of an emulated domain that boots ``guest``'s kernel to the marker script; without it, nothing at all.
 
         Without ``fast`` it boots all of its system, which then hears of the power button.  ``more`` goes below
-        <domain>, ``devices`` below <devices>.  A guest powers itself off unless ``parameters`` has ``vmfs.stay``.
+        <domain>, ``devices`` below <devices>, ``firmware`` below <os>.  A guest powers itself off unless ``parameters``
+        has ``vmfs.stay``.
         """
         words = ["root=/dev/vda", "rw", "console=ttyS0", "quiet", "panic=-1", *parameters]
         line = " ".join([*words, f"init={INIT}"] if fast else words)
@@ -285,7 +316,7 @@ class PrivateLibvirt:
         return (
             f"<domain type='qemu'><name>{name}</name><uuid>{uuid or uuids.uuid4()}</uuid>"
             f"<memory unit='MiB'>{memory_mib}</memory><vcpu>1</vcpu>{more}"
-            f"<os><type arch='x86_64' machine='q35'>hvm</type>{kernel}</os>"
+            f"<os><type arch='x86_64' machine='q35'>hvm</type>{firmware}{kernel}</os>"
             "<features><acpi/></features><cpu mode='maximum'/><on_reboot>destroy</on_reboot>"
             f"<devices><emulator>/usr/bin/qemu-system-x86_64</emulator>{shown}<controller type='usb' model='none'/>"
             f"<serial type='file'><source path={quoteattr(str(self.console(name)))} append='on'/></serial>"
@@ -305,4 +336,4 @@ def private_libvirt(home: Path, *, shared: Path) -> Iterator[PrivateLibvirt]:
         libvirt.end()
 
 
-__all__ = ["DONE", "MARKER", "LabDisk", "PrivateLibvirt", "private_libvirt"]
+__all__ = ["AGENT_CHANNEL", "DONE", "MARKER", "LabDisk", "PrivateLibvirt", "private_libvirt"]

@@ -142,9 +142,14 @@ class LiveDatastore:
         assert check is None or outcome.code == check, f"{' '.join(map(str, words))}: {outcome}"
         return outcome
 
-    def start(self, *, program: Sequence[str | Path] = ("-m", "vmfs_stub.cli.main")) -> None:
-        """Start the daemon; returns when the mount answers.  ``program`` is what Python runs."""
-        command = [sys.executable, *map(str, program), "--config", str(self.config), "mount"]
+    def start(
+        self, *, program: Sequence[str | Path] = ("-m", "vmfs_stub.cli.main"), view: Sequence[str | Path] = ()
+    ) -> None:
+        """Start the daemon; returns when the mount answers.
+
+        ``program`` is what Python runs, ``view`` what runs Python, in its own process.
+        """
+        command = [*map(str, view), sys.executable, *map(str, program), "--config", str(self.config), "mount"]
         with self.log_path.open("ab") as log:
             self.daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         wait_until("the mount answers", self._answers, poll_s=0.02)

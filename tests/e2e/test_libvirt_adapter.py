@@ -29,7 +29,7 @@ DEADLINE_S = 60.0
 
 
 def settings(libvirt: PrivateLibvirt) -> LibvirtSettings:
-    return LibvirtSettings(uri=libvirt.uri, timeout_s=5, mountpoint=libvirt.shared)
+    return LibvirtSettings(uri=libvirt.uri, timeout_s=5)
 
 
 @asynccontextmanager

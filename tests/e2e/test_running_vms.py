@@ -127,15 +127,15 @@ def test_what_is_set_aside_makes_one_moment_of_two_disks(make_datastore: MakeDat
     check_two_disks_at_one_moment(datastore)
 
 
-@pytest.fixture
-def xfs() -> Iterator[Path]:
-    """A directory on an XFS whose files can share their bytes."""
-    base = Path(tempfile.mkdtemp(prefix="vmfs-stub-xfs-", dir="/var/tmp"))
+@pytest.fixture(params=[("mkfs.xfs", "-q", "-m", "reflink=1"), ("mkfs.btrfs", "-q")], ids=["xfs", "btrfs"])
+def sharing(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A directory on a filesystem whose files can share their bytes."""
+    base = Path(tempfile.mkdtemp(prefix="vmfs-stub-sharing-", dir="/var/tmp"))
     image, place = base / "image", base / "mounted"
     place.mkdir()
     with image.open("wb") as file:
         file.truncate(2 << 30)
-    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", image], check=True)
+    subprocess.run([*request.param, image], check=True)
     subprocess.run(["mount", "-o", "loop", image, place], check=True)
     try:
         yield place
@@ -144,8 +144,8 @@ def xfs() -> Iterator[Path]:
         remove_base(base)
 
 
-def test_clones_make_one_moment_of_two_disks(xfs: Path) -> None:
-    datastore = LiveDatastore(xfs)
+def test_clones_make_one_moment_of_two_disks(sharing: Path) -> None:
+    datastore = LiveDatastore(sharing)
     try:
         datastore.init(SETTINGS)
         datastore.start()

@@ -26,7 +26,7 @@ from vmfs_stub.services.libvirt_hypervisor import (
     open_libvirt,
 )
 
-SETTINGS = LibvirtSettings(uri="qemu:///system?socket=/nowhere/sock", timeout_s=0.2, mountpoint=Path("/mnt/images"))
+SETTINGS = LibvirtSettings(uri="qemu:///system?socket=/nowhere/sock", timeout_s=0.2)
 QUICK = (0.01, 0.02)
 
 

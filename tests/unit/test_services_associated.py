@@ -102,6 +102,19 @@ async def test_definition_nvram_and_tpm_state_are_in_the_point_and_come_back(rig
     assert names_in(tmp_path / "only") == ["domain.xml", "guest_VARS.fd", "tpm2"]
 
 
+async def test_the_state_of_a_tpm_may_lie_elsewhere_in_a_directory_or_in_one_file(rig: Rig, tmp_path: Path) -> None:
+    (tmp_path / "tpm").mkdir()
+    (tmp_path / "tpm/state").write_bytes(b"sealed")
+    for kind, path in (("dir", tmp_path / "tpm"), ("file", tmp_path / "tpm/state")):
+        xml = TPM_XML.replace("version='2.0'/>", f"version='2.0'><source type='{kind}' path='{path}'/></backend>")
+        rig.hypervisor = FakeHypervisor(of_vm(rig, xml=xml))
+        manifest, warning = await backed_up(rig)
+        assert warning == ""
+        report = restored(rig, manifest, tmp_path / f"out-{kind}")
+        assert report.beside == {"domain": ["domain.xml"], "tpm": ["tpm/state"]}
+        assert (tmp_path / f"out-{kind}/tpm/state").read_bytes() == b"sealed"
+
+
 async def test_names_that_the_vm_has_itself_are_not_taken(rig: Rig, tmp_path: Path) -> None:
     rig.make_disk("vm/domain.xml", b"mine")
     rig.make_disk("vm/tpm2", b"mine too")
@@ -168,10 +181,11 @@ async def test_what_is_below_the_mount_is_never_opened_there(rig: Rig) -> None:
 async def test_neither_a_fifo_nor_a_link_is_read(rig: Rig, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "link").symlink_to("/etc/shadow")
-    for name in ("fifo", "link", "missing"):
+    for name, is_told in (("fifo", True), ("link", True), ("missing", False)):
         rig.hypervisor = FakeHypervisor(of_vm(rig, nvram=tmp_path / name))
-        manifest, _ = await backed_up(rig)
+        manifest, warning = await backed_up(rig)
         assert ASSOCIATED not in manifest.metadata
+        assert (f"without {tmp_path / name}" in warning) == is_told
 
 
 async def test_what_an_image_is_based_on_is_noted_with_its_identity(rig: Rig) -> None:

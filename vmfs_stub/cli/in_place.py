@@ -60,7 +60,7 @@ def refuse_running_domains(directory: Path, settings: LibvirtConfig) -> None:
 
     if not is_used(settings):
         return
-    for domain in look_at_domains(LibvirtSettings(settings.uri, settings.timeout_s, directory)):
+    for domain in look_at_domains(LibvirtSettings(settings.uri, settings.timeout_s)):
         paths = [Path(os.path.realpath(path)) for path in domain.paths]
         if not any(path.is_relative_to(directory) for path in paths):
             continue

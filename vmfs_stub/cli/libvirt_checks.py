@@ -37,7 +37,7 @@ def check_libvirt(config: Config) -> Iterator[HostFinding]:
         return
     mountpoint = config.datastore.mountpoint
     try:
-        domains = look_at_domains(LibvirtSettings(wanted.uri, wanted.timeout_s, mountpoint))
+        domains = look_at_domains(LibvirtSettings(wanted.uri, wanted.timeout_s))
     except HypervisorAway as exc:
         yield HostFinding("problem", "libvirt", str(exc), "start libvirtd, or correct [libvirt]")
         return

@@ -51,8 +51,8 @@ class ArchiveNote:
 class Domain:
     """One domain; ``uuid`` is 32 lower-case hex digits, ``xml`` the inactive definition.
 
-    ``problems`` say why it cannot be archived whatever its usage: passed-through or shared disks, a TPM whose state
-    lies elsewhere, no persistent definition, a running block job or migration; each names the domain's part.
+    ``problems`` say why it cannot be archived whatever its usage: passed-through or shared disks, a TPM that is
+    not emulated, no persistent definition, a running block job or migration; each names the domain's part.
     """
 
     uuid: str

@@ -37,7 +37,6 @@ _CHAIN_MAX: Final = 200
 _SETTINGS_MAX: Final = 64
 _TEXT_MAX: Final = 1024
 _UUID: Final = re.compile(r"[0-9a-f]{32}")
-_SWTPM: Final = Path("/var/lib/libvirt/swtpm")
 
 VolumePath = Callable[[str, str], Path | None]
 """Where the volume of that pool and name lies; None when that is no file, or nobody knows."""
@@ -60,12 +59,10 @@ def parse_domain(
     xml: str,
     *,
     volume_path: VolumePath = lambda pool, name: None,
-    is_ours: Callable[[Path], bool] = lambda path: False,
 ) -> Definition:
     """What the XML of a domain says.
 
-    ``is_ours`` tells whether a file or directory lies on the datastore's mount.  Raises UnknownFormat for what is no
-    domain's XML.
+    Raises UnknownFormat for what is no domain's XML.
     """
     root = _root(xml)
     uuid = (root.findtext("uuid") or "").replace("-", "").strip().lower()
@@ -80,7 +77,7 @@ def parse_domain(
         nvram=_nvram(root),
         metadata=_settings(root),
         note=_note(root),
-        problems=(*_disk_problems(root, disks), *_device_problems(root, uuid, is_ours)),
+        problems=(*_disk_problems(root, disks), *_device_problems(root)),
     )
 
 
@@ -221,7 +218,7 @@ def _disk_problems(root: Element, disks: tuple[DomainDisk, ...]) -> Iterator[str
             yield f"disk {disk.target} forgets what is written to it (<transient/>)"
 
 
-def _device_problems(root: Element, uuid: str, is_ours: Callable[[Path], bool]) -> Iterator[str]:
+def _device_problems(root: Element) -> Iterator[str]:
     for element in root.iterfind("devices/hostdev"):
         kind = element.get("type", "")
         if kind.startswith("scsi"):
@@ -230,16 +227,7 @@ def _device_problems(root: Element, uuid: str, is_ours: Callable[[Path], bool]) 
         if element.get("model") in ("nvdimm", "virtio-pmem"):
             yield f"memory that lasts (<memory model='{element.get('model')}'>) lies in a file that is no disk"
     for element in root.iterfind("devices/tpm"):
-        yield from _tpm_problems(element, uuid, is_ours)
-
-
-def _tpm_problems(tpm: Element, uuid: str, is_ours: Callable[[Path], bool]) -> Iterator[str]:
-    backend = _child(tpm, "backend")
-    kind = backend.get("type", "passthrough")
-    if kind != "emulator":
-        yield f"its TPM is not of this domain alone ({kind}): its state cannot be archived"
-        return
-    dashed = "-".join((uuid[:8], uuid[8:12], uuid[12:16], uuid[16:20], uuid[20:]))
-    state = _absolute(_child(backend, "source").get("path")) or _SWTPM / dashed
-    if not is_ours(state):
-        yield f"the state of its TPM lies elsewhere ({state}), not on the mount"
+        # That of an emulated one is in the restore point, and stays where it is.
+        kind = _child(element, "backend").get("type", "passthrough")
+        if kind != "emulator":
+            yield f"its TPM is not of this domain alone ({kind}): its state cannot be archived"

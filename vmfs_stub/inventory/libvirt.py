@@ -47,18 +47,16 @@ Told = Callable[[DomainEvent], None]
 class LibvirtConnection:
     """One connection; thread-safe, since the binding is.  A lost one stays lost."""
 
-    def __init__(self, conn: Any, is_ours: Callable[[Path], bool]) -> None:
+    def __init__(self, conn: Any) -> None:
         self._conn = conn
-        self._is_ours = is_ours
         self._known: dict[str, tuple[str, Definition]] = {}
         self._changes = 0
 
     @classmethod
-    def to(cls, uri: str, told: Told, *, is_ours: Callable[[Path], bool] = lambda path: False) -> LibvirtConnection:
+    def to(cls, uri: str, told: Told) -> LibvirtConnection:
         """Connect; ``told`` hears of what happens to domains from now on.
 
-        ``is_ours`` tells whether a path lies on the datastore's mount.  Raises HypervisorAway; may take for ever where
-        libvirtd has stopped.
+        Raises HypervisorAway; may take for ever where libvirtd has stopped.
         """
         libvirt = the_binding()
         run_event_loop(libvirt)
@@ -73,7 +71,7 @@ class LibvirtConnection:
             with contextlib.suppress(libvirt.libvirtError):
                 conn.close()
             raise
-        return cls(conn, is_ours)
+        return cls(conn)
 
     def close(self) -> None:
         """Let go of it; what fails then has no one to tell."""
@@ -164,7 +162,7 @@ class LibvirtConnection:
         # Without VIR_DOMAIN_XML_SECURE: passwords in it stay on this host.
         xml = dom.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE if is_persistent else 0)
         try:
-            definition = parse_domain(xml, volume_path=self._volume_path, is_ours=self._is_ours)
+            definition = parse_domain(xml, volume_path=self._volume_path)
         except UnknownFormat as exc:
             definition = Definition(uuid, dom.name(), (), None, {}, None, (str(exc),))
         # Where a volume lies may be known later, and what has changed meanwhile is read again.

@@ -128,17 +128,20 @@ class AssociatedFiles:
         """Kind and path of each file of a domain that lies outside this datastore."""
         if domain.nvram is not None and self._chains.is_outside(domain.nvram):
             yield NVRAM, domain.nvram
-        directory = _tpm_directory(domain, self._swtpm)
-        if directory is None or not self._chains.is_outside(directory):
+        state = _tpm_state(domain, self._swtpm)
+        if state is None or not self._chains.is_outside(state):
             return
         try:
-            names = self._files.call("associated.list", os.listdir, directory)
+            names = self._files.call("associated.list", os.listdir, state)
         except FileNotFoundError:
             return  # it has never run
-        except OSError as exc:
-            warnings.append(f"the restore point is without the TPM state in {directory}: {exc.strerror}")
+        except NotADirectoryError:
+            yield TPM, state
             return
-        yield from ((TPM, directory / name) for name in sorted(names) if not name.endswith(".lock") and name != ".lock")
+        except OSError as exc:
+            warnings.append(f"the restore point is without the TPM state in {state}: {exc.strerror}")
+            return
+        yield from ((TPM, state / name) for name in sorted(names) if not name.endswith(".lock") and name != ".lock")
 
     def _elsewhere(self, vm: Vm, domains: Sequence[Domain]) -> list[str]:
         """What to say of NVRAM that is another VM's file here: the daemon must not open what lies below its mount."""
@@ -151,7 +154,7 @@ class AssociatedFiles:
         ]
 
     def _read(self, kind: str, path: Path) -> AssociatedFile | None:
-        """One file; None when it is not there, or is none.  Raises OSError, ValueError when it is too large."""
+        """One file; None when it is not there.  Raises OSError, and ValueError when it is too large, or is none."""
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             fd = self._files.call("associated.open", os.open, path, flags)
@@ -160,7 +163,7 @@ class AssociatedFiles:
         try:
             st = os.fstat(fd)
             if not stat.S_ISREG(st.st_mode):
-                return None
+                raise ValueError("it is no regular file")
             if st.st_size > FILE_BYTES_MAX:
                 raise ValueError(f"it has {st.st_size} bytes, more than are kept of such a file")
             data = read_fully(self._files, "associated.read", fd, st.st_size, 0)
@@ -182,15 +185,15 @@ def _definitions(domains: Sequence[Domain], warnings: list[str]) -> Iterator[tup
             yield (f"{DOMAIN_XML}:{printable(domain.name)}" if number else DOMAIN_XML), domain.xml
 
 
-def _tpm_directory(domain: Domain, swtpm: Path) -> Path | None:
-    """Where the state of a domain's emulated TPM is; None when it has none."""
+def _tpm_state(domain: Domain, swtpm: Path) -> Path | None:
+    """The directory, or the one file, with the state of a domain's emulated TPM; None when it has none."""
     try:
         backend = ElementTree.fromstring(domain.xml).find("./devices/tpm/backend[@type='emulator']")
     except ElementTree.ParseError:
         return None
     if backend is None:
         return None
-    source = backend.find("source[@type='dir']")
+    source = backend.find("source")
     if source is not None and source.get("path", "").startswith("/"):
         return Path(source.get("path", ""))
     version = "tpm1.2" if backend.get("version") == "1.2" else "tpm2"

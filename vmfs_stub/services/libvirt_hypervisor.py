@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import queue
 import threading
 import time
@@ -18,7 +17,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
 import trio
@@ -87,7 +85,6 @@ class LibvirtSettings:
 
     uri: str
     timeout_s: float
-    mountpoint: Path
     is_optional: bool = False
 
 
@@ -114,7 +111,7 @@ class LibvirtHypervisor:
         backoff_s: tuple[float, float] = BACKOFF_S,
     ) -> None:
         self._settings = settings
-        self._dial = connect or partial(_dial, settings.uri, is_ours=partial(_lies_in, settings.mountpoint))
+        self._dial = connect or partial(LibvirtConnection.to, settings.uri)
         self._clock = clock
         self._backoff_s = backoff_s
         self._calls = WorkerPool("libvirt", CALLS_MAX)
@@ -428,7 +425,7 @@ def look_at_domains(settings: LibvirtSettings) -> list[Domain]:
 
     def look() -> None:
         try:
-            connection = _dial(settings.uri, lambda event: None, is_ours=partial(_lies_in, settings.mountpoint))
+            connection = LibvirtConnection.to(settings.uri, lambda event: None)
             answers.put(connection.domains())
             connection.close()
         except HypervisorAway as exc:
@@ -449,16 +446,7 @@ def is_there(uri: str) -> bool:
     return has_binding() and any(socket.exists() for socket in sockets_of(uri))
 
 
-def _dial(uri: str, told: Told, *, is_ours: Callable[[Path], bool]) -> LibvirtConnection:
-    return LibvirtConnection.to(uri, told, is_ours=is_ours)
-
-
 def _tell_loop(token: trio.lowlevel.TrioToken, happened: Callable[[DomainEvent], None], event: DomainEvent) -> None:
     """In libvirt's thread, which may outlive the event loop."""
     with suppress(trio.RunFinishedError):
         token.run_sync_soon(happened, event)
-
-
-def _lies_in(directory: Path, path: Path) -> bool:
-    """Blocks, and may ask the mount that this process serves: only for threads."""
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory))
