@@ -138,6 +138,7 @@ class Datastore:
             hypervisor=hypervisor,
             obstacles=self.obstacles,
             managed_save=managed_save,
+            findings=findings,
             link=self.usage.link,
             decide=decide or self._decide,
         )

@@ -11,6 +11,8 @@ from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
+import trio
+
 from vmfs_stub.catalog.catalog import Catalog
 from vmfs_stub.config import Config
 from vmfs_stub.control.jobs import JobProgress, Jobs, failed_outcome, one_by_one
@@ -41,8 +43,10 @@ from vmfs_stub.services.backup_job import BackupJobs, Decide, Placeholders
 from vmfs_stub.services.disk_name import disk_label
 from vmfs_stub.services.disk_services import DiskServices
 from vmfs_stub.services.domains import LinkDomains
+from vmfs_stub.services.findings import Findings
+from vmfs_stub.services.frozen_guests import FrozenGuests
 from vmfs_stub.services.gathering import Gathering
-from vmfs_stub.services.hypervisor import GuestFilesystems, WatchedHypervisor
+from vmfs_stub.services.hypervisor import WatchedHypervisor
 from vmfs_stub.services.managed_save import ManagedSave
 from vmfs_stub.services.obstacles import ObstacleSight, protected
 from vmfs_stub.services.replication import ReplicaService
@@ -88,13 +92,13 @@ class DatastoreJobs:
         hypervisor: WatchedHypervisor,
         obstacles: ObstacleSight,
         managed_save: ManagedSave,
+        findings: Findings,
         link: LinkDomains,
         decide: Decide,
     ) -> None:
         config = settings.current
         self._settings = settings
         self._inventory = inventory
-        self._hypervisor = hypervisor
         self._obstacles = obstacles
         self._gathering = Gathering(
             hypervisor=hypervisor,
@@ -124,6 +128,7 @@ class DatastoreJobs:
             limit_s=config.jobs.shutdown_limit_s,
             placeholder_bytes_min=config.archive.placeholder_bytes_min,
         )
+        self.frozen = FrozenGuests(hypervisor=hypervisor, threads=threads, notes=private.thaws, findings=findings)
         self._backups = BackupJobs(
             settings=job_settings(config),
             archiver=services.archiver,
@@ -152,12 +157,14 @@ class DatastoreJobs:
         self.guests.placeholder_bytes_min = config.archive.placeholder_bytes_min
 
     async def watch_guests(self) -> None:
-        """Start guests again that jobs of an earlier daemon have stopped and not archived."""
+        """See to guests that jobs, also of an earlier daemon, have left: start those that are off, thaw the others."""
 
         async def vms() -> Sequence[Vm]:
             return (await self._listing.scan()).vms
 
-        await self.guests.run(vms)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.guests.run, vms)
+            nursery.start_soon(self.frozen.run)
 
     async def start_backup(self, vms: Sequence[str], *, archive: bool, rehearsal: bool = False, peer: Peer) -> JobId:
         """Back up the named VMs (none named: all), and archive those that policy says if that is allowed."""
@@ -259,7 +266,7 @@ class DatastoreJobs:
         """What brings the filesystems of its guest to rest; None when no guest of one domain runs it."""
         with suppress(HypervisorAway, NotStopped):
             domain = await self.guests.running(vm)
-            return None if domain is None else GuestFilesystems(self._hypervisor, domain.uuid)
+            return None if domain is None else partial(self.frozen.at_rest, vm, domain)
         return None
 
     async def _found_again(self, vm: Vm) -> Vm:

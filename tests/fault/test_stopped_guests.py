@@ -23,7 +23,7 @@ from vmfs_stub.core.policy import WhenRunning
 from vmfs_stub.core.usage import GuestState
 from vmfs_stub.datastore_jobs import DatastoreJobs
 from vmfs_stub.inventory.vm import Vm
-from vmfs_stub.primary.stopped_notes import StoppedNote
+from vmfs_stub.primary.guest_notes import GuestNote
 from vmfs_stub.services import stopped_guests
 from vmfs_stub.services.backup_job import Placeholders
 from vmfs_stub.services.stopped_guests import StoppedGuests
@@ -198,7 +198,7 @@ async def test_a_guest_that_nothing_says_was_stopped_is_found(monkeypatch: pytes
 async def test_a_note_that_goes_before_its_guest_runs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     settle = StoppedGuests._settle
 
-    async def hasty(self: StoppedGuests, note: StoppedNote, vm: Vm | None, *, is_off: bool, was_archived: bool) -> None:
+    async def hasty(self: StoppedGuests, note: GuestNote, vm: Vm | None, *, is_off: bool, was_archived: bool) -> None:
         self._notes.remove(note)
         await settle(self, note, vm, is_off=is_off, was_archived=was_archived)
 

@@ -15,8 +15,8 @@ from fake_hypervisor import domain
 from vmfs_stub.core.errors import HypervisorAway
 from vmfs_stub.core.usage import Counters, GuestState, Reading
 from vmfs_stub.inventory.domain import ArchiveNote, Domain
-from vmfs_stub.inventory.libvirt import DomainEvent, Told
-from vmfs_stub.inventory.libvirt_binding import has_binding, sockets_of
+from vmfs_stub.inventory.libvirt import DomainEvent, LibvirtConnection, Told
+from vmfs_stub.inventory.libvirt_binding import has_binding, sockets_of, the_binding
 from vmfs_stub.services import libvirt_hypervisor
 from vmfs_stub.services.libvirt_hypervisor import (
     CALLS_MAX,
@@ -28,6 +28,7 @@ from vmfs_stub.services.libvirt_hypervisor import (
 
 SETTINGS = LibvirtSettings(uri="qemu:///system?socket=/nowhere/sock", timeout_s=0.2, mountpoint=Path("/mnt/images"))
 QUICK = (0.01, 0.02)
+BINDING = the_binding()
 
 
 class FakeLibvirt:
@@ -362,24 +363,87 @@ async def _freeze_in_vain(hypervisor: LibvirtHypervisor) -> None:
         await hypervisor.freeze(VM.uuid)
 
 
-async def test_a_guest_that_could_not_be_thawed_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libvirt_hypervisor, "THAW_INTERVAL_S", 0.05)
-
+async def test_a_thaw_that_is_refused_is_told() -> None:
     async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
         assert await hypervisor.freeze(VM.uuid)
-        libvirt.refuses_thaws = 3
-        with pytest.raises(HypervisorAway):
+        libvirt.refuses_thaws = 1
+        with pytest.raises(HypervisorAway, match="state change lock"):
             await hypervisor.thaw(VM.uuid)
-        assert not await hypervisor.freeze(VM.uuid), "it would be thawed at any time"
-        await until(lambda: "thaw" in libvirt.asked)
-        await until(lambda: not hypervisor._unthawed)
-        assert await hypervisor.freeze(VM.uuid)
-        # For ever it is not asked.
-        monkeypatch.setattr(libvirt_hypervisor, "THAW_TRIES_MAX", 2)
-        libvirt.refuses_thaws = 1000
-        with pytest.raises(HypervisorAway):
-            await hypervisor.thaw(VM.uuid)
-        await until(lambda: not hypervisor._unthawed)
-        assert libvirt.refuses_thaws == 997
+        assert not hypervisor.is_away
+        await hypervisor.thaw(VM.uuid)
 
     await with_libvirt(check, FakeLibvirt(VM))
+
+
+# What the binding says of agents
+
+
+class FakeAgent:
+    """A domain's handle, and its own connection: questions of the agent answer, or fail with libvirt's ``errors``."""
+
+    def __init__(self, **errors: int) -> None:
+        self.errors = errors
+        self.asked: list[str] = []
+
+    def isAlive(self) -> bool:  # noqa: N802 - libvirt's
+        return True
+
+    def lookupByUUID(self, uuid: bytes) -> FakeAgent:  # noqa: N802
+        return self
+
+    def _ask(self, what: str) -> None:
+        self.asked.append(what)
+        if what in self.errors:
+            raise SaidError(self.errors[what])
+
+    def getTime(self) -> None:  # noqa: N802
+        self._ask("time")
+
+    def fsFreeze(self) -> None:  # noqa: N802
+        self._ask("freeze")
+
+    def fsThaw(self) -> None:  # noqa: N802
+        self._ask("thaw")
+
+
+class SaidError(BINDING.libvirtError):  # type: ignore[misc]
+    def __init__(self, code: int) -> None:
+        super().__init__("planted")
+        self.err = (code, 0, "planted", 0, None, None, None, 0, 0)
+
+
+def connection_of(agent: FakeAgent) -> LibvirtConnection:
+    return LibvirtConnection(agent, lambda path: False)
+
+
+NO_AGENT = (BINDING.VIR_ERR_AGENT_UNRESPONSIVE, BINDING.VIR_ERR_AGENT_UNSYNCED, BINDING.VIR_ERR_ARGUMENT_UNSUPPORTED)
+NO_AGENTS = (*NO_AGENT, BINDING.VIR_ERR_OPERATION_INVALID, BINDING.VIR_ERR_NO_SUPPORT)
+
+
+@pytest.mark.parametrize("code", NO_AGENTS)
+def test_without_an_agent_nothing_is_frozen(code: int) -> None:
+    agent = FakeAgent(time=code)
+    assert not connection_of(agent).freeze(VM.uuid)
+    assert agent.asked == ["time"]
+
+
+def test_an_agent_that_may_not_tell_the_time_freezes() -> None:
+    agent = FakeAgent(time=BINDING.VIR_ERR_INTERNAL_ERROR)
+    assert connection_of(agent).freeze(VM.uuid)
+    assert agent.asked == ["time", "freeze"]
+
+
+@pytest.mark.parametrize("code", NO_AGENT)
+def test_an_agent_that_is_silent_after_it_was_to_freeze_may_have_frozen(code: int) -> None:
+    with pytest.raises(HypervisorAway):
+        connection_of(FakeAgent(freeze=code)).freeze(VM.uuid)
+
+
+@pytest.mark.parametrize("code", NO_AGENTS)
+def test_a_guest_is_thawed_when_its_agent_says_so_and_not_before(code: int) -> None:
+    agent = FakeAgent(thaw=code)
+    with pytest.raises(HypervisorAway, match="cannot thaw the filesystems of a guest: planted"):
+        connection_of(agent).thaw(VM.uuid)
+    agent.errors.clear()
+    connection_of(agent).thaw(VM.uuid)
+    assert agent.asked == ["thaw", "thaw"]

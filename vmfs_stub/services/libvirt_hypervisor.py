@@ -41,10 +41,6 @@ LONG_CALLS_MAX: Final = 4
 """Saves and starts of guests at once."""
 AGENT_LIMIT_S: Final = 10.0
 """How long an agent in a guest may take to freeze or thaw its filesystems."""
-THAW_INTERVAL_S: Final = 5.0
-"""How often a guest is asked again to thaw that did not say that it has."""
-THAW_TRIES_MAX: Final = 720
-"""For an hour: its agent may hang for as long as its filesystems take to be frozen."""
 START_LIMIT_S: Final = 600.0
 """A start reads the disk's first blocks, or a memory image, which may have to come back from the store."""
 BACKOFF_S: Final = (0.5, 30.0)
@@ -130,8 +126,6 @@ class LibvirtHypervisor:
         self._states: dict[str, _State] = {}
         self._state_events: dict[str, float] = {}
         self._forgot_s = -math.inf
-        self._unthawed: dict[str, int] = {}
-        """Guests that may still be frozen, and how often they were asked in vain."""
         self.changes = 0
         self.away_since_s: float | None = None
         self.away_reason = ""
@@ -216,44 +210,16 @@ class LibvirtHypervisor:
         await self._ask(lambda connection: connection.start(uuid), pool=self._long_calls, limit_s=START_LIMIT_S)
 
     async def freeze(self, uuid: str) -> bool:
-        """Have the guest's agent freeze its filesystems; false when no agent answers.  Raises HypervisorAway.
+        """Have the guest's agent freeze its filesystems; false when no agent answers, and nothing is frozen.
 
-        Also false while an earlier thaw is still to be done, which might undo this one at any time.
+        Raises HypervisorAway: they may be frozen, now or in a while.
         """
-        if uuid in self._unthawed:
-            return False
         return await self._ask(lambda connection: connection.freeze(uuid), pool=self._long_calls, limit_s=AGENT_LIMIT_S)
 
     async def thaw(self, uuid: str) -> None:
-        """Undo `freeze`.  Raises HypervisorAway; then, or if nobody waits for it, it is tried again and again."""
-        try:
-            await self._thaw(uuid)
-        except (trio.Cancelled, HypervisorAway):
-            self._unthawed.setdefault(uuid, 0)
-            raise
-
-    async def _thaw(self, uuid: str) -> None:
+        """Undo `freeze`.  Raises HypervisorAway unless the guest's agent says that it is done."""
         # Not in the pool of freezes: those that hang there are what is to be undone.
         await self._ask(lambda connection: connection.thaw(uuid), pool=self._thaws, limit_s=AGENT_LIMIT_S)
-
-    async def thaw_again(self) -> None:
-        """See to guests that may still be frozen; never returns."""
-        while True:
-            await trio.sleep(THAW_INTERVAL_S)
-            for uuid in list(self._unthawed):
-                await self._try_to_thaw(uuid)
-
-    async def _try_to_thaw(self, uuid: str) -> None:
-        try:
-            await self._thaw(uuid)
-        except HypervisorAway as exc:
-            self._unthawed[uuid] += 1
-            if self._unthawed[uuid] < THAW_TRIES_MAX:
-                return
-            log.warning("domain %s may be frozen for good (%s): `virsh domfsthaw` it", uuid, exc)
-        else:
-            log.warning("domain %s: its guest's filesystems were thawed late", uuid)
-        del self._unthawed[uuid]
 
     async def set_note(self, uuid: str, note: ArchiveNote | None) -> None:
         """Write, or remove, what the domain's metadata says of its archive.  Raises HypervisorAway."""
@@ -403,7 +369,6 @@ async def open_libvirt(
     hypervisor = LibvirtHypervisor(settings, connect=connect, clock=clock, backoff_s=backoff_s)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(hypervisor.stay_connected)
-        nursery.start_soon(hypervisor.thaw_again)
         try:
             yield hypervisor
         finally:

@@ -1,7 +1,7 @@
 """Guests that a backup job stops, so that their VMs can be archived, and starts again when they could not be.
 
 Invariants:
-* before a guest is asked to stop there is a durable note of it (`primary/stopped_notes.py`), which goes when the guest
+* before a guest is asked to stop there is a durable note of it (`primary/guest_notes.py`), which goes when the guest
   runs, or stays off because its VM was archived: a daemon that was killed in between leaves the note to the next one;
 * nobody takes a guest's power: one that does not stop when it is asked runs on;
 * a guest is started only where no hypervisor runs it.
@@ -22,8 +22,8 @@ from vmfs_stub.core.errors import HypervisorAway, InUse, PrimaryIOError, VmfsStu
 from vmfs_stub.core.policy import WhenRunning
 from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.inventory.vm import Vm
+from vmfs_stub.primary.guest_notes import GuestNote
 from vmfs_stub.primary.placeholder import PrivateState
-from vmfs_stub.primary.stopped_notes import StoppedNote
 from vmfs_stub.services.domains import LinkDomains
 from vmfs_stub.services.hypervisor import Hypervisor
 from vmfs_stub.services.managed_save import ManagedSave
@@ -78,7 +78,7 @@ class StoppedGuests:
         self.limit_s = limit_s
         self.placeholder_bytes_min = placeholder_bytes_min
         self._clock = clock
-        self._busy: set[StoppedNote] = set()
+        self._busy: set[GuestNote] = set()
         """Notes that a running job sees to."""
         self._notes_lock = trio.Lock()
 
@@ -111,7 +111,7 @@ class StoppedGuests:
         """
         if how is WhenRunning.MANAGED_SAVE and (problem := self._managed_save.problem(vm, domain)):
             raise NotStopped(f"VM {vm.name}: its guest is not saved: {problem}")
-        note = StoppedNote(vm.id, domain.uuid, int(self._clock() * 1000))
+        note = GuestNote(vm.id, domain.uuid, int(self._clock() * 1000))
         stopped = Stopped(domain)
         is_off = False
         self._busy.add(note)
@@ -127,7 +127,7 @@ class StoppedGuests:
             finally:
                 self._busy.discard(note)
 
-    async def _note(self, vm: Vm, note: StoppedNote) -> None:
+    async def _note(self, vm: Vm, note: GuestNote) -> None:
         try:
             async with self._notes_lock:
                 await self._threads.files(self._notes.add, note)
@@ -168,7 +168,7 @@ class StoppedGuests:
         for note in left:
             await self._settle_or_warn(note, vms.get(note.vm_id), is_off=False, was_archived=False)
 
-    async def _settle_or_warn(self, note: StoppedNote, vm: Vm | None, *, is_off: bool, was_archived: bool) -> None:
+    async def _settle_or_warn(self, note: GuestNote, vm: Vm | None, *, is_off: bool, was_archived: bool) -> None:
         try:
             await self._settle(note, vm, is_off=is_off, was_archived=was_archived)
         except (VmfsStubError, OSError) as exc:
@@ -179,7 +179,7 @@ class StoppedGuests:
                 LOOK_INTERVAL_S,
             )
 
-    async def _settle(self, note: StoppedNote, vm: Vm | None, *, is_off: bool, was_archived: bool) -> None:
+    async def _settle(self, note: GuestNote, vm: Vm | None, *, is_off: bool, was_archived: bool) -> None:
         domain = next((each for each in await self._hypervisor.domains() if each.uuid == note.uuid), None)
         if domain is not None and not domain.state.is_off:
             # Until it is known that it was off, it may be on its way there.
@@ -191,7 +191,7 @@ class StoppedGuests:
         async with self._notes_lock:
             await self._threads.files(self._notes.remove, note)
 
-    def _was_archived(self, vm: Vm, note: StoppedNote) -> bool:
+    def _was_archived(self, vm: Vm, note: GuestNote) -> bool:
         """Whether all that becomes placeholders of the VM has, some of it since the note was made."""
         large = [file for file in vm.files if file.size >= self.placeholder_bytes_min]
         known = [self._placeholders.get(file.ino) for file in large]
