@@ -5,7 +5,7 @@ Invariants:
   runs, or stays off because its VM was archived: a daemon that was killed in between leaves the note to the next one;
 * nobody takes a guest's power: one that does not stop when it is asked runs on;
 * a guest is started only where no hypervisor runs it.
-A guest of which it is not known whether it stopped keeps its note for a while: it may be on its way.
+A guest that has not stopped in time keeps its note for a while: it may obey yet, and is started then, too.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import trio
 
 from vmfs_stub.core.errors import HypervisorAway, InUse, PrimaryIOError, VmfsStubError
 from vmfs_stub.core.policy import WhenRunning
+from vmfs_stub.core.usage import GuestState
 from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.primary.guest_notes import GuestNote
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.services.domains import LinkDomains
-from vmfs_stub.services.hypervisor import Hypervisor
+from vmfs_stub.services.hypervisor import Hypervisor, domains_by_uuid
 from vmfs_stub.services.managed_save import ManagedSave
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.threads import Threads
@@ -34,6 +35,12 @@ log = logging.getLogger(__name__)
 
 LOOK_INTERVAL_S = 20.0
 """How often guests are looked at that an earlier daemon, or a job whose hypervisor went away, has left behind."""
+LATE_S = 3600.0
+"""How long beyond its limit a guest that powers off is taken to have obeyed, and not somebody else.
+
+Those that obey late end their services, or install updates, which are minutes and seldom an hour.  Longer would be in
+the way of the person who reads next morning that the guest did not stop, and then shuts it down for good.
+"""
 START_LIMIT_S = 60.0
 """How long the end of a job waits for a guest to be started; after that it is left to the next look."""
 
@@ -111,6 +118,9 @@ class StoppedGuests:
         """
         if how is WhenRunning.MANAGED_SAVE and (problem := self._managed_save.problem(vm, domain)):
             raise NotStopped(f"VM {vm.name}: its guest is not saved: {problem}")
+        if how is WhenRunning.SHUTDOWN and domain.state is GuestState.PAUSED:
+            # It would do so whenever it goes on, which may be in weeks.
+            raise NotStopped(f"VM {vm.name}: its guest is paused, and cannot power off")
         note = GuestNote(vm.id, domain.uuid, int(self._clock() * 1000))
         stopped = Stopped(domain)
         is_off = False
@@ -142,7 +152,7 @@ class StoppedGuests:
         elif not await self._hypervisor.shut_down(domain.uuid, limit_s=self.limit_s):
             raise NotStopped(
                 f"VM {vm.name}: its guest did not power off within {self.limit_s:g} s: it is still running, and left "
-                "alone"
+                f"alone (if it powers off within {LATE_S / 60:g} min, it is started again)"
             )
 
     def has_memory(self, vm: Vm, stopped: Stopped) -> bool:
@@ -180,11 +190,18 @@ class StoppedGuests:
             )
 
     async def _settle(self, note: GuestNote, vm: Vm | None, *, is_off: bool, was_archived: bool) -> None:
-        domain = next((each for each in await self._hypervisor.domains() if each.uuid == note.uuid), None)
+        domain = (await domains_by_uuid(self._hypervisor)).get(note.uuid)
         if domain is not None and not domain.state.is_off:
-            # Until it is known that it was off, it may be on its way there.
-            if not is_off and abs(self._clock() * 1000 - note.asked_ms) < 2000 * self.limit_s:
-                return
+            if not is_off:
+                # It was asked, and may be on its way.
+                if abs(self._clock() - note.asked_ms / 1000) < self.limit_s + LATE_S:
+                    return
+                log.warning(
+                    "domain %s was asked to stop by a job, and runs on %g s after its limit: if it stops yet, it is "
+                    "left so",
+                    domain.name,
+                    LATE_S,
+                )
         elif domain is not None and not (was_archived or (vm is not None and self._was_archived(vm, note))):
             log.warning("domain %s: a job has stopped it, and did not archive it: it is started again", domain.name)
             await self._hypervisor.start(domain.uuid)
