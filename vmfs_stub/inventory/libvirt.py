@@ -264,17 +264,34 @@ class LibvirtConnection:
             if not dom.isActive():
                 dom.create()
 
-    def freeze(self, uuid: str) -> bool:
-        """Have the guest's agent freeze all its filesystems; false when no agent answers, and nothing is frozen.
+    def has_agent(self, uuid: str) -> bool:
+        """Whether an agent in the guest answers; it is asked for the time, which changes nothing."""
+        libvirt = the_binding()
+        with translated("cannot ask the agent of a guest"):
+            dom = self._lookup(uuid)
+            try:
+                dom.getTime()
+            except libvirt.libvirtError as exc:
+                # All else, as that this very question is forbidden, is an answer.
+                return exc.get_error_code() not in (
+                    libvirt.VIR_ERR_AGENT_UNRESPONSIVE,
+                    libvirt.VIR_ERR_AGENT_UNSYNCED,
+                    libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED,
+                    libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+                    libvirt.VIR_ERR_NO_SUPPORT,
+                    libvirt.VIR_ERR_OPERATION_INVALID,
+                    libvirt.VIR_ERR_OPERATION_TIMEOUT,
+                    libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+                )
+        return True
+
+    def freeze(self, uuid: str) -> None:
+        """Have the guest's agent freeze all its filesystems.
 
         Raises HypervisorAway: they may be frozen, now or in a while, also where it is the agent that does not answer.
         """
         with translated("cannot freeze the filesystems of a guest"):
-            dom = self._lookup(uuid)
-            if not _has_agent(dom):
-                return False
-            dom.fsFreeze()
-        return True
+            self._lookup(uuid).fsFreeze()
 
     def thaw(self, uuid: str) -> None:
         """Undo `freeze`; a guest that is not frozen stays so.  Raises HypervisorAway unless its agent says so."""
@@ -329,22 +346,3 @@ def _register(libvirt: Any, conn: Any, told: Told) -> None:
 
 def _uuid(dom: Any) -> str:
     return bytes(dom.UUID()).hex()
-
-
-def _has_agent(dom: Any) -> bool:
-    """Whether an agent in the guest answers; it is asked for the time, which changes nothing."""
-    libvirt = the_binding()
-    try:
-        dom.getTime()
-    except libvirt.libvirtError as exc:
-        # All else, as that this very question is forbidden, is for the next one to say.
-        return exc.get_error_code() not in (
-            libvirt.VIR_ERR_AGENT_UNRESPONSIVE,
-            libvirt.VIR_ERR_AGENT_UNSYNCED,
-            libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED,
-            libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
-            libvirt.VIR_ERR_NO_SUPPORT,
-            libvirt.VIR_ERR_OPERATION_INVALID,
-            libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
-        )
-    return True

@@ -33,9 +33,9 @@ from vmfs_stub.services.threads import Threads
 
 log = logging.getLogger(__name__)
 
-FREEZE_S_MAX: Final = 10.0
-THAW_S_MAX: Final = 10.0
-"""How long a backup waits for it; after that it is left to `FrozenGuests.run`."""
+FREEZE_S_MAX: Final = 20.0
+THAW_S_MAX: Final = 20.0
+"""How long a backup waits, longer than a hypervisor; after that it is left to `FrozenGuests.run`."""
 LOOK_INTERVAL_S: Final = 5.0
 LOGGED_MAX: Final = 5
 """How often it is logged that a guest may be frozen; `status` goes on to say so."""
