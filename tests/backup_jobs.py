@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,8 @@ from vmfs_stub.services.backup_job import BackupJobs, JobSettings
 from vmfs_stub.services.backup_turn import TurnMeans
 from vmfs_stub.services.datastore_paths import DatastorePaths
 from vmfs_stub.services.domains import link
+from vmfs_stub.services.frozen_guests import FrozenGuests
 from vmfs_stub.services.hooks import Hooks
-from vmfs_stub.services.hypervisor import GuestFilesystems
 from vmfs_stub.services.managed_save import ManagedSave
 from vmfs_stub.services.running_backup import Freezer
 from vmfs_stub.services.situation import Situation
@@ -88,6 +89,7 @@ class JobRig:
     made: set[VmId] = field(default_factory=set)
     save_dir: Path = Path("/var/lib/libvirt/qemu/save")
     limit_s: float = 5.0
+    clock: Callable[[], float] = time.time
 
     def __post_init__(self) -> None:
         services, backing = self.services, self.services.rig.backing
@@ -103,6 +105,14 @@ class JobRig:
             link=partial(link, paths=paths),
             limit_s=self.limit_s,
             placeholder_bytes_min=services.rig.settings.placeholder_bytes_min,
+            clock=self.clock,
+        )
+
+        self.frozen = FrozenGuests(
+            hypervisor=self.hypervisor,
+            threads=services.threads,
+            notes=services.private.thaws,
+            findings=services.findings,
         )
 
     def jobs(self) -> BackupJobs:
@@ -142,7 +152,7 @@ class JobRig:
 
     async def _freezer_of(self, vm: Vm) -> Freezer | None:
         domain = await self.guests.running(vm)
-        return None if domain is None else GuestFilesystems(self.hypervisor, domain.uuid)
+        return None if domain is None else partial(self.frozen.at_rest, vm, domain)
 
     async def _made(self, vm_id: VmId) -> None:
         self.made.add(vm_id)

@@ -36,7 +36,8 @@ def domain(name: str, *disks: Path, uuid: str = "", state: GuestState = GuestSta
 class FakeHypervisor:
     """Implements services.hypervisor.Hypervisor.
 
-    Guests in ``stubborn`` do not power off when they are asked; those in ``agents`` have an agent that answers;
+    Guests in ``stubborn`` do not power off when they are asked; those in ``agents`` have an agent that answers, but
+    with those in ``hung`` not when it is to thaw; ``frozen`` are those that are, also while their memory is saved.
     ``away`` makes every call fail; ``asked`` is what was asked for, in order.
     """
 
@@ -45,7 +46,10 @@ class FakeHypervisor:
         self.used: dict[str, Reading] = {}
         self.stubborn: set[str] = set()
         self.agents: set[str] = set()
+        self.hung: set[str] = set()
+        self.frozen: set[str] = set()
         self.away = False
+        self.is_used = True
         self.asked: list[str] = []
         self.changes = 0
         self._changed = trio.Event()
@@ -73,6 +77,8 @@ class FakeHypervisor:
     def put(self, uuid: str, **changes: object) -> None:
         """Change what is known of a domain."""
         self.known[uuid] = replace(self.known[uuid], **changes)  # type: ignore[arg-type]
+        if self.known[uuid].state is GuestState.OFF:
+            self.frozen.discard(uuid)
         self.change()
 
     async def domains(self) -> Sequence[Domain]:
@@ -101,10 +107,14 @@ class FakeHypervisor:
 
     async def freeze(self, uuid: str) -> bool:
         await self._asked(f"freeze {self.known[uuid].name}")
+        self.frozen |= self.agents & {uuid}
         return uuid in self.agents
 
     async def thaw(self, uuid: str) -> None:
         await self._asked(f"thaw {self.known[uuid].name}")
+        if uuid in self.hung or self.known[uuid].state is not GuestState.RUNNING:
+            raise HypervisorAway("the agent does not answer")
+        self.frozen.discard(uuid)
 
     async def set_note(self, uuid: str, note: ArchiveNote | None) -> None:
         await self._asked(f"note of {self.known[uuid].name}")

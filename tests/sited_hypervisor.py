@@ -39,6 +39,10 @@ class SitedHypervisor:
         return self._inner.is_away
 
     @property
+    def is_used(self) -> bool:
+        return self._inner.is_used
+
+    @property
     def changes(self) -> int:
         return self._inner.changes
 

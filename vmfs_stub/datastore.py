@@ -140,6 +140,7 @@ class Datastore:
             listing=self.listing,
             hypervisor=hypervisor,
             managed_save=managed_save,
+            findings=findings,
             look=self.lookout.look,
             decide=decide or self._decide,
             clean_up=self._clean_up,

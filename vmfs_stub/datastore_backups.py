@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
+import trio
+
 from vmfs_stub.config import Config
 from vmfs_stub.control.jobs import JobProgress, Jobs, failed_outcome
 from vmfs_stub.control.messages import JobKind, JobReport, VmOutcome, error_info
@@ -24,8 +26,10 @@ from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.services.backup_job import BackupJobs, Placeholders
 from vmfs_stub.services.backup_turn import Decide, TurnMeans
 from vmfs_stub.services.disk_services import DiskServices
+from vmfs_stub.services.findings import Findings
+from vmfs_stub.services.frozen_guests import FrozenGuests
 from vmfs_stub.services.gathering import Gathering
-from vmfs_stub.services.hypervisor import GuestFilesystems, WatchedHypervisor
+from vmfs_stub.services.hypervisor import WatchedHypervisor
 from vmfs_stub.services.managed_save import ManagedSave
 from vmfs_stub.services.replication import ReplicaService
 from vmfs_stub.services.retention import apply_rules, problem_of
@@ -41,7 +45,8 @@ class Backups:
     """Backup jobs of one datastore.
 
     ``look`` sees what is so now, ``decide`` says what policy wants archived; ``clean_up`` is called at the end of each
-    job.  Attributes: ``paused`` is whether backup jobs are; ``guests`` are those that jobs have stopped.
+    job.  Attributes: ``paused`` is whether backup jobs are; ``guests`` are those that jobs have stopped, ``frozen``
+    those that backups have frozen.
     """
 
     def __init__(
@@ -58,13 +63,13 @@ class Backups:
         listing: Listing,
         hypervisor: WatchedHypervisor,
         managed_save: ManagedSave,
+        findings: Findings,
         look: Callable[[], Awaitable[Situation]],
         decide: Decide,
         clean_up: Callable[[], Awaitable[None]],
     ) -> None:
         config = settings.current
         self._settings = settings
-        self._hypervisor = hypervisor
         self._look = look
         self._gathering = Gathering(
             hypervisor=hypervisor, threads=threads, inventory=inventory, groups=services.groups, look=look
@@ -85,6 +90,7 @@ class Backups:
             limit_s=config.jobs.shutdown_limit_s,
             placeholder_bytes_min=config.archive.placeholder_bytes_min,
         )
+        self.frozen = FrozenGuests(hypervisor=hypervisor, threads=threads, notes=private.thaws, findings=findings)
         means = TurnMeans(
             archiver=services.archiver,
             hydration=services.hydration,
@@ -114,12 +120,14 @@ class Backups:
         self.guests.placeholder_bytes_min = config.archive.placeholder_bytes_min
 
     async def watch_guests(self) -> None:
-        """Start guests again that jobs of an earlier daemon have stopped and not archived."""
+        """See to guests that jobs, also of an earlier daemon, have left: start those that are off, thaw the others."""
 
         async def vms() -> Sequence[Vm]:
             return (await self._listing.scan()).vms
 
-        await self.guests.run(vms)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.guests.run, vms)
+            nursery.start_soon(self.frozen.run)
 
     async def start_backup(self, vms: Sequence[str], *, archive: bool, rehearsal: bool = False, peer: Peer) -> JobId:
         """Back up the named VMs (none named: all), and archive those that policy says if that is allowed.
@@ -166,7 +174,7 @@ class Backups:
         """What brings the filesystems of its guest to rest; None when no guest of one domain runs it."""
         with suppress(HypervisorAway, NotStopped):
             domain = await self.guests.running(vm)
-            return None if domain is None else GuestFilesystems(self._hypervisor, domain.uuid)
+            return None if domain is None else partial(self.frozen.at_rest, vm, domain)
         return None
 
     async def _found_again(self, vm: Vm) -> Vm:

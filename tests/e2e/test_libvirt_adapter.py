@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 import pytest
 import trio
@@ -23,6 +24,7 @@ from vmfs_stub.core.errors import HypervisorAway
 from vmfs_stub.core.usage import GuestState
 from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.inventory.libvirt import LibvirtConnection
+from vmfs_stub.services import libvirt_hypervisor
 from vmfs_stub.services.libvirt_hypervisor import LibvirtHypervisor, LibvirtSettings, look_at_domains, open_libvirt
 
 DEADLINE_S = 60.0
@@ -261,3 +263,71 @@ async def test_migration_out_and_in_is_noticed(libvirt: PrivateLibvirt, guest: G
             (came,) = await until(there, lambda domains: bool(domains) and domains[0].state is GuestState.RUNNING)
             assert (came.uuid, came.is_persistent, came.problems) == (left.uuid, True, ())
             assert came.state_since_s is not None
+
+
+# Agents
+
+AGENT = r"""
+mount -t proc proc /proc; mount -t devtmpfs dev /dev; modprobe virtio_console; say() { echo AGENT-$1 >/dev/console; };
+port=$(ls /dev/vport*p1 | head -1); exec 3<>$port; say UP; slow=0;
+while :; do if IFS= read -r line <&3; then case $line in
+*sync*) id=${line##*:}; printf '{\42return\42: %s}\n' ${id%%\}*} >&3;;
+*get-time*) printf '{\42return\42: 1700000000000000000}\n' >&3;;
+*fsfreeze-freeze*) say FROZEN; slow=8; printf '{\42return\42: 1}\n' >&3;;
+*fsfreeze-thaw*) sleep $slow; slow=0; say THAWED; printf '{\42return\42: 1}\n' >&3;;
+esac; else sleep 1; fi; done"""
+"""What a guest runs instead of its system: as much of an agent as libvirt asks for, whose first thaw takes long."""
+CHANNEL = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
+
+
+def with_agent(libvirt: PrivateLibvirt, guest: Guest, name: str) -> None:
+    path = libvirt.shared / f"{name}.qcow2"
+    copy_sparse(guest.qcow2, path)
+    line = ("init=/bin/bash", "--", "-c", escape('"' + AGENT.replace("\n", " ") + '"'))
+    disks = [LabDisk(path, "qcow2")]
+    libvirt.define(libvirt.domain_xml(name, disks, guest=guest, parameters=line, fast=False, devices=CHANNEL))
+
+
+async def test_an_agent_that_thaws_slowly_is_waited_for_and_guests_without_one_are_not_frozen(
+    libvirt: PrivateLibvirt, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libvirt_hypervisor, "AGENT_LIMIT_S", 2.0)
+    async with connected(libvirt) as hypervisor:
+        await call(small, libvirt, "plain")
+        await call(partial(small, devices=CHANNEL), libvirt, "silent")
+        await call(with_agent, libvirt, guest, "web")
+        uuids = {each.name: each.uuid for each in await hypervisor.domains()}
+        for name in uuids:
+            assert not await hypervisor.freeze(uuids[name]), "it is off"
+            await call(libvirt.virsh, "start", name)
+        for name in ("plain", "silent"):
+            assert not await hypervisor.freeze(uuids[name])
+            with pytest.raises(HypervisorAway, match="guest agent is not con"):
+                await hypervisor.thaw(uuids[name])
+        web = uuids["web"]
+        await call(libvirt.wait_console, "web", "AGENT-UP")
+        with trio.fail_after(DEADLINE_S):
+            while not await hypervisor.freeze(web):  # noqa: ASYNC110
+                await trio.sleep(0.2)
+        with pytest.raises(HypervisorAway, match="did not answer within 2 s"):
+            await hypervisor.thaw(web)
+        with pytest.raises(HypervisorAway, match="has not answered an earlier thaw"):
+            await hypervisor.thaw(web)
+        with trio.fail_after(DEADLINE_S):
+            while not await thawed(hypervisor, web):  # noqa: ASYNC110
+                await trio.sleep(0.2)
+        said = [line for line in libvirt.console("web").read_text().split() if line.startswith("AGENT-")]
+        assert said == ["AGENT-UP", "AGENT-FROZEN", "AGENT-THAWED", "AGENT-THAWED"]
+        await call(libvirt.virsh, "suspend", "web")
+        assert not await hypervisor.freeze(web), "it is paused"
+        assert not await thawed(hypervisor, web)
+        await call(libvirt.virsh, "resume", "web")
+        assert await thawed(hypervisor, web)
+
+
+async def thawed(hypervisor: LibvirtHypervisor, uuid: str) -> bool:
+    try:
+        await hypervisor.thaw(uuid)
+    except HypervisorAway:
+        return False
+    return True

@@ -1,8 +1,8 @@
-"""A backup job that policy lets shut a guest down, and what must hold of the guest whatever became of the job.
+"""A backup job that policy lets shut a guest down, or freeze it, and what must hold of it whatever became of the job.
 
 At every moment the guest runs, or its VM is archived, or a note says that a job has stopped it: the next daemon, with
 a hypervisor that answers, makes one of the first two of the third.  After a power loss a guest is off that no job had
-stopped.
+stopped.  While its filesystems are frozen there is a note of that, too, and the next daemon thaws them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from tests.fake_hypervisor import FakeHypervisor, domain
 from tests.fault.datastores import PATHS, ROOT_PEER, NotWhole, done, with_datastore
 from vmfs_stub.control.messages import JobReport, VmOutcome
 from vmfs_stub.core.errors import HypervisorAway, VmfsStubError
+from vmfs_stub.core.names import PRIVATE_DIR, THAWS_DIR
 from vmfs_stub.core.policy import WhenRunning
 from vmfs_stub.core.usage import GuestState
 from vmfs_stub.datastore import Datastore
@@ -47,6 +48,12 @@ class SavingHypervisor(FakeHypervisor):
 
     services: Services
     how = WhenRunning.SHUTDOWN
+
+    async def freeze(self, uuid: str) -> bool:
+        """Raises NotWhole when nothing says that it will have to be thawed."""
+        if not _thaws_noted(self.services.rig):
+            raise NotWhole("the guest is frozen, and that is not noted")
+        return await super().freeze(uuid)
 
     async def save(self, uuid: str, *, limit_s: float) -> None:
         """The image is there before the guest is gone."""
@@ -112,6 +119,12 @@ async def with_guest(rig: Rig) -> None:
     rig.hypervisor = SavingHypervisor(domain("vm", *disks, state=GuestState.RUNNING))
 
 
+async def with_agent(rig: Rig) -> None:
+    """The same, of which an agent can freeze the filesystems."""
+    await with_guest(rig)
+    guest_of(rig).agents.update(guest_of(rig).known)
+
+
 def guest_of(rig: Rig) -> SavingHypervisor:
     """What runs the guest."""
     assert isinstance(rig.hypervisor, SavingHypervisor)
@@ -158,6 +171,33 @@ async def stop_and_archive(services: Services) -> None:
     await _with_policy(services, _stop_and_archive)
 
 
+async def back_up_at_rest(services: Services) -> None:
+    """What an earlier job has left is seen to, and then the VM is backed up while it is used."""
+    await _with_policy(services, _back_up_at_rest)
+
+
+async def _back_up_at_rest(datastore: Datastore, services: Services) -> None:
+    await _settle(datastore)
+    disk = await services.open(PATHS[0])
+    try:
+        outcome = await _back_up(datastore, archive=False)
+    finally:
+        _check_noted(services.rig)
+        if not services.files.dead:
+            await services.disks.release(disk)
+    if "(quiesced)" not in outcome.message and not services.files.spoiled:
+        raise NotWhole(f"not at rest: {outcome}")
+
+
+def _check_noted(rig: Rig) -> None:
+    if guest_of(rig).frozen and not _thaws_noted(rig):
+        raise NotWhole("the guest is frozen, and nothing says so")
+
+
+def _thaws_noted(rig: Rig) -> bool:
+    return any((rig.backing / PRIVATE_DIR / THAWS_DIR).iterdir())
+
+
 async def _with_policy(services: Services, act: Callable[[Datastore, Services], Awaitable[None]]) -> None:
     hypervisor = guest_of(services.rig)
     hypervisor.services = services
@@ -188,11 +228,12 @@ async def _settle(datastore: Datastore) -> None:
         return (await datastore.listing.scan()).vms
 
     await datastore.backups.guests.settle(vms)
+    await datastore.backups.frozen.settle()
 
 
-async def _back_up(datastore: Datastore) -> VmOutcome:
+async def _back_up(datastore: Datastore, *, archive: bool = True) -> VmOutcome:
     """One job; raises what it failed with, and OSError when the VM could not even be found."""
-    info = await done(datastore, await datastore.start_backup([], archive=True, peer=ROOT_PEER))
+    info = await done(datastore, await datastore.start_backup([], archive=archive, peer=ROOT_PEER))
     vms = JobReport.model_validate(info.result).vms
     if not vms:
         raise OSError(errno.EIO, "no VM is found")
@@ -214,6 +255,10 @@ async def check_guest(services: Services) -> None:
 async def _check_guest(datastore: Datastore, services: Services) -> None:
     hypervisor, notes = guest_of(services.rig), services.private.stopped
     await _settle(datastore)
+    if hypervisor.frozen:
+        raise NotWhole("the guest's filesystems are frozen")
+    if _thaws_noted(services.rig):
+        raise NotWhole("a note of a thaw is left")
     if notes.all():
         # It had been asked a moment ago, and is on its way: now it has arrived.
         for uuid in hypervisor.known:

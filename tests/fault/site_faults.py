@@ -6,8 +6,8 @@ A first run without faults counts the calls of each site; then each is spoiled i
   same is done again and succeeds; so it does after a restart (a reboot, when a sync failed), where the VM is whole and
   archiving and bringing it back work;
 * a kill, perhaps with the power going: the VM is whole at the next start, which finds nothing that it cannot explain;
-* where a job stops guests, the hypervisor goes away, until the next life: then the guest runs, or its VM is archived,
-  and the next job finishes (`guests`).
+* where a job stops or freezes guests, the hypervisor goes away, until the next life: then the guest runs, and is not
+  frozen, or its VM is archived, and the next job finishes (`guests`).
 
 At the end nothing is left over: no map, pin, half-made file or descriptor.
 """
@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 from tests.datastore_harness import BLOCK, CHUNK, Rig, RigFiles, Services, survives_kill, temporary_rig
 from tests.fault.datastores import NotWhole
 from tests.fault.guests import check_guest, guest_of, is_left_archived, lose_guests, start_by_user
@@ -30,12 +32,12 @@ from tests.store_places import Place, in_fake
 from vmfs_stub.core.errors import MapFrozen, PointNotFound, VmfsStubError
 from vmfs_stub.core.ids import PointId
 from vmfs_stub.core.names import ADOPTING_DIR, PRIVATE_DIR
-from vmfs_stub.services import hydration, recall, verify
+from vmfs_stub.services import frozen_guests, hydration, recall, verify
 from vmfs_stub.store.keys import pin_key
 from vmfs_stub.store.manifest import FileKind
 from vmfs_stub.store.store import Store
 
-__all__ = ["BY_NAME", "SCENARIOS", "Calls", "NotWhole", "Scenario", "Spoiling", "run", "spoilings"]
+__all__ = ["BY_NAME", "SCENARIOS", "Calls", "NotWhole", "Scenario", "Spoiling", "run", "said_of", "spoilings"]
 
 GUEST_WAITS_S = 0.05
 """How long a recall is tried while something is broken for good."""
@@ -92,15 +94,28 @@ async def run(scenario: Scenario, spoiling: Spoiling | None, *, place: Place = i
         return outcome.calls
 
 
+async def said_of(name: str, site: str, kind: str) -> str:
+    """What is found wrong when the first call of this site does so in this scenario; empty when all is well."""
+    try:
+        await run(BY_NAME[name], Spoiling(site, 1, kind))
+    except (NotWhole, BaseExceptionGroup) as exc:
+        found, rest = BaseExceptionGroup("found", [exc]).split(NotWhole)
+        if found is None or rest is not None:
+            raise
+        return repr(found)
+    return ""
+
+
 @contextlib.contextmanager
 def short_waits() -> Iterator[None]:
     """A guest's patience, and the pauses between tries, are a test's."""
-    kept = recall.RETRY_PAUSE_S, recall.SECOND_TRY_S, hydration.RETRY_INTERVAL_S
-    recall.RETRY_PAUSE_S, recall.SECOND_TRY_S, hydration.RETRY_INTERVAL_S = 0.005, 0.0, 0.005
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recall, "RETRY_PAUSE_S", 0.005)
+        patch.setattr(recall, "SECOND_TRY_S", 0.0)
+        patch.setattr(hydration, "RETRY_INTERVAL_S", 0.005)
+        patch.setattr(frozen_guests, "PAUSES_S", (0.0, 0.0))
+        patch.setattr(frozen_guests, "FREEZE_COMES_S", 0.0)
         yield
-    finally:
-        recall.RETRY_PAUSE_S, recall.SECOND_TRY_S, hydration.RETRY_INTERVAL_S = kept
 
 
 def _descriptors() -> dict[str, str]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,23 @@ import trio
 
 from tests.datastore_harness import BLOCK, CHUNK, Fault, Killed, Rig, Services, survives_kill, temporary_rig
 from tests.fake_hypervisor import FakeHypervisor, domain
-from vmfs_stub.core.errors import Abandoned, HypervisorAway, InUse, PrimaryIOError, StoreFull
+from vmfs_stub.core.errors import Abandoned, InUse, PrimaryIOError, StoreFull
 from vmfs_stub.core.names import FROZEN_DIR, PRIVATE_DIR
+from vmfs_stub.core.usage import GuestState
 from vmfs_stub.services import copying, frozen_disk, running_backup, set_aside
 from vmfs_stub.services.associated import AssociatedFiles
 from vmfs_stub.services.backup_report import BackupReport
 from vmfs_stub.services.changes import DiskChanges
 from vmfs_stub.services.disk import Disk
 from vmfs_stub.services.frozen_disk import FrozenDisk
-from vmfs_stub.services.hypervisor import GuestFilesystems
+from vmfs_stub.services.frozen_guests import FrozenGuests
 from vmfs_stub.services.set_aside import SetAside
 from vmfs_stub.services.write_gate import WriteGate
 from vmfs_stub.store.store import Store
 
 PATHS = ("vm/disk.img", "vm/second.img")
 DISK, SECOND = PATHS
+RUNNING = GuestState.RUNNING
 SIZE = 40 * CHUNK + 100
 EIO = OSError(errno.EIO, os.strerror(errno.EIO))
 ENOSPC = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -617,47 +620,40 @@ async def test_after_a_kill_nothing_that_changed_is_missed(site: str, power: boo
 # Quiescing
 
 
-async def test_a_guest_with_an_agent_is_at_rest_at_the_moment_and_thawed_after() -> None:
+async def test_a_guest_with_an_agent_is_at_rest_at_the_moment_and_thawed_after(monkeypatch: pytest.MonkeyPatch) -> None:
     with rig_with_disks() as rig:
-        hypervisor = FakeHypervisor(shown := domain("vm", *(rig.backing / path for path in PATHS)))
-        freezer = GuestFilesystems(hypervisor, shown.uuid)
+        hypervisor = FakeHypervisor(shown := domain("vm", *(rig.backing / path for path in PATHS), state=RUNNING))
         async with rig.running() as services, guest_of(services):
+            guests = FrozenGuests(
+                hypervisor=hypervisor,
+                threads=services.threads,
+                notes=services.private.thaws,
+                findings=services.findings,
+            )
+            freezer = partial(guests.at_rest, rig.vm("vm"), shown)
             report = await services.back_up_in_use("vm", freezer=freezer)
             assert (report.consistency, consistency(rig, report)) == ("crash", "crash")
             hypervisor.agents.add(shown.uuid)
-            report = await services.back_up_in_use("vm", freezer=freezer)
+            with monkeypatch.context() as patch:
+                patch.setattr(FrozenDisk, "begin", _checking(hypervisor, FrozenDisk.begin))
+                report = await services.back_up_in_use("vm", freezer=freezer)
             assert (report.consistency, consistency(rig, report)) == ("quiesced", "quiesced")
-            assert hypervisor.asked == ["freeze vm", "thaw vm"] * 2
+            assert hypervisor.asked == ["freeze vm", "freeze vm", "thaw vm"]
+            monkeypatch.setattr(running_backup, "AT_REST_S_MAX", 0.0)
+            with pytest.raises(Abandoned):
+                await services.back_up_in_use("vm", freezer=freezer)
+            assert (hypervisor.asked[3:], hypervisor.frozen) == (["freeze vm", "thaw vm"], set())
+            monkeypatch.undo()
             hypervisor.away = True
             assert (await services.back_up_in_use("vm", freezer=freezer)).consistency == "crash"
 
 
-class StubbornFreezer:
-    """An agent that does not answer, or is gone when it should thaw."""
+def _checking(hypervisor: FakeHypervisor, begin: Callable[[FrozenDisk], None]) -> Callable[[FrozenDisk], None]:
+    def checking(self: FrozenDisk) -> None:
+        assert hypervisor.frozen, "the moment is not one of rest"
+        begin(self)
 
-    def __init__(self) -> None:
-        self.thawed = 0
-
-    async def freeze(self) -> bool:
-        await trio.sleep_forever()
-        return True
-
-    async def thaw(self) -> None:
-        self.thawed += 1
-        raise HypervisorAway("gone")
-
-
-async def test_an_agent_that_hangs_is_given_up_and_thawed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running_backup, "FREEZE_S_MAX", 0.01)
-    freezer = StubbornFreezer()
-    with rig_with_disks() as rig:
-        async with rig.running() as services, guest_of(services):
-            assert (await services.back_up_in_use("vm", freezer=freezer)).consistency == "crash"
-            assert freezer.thawed == 1
-            monkeypatch.setattr(running_backup, "AT_REST_S_MAX", 0.0)
-            with pytest.raises(Abandoned):
-                await services.back_up_in_use("vm", freezer=freezer)
-            assert freezer.thawed == 2
+    return checking
 
 
 # Every check finds what it is there for

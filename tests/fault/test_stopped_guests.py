@@ -15,15 +15,14 @@ import pytest
 from tests.backup_jobs import MOUNT, JobRig
 from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, RigFiles, survives_kill, temporary_rig
 from tests.fake_hypervisor import FakeHypervisor, domain
-from tests.fault.datastores import NotWhole
-from tests.fault.site_faults import BY_NAME, run
+from tests.fault.site_faults import said_of
 from tests.fault.spoilings import Spoiling, numbers
 from tests.seeded_ids import ids_from
 from vmfs_stub.core.policy import WhenRunning
 from vmfs_stub.core.usage import GuestState
 from vmfs_stub.datastore_backups import Backups
 from vmfs_stub.inventory.vm import Vm
-from vmfs_stub.primary.stopped_notes import StoppedNote
+from vmfs_stub.primary.guest_notes import GuestNote
 from vmfs_stub.services import stopped_guests
 from vmfs_stub.services.backup_job import Placeholders
 from vmfs_stub.services.stopped_guests import StoppedGuests
@@ -171,16 +170,7 @@ async def test_the_note_is_what_brings_the_guest_back(monkeypatch: pytest.Monkey
 # What the sweep over all sites (test_sites.py) finds when it is planted
 
 
-async def swept(site: str, kind: str, *, name: str = "stop_and_archive") -> str:
-    """What the sweep says when this call goes wrong; empty when all is well."""
-    try:
-        await run(BY_NAME[name], Spoiling(site, 1, kind))
-    except (NotWhole, BaseExceptionGroup) as exc:
-        found, rest = BaseExceptionGroup("found", [exc]).split(NotWhole)
-        if found is None or rest is not None:
-            raise
-        return repr(found)
-    return ""
+swept = partial(said_of, "stop_and_archive")
 
 
 async def test_a_guest_that_nothing_says_was_stopped_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +188,7 @@ async def test_a_guest_that_nothing_says_was_stopped_is_found(monkeypatch: pytes
 async def test_a_note_that_goes_before_its_guest_runs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     settle = StoppedGuests._settle
 
-    async def hasty(self: StoppedGuests, note: StoppedNote, vm: Vm | None, *, is_off: bool, was_archived: bool) -> None:
+    async def hasty(self: StoppedGuests, note: GuestNote, vm: Vm | None, *, is_off: bool, was_archived: bool) -> None:
         self._notes.remove(note)
         await settle(self, note, vm, is_off=is_off, was_archived=was_archived)
 
@@ -211,7 +201,7 @@ async def test_a_vm_that_is_taken_for_archived_and_is_not_is_found(monkeypatch: 
     monkeypatch.setattr(StoppedGuests, "_was_archived", lambda self, vm, note: True)
     for name in ("stop_and_archive", "save_and_archive"):
         for kind in ("kill", "power", "away"):
-            assert "off, and its VM is not archived" in await swept("archive.seek", kind, name=name)
+            assert "off, and its VM is not archived" in await said_of(name, "archive.seek", kind)
 
 
 async def test_memory_that_is_not_archived_with_its_disks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,11 +212,11 @@ async def test_memory_that_is_not_archived_with_its_disks_is_found(monkeypatch: 
         found = await found_again(self, vm)
         return replace(found, files=tuple(file for file in found.files if not file.path.endswith(".save")))
 
-    assert await swept("archive.seek", "kill", name="save_and_archive") == ""
+    assert await said_of("save_and_archive", "archive.seek", "kill") == ""
     monkeypatch.setattr(Backups, "_found_again", without_memory)
     # Its directory would tell.
     monkeypatch.setattr(OtherEntries, "has_files", lambda *arguments: True)
-    assert "memory" in await swept("archive.seek", "kill", name="save_and_archive")
+    assert "memory" in await said_of("save_and_archive", "archive.seek", "kill")
 
 
 async def test_a_guest_that_nobody_starts_again_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

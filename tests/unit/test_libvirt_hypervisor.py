@@ -15,12 +15,12 @@ from fake_hypervisor import domain
 from vmfs_stub.core.errors import HypervisorAway
 from vmfs_stub.core.usage import Counters, GuestState, Reading
 from vmfs_stub.inventory.domain import ArchiveNote, Domain
-from vmfs_stub.inventory.libvirt import DomainEvent, Told
-from vmfs_stub.inventory.libvirt_binding import has_binding, sockets_of
+from vmfs_stub.inventory.libvirt import DomainEvent, LibvirtConnection, Told
+from vmfs_stub.inventory.libvirt_binding import has_binding, sockets_of, the_binding
 from vmfs_stub.services import libvirt_hypervisor
 from vmfs_stub.services.libvirt_hypervisor import (
+    AGENT_CALLS_MAX,
     CALLS_MAX,
-    LONG_CALLS_MAX,
     LibvirtHypervisor,
     LibvirtSettings,
     open_libvirt,
@@ -28,6 +28,7 @@ from vmfs_stub.services.libvirt_hypervisor import (
 
 SETTINGS = LibvirtSettings(uri="qemu:///system?socket=/nowhere/sock", timeout_s=0.2)
 QUICK = (0.01, 0.02)
+BINDING = the_binding()
 
 
 class FakeLibvirt:
@@ -46,6 +47,9 @@ class FakeLibvirt:
         self.powers_off = True
         self.refuses = False
         self.refuses_thaws = 0
+        self.has_agent = True
+        self.thaws_go_on = threading.Event()
+        self.thaws_go_on.set()
 
     def connect(self, told: Told) -> FakeConnection:
         self.connections += 1
@@ -116,15 +120,19 @@ class FakeConnection:
     def start(self, uuid: str) -> None:
         self.libvirt.call("start")
 
-    def freeze(self, uuid: str) -> bool:
+    def has_agent(self, uuid: str) -> bool:
+        self.libvirt.call("agent?")
+        return self.libvirt.has_agent
+
+    def freeze(self, uuid: str) -> None:
         self.libvirt.call("freeze")
-        return True
 
     def thaw(self, uuid: str) -> None:
         if self.libvirt.refuses_thaws:
             self.libvirt.refuses_thaws -= 1
             raise HypervisorAway("cannot acquire state change lock")
         self.libvirt.asked.append("thaw")
+        self.libvirt.thaws_go_on.wait()
 
     def set_note(self, uuid: str, note: ArchiveNote | None) -> None:
         self.libvirt.call("note")
@@ -344,15 +352,18 @@ def test_where_the_socket_of_a_uri_is() -> None:
 async def test_a_guest_is_thawed_although_all_freezes_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose thaw waited behind freezes that hung, which went on later, was frozen for ever."""
     monkeypatch.setattr(libvirt_hypervisor, "AGENT_LIMIT_S", 0.1)
+    hangs = threading.Event()
 
     async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
-        await hypervisor.domains()
-        libvirt.goes_on.clear()
+        monkeypatch.setattr(FakeConnection, "freeze", lambda self, uuid: hangs.wait())
         async with trio.open_nursery() as nursery:
-            for _ in range(LONG_CALLS_MAX):
+            for _ in range(AGENT_CALLS_MAX):
                 nursery.start_soon(_freeze_in_vain, hypervisor)
         await hypervisor.thaw(VM.uuid)
         assert libvirt.asked[-1] == "thaw"
+        # Guests are started, too.
+        await hypervisor.start(VM.uuid)
+        hangs.set()
 
     await with_libvirt(check, FakeLibvirt(VM))
 
@@ -362,24 +373,127 @@ async def _freeze_in_vain(hypervisor: LibvirtHypervisor) -> None:
         await hypervisor.freeze(VM.uuid)
 
 
-async def test_a_guest_that_could_not_be_thawed_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libvirt_hypervisor, "THAW_INTERVAL_S", 0.05)
+async def test_an_agent_that_hangs_before_it_is_asked_to_freeze_never_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it answers it must not freeze for somebody who has long gone on."""
+    monkeypatch.setattr(libvirt_hypervisor, "AGENT_ANSWERS_S", 0.1)
 
     async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
-        assert await hypervisor.freeze(VM.uuid)
-        libvirt.refuses_thaws = 3
-        with pytest.raises(HypervisorAway):
-            await hypervisor.thaw(VM.uuid)
-        assert not await hypervisor.freeze(VM.uuid), "it would be thawed at any time"
-        await until(lambda: "thaw" in libvirt.asked)
-        await until(lambda: not hypervisor._unthawed)
-        assert await hypervisor.freeze(VM.uuid)
-        # For ever it is not asked.
-        monkeypatch.setattr(libvirt_hypervisor, "THAW_TRIES_MAX", 2)
-        libvirt.refuses_thaws = 1000
-        with pytest.raises(HypervisorAway):
-            await hypervisor.thaw(VM.uuid)
-        await until(lambda: not hypervisor._unthawed)
-        assert libvirt.refuses_thaws == 997
+        await hypervisor.domains()
+        libvirt.goes_on.clear()
+        assert not await hypervisor.freeze(VM.uuid)
+        libvirt.goes_on.set()
+        await until(lambda: libvirt.hanging == 0)
+        await hypervisor.domains()
+        assert "freeze" not in libvirt.asked
+        libvirt.has_agent = False
+        assert not await hypervisor.freeze(VM.uuid)
+        libvirt.refuses = True
+        assert not await hypervisor.freeze(VM.uuid)
+        assert "freeze" not in libvirt.asked
 
     await with_libvirt(check, FakeLibvirt(VM))
+
+
+async def test_a_thaw_that_hangs_is_not_asked_for_a_second_time_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would hold a thread, until there are none for other guests."""
+    monkeypatch.setattr(libvirt_hypervisor, "AGENT_LIMIT_S", 0.1)
+
+    async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
+        await hypervisor.domains()
+        libvirt.thaws_go_on.clear()
+        for _ in range(AGENT_CALLS_MAX + 1):
+            with pytest.raises(HypervisorAway):
+                await hypervisor.thaw(VM.uuid)
+        assert libvirt.asked.count("thaw") == 1
+        with pytest.raises(HypervisorAway, match="did not answer within"):
+            await hypervisor.thaw("f" * 32)  # another guest, whose thaw is asked for
+        assert libvirt.asked.count("thaw") == 2
+        libvirt.thaws_go_on.set()
+        await until(lambda: not hypervisor._thawing)
+        await hypervisor.thaw(VM.uuid)
+
+    await with_libvirt(check, FakeLibvirt(VM))
+
+
+async def test_a_thaw_that_is_refused_is_told() -> None:
+    async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
+        assert await hypervisor.freeze(VM.uuid)
+        libvirt.refuses_thaws = 1
+        with pytest.raises(HypervisorAway, match="state change lock"):
+            await hypervisor.thaw(VM.uuid)
+        assert not hypervisor.is_away
+        await hypervisor.thaw(VM.uuid)
+
+    await with_libvirt(check, FakeLibvirt(VM))
+
+
+# What the binding says of agents
+
+
+class FakeAgent:
+    """A domain's handle, and its own connection: questions of the agent answer, or fail with libvirt's ``errors``."""
+
+    def __init__(self, **errors: int) -> None:
+        self.errors = errors
+        self.asked: list[str] = []
+
+    def isAlive(self) -> bool:  # noqa: N802 - libvirt's
+        return True
+
+    def lookupByUUID(self, uuid: bytes) -> FakeAgent:  # noqa: N802
+        return self
+
+    def _ask(self, what: str) -> None:
+        self.asked.append(what)
+        if what in self.errors:
+            raise SaidError(self.errors[what])
+
+    def getTime(self) -> None:  # noqa: N802
+        self._ask("time")
+
+    def fsFreeze(self) -> None:  # noqa: N802
+        self._ask("freeze")
+
+    def fsThaw(self) -> None:  # noqa: N802
+        self._ask("thaw")
+
+
+class SaidError(BINDING.libvirtError):  # type: ignore[misc]
+    def __init__(self, code: int) -> None:
+        super().__init__("planted")
+        self.err = (code, 0, "planted", 0, None, None, None, 0, 0)
+
+
+def connection_of(agent: FakeAgent) -> LibvirtConnection:
+    return LibvirtConnection(agent, lambda path: False)
+
+
+NO_AGENT = (BINDING.VIR_ERR_AGENT_UNRESPONSIVE, BINDING.VIR_ERR_AGENT_UNSYNCED, BINDING.VIR_ERR_ARGUMENT_UNSUPPORTED)
+NO_AGENTS = (*NO_AGENT, BINDING.VIR_ERR_OPERATION_INVALID, BINDING.VIR_ERR_NO_SUPPORT)
+
+
+@pytest.mark.parametrize("code", NO_AGENTS)
+def test_a_guest_without_an_agent_that_answers(code: int) -> None:
+    assert not connection_of(FakeAgent(time=code)).has_agent(VM.uuid)
+
+
+def test_an_agent_that_may_not_tell_the_time_answers() -> None:
+    assert connection_of(FakeAgent(time=BINDING.VIR_ERR_INTERNAL_ERROR)).has_agent(VM.uuid)
+    assert connection_of(agent := FakeAgent()).has_agent(VM.uuid)
+    assert agent.asked == ["time"]
+
+
+@pytest.mark.parametrize("code", NO_AGENT)
+def test_an_agent_that_is_silent_after_it_was_to_freeze_may_have_frozen(code: int) -> None:
+    with pytest.raises(HypervisorAway):
+        connection_of(FakeAgent(freeze=code)).freeze(VM.uuid)
+
+
+@pytest.mark.parametrize("code", NO_AGENTS)
+def test_a_guest_is_thawed_when_its_agent_says_so_and_not_before(code: int) -> None:
+    agent = FakeAgent(thaw=code)
+    with pytest.raises(HypervisorAway, match="cannot thaw the filesystems of a guest: planted"):
+        connection_of(agent).thaw(VM.uuid)
+    agent.errors.clear()
+    connection_of(agent).thaw(VM.uuid)
+    assert agent.asked == ["thaw", "thaw"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import random
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from vmfs_stub.services.backup_job import JobSettings, Placeholders, Watch
 from vmfs_stub.services.backup_turn import VmResult
 from vmfs_stub.services.hooks import HookCall, Hooks
 from vmfs_stub.services.restore import restore_point
+from vmfs_stub.services.stopped_guests import LATE_S
 
 BY_POLICY = Placeholders.BY_POLICY
 
@@ -210,7 +210,7 @@ async def test_the_agent_of_a_guest_that_runs_is_asked_to_bring_it_to_rest(rig: 
         results = await run(job, Placeholders.NONE)
         assert outcomes(results) == {"a": "backed up"}
         assert results["a"].message == f"while it was in use ({'quiesced' if answers else 'crash'})"
-        assert job.hypervisor.asked == ["domains", "freeze a", "thaw a"]
+        assert job.hypervisor.asked == ["domains", "freeze a", *(["thaw a"] if answers else [])]
         await services.disks.release(disk)
 
 
@@ -362,17 +362,63 @@ async def test_a_guest_that_does_not_power_off_is_left_alone(rig: Rig, autojump_
         assert services.private.stopped.all() == []
 
 
-async def test_a_guest_that_never_powers_off_is_forgotten_after_a_while(rig: Rig, autojump_clock: object) -> None:
+@pytest.mark.parametrize("late_s", [LATE_S - 1, LATE_S + 20])
+async def test_a_guest_that_obeys_late_is_started_and_one_that_is_off_long_after_is_left_so(
+    rig: Rig, late_s: float, autojump_clock: object, caplog: pytest.LogCaptureFixture
+) -> None:
     make_vms(rig, "a")
+    now_s = 1e9
     async with rig.running() as services:
-        job = JobRig(services, hypervisor_of("a"), limit_s=0.01)
-        job.hypervisor.stubborn.update(job.hypervisor.known)
+        job = JobRig(services, hypervisor_of("a"), limit_s=600, clock=lambda: now_s)
+        (uuid,) = job.hypervisor.known
+        job.hypervisor.stubborn.add(uuid)
         job.policy.archives = {"a": WhenRunning.SHUTDOWN}
-        await run(job)
-        await trio.to_thread.run_sync(time.sleep, 0.03)
+        results = await run(job)
+        assert "if it powers off within 60 min, it is started again" in results["a"].message
+        now_s += 600 + late_s
+        await job.guests.settle(job.all_vms)
+        is_late = late_s > LATE_S
+        assert ("it is left so" in caplog.text) is is_late
+        job.hypervisor.put(uuid, state=GuestState.OFF)
         await job.guests.settle(job.all_vms)
         assert services.private.stopped.all() == []
-        assert not any(asked.startswith("start") for asked in job.hypervisor.asked)
+        assert state_of(job.hypervisor) is (GuestState.OFF if is_late else GuestState.RUNNING)
+        # Once it was started, a person may stop it.
+        job.hypervisor.put(uuid, state=GuestState.OFF)
+        await job.guests.settle(job.all_vms)
+        assert state_of(job.hypervisor) is GuestState.OFF
+
+
+async def test_a_guest_that_is_paused_is_not_asked_to_power_off(rig: Rig) -> None:
+    """It would when it goes on, whenever that is."""
+    make_vms(rig, "a")
+    async with rig.running() as services:
+        job = JobRig(services, hypervisor_of("a", state=GuestState.PAUSED))
+        job.policy.archives = {"a": WhenRunning.SHUTDOWN}
+        results = await run(job)
+        assert outcomes(results) == {"a": "backed up"}
+        assert "its guest is paused, and cannot power off" in results["a"].message
+        assert not any(asked.startswith("shut down") for asked in job.hypervisor.asked)
+        assert services.private.stopped.all() == []
+
+
+async def test_where_no_hypervisor_is_known_any_more_a_stopped_guest_is_not_forgotten(rig: Rig) -> None:
+    """The next daemon comes before libvirt's socket, say, and takes this for a host without."""
+    make_vms(rig, "a")
+    async with rig.running() as services:
+        job = JobRig(services, hypervisor_of("a"))
+        job.policy.archives = {"a": WhenRunning.SHUTDOWN}
+        services.files.instead["archive.seek"] = lambda *arguments: setattr(job.hypervisor, "away", True) or 1 / 0
+        await run(job)
+        known, job.hypervisor.away = dict(job.hypervisor.known), False
+        job.hypervisor.known.clear()
+        job.hypervisor.is_used = False
+        await job.guests.settle(job.all_vms)
+        assert len(services.private.stopped.all()) == 1
+        job.hypervisor.known.update(known)
+        job.hypervisor.is_used = True
+        await job.guests.settle(job.all_vms)
+        assert state_of(job.hypervisor) is GuestState.RUNNING
 
 
 @pytest.mark.parametrize("site", ["archive.seek", "store.manifest.put", "archive.record"])

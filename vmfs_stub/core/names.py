@@ -32,6 +32,9 @@ CLAIMS_DIR = "claims"
 STOPPED_DIR = "stopped"
 """Directory in it with a note of each guest that a job has asked to stop."""
 
+THAWS_DIR = "thaws"
+"""Directory in it with a note of each guest whose filesystems a backup has frozen, and has to thaw."""
+
 RESERVE_FILE = "reserve"
 """File in it that keeps space back."""
 

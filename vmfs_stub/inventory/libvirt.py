@@ -262,25 +262,39 @@ class LibvirtConnection:
             if not dom.isActive():
                 dom.create()
 
-    def freeze(self, uuid: str) -> bool:
-        """Have the guest's agent freeze all its filesystems; false when no agent answers."""
-        with translated("cannot freeze the filesystems of a guest"):
+    def has_agent(self, uuid: str) -> bool:
+        """Whether an agent in the guest answers; it is asked for the time, which changes nothing."""
+        libvirt = the_binding()
+        with translated("cannot ask the agent of a guest"):
+            dom = self._lookup(uuid)
             try:
-                self._lookup(uuid).fsFreeze()
-            except the_binding().libvirtError as exc:
-                if _is_without_agent(exc):
-                    return False
-                raise
+                dom.getTime()
+            except libvirt.libvirtError as exc:
+                # All else, as that this very question is forbidden, is an answer.
+                return exc.get_error_code() not in (
+                    libvirt.VIR_ERR_AGENT_UNRESPONSIVE,
+                    libvirt.VIR_ERR_AGENT_UNSYNCED,
+                    libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED,
+                    libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+                    libvirt.VIR_ERR_NO_SUPPORT,
+                    libvirt.VIR_ERR_OPERATION_INVALID,
+                    libvirt.VIR_ERR_OPERATION_TIMEOUT,
+                    libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+                )
         return True
 
+    def freeze(self, uuid: str) -> None:
+        """Have the guest's agent freeze all its filesystems.
+
+        Raises HypervisorAway: they may be frozen, now or in a while, also where it is the agent that does not answer.
+        """
+        with translated("cannot freeze the filesystems of a guest"):
+            self._lookup(uuid).fsFreeze()
+
     def thaw(self, uuid: str) -> None:
-        """Undo `freeze`; nothing where no agent answers."""
+        """Undo `freeze`; a guest that is not frozen stays so.  Raises HypervisorAway unless its agent says so."""
         with translated("cannot thaw the filesystems of a guest"):
-            try:
-                self._lookup(uuid).fsThaw()
-            except the_binding().libvirtError as exc:
-                if not _is_without_agent(exc):
-                    raise
+            self._lookup(uuid).fsThaw()
 
     def set_note(self, uuid: str, note: ArchiveNote | None) -> None:
         """Write, or remove, our note in the domain's metadata: in its definition, and in what runs of it."""
@@ -330,16 +344,3 @@ def _register(libvirt: Any, conn: Any, told: Told) -> None:
 
 def _uuid(dom: Any) -> str:
     return bytes(dom.UUID()).hex()
-
-
-def _is_without_agent(exc: Any) -> bool:
-    """Whether libvirt says that there is no agent in the guest, or none that answers."""
-    libvirt = the_binding()
-    return exc.get_error_code() in (
-        libvirt.VIR_ERR_AGENT_UNRESPONSIVE,
-        libvirt.VIR_ERR_AGENT_UNSYNCED,
-        libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED,
-        libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
-        libvirt.VIR_ERR_OPERATION_INVALID,
-        libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
-    )

@@ -26,17 +26,18 @@ from vmfs_stub.core.names import (
     PRIVATE_DIR,
     RESERVE_FILE,
     STOPPED_DIR,
+    THAWS_DIR,
 )
 from vmfs_stub.core.sites import PLAIN
 from vmfs_stub.primary.claim_notes import ClaimNotes
 from vmfs_stub.primary.datastore_id import load_or_make_datastore_id
 from vmfs_stub.primary.durable_map import MAP_SUFFIX, PAGE_BITS_SIZE, DurableMap, MapHeader, MapState
 from vmfs_stub.primary.files import FileCalls, sync_directory
+from vmfs_stub.primary.guest_notes import GuestNotes
 from vmfs_stub.primary.identity import BootIdentity, boot_identity, inode_identity
 from vmfs_stub.primary.orphans import Orphans
 from vmfs_stub.primary.record import PlaceholderRecord, check_identity, read_record
 from vmfs_stub.primary.reserve import Reserve
-from vmfs_stub.primary.stopped_notes import StoppedNotes
 from vmfs_stub.primary.volatile_map import VolatileMap
 
 
@@ -56,7 +57,8 @@ class PrivateState:
     reserve: Reserve
     orphans: Orphans
     adopting: Path
-    stopped: StoppedNotes
+    stopped: GuestNotes
+    thaws: GuestNotes
     frozen: Path
 
     @classmethod
@@ -68,9 +70,9 @@ class PrivateState:
         maps, volatile = backing / PRIVATE_DIR / MAPS_DIR, runtime_dir / MAPS_DIR
         orphans, claims = backing / PRIVATE_DIR / ORPHANS_DIR, backing / PRIVATE_DIR / CLAIMS_DIR
         adopting, stopped = backing / PRIVATE_DIR / ADOPTING_DIR, backing / PRIVATE_DIR / STOPPED_DIR
-        frozen = backing / PRIVATE_DIR / FROZEN_DIR
+        frozen, thaws = backing / PRIVATE_DIR / FROZEN_DIR, backing / PRIVATE_DIR / THAWS_DIR
         changes, volatile_changes = backing / PRIVATE_DIR / CHANGES_DIR, runtime_dir / CHANGES_DIR
-        private = (backing / PRIVATE_DIR, maps, orphans, claims, adopting, changes, stopped, frozen)
+        private = (backing / PRIVATE_DIR, maps, orphans, claims, adopting, changes, stopped, thaws, frozen)
         for directory in (*private, runtime_dir, volatile, volatile_changes):
             files.call("start.private", directory.mkdir, mode=0o700, parents=True, exist_ok=True)
         files.call("start.private_sync", sync_directory, backing / PRIVATE_DIR)
@@ -90,7 +92,8 @@ class PrivateState:
                 reserve=reserve,
                 orphans=Orphans(orphans),
                 adopting=adopting,
-                stopped=StoppedNotes(files, stopped, datastore_id),
+                stopped=GuestNotes(files, stopped, datastore_id),
+                thaws=GuestNotes(files, thaws, datastore_id),
                 frozen=frozen,
             )
         finally:

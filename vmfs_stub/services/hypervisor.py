@@ -11,6 +11,7 @@ from typing import Protocol
 
 import trio
 
+from vmfs_stub.core.errors import HypervisorAway
 from vmfs_stub.core.usage import Reading
 from vmfs_stub.inventory.domain import ArchiveNote, Domain
 
@@ -21,6 +22,11 @@ class Hypervisor(Protocol):
     @property
     def is_away(self) -> bool:
         """Whether the hypervisor is one that should answer and does not.  Does not block."""
+        ...
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there is one, be it away or not: else that there are no domains says nothing of any."""
         ...
 
     async def domains(self) -> Sequence[Domain]:
@@ -55,28 +61,15 @@ class Quiescing(Protocol):
     """A hypervisor that can ask guests to bring their filesystems to rest; not every one can, nor every guest."""
 
     async def freeze(self, uuid: str) -> bool:
-        """Have the guest's agent freeze all its filesystems; false when no agent answers.  Raises HypervisorAway."""
+        """Have the guest's agent freeze all its filesystems; false when no agent answers, and nothing is frozen.
+
+        Raises HypervisorAway: they may be frozen, now or in a while.
+        """
         ...
 
     async def thaw(self, uuid: str) -> None:
-        """Undo `freeze`, or what of it may have been done.  Raises HypervisorAway."""
+        """Undo `freeze`, or what of it may have been done.  Raises HypervisorAway unless the agent says that it is."""
         ...
-
-
-class GuestFilesystems:
-    """Those of one domain, as running_backup.Freezer."""
-
-    def __init__(self, hypervisor: Quiescing, uuid: str) -> None:
-        self._hypervisor = hypervisor
-        self._uuid = uuid
-
-    async def freeze(self) -> bool:
-        """Whether they are at rest now.  Raises HypervisorAway."""
-        return await self._hypervisor.freeze(self._uuid)
-
-    async def thaw(self) -> None:
-        """Let them go on.  Raises HypervisorAway."""
-        await self._hypervisor.thaw(self._uuid)
 
 
 class WatchedHypervisor(Hypervisor, Quiescing, Protocol):
@@ -92,10 +85,19 @@ class WatchedHypervisor(Hypervisor, Quiescing, Protocol):
         ...
 
 
+async def domains_by_uuid(hypervisor: Hypervisor) -> Mapping[str, Domain]:
+    """All domains.  Raises HypervisorAway, also on a host where there is no hypervisor (any more)."""
+    found = {domain.uuid: domain for domain in await hypervisor.domains()}
+    if not hypervisor.is_used:
+        raise HypervisorAway("there is no hypervisor that could tell")
+    return found
+
+
 class NoHypervisor:
     """A host without libvirt."""
 
     is_away = False
+    is_used = False
     changes = 0
 
     async def wait_changed(self, seen: int) -> None:

@@ -37,12 +37,12 @@ CALLS_MAX: Final = 4
 """At once; libvirtd itself works on five of one client's."""
 LONG_CALLS_MAX: Final = 4
 """Saves and starts of guests at once."""
+AGENT_CALLS_MAX: Final = 4
+"""Freezes at once, and thaws: libvirt waits without end for an agent that had answered before, and hangs."""
+AGENT_ANSWERS_S: Final = 6.0
+"""How long an agent may take to answer at all; libvirt gives up after 5 s where it has not spoken with it before."""
 AGENT_LIMIT_S: Final = 10.0
 """How long an agent in a guest may take to freeze or thaw its filesystems."""
-THAW_INTERVAL_S: Final = 5.0
-"""How often a guest is asked again to thaw that did not say that it has."""
-THAW_TRIES_MAX: Final = 720
-"""For an hour: its agent may hang for as long as its filesystems take to be frozen."""
 START_LIMIT_S: Final = 600.0
 """A start reads the disk's first blocks, or a memory image, which may have to come back from the store."""
 BACKOFF_S: Final = (0.5, 30.0)
@@ -70,7 +70,8 @@ class Connection(Protocol):
     def save(self, uuid: str) -> None: ...
     def stop_saving(self, uuid: str) -> None: ...
     def start(self, uuid: str) -> None: ...
-    def freeze(self, uuid: str) -> bool: ...
+    def has_agent(self, uuid: str) -> bool: ...
+    def freeze(self, uuid: str) -> None: ...
     def thaw(self, uuid: str) -> None: ...
     def set_note(self, uuid: str, note: ArchiveNote | None) -> None: ...
 
@@ -116,7 +117,8 @@ class LibvirtHypervisor:
         self._backoff_s = backoff_s
         self._calls = WorkerPool("libvirt", CALLS_MAX)
         self._long_calls = WorkerPool("libvirt-long", LONG_CALLS_MAX)
-        self._thaws = WorkerPool("libvirt-thaw", LONG_CALLS_MAX)
+        self._freezes = WorkerPool("libvirt-freeze", AGENT_CALLS_MAX)
+        self._thaws = WorkerPool("libvirt-thaw", AGENT_CALLS_MAX)
         self._connecting = WorkerPool("libvirt-connect", 1)
         self._connection: Connection | None = None
         self._number = 0
@@ -127,8 +129,8 @@ class LibvirtHypervisor:
         self._states: dict[str, _State] = {}
         self._state_events: dict[str, float] = {}
         self._forgot_s = -math.inf
-        self._unthawed: dict[str, int] = {}
-        """Guests that may still be frozen, and how often they were asked in vain."""
+        self._thawing: set[str] = set()
+        """Guests whose thaw is not answered yet, be it that nobody waits for it: no other one waits behind it."""
         self.changes = 0
         self.away_since_s: float | None = None
         self.away_reason = ""
@@ -213,44 +215,34 @@ class LibvirtHypervisor:
         await self._ask(lambda connection: connection.start(uuid), pool=self._long_calls, limit_s=START_LIMIT_S)
 
     async def freeze(self, uuid: str) -> bool:
-        """Have the guest's agent freeze its filesystems; false when no agent answers.  Raises HypervisorAway.
+        """Have the guest's agent freeze its filesystems; false when no agent answers, and nothing is frozen.
 
-        Also false while an earlier thaw is still to be done, which might undo this one at any time.
+        Raises HypervisorAway: they may be frozen, now or in a while.
         """
-        if uuid in self._unthawed:
+        # Two questions: one that is given up must not go on to freeze, whenever the agent answers it.
+        try:
+            if not await self._ask(lambda each: each.has_agent(uuid), pool=self._freezes, limit_s=AGENT_ANSWERS_S):
+                return False
+        except HypervisorAway as exc:
+            log.info("domain %s: its agent is not asked to freeze: %s", uuid, exc)
             return False
-        return await self._ask(lambda connection: connection.freeze(uuid), pool=self._long_calls, limit_s=AGENT_LIMIT_S)
+        await self._ask(lambda each: each.freeze(uuid), pool=self._freezes, limit_s=AGENT_LIMIT_S)
+        return True
 
     async def thaw(self, uuid: str) -> None:
-        """Undo `freeze`.  Raises HypervisorAway; then, or if nobody waits for it, it is tried again and again."""
-        try:
-            await self._thaw(uuid)
-        except (trio.Cancelled, HypervisorAway):
-            self._unthawed.setdefault(uuid, 0)
-            raise
+        """Undo `freeze`.  Raises HypervisorAway unless the guest's agent says that it is done."""
+        if uuid in self._thawing:
+            raise HypervisorAway("its agent has not answered an earlier thaw yet")
 
-    async def _thaw(self, uuid: str) -> None:
+        def thaw(connection: Connection) -> None:
+            self._thawing.add(uuid)
+            try:
+                connection.thaw(uuid)
+            finally:
+                self._thawing.discard(uuid)
+
         # Not in the pool of freezes: those that hang there are what is to be undone.
-        await self._ask(lambda connection: connection.thaw(uuid), pool=self._thaws, limit_s=AGENT_LIMIT_S)
-
-    async def thaw_again(self) -> None:
-        """See to guests that may still be frozen; never returns."""
-        while True:
-            await trio.sleep(THAW_INTERVAL_S)
-            for uuid in list(self._unthawed):
-                await self._try_to_thaw(uuid)
-
-    async def _try_to_thaw(self, uuid: str) -> None:
-        try:
-            await self._thaw(uuid)
-        except HypervisorAway as exc:
-            self._unthawed[uuid] += 1
-            if self._unthawed[uuid] < THAW_TRIES_MAX:
-                return
-            log.warning("domain %s may be frozen for good (%s): `virsh domfsthaw` it", uuid, exc)
-        else:
-            log.warning("domain %s: its guest's filesystems were thawed late", uuid)
-        del self._unthawed[uuid]
+        await self._ask(thaw, pool=self._thaws, limit_s=AGENT_LIMIT_S)
 
     async def set_note(self, uuid: str, note: ArchiveNote | None) -> None:
         """Write, or remove, what the domain's metadata says of its archive.  Raises HypervisorAway."""
@@ -381,7 +373,7 @@ class LibvirtHypervisor:
 
     def close(self) -> None:
         """Let the threads end; those that wait for libvirt are left to end with the process."""
-        for pool in (self._calls, self._long_calls, self._thaws, self._connecting):
+        for pool in (self._calls, self._long_calls, self._freezes, self._thaws, self._connecting):
             pool.close()
 
 
@@ -400,7 +392,6 @@ async def open_libvirt(
     hypervisor = LibvirtHypervisor(settings, connect=connect, clock=clock, backoff_s=backoff_s)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(hypervisor.stay_connected)
-        nursery.start_soon(hypervisor.thaw_again)
         try:
             yield hypervisor
         finally:

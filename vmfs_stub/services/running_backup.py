@@ -16,17 +16,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import trio
 
 from vmfs_stub.core.changed import Changed
 from vmfs_stub.core.errors import (
     Abandoned,
-    HypervisorAway,
     IntegrityError,
     NotFound,
     ObjectMissing,
@@ -58,25 +57,14 @@ log = logging.getLogger(__name__)
 
 AT_REST_S_MAX: Final = 2.0
 """How long guests' writes may wait for the moment; a guest's own time limit is 30 s."""
-FREEZE_S_MAX: Final = 10.0
-THAW_S_MAX: Final = 10.0
-"""A guest whose agent answers, and is then silent, is thawed by the agent's own time limit, if by any."""
 
 
 class NotOneMoment(Abandoned):
     """The files of the VM were others at the moment than those that are kept: another try keeps those."""
 
 
-class Freezer(Protocol):
-    """Brings the filesystems of one guest to rest, and lets them go on."""
-
-    async def freeze(self) -> bool:
-        """Whether they are at rest now.  Raises HypervisorAway."""
-        ...
-
-    async def thaw(self) -> None:
-        """Undo it, whatever came of it.  Raises HypervisorAway."""
-        ...
+Freezer = Callable[[], AbstractAsyncContextManager[bool]]
+"""Brings the filesystems of one guest to rest for the time of a block, if it can: the block is told whether it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,30 +213,9 @@ class RunningBackup:
         )
 
     async def _take_moment(self, disks: Sequence[FrozenDisk], freezer: Freezer | None) -> None:
-        try:
-            is_quiesced = freezer is not None and await self._freeze(freezer)
+        async with nullcontext(False) if freezer is None else freezer() as is_quiesced:
             await self._shut_gates(disks)
-        finally:
-            if freezer is not None:
-                await self._thaw(freezer)
         self._report.consistency = "quiesced" if is_quiesced else "crash"
-
-    async def _freeze(self, freezer: Freezer) -> bool:
-        with trio.move_on_after(FREEZE_S_MAX):
-            try:
-                return await freezer.freeze()
-            except HypervisorAway as exc:
-                log.info("VM %s: its guest's filesystems are not brought to rest: %s", self._vm.name, exc)
-        return False
-
-    async def _thaw(self, freezer: Freezer) -> None:
-        with trio.move_on_after(THAW_S_MAX, shield=True) as limit:
-            try:
-                await freezer.thaw()
-            except HypervisorAway as exc:
-                log.warning("VM %s: its guest's filesystems may still be frozen: %s", self._vm.name, exc)
-        if limit.cancelled_caught:
-            log.warning("VM %s: its guest's filesystems may still be frozen: no answer", self._vm.name)
 
     async def _shut_gates(self, disks: Sequence[FrozenDisk]) -> None:
         """Raises Abandoned when guests' writes do not come to rest in time, or the filesystem hangs."""

@@ -1,11 +1,11 @@
 """Guests that a backup job stops, so that their VMs can be archived, and starts again when they could not be.
 
 Invariants:
-* before a guest is asked to stop there is a durable note of it (`primary/stopped_notes.py`), which goes when the guest
+* before a guest is asked to stop there is a durable note of it (`primary/guest_notes.py`), which goes when the guest
   runs, or stays off because its VM was archived: a daemon that was killed in between leaves the note to the next one;
 * nobody takes a guest's power: one that does not stop when it is asked runs on;
 * a guest is started only where no hypervisor runs it.
-A guest of which it is not known whether it stopped keeps its note for a while: it may be on its way.
+A guest that has not stopped in time keeps its note for a while: it may obey yet, and is started then, too.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import trio
 
 from vmfs_stub.core.errors import HypervisorAway, InUse, PrimaryIOError, VmfsStubError
 from vmfs_stub.core.policy import WhenRunning
+from vmfs_stub.core.usage import GuestState
 from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.inventory.vm import Vm
+from vmfs_stub.primary.guest_notes import GuestNote
 from vmfs_stub.primary.placeholder import PrivateState
-from vmfs_stub.primary.stopped_notes import StoppedNote
 from vmfs_stub.services.domains import LinkDomains
-from vmfs_stub.services.hypervisor import Hypervisor
+from vmfs_stub.services.hypervisor import Hypervisor, domains_by_uuid
 from vmfs_stub.services.managed_save import ManagedSave
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.threads import Threads
@@ -34,6 +35,12 @@ log = logging.getLogger(__name__)
 
 LOOK_INTERVAL_S = 20.0
 """How often guests are looked at that an earlier daemon, or a job whose hypervisor went away, has left behind."""
+LATE_S = 3600.0
+"""How long beyond its limit a guest that powers off is taken to have obeyed, and not somebody else.
+
+Those that obey late end their services, or install updates, which are minutes and seldom an hour.  Longer would be in
+the way of the person who reads next morning that the guest did not stop, and then shuts it down for good.
+"""
 START_LIMIT_S = 60.0
 """How long the end of a job waits for a guest to be started; after that it is left to the next look."""
 
@@ -78,7 +85,7 @@ class StoppedGuests:
         self.limit_s = limit_s
         self.placeholder_bytes_min = placeholder_bytes_min
         self._clock = clock
-        self._busy: set[StoppedNote] = set()
+        self._busy: set[GuestNote] = set()
         """Notes that a running job sees to."""
         self._notes_lock = trio.Lock()
 
@@ -111,7 +118,10 @@ class StoppedGuests:
         """
         if how is WhenRunning.MANAGED_SAVE and (problem := self._managed_save.problem(vm, domain)):
             raise NotStopped(f"VM {vm.name}: its guest is not saved: {problem}")
-        note = StoppedNote(vm.id, domain.uuid, int(self._clock() * 1000))
+        if how is WhenRunning.SHUTDOWN and domain.state is GuestState.PAUSED:
+            # It would do so whenever it goes on, which may be in weeks.
+            raise NotStopped(f"VM {vm.name}: its guest is paused, and cannot power off")
+        note = GuestNote(vm.id, domain.uuid, int(self._clock() * 1000))
         stopped = Stopped(domain)
         is_off = False
         self._busy.add(note)
@@ -127,7 +137,7 @@ class StoppedGuests:
             finally:
                 self._busy.discard(note)
 
-    async def _note(self, vm: Vm, note: StoppedNote) -> None:
+    async def _note(self, vm: Vm, note: GuestNote) -> None:
         try:
             async with self._notes_lock:
                 await self._threads.files(self._notes.add, note)
@@ -142,7 +152,7 @@ class StoppedGuests:
         elif not await self._hypervisor.shut_down(domain.uuid, limit_s=self.limit_s):
             raise NotStopped(
                 f"VM {vm.name}: its guest did not power off within {self.limit_s:g} s: it is still running, and left "
-                "alone"
+                f"alone (if it powers off within {LATE_S / 60:g} min, it is started again)"
             )
 
     def has_memory(self, vm: Vm, stopped: Stopped) -> bool:
@@ -168,7 +178,7 @@ class StoppedGuests:
         for note in left:
             await self._settle_or_warn(note, vms.get(note.vm_id), is_off=False, was_archived=False)
 
-    async def _settle_or_warn(self, note: StoppedNote, vm: Vm | None, *, is_off: bool, was_archived: bool) -> None:
+    async def _settle_or_warn(self, note: GuestNote, vm: Vm | None, *, is_off: bool, was_archived: bool) -> None:
         try:
             await self._settle(note, vm, is_off=is_off, was_archived=was_archived)
         except (VmfsStubError, OSError) as exc:
@@ -179,19 +189,26 @@ class StoppedGuests:
                 LOOK_INTERVAL_S,
             )
 
-    async def _settle(self, note: StoppedNote, vm: Vm | None, *, is_off: bool, was_archived: bool) -> None:
-        domain = next((each for each in await self._hypervisor.domains() if each.uuid == note.uuid), None)
+    async def _settle(self, note: GuestNote, vm: Vm | None, *, is_off: bool, was_archived: bool) -> None:
+        domain = (await domains_by_uuid(self._hypervisor)).get(note.uuid)
         if domain is not None and not domain.state.is_off:
-            # Until it is known that it was off, it may be on its way there.
-            if not is_off and abs(self._clock() * 1000 - note.asked_ms) < 2000 * self.limit_s:
-                return
+            if not is_off:
+                # It was asked, and may be on its way.
+                if abs(self._clock() - note.asked_ms / 1000) < self.limit_s + LATE_S:
+                    return
+                log.warning(
+                    "domain %s was asked to stop by a job, and runs on %g s after its limit: if it stops yet, it is "
+                    "left so",
+                    domain.name,
+                    LATE_S,
+                )
         elif domain is not None and not (was_archived or (vm is not None and self._was_archived(vm, note))):
             log.warning("domain %s: a job has stopped it, and did not archive it: it is started again", domain.name)
             await self._hypervisor.start(domain.uuid)
         async with self._notes_lock:
             await self._threads.files(self._notes.remove, note)
 
-    def _was_archived(self, vm: Vm, note: StoppedNote) -> bool:
+    def _was_archived(self, vm: Vm, note: GuestNote) -> bool:
         """Whether all that becomes placeholders of the VM has, some of it since the note was made."""
         large = [file for file in vm.files if file.size >= self.placeholder_bytes_min]
         known = [self._placeholders.get(file.ino) for file in large]
