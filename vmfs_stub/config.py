@@ -274,7 +274,7 @@ class MountConfig(_Section):
 
 
 class LibvirtConfig(_Section):
-    """The hypervisor; ``enabled`` of "auto": used where its binding is installed and its socket is there.
+    """The hypervisor; ``enabled`` of "auto": used once its binding is installed and its socket is there.
 
     ``save_dir`` is where it puts the memory of guests that it saves.
     """

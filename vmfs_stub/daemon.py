@@ -176,7 +176,7 @@ async def _open_datastore(
     ):
         async with (
             open_mover(mover_settings(config, store), guests, _index_told(findings), lock=mover_lock) as mover,
-            _open_hypervisor(config) as hypervisor,
+            _open_hypervisor(config, catalog, private) as hypervisor,
             trio.open_nursery() as background,
         ):
             bandwidth = Bandwidth(config.jobs.bandwidth)
@@ -312,13 +312,25 @@ async def _open_filesystem(
 
 
 @asynccontextmanager
-async def _open_hypervisor(config: Config) -> AsyncIterator[WatchedHypervisor]:
+async def _open_hypervisor(config: Config, catalog: Catalog, private: PrivateState) -> AsyncIterator[WatchedHypervisor]:
     """What runs VMs on this host; one that does not answer keeps nothing here from being served."""
     if config.libvirt.enabled is False:
         yield NoHypervisor()
         return
-    async with open_libvirt(libvirt_settings(config)) as hypervisor:
+    met_before = has_met_domains(catalog, private)
+    async with open_libvirt(libvirt_settings(config, met_before=met_before)) as hypervisor:
         yield hypervisor
+
+
+def has_met_domains(catalog: Catalog, private: PrivateState) -> bool:
+    """Whether an earlier daemon knew domains, which may run, or has stopped a guest that it is to start again."""
+    if private.stopped.all():
+        return True
+    try:
+        return bool(catalog.readings())
+    except PrimaryError as exc:
+        log.warning("%s; libvirt counts as away until it answers", exc)
+        return True
 
 
 def open_store(config: Config, objects: ObjectStore | None = None) -> Store:
