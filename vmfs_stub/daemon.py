@@ -198,6 +198,7 @@ async def _open_datastore(
                 bandwidth=bandwidth,
                 mountpoint=mountpoint,
                 hypervisor=hypervisor,
+                memory_dir=managed_save.memory_dir,
             )
             async with (
                 _laid_down(background, services.disks),
