@@ -389,7 +389,7 @@ class Rig:
         self.medium.note(full)
 
     def vm(self, name: str, *, files: FileCalls = PLAIN) -> Vm:
-        return DirectoryInventory(self.backing, files=files).find(name)
+        return DirectoryInventory(self.backing, files=files, memory_dir=self.memory_dir).find(name)
 
     @contextlib.contextmanager
     def path_fd(self, path: str) -> Iterator[int]:
