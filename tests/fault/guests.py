@@ -187,8 +187,16 @@ async def _stop_and_archive(datastore: Datastore, services: Services) -> None:
     finally:
         if not services.files.dead:
             _check_seen_to(services)
-    if outcome.outcome != "archived" and not services.files.spoiled:
+    if outcome.outcome == "archived":
+        _check_memory(services)
+    elif not services.files.spoiled:
         raise NotWhole(f"not archived: {outcome}")
+
+
+def _check_memory(services: Services) -> None:
+    """Of a VM that was archived."""
+    if _guest(services).state is GuestState.SAVED and not services.rig.is_placeholder(guest_of(services.rig).image):
+        raise NotWhole("the guest's memory is not archived")
 
 
 def _check_seen_to(services: Services) -> None:
@@ -244,8 +252,7 @@ async def _check_guest(datastore: Datastore, services: Services) -> None:
     outcome = await _back_up(datastore)
     if outcome.outcome != "archived" or not is_left_archived(services):
         raise NotWhole(f"the next job: {outcome}, and the guest is {_guest(services).state}")
-    if _guest(services).state is GuestState.SAVED and not services.rig.is_placeholder(hypervisor.image):
-        raise NotWhole("the guest's memory is not archived")
+    _check_memory(services)
     await start_by_user(services)
     if (services.rig.backing / hypervisor.image).exists():
         raise NotWhole("the guest's memory is still there")
