@@ -368,6 +368,8 @@ class Rig:
         """What tells of domains in later lives."""
         self.mountpoint = base / "mount"
         """Where the datastore would be mounted, for what names files there."""
+        self.memory_dir: str | None = None
+        """Where at the top later lives know the memory of saved guests."""
 
     def add_replica(self) -> None:
         """From now on the store has a replica, and nothing is released that is not in it."""
@@ -389,7 +391,7 @@ class Rig:
         self.medium.note(full)
 
     def vm(self, name: str, *, files: FileCalls = PLAIN) -> Vm:
-        return DirectoryInventory(self.backing, files=files).find(name)
+        return DirectoryInventory(self.backing, files=files, memory_dir=self.memory_dir).find(name)
 
     @contextlib.contextmanager
     def path_fd(self, path: str) -> Iterator[int]:
@@ -564,6 +566,7 @@ class Rig:
             bandwidth=self.bandwidth,
             mountpoint=self.mountpoint,
             hypervisor=None if self.hypervisor is None else SitedHypervisor(self.hypervisor, files),
+            memory_dir=self.memory_dir,
         )
         return Services(self, files, threads, recovered, private, connected, findings, store, replicated)
 

@@ -262,7 +262,7 @@ async def _open_parts(config: Config, files: FileCalls, found: _Found) -> AsyncI
             open_mover(
                 mover_settings(config, found.store), guests, _index_told(found.findings), lock=mover_lock
             ) as mover,
-            _open_hypervisor(config) as hypervisor,
+            _open_hypervisor(config, catalog, found.private) as hypervisor,
             trio.open_nursery() as background,
         ):
             services = connect_services(
@@ -283,6 +283,7 @@ async def _open_parts(config: Config, files: FileCalls, found: _Found) -> AsyncI
                 bandwidth=bandwidth,
                 mountpoint=config.datastore.mountpoint,
                 hypervisor=hypervisor,
+                memory_dir=found.managed_save.memory_dir,
             )
             async with _laid_down(background, services.disks):
                 yield _Parts(background, threads, catalog, mover, hypervisor, bandwidth, services)
@@ -380,13 +381,25 @@ async def _open_filesystem(
 
 
 @asynccontextmanager
-async def _open_hypervisor(config: Config) -> AsyncIterator[WatchedHypervisor]:
+async def _open_hypervisor(config: Config, catalog: Catalog, private: PrivateState) -> AsyncIterator[WatchedHypervisor]:
     """What runs VMs on this host; one that does not answer keeps nothing here from being served."""
     if config.libvirt.enabled is False:
         yield NoHypervisor()
         return
-    async with open_libvirt(libvirt_settings(config)) as hypervisor:
+    met_before = has_met_domains(catalog, private)
+    async with open_libvirt(libvirt_settings(config, met_before=met_before)) as hypervisor:
         yield hypervisor
+
+
+def has_met_domains(catalog: Catalog, private: PrivateState) -> bool:
+    """Whether an earlier daemon knew domains, which may run, or has left a guest to be started again or thawed."""
+    if private.stopped.all() or private.thaws.all():
+        return True
+    try:
+        return bool(catalog.readings())
+    except PrimaryError as exc:
+        log.warning("%s; libvirt counts as away until it answers", exc)
+        return True
 
 
 def open_store(config: Config, objects: ObjectStore | None = None) -> Store:

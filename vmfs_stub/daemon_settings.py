@@ -112,13 +112,14 @@ def mount_settings(config: Config) -> MountSettings:
     )
 
 
-def libvirt_settings(config: Config) -> LibvirtSettings:
-    """Of the libvirt that is asked, unless `[libvirt] enabled` is false."""
+def libvirt_settings(config: Config, *, met_before: bool) -> LibvirtSettings:
+    """Of the libvirt that is asked, unless `[libvirt] enabled` is false; ``met_before``: see LibvirtSettings."""
     libvirt = config.libvirt
     return LibvirtSettings(
         uri=libvirt.uri,
         timeout_s=libvirt.timeout_s,
         is_optional=libvirt.enabled == "auto",
+        met_before=met_before,
     )
 
 

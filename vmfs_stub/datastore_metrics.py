@@ -56,9 +56,9 @@ def make_metrics(
     _add_requests(metrics, mount.faults)
     metrics.totals(
         "store_errors",
-        "Calls of the daemon that a store did not answer as it should, retries not counted.",
+        "Calls of the daemon and its data movers that a store did not answer as it should, retries not counted.",
         ("place", "error"),
-        lambda: _store_errors(clients),
+        lambda: Counter(clients.errors()) + Counter(mover.store_errors()),
     )
     return metrics
 
@@ -127,13 +127,3 @@ def _by_outcome(jobs: Jobs) -> Labelled:
 def _by_severity(health: Health) -> Labelled:
     counts: Counter[str] = Counter(finding.severity for finding in health.findings())
     return {(severity,): counts[severity] for severity in _SEVERITIES}
-
-
-def _store_errors(clients: StoreClients) -> Labelled:
-    places = {"store": clients.store, "replica": clients.replica}
-    return {
-        (name, error): count
-        for name, objects in places.items()
-        if objects is not None
-        for error, count in objects.errors.all().items()
-    }

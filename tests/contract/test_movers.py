@@ -20,7 +20,15 @@ import trio.testing
 from store_points import KEY_SOURCE
 
 from vmfs_stub.core.chunking import FrameRef, chunk_count
-from vmfs_stub.core.errors import CorruptFrame, MoverLost, PointNotFound, PrimaryIOError, StoreConflict, StoreError
+from vmfs_stub.core.errors import (
+    CorruptFrame,
+    MoverLost,
+    PointNotFound,
+    PrimaryIOError,
+    StoreConflict,
+    StoreError,
+    StoreUnavailable,
+)
 from vmfs_stub.core.extents import Extent
 from vmfs_stub.core.ids import PlaceholderId, PointId, VmId
 from vmfs_stub.core.origin import Origin
@@ -554,6 +562,39 @@ async def test_a_process_that_dies_or_hangs_fails_what_it_did_and_is_replaced(
     finally:
         os.close(fd)
     assert content_of(place.store, 2) == NOISE
+
+
+async def test_what_stores_do_not_answer_is_counted_beyond_the_process_that_met_it(
+    tmp_path: Path, impatient: None
+) -> None:
+    place = make_place(tmp_path, "process")
+    place.path.write_bytes(NOISE)
+    away, there = tmp_path / "away", tmp_path / "store/manifests"
+    async with place.process() as mover:
+        await back_up(place, mover, 1, data(0, 6))
+        assert mover.store_errors() == {}
+        counts = [0]
+        for number in (2, 3):
+            there.rename(away)
+            there.touch()
+            with pytest.raises(StoreUnavailable), single_error():
+                await back_up(place, mover, number, data(0, 6))
+            there.unlink()
+            away.rename(there)
+            with trio.fail_after(10):
+                while sum(mover.store_errors().values()) == counts[-1]:  # noqa: ASYNC110 - nobody is told
+                    await trio.sleep(0.02)
+            counts.append(sum(mover.store_errors().values()))
+            await trio.sleep(0.2)  # more answers, which count nothing twice
+            assert sum(mover.store_errors().values()) == counts[-1]
+            first = mover.life()
+            os.kill(first.process.pid, signal.SIGKILL)
+            with trio.fail_after(10):
+                while mover.life() is first:  # noqa: ASYNC110 - nobody is told
+                    await trio.sleep(0.02)
+        assert {place for place, _ in mover.store_errors()} == {"store"}
+    assert counts[1] > 0
+    assert counts[2] == 2 * counts[1]
 
 
 async def test_a_mover_of_an_earlier_daemon_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

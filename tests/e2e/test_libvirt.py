@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -180,6 +182,34 @@ def test_libvirtd_killed_and_back(datastore: LiveDatastore, libvirt: PrivateLibv
     assert "VM web is in use" in datastore.cli("archive", "web", check=4).err
     datastore.archive("idle")
     assert "libvirt: " in datastore.cli("status", check=0).out
+
+
+def test_a_libvirt_that_nobody_named_is_noticed_when_it_comes_and_missed_when_it_has_gone(
+    libvirt: PrivateLibvirt, make_datastore: MakeDatastore
+) -> None:
+    libvirt.stop()
+    libvirt.socket.unlink(missing_ok=True)
+    datastore = make_datastore(settings(libvirt, {"libvirt": {"enabled": "auto"}}))
+    datastore.start()
+    datastore.add_vm("plain", image(SIZE, seed=1))
+    assert datastore.client.status().libvirt is None
+    datastore.archive("plain")
+    libvirt.start()
+    wait_until("it is noticed", lambda: datastore.client.status().libvirt is not None and status(datastore).connected)
+    add_small(datastore, libvirt, "guarded")
+    datastore.restart()  # a sample is taken at the start, and else only now and then
+    with closing(sqlite3.connect(datastore.backing / ".vmfs-stub/catalog.sqlite", timeout=10)) as catalog:
+        wait_until("its domain is known", lambda: catalog.execute("SELECT domain FROM readings").fetchall())
+    libvirt.stop()
+    libvirt.socket.unlink(missing_ok=True)
+    datastore.restart()
+    assert not status(datastore).connected
+    done = datastore.cli("archive", "guarded", check=15)
+    assert "it was there before" in done.err
+    assert datastore.state("guarded") == "resident"
+    libvirt.start()
+    wait_until("it is back", lambda: status(datastore).connected)
+    datastore.archive("guarded")
 
 
 def test_a_hanging_libvirtd_holds_up_no_command(datastore: LiveDatastore, libvirt: PrivateLibvirt) -> None:

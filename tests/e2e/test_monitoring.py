@@ -84,6 +84,20 @@ def test_what_a_scrape_tells(make_datastore: MakeDatastore) -> None:
     assert has(datastore, "vmfs_stub_recalls_held", 1)
 
 
+def test_backups_that_the_store_fails_count_as_its_errors(make_datastore: MakeDatastore) -> None:
+    """It is the data mover that meets them."""
+    datastore = make_datastore(QUIET)
+    datastore.start()
+    datastore.add_vm("web", CONTENT)
+    name = 'vmfs_stub_store_errors_total{error="StoreUnavailable",place="store"}'
+    assert name not in values(datastore.client.metrics())
+    packs = datastore.store / "packs"
+    assert not packs.exists()
+    packs.touch()
+    datastore.cli("backup", "web", check=5)
+    wait_until("it is counted", lambda: values(datastore.client.metrics()).get(name, 0) > 0)
+
+
 def test_a_port_that_is_taken_is_a_finding(make_datastore: MakeDatastore) -> None:
     with closing(socket.socket()) as other:
         other.bind(("127.0.0.1", 0))

@@ -48,7 +48,7 @@ async def with_datastore(
 ) -> None:
     """Act on a datastore with the services of a life; ``text`` is more of its config, ``decide`` its policy.
 
-    ``save_place`` is where the hypervisor saves memory: a directory that is a VM's.
+    ``save_place`` is where the hypervisor saves memory: a VM's directory, or the rig's ``memory_dir``.
     """
     rig = services.rig
     where = f'name = "vms"\nbacking = "{rig.backing}"\nmountpoint = "{rig.base}/mount"\nruntime_dir = "{rig.runtime}"'
@@ -69,14 +69,14 @@ def _datastore(
         settings=Settings(config),
         threads=services.threads,
         private=services.private,
-        inventory=DirectoryInventory(rig.backing, files=services.files),
+        inventory=DirectoryInventory(rig.backing, files=services.files, memory_dir=rig.memory_dir),
         catalog=catalog,
         store=services.store,
         replica=None,
         services=services.connected,
         hypervisor=NoHypervisor() if rig.hypervisor is None else SitedHypervisor(rig.hypervisor, services.files),
         mount_usage=MountUsage(()),
-        managed_save=ManagedSave(rig.mountpoint / save_place, rig.mountpoint, save_place, is_vm=True),
+        managed_save=ManagedSave(rig.mountpoint / save_place, rig.mountpoint, save_place, is_vm=rig.memory_dir is None),
         findings=services.findings,
         jobs=jobs,
         mount=cast("Mount", SimpleNamespace(ended=trio.Event())),

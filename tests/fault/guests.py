@@ -36,18 +36,25 @@ shutdown_limit_s = 3600
 """
 
 
-IMAGE = "vm/vm.save"
+SAVED = "saved"
+"""The directory at the top for memory alone."""
 MEMORY = b"what the guest was at" * CHUNK
 
 
 class SavingHypervisor(FakeHypervisor):
-    """Saves memory in the VM's directory, from where a guest that is started gets it, as a user of the ``services``.
+    """Saves memory in ``save_place``, from where a guest that is started gets it, as a user of the ``services``.
 
-    ``how`` is how jobs are to stop guests.
+    That is the VM's directory, or one at the top.  ``how`` is how jobs are to stop guests.
     """
 
     services: Services
     how = WhenRunning.SHUTDOWN
+    save_place = "vm"
+
+    @property
+    def image(self) -> str:
+        """The memory image, from the backing directory."""
+        return f"{self.save_place}/vm.save"
 
     async def freeze(self, uuid: str) -> bool:
         """Raises NotWhole when nothing says that it will have to be thawed."""
@@ -65,9 +72,9 @@ class SavingHypervisor(FakeHypervisor):
         if self.how is WhenRunning.SHUTDOWN:
             self.put(uuid, state=GuestState.OFF)
             return
-        if (self.services.rig.backing / IMAGE).exists():
+        if (self.services.rig.backing / self.image).exists():
             await self._take_memory()
-        self.services.rig.make_disk(IMAGE, MEMORY)
+        self.services.rig.make_disk(self.image, MEMORY)
         self.put(uuid, state=GuestState.SAVED)
 
     async def start(self, uuid: str) -> None:
@@ -78,7 +85,7 @@ class SavingHypervisor(FakeHypervisor):
     async def begin(self, uuid: str) -> None:
         """What a start does, whoever wants it."""
         if self.known[uuid].state is GuestState.SAVED:
-            if not (self.services.rig.backing / IMAGE).exists():
+            if not (self.services.rig.backing / self.image).exists():
                 raise NotWhole("the guest's memory is gone")
             await self._take_memory()
         self.put(uuid, state=GuestState.RUNNING)
@@ -92,14 +99,15 @@ class SavingHypervisor(FakeHypervisor):
 
 async def take_memory(services: Services) -> None:
     """Read the image, and remove it as the mount does."""
-    path = services.rig.backing / IMAGE
-    disk = await services.open(IMAGE)
+    image = guest_of(services.rig).image
+    path = services.rig.backing / image
+    disk = await services.open(image)
     try:
         if bytes(await disk.read(0, len(MEMORY) + 1)) != MEMORY:
             raise NotWhole("the guest's memory is another")
     finally:
         await services.disks.release(disk)
-    with services.rig.path_fd(IMAGE) as fd:
+    with services.rig.path_fd(image) as fd:
         await services.disks.removing(fd)
         try:
             await services.threads.files(services.files.call, "mount.unlink", os.unlink, path)
@@ -111,6 +119,13 @@ async def with_guest_to_save(rig: Rig) -> None:
     """The same, of which the policy is to save the guest's memory."""
     await with_guest(rig)
     guest_of(rig).how = WhenRunning.MANAGED_SAVE
+
+
+async def with_guest_to_save_at_top(rig: Rig) -> None:
+    """The same; its memory goes into a directory at the top, where nothing else is."""
+    await with_guest_to_save(rig)
+    guest_of(rig).save_place = rig.memory_dir = SAVED
+    (rig.backing / SAVED).mkdir()
 
 
 async def with_guest(rig: Rig) -> None:
@@ -133,7 +148,7 @@ def guest_of(rig: Rig) -> SavingHypervisor:
 
 def lose_guests(rig: Rig) -> None:
     """The host has lost power, and the hypervisor starts none by itself."""
-    _set_state(guest_of(rig), GuestState.SAVED if (rig.backing / IMAGE).exists() else GuestState.OFF)
+    _set_state(guest_of(rig), GuestState.SAVED if (rig.backing / guest_of(rig).image).exists() else GuestState.OFF)
 
 
 def is_left_archived(services: Services) -> bool:
@@ -202,7 +217,7 @@ async def _with_policy(services: Services, act: Callable[[Datastore, Services], 
     hypervisor = guest_of(services.rig)
     hypervisor.services = services
     decide = Policy({"vm": hypervisor.how}).decide
-    await with_datastore(services, CONFIG, act, decide=decide, save_place="vm")
+    await with_datastore(services, CONFIG, act, decide=decide, save_place=hypervisor.save_place)
 
 
 async def _stop_and_archive(datastore: Datastore, services: Services) -> None:
@@ -212,8 +227,16 @@ async def _stop_and_archive(datastore: Datastore, services: Services) -> None:
     finally:
         if not services.files.dead:
             _check_seen_to(services)
-    if outcome.outcome != "archived" and not services.files.spoiled:
+    if outcome.outcome == "archived":
+        _check_memory(services)
+    elif not services.files.spoiled:
         raise NotWhole(f"not archived: {outcome}")
+
+
+def _check_memory(services: Services) -> None:
+    """Of a VM that was archived."""
+    if _guest(services).state is GuestState.SAVED and not services.rig.is_placeholder(guest_of(services.rig).image):
+        raise NotWhole("the guest's memory is not archived")
 
 
 def _check_seen_to(services: Services) -> None:
@@ -268,16 +291,15 @@ async def _check_guest(datastore: Datastore, services: Services) -> None:
         raise NotWhole(f"a note is left: {notes.all()}")
     if _guest(services).state.is_off and not _is_archived(services.rig) and _was_stopped(hypervisor):
         raise NotWhole("a job has stopped the guest, which is off, and its VM is not archived")
-    if not _guest(services).state.is_off and (services.rig.backing / IMAGE).exists():
+    if not _guest(services).state.is_off and (services.rig.backing / hypervisor.image).exists():
         await take_memory(services)  # which an earlier start has left
     await start_by_user(services)
     outcome = await _back_up(datastore)
     if outcome.outcome != "archived" or not is_left_archived(services):
         raise NotWhole(f"the next job: {outcome}, and the guest is {_guest(services).state}")
-    if _guest(services).state is GuestState.SAVED and not services.rig.is_placeholder(IMAGE):
-        raise NotWhole("the guest's memory is not archived")
+    _check_memory(services)
     await start_by_user(services)
-    if (services.rig.backing / IMAGE).exists():
+    if (services.rig.backing / hypervisor.image).exists():
         raise NotWhole("the guest's memory is still there")
 
 

@@ -22,7 +22,14 @@ from tests import store_points
 from tests.datastore_harness import BLOCK, CHUNK, Killed, Rig, RigFiles, Services, survives_kill
 from tests.fake_hypervisor import FakeHypervisor, domain
 from tests.fault.datastores import PATHS, ROOT_PEER, NotWhole, done, ended, with_datastore
-from tests.fault.guests import back_up_at_rest, stop_and_archive, with_agent, with_guest, with_guest_to_save
+from tests.fault.guests import (
+    back_up_at_rest,
+    stop_and_archive,
+    with_agent,
+    with_guest,
+    with_guest_to_save,
+    with_guest_to_save_at_top,
+)
 from tests.store_fakes import FakeObjects, SitedObjects, packs_condemned, refused_deletes
 from tests.store_points import KEY_SOURCE
 from vmfs_stub.catalog.catalog import Catalog
@@ -1132,6 +1139,7 @@ SCENARIOS = [
     Scenario("stop_and_archive", with_guest, stop_and_archive, has_guest=True),
     Scenario("save_and_archive", with_guest_to_save, stop_and_archive, has_guest=True),
     Scenario("back_up_at_rest", with_agent, back_up_at_rest, has_guest=True),
+    Scenario("save_at_top_and_archive", with_guest_to_save_at_top, stop_and_archive, has_guest=True),
     Scenario("archive_domain", with_domain, archive_domain),
     Scenario("group_files", with_loose_disks, group_files),
     Scenario("look_at_chains", with_domain, look_at_chains),

@@ -1,13 +1,14 @@
 """Every file and store call of every operation goes wrong, in every way: the VM is whole and the next try succeeds.
 
-Here each site goes wrong in every way in one scenario, and in some way in a few of those that reach it; the calls
-within a site are sampled, and so are those at which the hypervisor goes away.  `scripts/soak sites` makes all of them,
-which takes half an hour at least.
+Here each site goes wrong in every way in one scenario, and in some way in a few of those that reach it, and so does
+the first call from each place in the source that one scenario alone reaches; other calls of a site are sampled, and so
+are those at which the hypervisor goes away.  `scripts/soak sites` makes all of them, which takes half an hour at least.
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 import trio
@@ -20,6 +21,9 @@ from tests.unit.test_site_tags import EXEMPT
 
 SITES_MIN = 120
 """Fewer would mean that the scenarios do not do what they say."""
+
+LONE_MIN = 100
+"""Fewer places that one scenario alone reaches would mean that places are not told apart."""
 
 SCENARIOS_PER_SITE = 3
 
@@ -39,6 +43,15 @@ def reached() -> dict[str, Calls]:
 
         trio.run(look)
     return REACHED
+
+
+def lone_places() -> dict[str, list[tuple[str, int]]]:
+    """By scenario the first calls, as site and number, from the places in the source that no other scenario reaches."""
+    reaching = Counter(place for calls in reached().values() for place in calls.places)
+    return {
+        name: sorted((site, number) for (site, place), number in calls.places.items() if reaching[site, place] == 1)
+        for name, calls in reached().items()
+    }
 
 
 def sampled() -> dict[str, list[Spoiling]]:
@@ -62,6 +75,10 @@ def sampled() -> dict[str, list[Spoiling]]:
     for choices in ways.values():
         name, spoiling = chosen.choice(choices)
         found[name].add(spoiling)
+    for name, calls in lone_places().items():
+        for site, number in calls:
+            if all((each.site, each.number) != (site, number) for each in found[name]):
+                found[name].add(chosen.choice([each for each in sites[name][site] if each.number == number]))
     for name, each in found.items():
         if not each:
             each.add(chosen.choice(everything[name]))
@@ -113,6 +130,12 @@ def test_the_scenarios_reach_every_call_on_the_store() -> None:
         if not places.intersection(f"{path}:{line}" for line in range(first, last + 1))
     ]
     assert missing == []
+
+
+def test_what_one_scenario_alone_reaches_is_tried(samples: dict[str, list[Spoiling]]) -> None:
+    lone = {(name, *call) for name, calls in lone_places().items() for call in calls}
+    assert len(lone) > LONE_MIN
+    assert lone - {(name, each.site, each.number) for name, spoiled in samples.items() for each in spoiled} == set()
 
 
 def test_every_way_is_tried_at_every_site(samples: dict[str, list[Spoiling]]) -> None:

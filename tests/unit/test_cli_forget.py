@@ -210,6 +210,16 @@ def test_points_of_deleted_vms_go_when_the_newest_is_old(run: Run, place: Place)
     assert result.out.count("deleted, and the newest is older than keep_deleted_days 30") == 2
 
 
+def test_memory_of_guests_alone_is_no_vm_of_which_nobody_can_tell(run: Run, place: Place) -> None:
+    place.configure(f'keep_daily = 1\nkeep_deleted_days = 30\n[libvirt]\nsave_dir = "{place.base}/vms/save"\n')
+    gone = place.add(place.vm_id("db"), "db", 60, 31)
+    shutil.rmtree(place.backing / "db")
+    (place.backing / "save").mkdir()
+    (place.backing / "save/db.save").write_bytes(b"memory")
+    assert run("forget", "--by-rules").code == 0
+    assert place.marks() == set(gone)
+
+
 @pytest.mark.parametrize("how", ["not mounted", "not there", "without identities"])
 def test_no_vm_is_taken_for_deleted_when_that_cannot_be_told(run: Run, place: Place, how: str) -> None:
     place.configure("keep_daily = 1\nkeep_deleted_days = 1\n")

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from vmfs_stub.catalog.catalog import Catalog
 from vmfs_stub.config import Config, parse_config
 from vmfs_stub.core.errors import DatastoreLocked, PrimaryIOError
-from vmfs_stub.daemon import look_at_placeholders
+from vmfs_stub.core.ids import VmId
+from vmfs_stub.core.usage import Counters, GuestState, Reading
+from vmfs_stub.daemon import has_met_domains, look_at_placeholders
 from vmfs_stub.primary.files import FileCalls
+from vmfs_stub.primary.guest_notes import GuestNote
 from vmfs_stub.services.datastore_lock import take_lock
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 
@@ -84,3 +90,27 @@ def test_the_lock_is_held_until_the_process_is_gone(config: Config) -> None:
         holder.communicate()
     probe = subprocess.run(command, input=b"", capture_output=True, check=True)
     assert probe.stdout == b"locked\n"
+
+
+def test_whether_an_earlier_daemon_knew_domains(config: Config, tmp_path: Path) -> None:
+    private, _ = look_at_placeholders(config, FileCalls(), PlaceholderIndex())
+    with closing(Catalog.open(tmp_path / "catalog.sqlite")) as catalog:
+        assert not has_met_domains(catalog, private)
+        note = GuestNote(VmId("1" * 32), "2" * 32, 1)
+        for notes in (private.stopped, private.thaws):
+            notes.add(note)
+            assert has_met_domains(catalog, private), "a guest is to be started again, or thawed"
+            notes.remove(note)
+        assert not has_met_domains(catalog, private)
+        catalog.add_samples((), readings={"2" * 32: Reading(1.0, GuestState.OFF, Counters())})
+        assert has_met_domains(catalog, private)
+        catalog.add_samples((), readings={})
+        assert not has_met_domains(catalog, private), "they are undefined"
+
+
+def test_where_nobody_can_tell_whether_there_were_domains_there_were(config: Config, tmp_path: Path) -> None:
+    private, _ = look_at_placeholders(config, FileCalls(), PlaceholderIndex())
+    with closing(Catalog.open(tmp_path / "catalog.sqlite")) as catalog:
+        with closing(sqlite3.connect(tmp_path / "catalog.sqlite")) as connection, connection:
+            connection.execute("DROP TABLE readings")
+        assert has_met_domains(catalog, private)

@@ -23,6 +23,7 @@ from vmfs_stub.services import guest_activity
 from vmfs_stub.services.guest_activity import RECENT_S, GuestActivity
 from vmfs_stub.services.mover import Content, CopyOrder, Mover, Part
 from vmfs_stub.store.clients import StoreClients
+from vmfs_stub.store.objects_url import StoreAt
 
 
 async def test_a_stream_of_requests_is_told_of_once_and_again_after_a_pause(autojump_clock: MockClock) -> None:
@@ -88,7 +89,9 @@ async def test_a_backup_is_told_at_once_that_guests_have_stopped(
 async def test_the_mover_does_as_it_is_told(monkeypatch: pytest.MonkeyPatch, beside_guests: bool) -> None:
     monkeypatch.setattr(pace, "beside_guests", not beside_guests)
     ours, theirs = (Channel(trio.socket.from_stdlib_socket(end)) for end in socket.socketpair())
-    server = Server(theirs, cast(Mover, None), cast(SharedSlots, None), cast(StoreClients, None))
+    server = Server(
+        theirs, cast(Mover, None), cast(SharedSlots, None), StoreClients(StoreAt("memory://activity"), None)
+    )
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
             for end in (ours, theirs):
@@ -99,5 +102,5 @@ async def test_the_mover_does_as_it_is_told(monkeypatch: pytest.MonkeyPatch, bes
             nursery.cancel_scope.cancel()
     ours.close()
     theirs.close()
-    assert answer == Pong()
+    assert answer == Pong({})
     assert pace.beside_guests == beside_guests

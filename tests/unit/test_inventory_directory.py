@@ -433,6 +433,21 @@ def test_memory_images_have_no_ids_of_their_own(backing: Path, saved: DirectoryI
     assert DirectoryInventory(backing).ids() == saved.ids() == {ids["db"], ids["group"]}
 
 
+def test_where_there_is_memory_alone_there_are_no_vms(backing: Path) -> None:
+    """And not such as nobody may read."""
+    (backing / PRIVATE_DIR).mkdir()
+    make(backing / "save/gone.save")
+    inventory = DirectoryInventory(backing, memory_dir="save")
+    assert inventory.scan().vms == ()
+    assert inventory.ids() == frozenset()
+    make(backing / "new.raw")
+    with pytest.raises(PrimaryIOError, match="run this as root"):
+        inventory.ids()
+    (backing / "new.raw").unlink()
+    was_vm = DirectoryInventory(backing).find("save")
+    assert inventory.ids() == {was_vm.id}
+
+
 def test_a_directory_with_other_files_has_not_memory_alone(backing: Path) -> None:
     inventory = DirectoryInventory(backing)
     assert inventory.has_only("missing", ".save")

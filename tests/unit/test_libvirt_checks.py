@@ -88,6 +88,9 @@ def test_where_the_memory_of_saved_guests_goes(known: list[Domain], tmp_path: Pa
     save.symlink_to("mount/saved")
     assert "lies on the mount" in findings(given, "ok")[-1].message
     save.unlink()
+    save.symlink_to("mount")
+    assert f"{save} leads to the top on the mount, which is not for memory alone" in findings(given, "note")[-1].message
+    save.unlink()
     save.symlink_to("mount/web")
     assert f"{save} leads to web on the mount, which is not for memory alone" in findings(given, "note")[-1].message
     (backing / "web/disk.raw").unlink()

@@ -294,6 +294,49 @@ async def test_where_libvirt_is_optional_it_is_used_once_its_socket_appears(tmp_
     await with_libvirt(check, FakeLibvirt(VM), settings)
 
 
+@pytest.mark.parametrize("lacks", ["socket", "binding"])
+async def test_a_libvirt_that_comes_later_is_noticed_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: str
+) -> None:
+    """However long a lost one would be waited for: libvirtd may just be started after this one."""
+    monkeypatch.setattr(libvirt_hypervisor, "APPEARS_WITHIN_S", 0.01)
+    installed = lacks != "binding"
+    monkeypatch.setattr(libvirt_hypervisor, "has_binding", lambda: installed)
+    socket, libvirt = tmp_path / "sock", FakeLibvirt(VM)
+    if lacks != "socket":
+        socket.touch()
+    settings = replace(SETTINGS, is_optional=True, uri=f"qemu:///system?socket={socket}")
+    async with open_libvirt(settings, connect=libvirt.connect, backoff_s=(60, 60)) as hypervisor:
+        assert await hypervisor.domains() == ()
+        assert (hypervisor.is_used, hypervisor.is_away) == (False, False)
+        seen = hypervisor.changes
+        installed = True
+        socket.touch()
+        with trio.fail_after(10):
+            await hypervisor.wait_changed(seen)
+        assert (hypervisor.is_used, hypervisor.is_away) == (True, False)
+        assert len(await hypervisor.domains()) == 1
+
+
+async def test_where_libvirt_is_optional_one_that_an_earlier_daemon_met_is_away(tmp_path: Path) -> None:
+    """Its guests may run, whatever has become of its socket."""
+    socket, libvirt = tmp_path / "sock", FakeLibvirt(VM)
+    libvirt.is_down = True
+    settings = replace(SETTINGS, is_optional=True, met_before=True, uri=f"qemu:///system?socket={socket}")
+
+    async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
+        for ask in (hypervisor.domains, hypervisor.readings):
+            with pytest.raises(HypervisorAway, match=r"no such file; it was there before: .* set \[libvirt\] enabled"):
+                await ask()
+        assert (hypervisor.is_used, hypervisor.is_away) == (True, True)
+        socket.touch()
+        libvirt.is_down = False
+        await until(lambda: not hypervisor.is_away)
+        assert len(await hypervisor.domains()) == 1
+
+    await with_libvirt(check, libvirt, settings)
+
+
 async def test_a_guest_that_powers_off_is_waited_for() -> None:
     running = replace(VM, state=GuestState.RUNNING)
 

@@ -28,7 +28,7 @@ from vmfs_stub.core.errors import (
     VmNotFound,
 )
 from vmfs_stub.core.ids import DatastoreId, PointId, VmId
-from vmfs_stub.core.names import PRIVATE_DIR
+from vmfs_stub.core.names import PRIVATE_DIR, VM_XATTR
 from vmfs_stub.services.adoption import top_of
 from vmfs_stub.services.adoption_choice import Told, chosen_point
 from vmfs_stub.store.claims import Claim, ClaimState, newest_claim, put_claim
@@ -227,6 +227,15 @@ async def test_an_adopted_vm_stays_held_for_a_disk_that_was_moved_out_before() -
             assert claim is not None
             assert claim.state is ClaimState.HELD
             assert await contents_of(services, "other/other.img") == CONTENT[::-1]
+
+
+async def test_the_directory_of_memory_is_not_made_a_vm() -> None:
+    with temporary_rig() as rig:
+        rig.memory_dir = "save"
+        rig.make_disk("save/gone.save", LITTLE)
+        async with rig.running() as services:
+            assert await services.adopter.find([], everything=True) == ([], [])
+            assert VM_XATTR not in os.listxattr(rig.backing / "save")
 
 
 async def test_names_that_lead_nowhere_are_told_of_one_by_one() -> None:

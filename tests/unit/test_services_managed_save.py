@@ -78,10 +78,18 @@ def test_links_in_the_backing_directory_lead_where_they_lead_through_the_mount(r
     assert at(rig, rig.mountpoint / "out").place == str(tmp_path / "elsewhere")
 
 
-def test_the_top_itself_is_no_directory_of_memory(rig: Rig) -> None:
-    found = at(rig, rig.mountpoint)
-    assert found.memory_dir is None
-    assert "" not in [found.problem(rig.vm(name), domain("guest")) for name in ("vm", "flat")]
+def test_the_top_itself_is_no_directory_of_memory(rig: Rig, tmp_path: Path) -> None:
+    link = tmp_path / "qemu-save"
+    link.symlink_to(rig.mountpoint)
+    for save_dir in (rig.mountpoint, link):
+        found = at(rig, save_dir)
+        assert (found.memory_dir, found.is_on_mount) == (None, True)
+        for name in ("vm", "flat"):
+            problem = found.problem(rig.vm(name), domain("guest"))
+            assert problem == (
+                f"its memory image would be guest.save, which is no file of VM {name}: have the save directory lead to "
+                f"one at the top of {rig.mountpoint}"
+            )
 
 
 def test_a_place_that_cannot_be_looked_at_is_not_on_the_mount(rig: Rig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ from vmfs_stub.inventory.vm import Vm
 from vmfs_stub.services.adopt import Wanted
 from vmfs_stub.services.adoption_choice import Told
 from vmfs_stub.services.restore import restore_point
+from vmfs_stub.services.stored_vms import find_named, find_point
 
 
 @pytest.fixture
@@ -218,17 +220,31 @@ async def test_a_copy_is_a_vm_of_its_own(rig: Rig) -> None:
 
 
 async def test_adopting_a_group_is_refused_with_what_to_do_instead(rig: Rig) -> None:
-    for name in ("a.img", "b.img"):
+    names = [f"{letter}.img" for letter in "abcdefghij"]
+    for name in names:
         rig.make_disk(name, name.encode() * CHUNK)
     async with rig.running() as services:
-        await regroup(services, domain("web", rig.mountpoint / "a.img", rig.mountpoint / "b.img"))
+        await regroup(services, domain("web", *(rig.mountpoint / name for name in names)))
         await services.archive("web", archive=False)
     rig.lose_host()
     async with rig.running() as services:
         ((wanted,), _) = await services.adopter.find([], everything=True)
         assert isinstance(wanted, Wanted)
-        with pytest.raises(Refused, match=r"several files at the top.*restore"):
+        with pytest.raises(Refused) as caught:
             await services.adopter.run(wanted, told=Told(force=True, accept_loss=True), progress=lambda count: None)
+        assert "VM web was several files at the top of its datastore (a.img, b.img, " in str(caught.value)
+        assert "h.img and 2 more)" in str(caught.value)
+        command = re.search(r"`vmfs-stub restore (\S+) --to DIR`", str(caught.value))
+        assert command is not None
+        stored, named = find_named(services.store.vms(), command[1])
+        point = services.store.open_point(stored.vm_id, find_point(stored, named).point_id)
+        restore_point(services.store, point, rig.base / "out")
+    for name in names:
+        (rig.base / "out" / name).rename(rig.backing / name)
+        assert (rig.backing / name).read_bytes() == name.encode() * CHUNK
+    async with rig.running() as services:
+        await regroup(services, domain("web", *(rig.mountpoint / name for name in names)))
+        assert [(vm.name, len(vm.files)) for vm in DirectoryInventory(rig.backing).scan().vms] == [("web", len(names))]
 
 
 async def test_no_two_vms_have_one_id_while_the_marks_are_made(rig: Rig) -> None:

@@ -64,9 +64,13 @@ def client_of(config: Config) -> ControlClient:
 def datastore_vms_of(config: Config) -> DatastoreVms:
     """The VMs in the configured backing directory; raises PrimaryIOError, Unsupported when they cannot be told."""
     from vmfs_stub.services.datastore_vms import read_datastore_vms
+    from vmfs_stub.services.managed_save import ManagedSave
 
     datastore = config.datastore
-    return read_datastore_vms(datastore.backing, host=socket.gethostname(), name=datastore.name)
+    managed_save = ManagedSave.at(config.libvirt.save_dir, backing=datastore.backing, mountpoint=datastore.mountpoint)
+    return read_datastore_vms(
+        datastore.backing, host=socket.gethostname(), name=datastore.name, memory_dir=managed_save.memory_dir
+    )
 
 
 @dataclass(frozen=True, slots=True)

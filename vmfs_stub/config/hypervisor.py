@@ -11,7 +11,7 @@ from vmfs_stub.config.values import AbsolutePath, Section
 
 
 class LibvirtConfig(Section):
-    """The hypervisor; ``enabled`` of "auto": used where its binding is installed and its socket is there.
+    """The hypervisor; ``enabled`` of "auto": used once its binding is installed and its socket is there.
 
     ``save_dir`` is where it puts the memory of guests that it saves.
     """

@@ -84,9 +84,10 @@ class DirectoryInventory:
                 raise PrimaryIOError(
                     f"no daemon has served the backing directory {self._backing}: is what belongs there mounted?"
                 )
-            found = [each for name in names if name not in NO_VMS for each in self._id(top_fd, name, device)]
-        ids = frozenset(vm_id for vm_id in found if vm_id is not None)
-        if found and not ids:  # as everybody without CAP_SYS_ADMIN sees it
+            found = {name: self._id(top_fd, name, device) for name in names if name not in NO_VMS}
+        ids = frozenset(vm_id for each in found.values() for vm_id in each if vm_id is not None)
+        # As everybody without CAP_SYS_ADMIN sees it; the directory of memory has no id, unless it was a VM once.
+        if not ids and any(each for name, each in found.items() if name != self._memory_dir):
             raise PrimaryIOError(
                 f"which VMs are in {self._backing} cannot be told: no identity can be read; run this as root"
             )

@@ -39,6 +39,11 @@ def sockets_of(uri: str) -> tuple[Path, ...]:
     return _SOCKETS if parts.scheme in ("qemu", "qemu+unix") and parts.path == "/system" and not parts.netloc else ()
 
 
+def has_socket(uri: str) -> bool:
+    """Whether libvirt of this URI has its socket here, or somebody who starts it when it is asked."""
+    return any(socket.exists() for socket in sockets_of(uri))
+
+
 def the_binding() -> Any:
     """The binding, silenced: what goes wrong is raised, and not printed as well."""
     try:

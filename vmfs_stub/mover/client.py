@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -57,6 +57,7 @@ from vmfs_stub.mover.shared_slots import SharedSlots
 from vmfs_stub.services.guest_activity import GuestActivity
 from vmfs_stub.services.mover import FETCHES_AT_ONCE, CopyOrder, Part, PointFile, PointOrder
 from vmfs_stub.store.backup_writer import WriterCounts
+from vmfs_stub.store.clients import ErrorsByPlace
 from vmfs_stub.store.objects import Buffer
 from vmfs_stub.store.objects_url import StoreAt
 
@@ -112,6 +113,7 @@ class Life:
     last_number: int = 0
     pings_unanswered: int = 0
     index_error: PrimaryError | None = None
+    store_errors: ErrorsByPlace = field(default_factory=dict)
     beside_guests: bool | None = None
     """What it was last told."""
     started: trio.Event = field(default_factory=trio.Event)
@@ -194,6 +196,11 @@ class ProcessMover:
         self._free = trio.Semaphore(FETCHES_AT_ONCE)
         self.starts = 0
         """Processes that were started: all but the first because one had gone."""
+        self._store_errors: Counter[tuple[str, str]] = Counter()
+
+    def store_errors(self) -> ErrorsByPlace:
+        """Calls of all processes so far that failed, as they told when they were last asked whether they are alive."""
+        return self._store_errors
 
     def ask_like(self, store: StoreAt, replica: StoreAt | None) -> None:
         """Ask the store and its replica with what these say from now on: their credentials may have changed."""
@@ -265,7 +272,10 @@ class ProcessMover:
         elif isinstance(message, IndexState):
             life.index_error = message.error
             self._on_index(message.error)
-        elif not isinstance(message, Pong) and (conversation := life.conversations.get(number)) is not None:
+        elif isinstance(message, Pong):
+            self._store_errors.update(Counter(message.errors) - Counter(life.store_errors))
+            life.store_errors = message.errors
+        elif (conversation := life.conversations.get(number)) is not None:
             conversation.send.send_nowait(message)  # type: ignore[arg-type]
             if isinstance(message, LAST):
                 self._over(life, conversation)

@@ -16,6 +16,7 @@ from vmfs_stub.core.errors import PrimaryError, VmfsStubError
 from vmfs_stub.core.ids import PointId, VmId
 from vmfs_stub.services.mover import CopyOrder, Part, PointFile, PointOrder
 from vmfs_stub.store.backup_writer import WriterCounts
+from vmfs_stub.store.clients import ErrorsByPlace
 from vmfs_stub.store.format import StoreDescription
 from vmfs_stub.store.objects_url import StoreAt
 from vmfs_stub.store.sealing import StoreKey
@@ -176,7 +177,9 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Pong:
-    """I am."""
+    """I am; and so many calls of store and replica have failed in this process."""
+
+    errors: ErrorsByPlace
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,7 @@ class Server:
         task = self._tasks.get(number)
         if isinstance(message, Ping):
             pace.beside_guests = message.beside_guests
-            self._channel.post(number, Pong())
+            self._channel.post(number, Pong(self._clients.errors()))
             self._rest()
         elif isinstance(message, NewClients):
             self._clients.prepare(message.store, message.replica).take()

@@ -102,7 +102,8 @@ class Adopter:
     """Adopts single VMs; see the module for the order of steps.
 
     What comes with its bytes is read from ``reading``: the store, or the store with its replica.
-    ``appeared`` is called with a name at the top that is there from now on; the mount sets it.
+    ``appeared`` is called with a name at the top that is there from now on; the mount sets it.  ``memory_dir``: see
+    DirectoryInventory.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Adopter:
         private: PrivateState,
         backing: Path,
         settings: ArchiveSettings,
+        memory_dir: str | None = None,
     ) -> None:
         self._files = files
         self._threads = threads
@@ -129,7 +131,7 @@ class Adopter:
         self._private = private
         self._backing = backing
         self.settings = settings
-        self._inventory = DirectoryInventory(backing, files=files)
+        self._inventory = DirectoryInventory(backing, files=files, memory_dir=memory_dir)
         self._turn = trio.Lock()
         self.appeared: Callable[[str], Awaitable[None]] = _nobody_looks
 

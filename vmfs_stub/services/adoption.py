@@ -27,6 +27,7 @@ from vmfs_stub.primary.files import rename_new
 from vmfs_stub.primary.placeholder import PrivateState
 from vmfs_stub.primary.record import PlaceholderRecord, encode_record
 from vmfs_stub.primary.tree import open_beneath, reopen
+from vmfs_stub.services.managed_save import IMAGE_SUFFIX
 from vmfs_stub.services.placeholder_maker import prepared_header
 from vmfs_stub.services.point_writer import PointWriter
 from vmfs_stub.services.sources import is_worth_placeholder
@@ -38,6 +39,8 @@ from vmfs_stub.store.store import Store
 
 WORKERS: Final = 2
 """Threads that fetch and write what small files hold."""
+_NAMES_MAX: Final = 8
+"""Files that a message names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,15 +221,25 @@ def top_of(manifest: Manifest) -> StoredFile:
         (only,) = manifest.files
         if only.kind is FileKind.FILE and "/" not in only.path:
             return only
+    restore = f"`vmfs-stub restore {manifest.vm_id}@{manifest.point_id} --to DIR` writes all of it to DIR"
     if len(manifest.files) > 1 and not manifest.metadata.get("path", "/").endswith("/"):
         raise Refused(
-            f"VM {printable(manifest.vm_name)} was several files at the top of its datastore, which cannot be adopted "
-            "together yet; write it out with `vmfs-stub restore`"
+            f"VM {printable(manifest.vm_name)} was several files at the top of its datastore ({_listed(manifest)}), "
+            f"which cannot be adopted together yet; {restore}, a new directory below the mount: move these from there "
+            f"to the top, where its domain has them, but what ends in {IMAGE_SUFFIX}, the memory of its guest, to "
+            "libvirt's save directory"
         )
     raise Refused(
         f"restore point {manifest.point_id} of VM {printable(manifest.vm_name)} does not say what its directory was; "
-        "write it out with `vmfs-stub restore`"
+        f"{restore}, which, below the mount, is a VM of that name then"
     )
+
+
+def _listed(manifest: Manifest) -> str:
+    """The files of a restore point, or the first of many."""
+    names = [printable(stored.path) for stored in manifest.files]
+    more = len(names) - _NAMES_MAX
+    return ", ".join(names[:_NAMES_MAX]) + (f" and {more} more" if more > 0 else "")
 
 
 def entries_below(top: StoredFile, manifest: Manifest) -> tuple[list[StoredFile], int]:

@@ -39,7 +39,8 @@ class DatastorePaths:
     def locate(self, path: str) -> str:
         """The place of an absolute path: relative to the backing directory, or absolute when it lies outside.
 
-        Its last component need not exist.  Raises OSError when a link below the backing directory cannot be read.
+        That of mountpoint and backing directory themselves is empty.  The last component need not exist.  Raises
+        OSError when a link below the backing directory cannot be read.
         """
         with self._lock:
             if time.monotonic() - self._since_s >= self._kept_s:
@@ -48,7 +49,8 @@ class DatastorePaths:
             if known is None:
                 backing, mountpoint = self._resolved_tops()
                 at = self._walked(path, backing, mountpoint)
-                known = self._known[path] = at.removeprefix(f"{backing}/") if at.startswith(f"{backing}/") else at
+                is_inside = at == backing or at.startswith(f"{backing}/")
+                known = self._known[path] = at[len(backing) + 1 :] if is_inside else at
             return known
 
     def _forget(self) -> None:

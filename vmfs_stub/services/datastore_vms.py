@@ -47,9 +47,12 @@ class DatastoreVms:
         return True if claim is None or claim.datastore_id == self.id else None
 
 
-def read_datastore_vms(backing: Path, *, host: str, name: str) -> DatastoreVms:
-    """The VMs in a backing directory; raises PrimaryIOError, Unsupported when not all of them can be told."""
-    ids = DirectoryInventory(backing).ids()
+def read_datastore_vms(backing: Path, *, host: str, name: str, memory_dir: str | None = None) -> DatastoreVms:
+    """The VMs in a backing directory; raises PrimaryIOError, Unsupported when not all of them can be told.
+
+    ``memory_dir``: see DirectoryInventory.
+    """
+    ids = DirectoryInventory(backing, memory_dir=memory_dir).ids()
     try:
         own = load_datastore_id(PLAIN, backing / PRIVATE_DIR)
     except (CorruptRecord, UnknownFormat):

@@ -105,11 +105,13 @@ def connect_services(
     bandwidth: Bandwidth,
     mountpoint: Path | None = None,
     hypervisor: Hypervisor | None = None,
+    memory_dir: str | None = None,
 ) -> DiskServices:
     """Make the services; their background work runs in ``nursery``, and ends when that is cancelled.
 
     What guests read, and what is adopted, comes from ``reading``: the store, or the store with its replica.  With a
-    ``hypervisor``, what it knows of a VM goes into its restore points; it names files below the ``mountpoint``.
+    ``hypervisor``, what it knows of a VM goes into its restore points; it names files below the ``mountpoint``.  For
+    ``memory_dir`` see DirectoryInventory.
     """
     failures = RecallFailures(findings)
     claims = Claims(
@@ -192,6 +194,7 @@ def connect_services(
         private=private,
         backing=backing,
         settings=settings.archive,
+        memory_dir=memory_dir,
     )
     paths = DatastorePaths(files=files, backing=backing, mountpoint=mountpoint or backing)
     link_domains = partial(link, paths=paths)

@@ -26,7 +26,7 @@ from vmfs_stub.core.times import time_text
 from vmfs_stub.core.usage import GuestState, Reading
 from vmfs_stub.inventory.domain import ArchiveNote, Domain
 from vmfs_stub.inventory.libvirt import DomainEvent, LibvirtConnection, Told
-from vmfs_stub.inventory.libvirt_binding import has_binding, sockets_of
+from vmfs_stub.inventory.libvirt_binding import has_binding, has_socket
 from vmfs_stub.services.worker_pool import NoThread, WorkerPool
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,8 @@ START_LIMIT_S: Final = 600.0
 """A start reads the disk's first blocks, or a memory image, which may have to come back from the store."""
 BACKOFF_S: Final = (0.5, 30.0)
 """From, and at most to: how long to wait before connecting again."""
+APPEARS_WITHIN_S: Final = 2.0
+"""How long a libvirt that was not there when this began is not noticed: two files are looked for."""
 LOOK_AGAIN_S: Final = 300.0
 """Everything is read again after this, whatever events say."""
 _POLL_S: Final = 2.0
@@ -82,11 +84,15 @@ Connect = Callable[[Told], Connection]
 
 @dataclass(frozen=True, slots=True)
 class LibvirtSettings:
-    """``is_optional``: without libvirt's socket this host counts as one without libvirt."""
+    """``is_optional``: until libvirt's socket was there once, this host counts as one without libvirt.
+
+    Not so where it was ``met_before``, by an earlier daemon: then it is away until it answers.
+    """
 
     uri: str
     timeout_s: float
     is_optional: bool = False
+    met_before: bool = False
 
 
 @dataclass(slots=True)
@@ -125,7 +131,7 @@ class LibvirtHypervisor:
         self._tried = trio.Event()
         self._lost = trio.Event()
         self._changed = trio.Event()
-        self._was_seen = False
+        self._was_seen = settings.met_before
         self._states: dict[str, _State] = {}
         self._state_events: dict[str, float] = {}
         self._forgot_s = -math.inf
@@ -333,7 +339,7 @@ class LibvirtHypervisor:
             told = partial(_tell_loop, token, partial(self._happened, self._number))
             connection = await self._try_to_connect(told)
             if connection is None:
-                await trio.sleep(pause_s)
+                await trio.sleep(min(pause_s, APPEARS_WITHIN_S) if self._is_absent else pause_s)
                 pause_s = min(pause_s * 2, self._backoff_s[1])
                 continue
             pause_s = self._backoff_s[0]
@@ -342,8 +348,7 @@ class LibvirtHypervisor:
             await trio.sleep(pause_s)
 
     async def _try_to_connect(self, told: Told) -> Connection | None:
-        sockets = sockets_of(self.uri)
-        if self._is_absent and not (has_binding() and any(socket.exists() for socket in sockets)):
+        if self._is_absent and not is_there(self.uri):
             self._tried.set()
             return None
         self._was_seen = True
@@ -352,9 +357,12 @@ class LibvirtHypervisor:
             try:
                 connection = await self._connecting.run(partial(self._dial, told), abandonable=True)
             except (HypervisorAway, NoThread) as exc:
-                if str(exc) != self.away_reason:
-                    log.warning("libvirt is away: %s", exc)
-                self._go_away(str(exc))
+                reason = str(exc)
+                if self._settings.is_optional and not has_socket(self.uri):
+                    reason += "; it was there before: where it is not to be any more, set [libvirt] enabled = false"
+                if reason != self.away_reason:
+                    log.warning("libvirt is away: %s", reason)
+                self._go_away(reason)
                 connection = None
             nursery.cancel_scope.cancel()
         self._tried.set()
@@ -434,7 +442,7 @@ def look_at_domains(settings: LibvirtSettings) -> list[Domain]:
 
 def is_there(uri: str) -> bool:
     """Whether ``enabled = "auto"`` would use libvirt: its binding is installed, and its socket is there."""
-    return has_binding() and any(socket.exists() for socket in sockets_of(uri))
+    return has_socket(uri) and has_binding()
 
 
 def _tell_loop(token: trio.lowlevel.TrioToken, happened: Callable[[DomainEvent], None], event: DomainEvent) -> None:

@@ -26,7 +26,8 @@ IMAGE_SUFFIX: Final = ".save"
 class ManagedSave:
     """``save_dir`` is where the hypervisor puts memory images, ``mountpoint`` that of the datastore.
 
-    ``place`` is where ``save_dir`` leads: relative to the backing directory, or absolute when that is elsewhere.
+    ``place`` is where ``save_dir`` leads: relative to the backing directory, or absolute when that is elsewhere; empty
+    when that is the mount itself, where each memory image would be a VM of its own.
     ``is_vm`` is whether it is a directory at the top that has other files, too.
     """
 

@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeAlias
 
 from vmfs_stub.core.errors import ObjectExists, ObjectMissing, VmfsStubError
 from vmfs_stub.store.objects import OBJECT_SIZE_MAX, Buffer, ObjectInfo, ObjectStore, drop_cache, put_anew
@@ -18,6 +19,9 @@ from vmfs_stub.store.s3 import STANDARD_CHAIN
 
 _ANSWERS = (ObjectMissing, ObjectExists)
 """What a store says in the course of things."""
+
+ErrorsByPlace: TypeAlias = Mapping[tuple[str, str], int]
+"""How many calls failed, by where ("store" or "replica") and the name of the error's class."""
 
 
 class ErrorCounts:
@@ -109,6 +113,16 @@ class StoreClients:
         self._replica_at = replica
         self.store = ReplaceableObjects(open_objects(store))
         self.replica = None if replica is None else ReplaceableObjects(open_objects(replica))
+
+    def errors(self) -> ErrorsByPlace:
+        """Those of all calls so far, retries not counted."""
+        places = {"store": self.store, "replica": self.replica}
+        return {
+            (name, error): count
+            for name, objects in places.items()
+            if objects is not None
+            for error, count in objects.errors.all().items()
+        }
 
     def prepare(self, store: StoreAt, replica: StoreAt | None) -> PreparedClients:
         """New clients of the same places, for use once they are taken.  Raises: ConfigError."""
