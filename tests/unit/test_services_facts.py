@@ -169,7 +169,8 @@ async def test_what_the_domain_says(rig: Rig) -> None:
         assert found.never == ("domain vm: disk vdb is a block device",)
         for protected, is_protected in (("yes", True), ("", True), ("no", False)):
             obstacles.domains = [replace(known, metadata={"protected": protected})]
-            assert (await facts_of(services, obstacles=obstacles)).is_protected == is_protected
+            said = await facts_of(services, obstacles=obstacles)
+            assert (said.is_protected, said.protected_by) == (is_protected, "vm" if is_protected else "")
 
 
 async def test_of_several_domains_no_state_is_the_vms(rig: Rig) -> None:

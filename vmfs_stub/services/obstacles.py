@@ -42,7 +42,10 @@ class Obstacles:
         """The same for what its domains say, their states included."""
         for domain in self.domains_of(vm):
             if domain.is_protected:
-                raise Protected(f"VM {vm.name}: the metadata of domain {domain.name} says that it is protected")
+                raise Protected(
+                    f"VM {vm.name}: the metadata of domain {domain.name} says that it is protected; take <protected/> "
+                    "out of that to allow it"
+                )
             if not domain.state.is_off:
                 raise InUse(f"VM {vm.name} is in use: domain {domain.name} is {domain.state.value}; shut it down first")
         _refuse(vm, self.by_domains(vm))
