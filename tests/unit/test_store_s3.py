@@ -66,6 +66,14 @@ def test_who_has_no_credentials_is_told_of_that(tmp_path: Path, monkeypatch: pyt
         known.get("packs/x")
 
 
+def test_an_id_in_the_environment_without_its_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY", raising=False)
+    for given in ("KEYID", ""):
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", given)
+        with pytest.raises(ConfigError, match=r"s3://bucket/prefix.*SecretAccessKey; look at the variables AWS_"):
+            open_objects(StoreAt(f"s3://bucket/prefix?{NOBODY}"))
+
+
 def test_a_request_that_nobody_answers_is_sent_again_within_the_time_of_a_call() -> None:
     def answer() -> None:
         with listener.accept()[0] as _silent, listener.accept()[0] as answering:
