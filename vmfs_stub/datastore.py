@@ -260,7 +260,7 @@ class Datastore:
         if disks := self._disks.open_disks():
             names = ", ".join(disk.label for disk in disks[:5])
             if not force:
-                raise InUse(f"{len(disks)} disks are open ({names}); shut the VMs down, or use --force")
+                raise InUse(f"disks are open ({names}); shut the VMs down, or `vmfs-stub unmount --force`")
         await self._mount.unmount(force=force)
         self._stop.set()
 

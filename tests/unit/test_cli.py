@@ -170,7 +170,7 @@ def test_policy(run: Run, start_daemon: StartDaemon) -> None:
 def test_protect(run: Run, start_daemon: StartDaemon) -> None:
     start_daemon()
     assert run("protect", "db", "web").out.startswith("protected: db, web; `vmfs-stub unprotect`")
-    assert run("unprotect", "db").out == "no longer protected: db\n"
+    assert run("unprotect", "db").out == "no longer protected by `protect`: db\n"
     assert run("protect", "nope").code == ExitCode.NOT_FOUND
     assert run("protect").code == ExitCode.USAGE
 
@@ -651,6 +651,30 @@ def test_a_check_that_fails_is_a_finding(config: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(host_checks, "CHECKS", (broken,))
     (found,) = host_checks.examine(load_config(config))
     assert (found.severity, found.subject) == ("problem", "broken")
+
+
+def test_a_check_that_may_not_look_says_who_may(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: object) -> Iterator[host_checks.HostFinding]:
+        raise PermissionError(13, "Permission denied", "/place")
+
+    monkeypatch.setattr(host_checks, "CHECKS", (refused,))
+    (found,) = host_checks.examine(load_config(config))
+    assert (found.severity, found.remedy) == ("problem", "be root")
+    assert found.message == "/place could not be looked at: Permission denied"
+
+
+def test_hooks_that_cannot_be_run_are_found(config: Path, tmp_path: Path) -> None:
+    hook = tmp_path / "hook"
+    config.write_text(f'{config.read_text()}\n[hooks]\nbefore = ["{hook}", "x"]\nafter = ["{hook}"]\n')
+    loaded = load_config(config)
+    assert [found.severity for found in host_checks.hooks(loaded)] == ["problem", "warning"]
+    hook.mkdir(0o755)
+    assert [found.severity for found in host_checks.hooks(loaded)] == ["problem", "warning"]
+    hook.rmdir()
+    hook.touch(0o644)
+    assert [found.severity for found in host_checks.hooks(loaded)] == ["problem", "warning"]
+    hook.chmod(0o755)
+    assert [found.severity for found in host_checks.hooks(loaded)] == ["ok", "ok"]
 
 
 def test_mounts_are_read_without_touching_them() -> None:

@@ -146,6 +146,8 @@ def test_where_the_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert config_path(Path("/x.toml")) == Path("/x.toml")
     with pytest.raises(ConfigError, match=r"env\.toml: no such file.*init"):
         load_config(config_path(None))
+    with pytest.raises(ConfigError, match=r"cannot be read: Is a directory$"):
+        load_config(tmp_path)
     (tmp_path / "env.toml").write_text(MINIMAL)
     assert load_config(config_path(None)).datastore.name == "main"
     (tmp_path / "env.toml").write_bytes(b"\xff")
@@ -269,6 +271,8 @@ def test_policy() -> None:
         ('name = "lab"', 'nam = "lab"', r"c.toml:15:1: policy.rules[1].name: is missing"),
         ('"test?"', "7", r"c.toml:17:19: policy.rules[1].names[2]: Input should be a valid string"),
         ('"a.b" = "c"', '"a.b" = 1', r"c.toml:18:37: policy.rules[1].metadata.a.b: Input should be a valid string"),
+        ('["lab-*", "test?"]', '"lab-*"', r"c.toml:17:9: policy.rules[1].names: must be a list"),
+        ('{ group = "lab", "a.b" = "c" }', '"c"', r"c.toml:18:12: policy.rules[1].metadata: must be a table"),
         ("share = 0.9", "share = 0.999", r"c.toml:19:33: policy.rules[1].idle.share: Input should be less"),
         ("share = 0.9", "shar = 0.9", r"c.toml:19:25: policy.rules[1].idle.shar: no such key"),
         ('window = "2d"', 'window = "2h"', r'c.toml:19:19: policy.rules[1].idle.window: must be at least "1d"'),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -402,6 +403,17 @@ async def test_the_reply_to_unmount_arrives_while_the_daemon_stops(socket_path: 
         await target.stopping.wait()  # leaves the server at once, with the reply still to be sent
     assert target.calls[-1][0] == "shutdown"
     with pytest.raises(errors.DaemonUnreachable, match="no daemon answers"):
+        await ask(socket_path, lambda client: client.status())
+
+
+async def test_a_socket_of_another_user_is_not_told_of_as_a_daemon_that_is_away(
+    socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    with pytest.raises(errors.DaemonUnreachable, match=r"Permission denied.*be root"):
         await ask(socket_path, lambda client: client.status())
 
 

@@ -85,6 +85,7 @@ OFF, RUNNING = GuestState.OFF, GuestState.RUNNING
         (vm(GuestState.PAUSED, TWO_WEEKS_IDLE), False, "is paused"),
         (vm(GuestState.CRASHED, TWO_WEEKS_IDLE), False, "has crashed"),
         (vm(OFF, TWO_WEEKS_OFF, is_protected=True), False, "is protected; `vmfs-stub unprotect`"),
+        (vm(OFF, TWO_WEEKS_OFF, is_protected=True, protected_by="w"), False, "is protected by the metadata of domain"),
         (vm(OFF, TWO_WEEKS_OFF, is_placeholder=True), False, "is archived already"),
         (vm(OFF, TWO_WEEKS_OFF, never=("a base of web", "open")), False, "a base of web; open"),
         (vm(OFF, TWO_WEEKS_OFF, size_bytes=5), False, "is too small: 5 of at least 8388608 bytes"),

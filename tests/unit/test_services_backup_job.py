@@ -598,6 +598,16 @@ async def test_a_bug_in_hooks_ends_no_job(rig: Rig) -> None:
         assert outcomes(await run(job)) == {"a": "backed up", "b": "backed up"}
 
 
+async def test_vms_fail_of_which_the_hook_cannot_be_run(rig: Rig, tmp_path: Path) -> None:
+    make_vms(rig, "a", "b", "c")
+    async with rig.running() as services:
+        settings = JobSettings(parallel=1, failures_count_min=2)
+        job = JobRig(services, hooks=Hooks([str(tmp_path / "missing")]), settings=settings)
+        results = await run(job)
+        assert outcomes(results) == {"a": "failed", "b": "failed", "c": "not tried"}
+        assert "cannot be run" in results["a"].message
+
+
 @pytest.mark.parametrize(("forbidden", "outcome"), [("archive", "skipped"), ("stop", "backed up")])
 async def test_a_hook_keeps_a_vm_from_being_touched(rig: Rig, forbidden: str, outcome: str) -> None:
     make_vms(rig, "a", "b")

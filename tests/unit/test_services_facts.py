@@ -171,7 +171,8 @@ async def test_what_the_domain_says(rig: Rig) -> None:
         assert found.never == ("domain vm: disk vdb is a block device",)
         for protected, is_protected in (("yes", True), ("", True), ("no", False)):
             situation.domains = [replace(known, metadata={"protected": protected})]
-            assert (await facts_of(services, situation=situation)).is_protected == is_protected
+            said = await facts_of(services, situation=situation)
+            assert (said.is_protected, said.protected_by) == (is_protected, "vm" if is_protected else "")
 
 
 async def test_of_several_domains_no_state_is_the_vms(rig: Rig) -> None:

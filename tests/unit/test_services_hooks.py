@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from vmfs_stub.core.errors import ConfigError
 from vmfs_stub.services import hooks
 from vmfs_stub.services.hooks import HookCall, Hooks
 
@@ -63,10 +64,16 @@ async def test_what_it_is_told(tmp_path: Path) -> None:
     assert "AWS_SECRET_ACCESS_KEY" not in names
 
 
-async def test_one_that_is_not_there_forbids_it(tmp_path: Path) -> None:
-    assert "cannot be run" in await Hooks([str(tmp_path / "missing")]).before(CALL)
+async def test_one_that_cannot_be_run_is_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(
+        ConfigError, match=r"missing cannot be run: No such file or directory; correct \[hooks\] before"
+    ):
+        await Hooks([str(tmp_path / "missing")]).before(CALL)
     (tmp_path / "plain").write_text("no program")
-    assert "cannot be run" in await Hooks([str(tmp_path / "plain")]).before(CALL)
+    with pytest.raises(ConfigError, match="plain cannot be run: Permission denied"):
+        await Hooks([str(tmp_path / "plain")]).before(CALL)
+    await Hooks((), [str(tmp_path / "missing")]).after(CALL, "archived")
+    assert "cannot be run: No such file or directory" in caplog.text
 
 
 def alive(pid: int) -> bool:

@@ -53,6 +53,27 @@ def test_a_secret_is_in_no_message_and_no_text_of_an_object() -> None:
     assert "s3://bucket/prefix" in told[0]
 
 
+def test_who_has_no_credentials_is_told_of_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")  # where the machine's role is asked for
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    objects = open_objects(StoreAt(f"s3://bucket/prefix?{NOBODY}", retries_max=0, timeout_s=2))
+    with pytest.raises(StoreUnavailable, match=r"no credentials for s3://bucket/prefix: set access_key_id"):
+        objects.get("packs/x")
+    known = open_objects(StoreAt(f"s3://bucket/prefix?{NOBODY}", retries_max=0, credentials=CREDENTIALS, timeout_s=2))
+    with pytest.raises(StoreUnavailable, match="does not answer as it should"):
+        known.get("packs/x")
+
+
+def test_an_id_in_the_environment_without_its_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY", raising=False)
+    for given in ("KEYID", ""):
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", given)
+        with pytest.raises(ConfigError, match=r"s3://bucket/prefix.*SecretAccessKey; look at the variables AWS_"):
+            open_objects(StoreAt(f"s3://bucket/prefix?{NOBODY}"))
+
+
 def test_a_request_that_nobody_answers_is_sent_again_within_the_time_of_a_call() -> None:
     def answer() -> None:
         with listener.accept()[0] as _silent, listener.accept()[0] as answering:

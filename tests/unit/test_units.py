@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from vmfs_stub.cli import init
 from vmfs_stub.control.readiness import tell_ready
 
 UNITS = Path(str(resources.files("vmfs_stub").joinpath("units")))
@@ -27,6 +28,24 @@ def unit(name: str) -> configparser.ConfigParser:
 
 def test_these_are_shipped() -> None:
     assert sorted(path.name for path in UNITS.iterdir()) == sorted(NAMES)
+
+
+def test_init_says_how_systemd_takes_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(init, "_SYSTEMD_RUNS", tmp_path)
+    target = Path("/etc/vmfs-stub/vms.toml")
+    init._say_units(target)
+    said = capsys.readouterr().out
+    assert f"cp {UNITS}/* /etc/systemd/system/" in said
+    assert "enable --now vmfs-stub@vms.service vmfs-stub-backup@vms.timer" in said
+    assert "unmount" not in said
+    init._say_units(target, is_mounted=True)
+    said = capsys.readouterr().out
+    assert 0 < said.index(f"vmfs-stub --config {target} unmount") < said.index("systemctl enable")
+    init._say_units(tmp_path / "vms.toml")
+    init._say_units(target.parent / "sub/vms.toml")
+    assert capsys.readouterr().out == ""
 
 
 def test_what_keeps_a_datastore_safe() -> None:

@@ -59,6 +59,9 @@ def examine(config: Config) -> list[HostFinding]:
     for check in CHECKS:
         try:
             found += check(config)
+        except PermissionError as exc:
+            message = f"{exc.filename} could not be looked at: {exc.strerror}"
+            found.append(HostFinding("problem", check.__name__, message, "be root"))
         except (OSError, VmfsStubError) as exc:
             found.append(HostFinding("problem", check.__name__, f"could not be looked at: {exc}", "see the message"))
     return found
@@ -199,14 +202,13 @@ def runtime_dir(config: Config) -> Iterator[HostFinding]:
     """Volatile maps are quick on tmpfs; elsewhere they are still right."""
     path = config.datastore.runtime_dir
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    kind = mount_of(Path(os.path.realpath(existing))).kind
-    if kind == "tmpfs":
+    if mount_of(Path(os.path.realpath(existing))).kind == "tmpfs":
         yield HostFinding("ok", "runtime_dir", f"{path} is on tmpfs")
     else:
         yield HostFinding(
             "note",
             "runtime_dir",
-            f"{path} is on {kind}: setting residency bits writes to that disk",
+            f"{path} is not on tmpfs: setting residency bits writes to a disk",
             "use a directory on tmpfs, such as below /run",
         )
     if path.is_dir() and stat.S_IMODE(path.stat().st_mode) & 0o077:
@@ -316,6 +318,22 @@ def replica(config: Config) -> Iterator[HostFinding]:
         )
 
 
+def hooks(config: Config) -> Iterator[HostFinding]:
+    """Where the one before each step cannot be run, no VM is backed up."""
+    yield from _hook("before", config.hooks.before, "problem")
+    yield from _hook("after", config.hooks.after, "warning")
+
+
+def _hook(key: str, command: tuple[str, ...], severity: Severity) -> Iterator[HostFinding]:
+    if not command:
+        return
+    if Path(command[0]).is_file() and os.access(command[0], os.X_OK):
+        yield HostFinding("ok", "hooks", f"{command[0]} ({key}) can be run")
+    else:
+        message = f"{command[0]} ({key}) is no file that can be run"
+        yield HostFinding(severity, "hooks", message, f"chmod +x it, or correct [hooks] {key}")
+
+
 def libvirt(config: Config) -> Iterator[HostFinding]:
     """Where this host has it."""
     from vmfs_stub.cli.libvirt_checks import check_libvirt
@@ -337,5 +355,6 @@ CHECKS: tuple[Check, ...] = (
     protected_files,
     store,
     replica,
+    hooks,
     libvirt,
 )

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from vmfs_stub.store.objects import ObjectStore
     from vmfs_stub.store.store import Store
 
+_SYSTEMD_RUNS = Path("/run/systemd/system")
+
 
 def init(
     ctx: typer.Context,
@@ -121,17 +123,19 @@ def init(
     _say_units(target)
 
 
-def _say_units(target: Path) -> None:
+def _say_units(target: Path, *, is_mounted: bool = False) -> None:
     """How systemd serves the datastore and backs it up every night; its units find configurations in one place."""
     from importlib import resources
 
-    if target.parent != Path("/etc/vmfs-stub") or not Path("/run/systemd/system").is_dir():
+    if target.parent != Path("/etc/vmfs-stub") or not _SYSTEMD_RUNS.is_dir():
         return
     units, name = resources.files("vmfs_stub").joinpath("units"), target.stem
-    say("or have systemd do that, and back it up every night:")
+    say("to have systemd mount it, and back it up every night:")
     if not any(Path(directory, "vmfs-stub").exists() for directory in ("/usr/local/bin", "/usr/bin")):
         say(f"  ln -s {os.path.abspath(sys.argv[0])} /usr/local/bin/vmfs-stub")
     say(f"  cp {units}/* /etc/systemd/system/ && systemctl daemon-reload")
+    if is_mounted:
+        say(f"  vmfs-stub --config {target} unmount")
     say(f"  systemctl enable --now vmfs-stub@{name}.service vmfs-stub-backup@{name}.timer")
 
 
@@ -157,6 +161,7 @@ def _init_in_place(config: Config, target: Path, text: str) -> None:
     say(f"wrote {target}; the images are in {datastore.backing} now, and are mounted where they were")
     say("VMs stay defined as they are, and storage pools active; `vmfs-stub leave` makes it an image directory again")
     mount_in_background(config, target)
+    _say_units(target, is_mounted=True)
 
 
 def _check_key(config: Config, *, encrypt: bool) -> None:

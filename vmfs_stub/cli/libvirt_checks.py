@@ -98,5 +98,6 @@ def _managed_save(config: Config) -> HostFinding:
         "managed save",
         f"{save_dir} does not lie on the mount: guests that run are not saved in order to be archived",
         f"none; or, to have that: with no guest saved, stop libvirtd, move {save_dir} to a directory in {mountpoint}, "
-        "leave a symbolic link to it at the old path, and have libvirtd start after the mount, as it does not without",
+        "leave a symbolic link to it at the old path, `vmfs-stub unmount` and mount again, so that the daemon knows of "
+        "it, and have libvirtd start after the mount, as it does not without",
     )

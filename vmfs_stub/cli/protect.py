@@ -21,4 +21,4 @@ def protect(ctx: typer.Context, vms: Vms) -> None:
 def unprotect(ctx: typer.Context, vms: Vms) -> None:
     """Allow to archive these VMs again."""
     client_of(load_config_of(ctx)).protect(argument_names(vms), protected=False)
-    say(f"no longer protected: {', '.join(argument_names(vms))}")
+    say(f"no longer protected by `protect`: {', '.join(argument_names(vms))}")

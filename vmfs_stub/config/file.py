@@ -25,6 +25,12 @@ _ERRORS_MAX = 20
 """More are not told at once."""
 _PARSER_PLACE = re.compile(r" \(at line ([0-9]+), column ([0-9]+)\)$")
 _AT_END = " (at end of document)"
+_PLAIN_MESSAGES = {
+    "tuple_type": 'must be a list, as in ["one", "two"]; one of tables has its name in [[double brackets]] above each',
+    "model_type": "must be a table, as in { key = value }",
+    "dict_type": "must be a table, as in { key = value }",
+}
+"""What the validator says of Python's types, in the words of the file."""
 
 
 def config_path(option: Path | None) -> Path:
@@ -50,7 +56,10 @@ def read_config_text(path: Path) -> str:
         raise ConfigError(
             f"{path}: no such file; name one with --config or ${CONFIG_ENVIRONMENT}, or write one with `vmfs-stub init`"
         ) from exc
-    except (OSError, UnicodeDecodeError) as exc:
+    except OSError as exc:
+        hint = "; are you root?" if isinstance(exc, PermissionError) else ""
+        raise ConfigError(f"{path}: cannot be read: {exc.strerror}{hint}") from exc
+    except UnicodeDecodeError as exc:
         raise ConfigError(f"{path}: cannot be read: {exc}") from exc
     if len(raw) > CONFIG_BYTES_MAX:
         raise ConfigError(f"{path}: larger than {CONFIG_BYTES_MAX} bytes: not a configuration")
@@ -95,6 +104,8 @@ def _describe(loc: tuple[int | str, ...], kind: str, message: str, places: TomlP
         message = "no such key (see the commented file that `vmfs-stub init` writes)"
     elif kind == "missing":
         message = "is missing"
+    else:
+        message = _PLAIN_MESSAGES.get(kind, message)
     return ": ".join(filter(None, (where, _key_text(loc), message.removeprefix("Value error, "))))
 
 

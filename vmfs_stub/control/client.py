@@ -214,7 +214,9 @@ class ControlClient:
             raise DaemonUnreachable(
                 f"the daemon on {self._path} gave no answer within {self._timeout_s:g} s; look at its log"
             ) from exc
-        except (FileNotFoundError, ConnectionRefusedError, PermissionError) as exc:
+        except PermissionError as exc:
+            raise DaemonUnreachable(f"{self._path} cannot be opened ({exc.strerror}); be root") from exc
+        except (FileNotFoundError, ConnectionRefusedError) as exc:
             raise DaemonUnreachable(
                 f"no daemon answers on {self._path} ({exc.strerror}); start it with `vmfs-stub mount`"
             ) from exc

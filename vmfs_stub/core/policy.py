@@ -144,6 +144,8 @@ class Facts:
     last_recalled_s: float | None = None
     samples: Sequence[Sample] = ()
     is_protected: bool = False
+    protected_by: str = ""
+    """The domain whose metadata protects it; "" where `protect` does, or nothing."""
     is_placeholder: bool = False
     never: tuple[str, ...] = ()
 
@@ -265,6 +267,8 @@ def _verdict(facts: Facts, policy: Policy, now_s: float) -> _Verdict:
 def _barred(facts: Facts, policy: Policy, now_s: float) -> str:
     """Why a VM must not be archived whatever the rules say; "" when it may."""
     if facts.is_protected:
+        if facts.protected_by:
+            return f"is protected by the metadata of domain {facts.protected_by}"
         return "is protected; `vmfs-stub unprotect` allows to archive it"
     if facts.is_placeholder:
         return "is archived already"

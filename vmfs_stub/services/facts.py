@@ -171,6 +171,7 @@ class FactsService:
         if self._recall.held:
             never.append("recalls are held, so that it could not come back")
         frees_bytes = on_disk.frees_bytes
+        protecting = next((domain.name for domain in domains if domain.is_protected), "")
         return Facts(
             vm_id=vm.id,
             name=vm.name,
@@ -189,7 +190,8 @@ class FactsService:
             last_used_s=latest([use.open_s, use.io_s]),
             last_recalled_s=on_disk.recalled_s,
             samples=samples,
-            is_protected=vm.is_protected or any(domain.is_protected for domain in domains),
+            is_protected=vm.is_protected or bool(protecting),
+            protected_by="" if vm.is_protected else protecting,
             is_placeholder=0 < on_disk.placeholder_count == on_disk.apt_count and frees_bytes == 0,
             never=tuple(never),
         )

@@ -19,6 +19,7 @@ from typing import Literal
 
 import trio
 
+from vmfs_stub.core.errors import ConfigError
 from vmfs_stub.core.names import printable
 
 SAID_BYTES_MAX = 4096
@@ -49,6 +50,10 @@ class HookCall:
         return {f"VMFS_STUB_{name.upper()}": _plain(value) for name, value in asdict(self).items()}
 
 
+class _CannotRun(Exception):
+    """No process was started; says why."""
+
+
 class Hooks:
     """The commands of one datastore; an empty one is none.  ``limit_s`` is for each run."""
 
@@ -58,10 +63,17 @@ class Hooks:
         self._limit_s = limit_s
 
     async def before(self, call: HookCall) -> str:
-        """Why it must not be done; empty when it may.  A hook that cannot be run, or hangs, forbids it."""
+        """Why it must not be done; empty when it may.  A hook that hangs forbids it.
+
+        Raises ConfigError where it cannot be run at all: nobody has said then that the VM is to be left alone.
+        """
         if not self._before:
             return ""
-        code, said = await self._run(self._before, call)
+        try:
+            code, said = await self._run(self._before, call)
+        except _CannotRun as exc:
+            name = printable(self._before[0])
+            raise ConfigError(f"the hook {name} cannot be run: {exc}; correct [hooks] before") from exc
         if code == 0:
             return ""
         why = said or (f"it ended with {code}" if code is not None else "it did not end")
@@ -71,12 +83,16 @@ class Hooks:
         """Tell how it went; what the hook makes of that is logged and changes nothing."""
         if not self._after:
             return
-        code, said = await self._run(self._after, replace(call, outcome=outcome))
+        try:
+            code, said = await self._run(self._after, replace(call, outcome=outcome))
+        except _CannotRun as exc:
+            log.warning("the hook after the %s of VM %s cannot be run: %s", call.what, call.vm, exc)
+            return
         if code != 0:
             log.warning("the hook after the %s of VM %s failed (%s): %s", call.what, call.vm, code, said)
 
     async def _run(self, command: Sequence[str], call: HookCall) -> tuple[int | None, str]:
-        """Exit code (None: it had none) and the first line that it said."""
+        """Exit code (None: it had none) and the first line that it said.  Raises _CannotRun."""
         try:
             process = await trio.lowlevel.open_process(
                 list(command),
@@ -88,7 +104,7 @@ class Hooks:
                 start_new_session=True,
             )
         except (OSError, ValueError, RuntimeError) as exc:
-            return None, f"it cannot be run: {exc}"
+            raise _CannotRun(getattr(exc, "strerror", None) or str(exc)) from exc
         said = bytearray()
         over = trio.Event()
         try:

@@ -66,8 +66,8 @@ class ManagedSave:
         image = self.image(domain)
         if image is None:
             return (
-                f"the hypervisor's save directory {self.save_dir} is not on the mount {self.mountpoint}: make it a "
-                "symbolic link to a directory there, or let the rule shut guests down"
+                f"the hypervisor's save directory {self.save_dir} is not on the mount {self.mountpoint}, or was not "
+                "when the daemon started: make it a symbolic link to a directory there, or have guests shut down"
             )
         if self.memory_dir is None and not (vm.is_directory and image.is_relative_to(vm.path)):
             return (

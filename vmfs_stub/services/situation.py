@@ -34,7 +34,10 @@ class Situation:
         self._refuse_protected(vm)
         for domain in self.links.of(vm.id):
             if domain.is_protected:
-                raise Protected(f"VM {vm.name}: the metadata of domain {domain.name} says that it is protected")
+                raise Protected(
+                    f"VM {vm.name}: the metadata of domain {domain.name} says that it is protected; take <protected/> "
+                    "out of that to allow it"
+                )
             if not domain.state.is_off:
                 raise InUse(f"VM {vm.name} is in use: domain {domain.name} is {domain.state.value}; shut it down first")
         for file in vm.files:

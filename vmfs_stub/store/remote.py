@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 LIST_PAGE = 1000
 QUICK_BYTES_MAX = 1 << 20
+_ROLE_REQUEST = "/latest/api/token"
+"""What obstore asks of the machine's metadata service when it was given no credentials."""
 
 
 class RemoteObjects:
@@ -115,5 +117,12 @@ class RemoteObjects:
             msg = f"{key}: cannot {verb}: {self.name} refuses it; check the store's credentials"
             raise StoreDenied(msg) from exc
         except (exceptions.BaseError, OSError, ValueError) as exc:
-            msg = f"{key}: cannot {verb}: {self.name} does not answer as it should ({str(exc).splitlines()[0]})"
+            said = str(exc).splitlines()[0]
+            if _ROLE_REQUEST in said:
+                msg = f"{key}: cannot {verb}: there are no credentials for {self.name}: set access_key_id and "
+                msg += (
+                    f"secret_access_key in the configuration, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY ({said})"
+                )
+            else:
+                msg = f"{key}: cannot {verb}: {self.name} does not answer as it should ({said})"
             raise StoreUnavailable(msg) from exc

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
 from vmfs_stub.core.errors import ConfigError
@@ -64,20 +65,24 @@ def open_s3(url: str, credentials: S3Credentials, *, timeout_s: float, transfer_
     if endpoint:
         settings["endpoint"] = endpoint.rstrip("/")
     settings |= _known(credentials)
-    quick, patient = (
-        S3Store(
-            parts.netloc,
-            prefix=prefix or None,
-            config=settings,
-            client_options={
-                "allow_http": endpoint.startswith("http://"),
-                "timeout": f"{limit_s:g}s",
-                "connect_timeout": f"{min(_CONNECT_TIMEOUT_S, limit_s):g}s",
-            },
-            retry_config={"max_retries": 0},  # that is RetryingObjects' business
+    try:
+        quick, patient = (
+            S3Store(
+                parts.netloc,
+                prefix=prefix or None,
+                config=settings,
+                client_options={
+                    "allow_http": endpoint.startswith("http://"),
+                    "timeout": f"{limit_s:g}s",
+                    "connect_timeout": f"{min(_CONNECT_TIMEOUT_S, limit_s):g}s",
+                },
+                retry_config={"max_retries": 0},  # that is RetryingObjects' business
+            )
+            for limit_s in (timeout_s, transfer_timeout_s)
         )
-        for limit_s in (timeout_s, transfer_timeout_s)
-    )
+    except BaseError as exc:  # of what is in the environment
+        said = str(exc).splitlines()[0]
+        raise ConfigError(f"{_shown(url)!r}: cannot be asked: {said}; look at the variables AWS_… and the URL") from exc
     return RemoteObjects(quick, name=_shown(url), patient=patient)
 
 
