@@ -508,7 +508,7 @@ class SaidError(BINDING.libvirtError):  # type: ignore[misc]
 
 
 def connection_of(agent: FakeAgent) -> LibvirtConnection:
-    return LibvirtConnection(agent, lambda path: False)
+    return LibvirtConnection(agent)
 
 
 NO_AGENT = (BINDING.VIR_ERR_AGENT_UNRESPONSIVE, BINDING.VIR_ERR_AGENT_UNSYNCED, BINDING.VIR_ERR_ARGUMENT_UNSUPPORTED)
