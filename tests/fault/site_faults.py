@@ -15,10 +15,13 @@ At the end nothing is left over: no map, pin, half-made file or descriptor.
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import trio
 
 from tests.datastore_harness import BLOCK, CHUNK, Rig, RigFiles, Services, survives_kill, temporary_rig
 from tests.fault.datastores import NotWhole
@@ -35,7 +38,7 @@ from vmfs_stub.store.keys import pin_key
 from vmfs_stub.store.manifest import FileKind
 from vmfs_stub.store.store import Store
 
-__all__ = ["BY_NAME", "SCENARIOS", "Calls", "NotWhole", "Scenario", "Spoiling", "run", "spoilings"]
+__all__ = ["BY_NAME", "SCENARIOS", "Calls", "NotWhole", "Scenario", "Spoiling", "calls_of", "run", "spoilings"]
 
 GUEST_WAITS_S = 0.05
 """How long a recall is tried while something is broken for good."""
@@ -51,6 +54,12 @@ class Calls:
     counts: dict[str, int]
     places: dict[tuple[str, str], int] = field(default_factory=dict)
     has_guest: bool = False
+
+
+@functools.cache
+def calls_of(name: str) -> Calls:
+    """What a scenario calls when nothing goes wrong; found out once.  Not from within trio."""
+    return trio.run(run, BY_NAME[name], None)
 
 
 def spoilings(calls: Calls, *, every: bool = False) -> Iterator[Spoiling]:
