@@ -13,7 +13,8 @@ from collections import Counter
 
 import pytest
 
-from tests.fault.site_faults import BY_NAME, Spoiling, calls_of, run, spoilings
+from tests.fault import site_faults
+from tests.fault.site_faults import BY_NAME, NotWhole, Spoiling, calls_of, run, spoilings
 from tests.fault.spoilings import AWAY, PLACES
 from tests.site_tags import Source, store_calls
 from tests.sited_hypervisor import HYPERVISOR
@@ -116,3 +117,15 @@ def test_every_way_is_tried_and_the_plainest_at_every_site(samples: dict[str, li
     assert [(site, *way) for site, *way in possible - tried if _is_always(site, tuple(way))] == []
     assert {site for site, *way in tried if not _is_always(site, tuple(way))} == {site for site, *_ in possible}
     assert {name for name, spoiled in samples.items() if not spoiled} == set()
+
+
+async def test_a_recall_that_gives_up_before_the_call_is_tried_with_more_patience(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a machine that is busy with other things."""
+    spoiling = Spoiling("changes.map", 2, "error", for_good=True)
+    monkeypatch.setattr(site_faults, "GUEST_WAITS_S", (0.0,))
+    with pytest.raises(NotWhole, match="no such call"):
+        await run(BY_NAME["truncate"], spoiling)
+    monkeypatch.setattr(site_faults, "GUEST_WAITS_S", (0.0, 10.0))
+    await run(BY_NAME["truncate"], spoiling)
