@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from scripts.lab.datastore import Settings, ended, with_settings
+from tests.e2e import forked
+from tests.e2e.forked import Forked
 from vmfs_stub.control.client import ControlClient
 from vmfs_stub.control.messages import JobInfo
 from vmfs_stub.core.errors import DaemonUnreachable
@@ -119,7 +121,7 @@ class LiveDatastore:
         self.runtime = base / "run"
         self.config = base / "config.toml"
         self.log_path = base / "log"
-        self.daemon: subprocess.Popen[bytes] | None = None
+        self.daemon: subprocess.Popen[bytes] | Forked | None = None
         self.client = ControlClient(self.runtime / "control.sock", timeout_s=30)
 
     def init(self, settings: Settings, *words: str | Path) -> None:
@@ -136,22 +138,22 @@ class LiveDatastore:
 
     def cli(self, *words: str | Path, check: int | None = None) -> Outcome:
         """Run a command; ``check`` is the exit code that it must end with."""
-        command = [sys.executable, "-m", "vmfs_stub.cli.main", "--config", str(self.config), *map(str, words)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=4 * DEADLINE_S, check=False)
-        outcome = Outcome(done.returncode, done.stdout, done.stderr)
+        outcome = Outcome(*forked.run(["--config", str(self.config), *map(str, words)], timeout_s=4 * DEADLINE_S))
         assert check is None or outcome.code == check, f"{' '.join(map(str, words))}: {outcome}"
         return outcome
 
-    def start(
-        self, *, program: Sequence[str | Path] = ("-m", "vmfs_stub.cli.main"), view: Sequence[str | Path] = ()
-    ) -> None:
+    def start(self, *, program: Sequence[str | Path] = (), view: Sequence[str | Path] = ()) -> None:
         """Start the daemon; returns when the mount answers.
 
-        ``program`` is what Python runs, ``view`` what runs Python, in its own process.
+        ``program``, if any, is what Python runs anew, ``view`` what runs Python anew, in its own process.
         """
-        command = [*map(str, view), sys.executable, *map(str, program), "--config", str(self.config), "mount"]
+        words = ["--config", str(self.config), "mount"]
         with self.log_path.open("ab") as log:
-            self.daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            if program or view:
+                command = [*map(str, view), sys.executable, *map(str, program or ("-m", "vmfs_stub.cli.main")), *words]
+                self.daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            else:
+                self.daemon = Forked(words, out=log, err=log)
         wait_until("the mount answers", self._answers, poll_s=0.02)
 
     def _answers(self) -> bool:
@@ -205,7 +207,7 @@ class LiveDatastore:
         return wait_until(f"job {job_id} ends", lambda: self._ended(job_id), deadline_s=deadline_s)
 
     def _ended(self, job_id: str) -> JobInfo | None:
-        info = self.client.job(job_id)  # type: ignore[arg-type]
+        info = self.client.job(job_id, wait_s=1)  # type: ignore[arg-type]
         return None if info.state == "running" else info
 
     def state(self, vm: str) -> str:
@@ -253,10 +255,17 @@ class LiveDatastore:
         return objects(self.store / "pins")
 
     def assert_nothing_left(self, *paths: Path) -> None:
-        """The backing files ``paths`` are ordinary, and no placeholder is left anywhere."""
-        for path in paths:
-            assert self.private_xattrs(path) == []
-        assert (self.durable_maps(), self.volatile_maps(), self.pins()) == ([], [], [])
+        """The backing files ``paths`` are ordinary, and no placeholder is left anywhere.
+
+        Of a file that was closed the kernel tells a moment later, and its maps and its pin go after its record.
+        """
+        with contextlib.suppress(AssertionError):
+            wait_until("nothing is left", lambda: not self._left(paths))
+        assert self._left(paths) == []
+
+    def _left(self, paths: Sequence[Path]) -> list[object]:
+        xattrs = [name for path in paths for name in self.private_xattrs(path)]
+        return [*xattrs, *self.durable_maps(), *self.volatile_maps(), *self.pins()]
 
     def tear_down(self) -> None:
         """No daemon, no mount, a mountpoint that can be removed; whatever state it is in."""

@@ -57,7 +57,7 @@ def test_what_lies_in_the_store(make_datastore: MakeDatastore, base: Path, is_en
     """Of a plain store the same look finds everything, so it would find it here."""
     words = ("--encrypt", "--key-file", base / "key") if is_encrypted else ()
     datastore = make_datastore(QUIET, *words)
-    datastore.start()
+    datastore.start(program=("-m", "vmfs_stub.cli.main"))  # with a command line and an environment of its own
     datastore.add_vm(NAME, CONTENT)
     datastore.archive(NAME)
     for needle in (MARKER, NAME.encode(), b"disk.raw", b'"host":'):

@@ -57,8 +57,10 @@ def test_thousands_of_operations_on_each_kind_of_file(make_datastore: MakeDatast
     for course in playing.all:
         assert min(play.counts.total() for play in course.plays) > OPERATIONS // 3
         assert all(play.counts[kind.__name__.removeprefix("_")] for play in course.plays for kind in play.kinds)
+    backing = [play.backing for course in playing.all for play in course.plays]
+    datastore.assert_nothing_left(*backing)  # all was read, and is ordinary when its last handle is closed
     datastore.stop()
-    datastore.assert_nothing_left(*(play.backing for course in playing.all for play in course.plays))
+    datastore.assert_nothing_left(*backing)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

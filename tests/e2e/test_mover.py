@@ -65,6 +65,8 @@ def assert_lost(job: JobInfo) -> None:
 def test_a_mover_that_is_killed_in_an_archive(make_datastore: MakeDatastore, at_once: bool) -> None:
     datastore = make_datastore(QUIET)
     datastore.start()
+    datastore.add_vm("other", CONTENT[:MIB])
+    datastore.wait_job(datastore.client.start_backup(["other"], archive=False))  # it has begun to work
     disk = datastore.add_vm("vm", CONTENT)
     assert_lost(killed_during(datastore, "archive", at_once=at_once))
     assert datastore.state("vm") == "resident"

@@ -15,12 +15,14 @@ At the end nothing is left over: no map, pin, half-made file or descriptor.
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import trio
 
 from tests.datastore_harness import BLOCK, CHUNK, Rig, RigFiles, Services, survives_kill, temporary_rig
 from tests.fault.datastores import NotWhole
@@ -37,10 +39,21 @@ from vmfs_stub.store.keys import pin_key
 from vmfs_stub.store.manifest import FileKind
 from vmfs_stub.store.store import Store
 
-__all__ = ["BY_NAME", "SCENARIOS", "Calls", "NotWhole", "Scenario", "Spoiling", "run", "said_of", "spoilings"]
+__all__ = [
+    "BY_NAME",
+    "SCENARIOS",
+    "Calls",
+    "NotWhole",
+    "Scenario",
+    "Spoiling",
+    "calls_of",
+    "run",
+    "said_of",
+    "spoilings",
+]
 
-GUEST_WAITS_S = 0.05
-"""How long a recall is tried while something is broken for good."""
+GUEST_WAITS_S = (0.05, 1.0, 10.0)
+"""How long a recall is tried while something is broken for good; longer where one gives up before it is broken."""
 
 Contents = dict[str, list[bytes]]
 """What each disk may hold."""
@@ -55,6 +68,12 @@ class Calls:
     has_guest: bool = False
 
 
+@functools.cache
+def calls_of(name: str) -> Calls:
+    """What a scenario calls when nothing goes wrong; found out once.  Not from within trio."""
+    return trio.run(run, BY_NAME[name], None)
+
+
 def spoilings(calls: Calls, *, every: bool = False) -> Iterator[Spoiling]:
     """All ways in which a scenario can be spoiled that made these calls.
 
@@ -67,12 +86,24 @@ def spoilings(calls: Calls, *, every: bool = False) -> Iterator[Spoiling]:
                 yield Spoiling(site, number, kind, for_good)
 
 
+class NoSuchCall(NotWhole):
+    """The call that was to go wrong was not made."""
+
+
 async def run(scenario: Scenario, spoiling: Spoiling | None, *, place: Place = in_fake, seed: int = 0) -> Calls:
     """Run a scenario with one call spoiled, and check everything after.  Raises NotWhole.
 
     The store is at a ``place``, whose own troubles ``seed`` decides.  Ids are the same in each run of a scenario: packs
     whose ids begin alike share a folder, which is listed once.
     """
+    *shorter, longest = GUEST_WAITS_S
+    for wait_s in shorter if spoiling is not None and spoiling.for_good else ():
+        with contextlib.suppress(NoSuchCall):
+            return await _run(scenario, spoiling, place, seed, wait_s)
+    return await _run(scenario, spoiling, place, seed, longest)
+
+
+async def _run(scenario: Scenario, spoiling: Spoiling | None, place: Place, seed: int, wait_s: float) -> Calls:
     with ids_from(scenario.name), short_waits(), temporary_rig(head=BLOCK, place=place, seed=seed) as rig:
         descriptors = _descriptors()
         rig.inline = True
@@ -82,7 +113,7 @@ async def run(scenario: Scenario, spoiling: Spoiling | None, *, place: Place = i
         files.watches_places = spoiling is None
         if spoiling is not None:
             spoiling.plan(files, guest_of(rig) if scenario.has_guest else None)
-        outcome = await _life(scenario, rig, files, spoiling, contents)
+        outcome = await _life(scenario, rig, files, spoiling, contents, wait_s)
         if spoiling is not None:
             if spoiling.power:
                 _lose_power(rig, scenario, spoiling)
@@ -143,7 +174,12 @@ class Outcome:
 
 
 async def _life(
-    scenario: Scenario, rig: Rig, files: RigFiles, spoiling: Spoiling | None, contents: dict[str, bytes]
+    scenario: Scenario,
+    rig: Rig,
+    files: RigFiles,
+    spoiling: Spoiling | None,
+    contents: dict[str, bytes],
+    wait_s: float,
 ) -> Outcome:
     during = _versions(scenario, contents)
     after = {path: versions[-1:] for path, versions in during.items()}
@@ -153,7 +189,7 @@ async def _life(
             async with rig.running(files=files, hydrates=scenario.hydrates) as services:
                 told = bool(services.recovered.findings)
                 if spoiling is not None and spoiling.for_good:
-                    services.recall.deadline_s = GUEST_WAITS_S
+                    services.recall.deadline_s = wait_s
                 done = await _act(scenario, services, must_work=spoiling is None)
                 calls = Calls(dict(files.counts), files.places.copy(), scenario.has_guest)
                 _check_second_copies(services)  # before reads bring all of it back
@@ -170,7 +206,7 @@ async def _life(
             if spoiling is None:
                 raise
     if spoiling is not None and not files.spoiled:
-        raise NotWhole(f"{spoiling}: there was no such call")
+        raise NoSuchCall(f"{spoiling}: there was no such call")
     return Outcome(after if done else during, told, calls)
 
 

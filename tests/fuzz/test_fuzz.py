@@ -15,17 +15,17 @@ from tests.fuzz.registry import TARGETS
 
 ROOT = Path(__file__).parents[2]
 COUNTS: Mapping[str, int] = {
-    "record": 1_500, "vm-identity": 2_000, "top-mode": 2_000, "durable-map": 1_500, "volatile-map": 1_000,
-    "serving-mark": 1_500, "datastore-id": 1_500, "placeholder": 1_000, "changed-record": 1_500,
-    "changed-map": 1_000, "frame": 2_000, "pack": 1_500, "segment": 1_000, "index-object": 2_000, "description": 2_000,
-    "pin": 1_500, "forgotten": 1_500, "lease": 2_000, "condemned": 1_500, "manifest": 2_000, "restore": 1_500,
-    "quarantine": 1_500, "moved": 1_500, "claim": 1_500,
-    "config": 600, "fuse-init": 2_000, "control-request": 200, "control-reply": 1_000,
-    "catalog": 400, "chunk-index": 300, "domain-xml": 5_000,
-    "image-header": 2_000, "associated": 1_500,
-    "sealed-frame": 2_000, "sealed-object": 2_000, "key-document": 1_500, "seen-store": 1_500,
+    "record": 750, "vm-identity": 1_000, "top-mode": 1_000, "durable-map": 750, "volatile-map": 500,
+    "serving-mark": 750, "datastore-id": 750, "placeholder": 500, "changed-record": 750,
+    "changed-map": 500, "frame": 1_000, "pack": 750, "segment": 500, "index-object": 1_000, "description": 1_000,
+    "pin": 750, "forgotten": 750, "lease": 1_000, "condemned": 750, "manifest": 1_000, "restore": 750,
+    "quarantine": 750, "moved": 750, "claim": 750,
+    "config": 300, "fuse-init": 1_000, "control-request": 100, "control-reply": 500,
+    "catalog": 200, "chunk-index": 150, "domain-xml": 2_500,
+    "image-header": 1_000, "associated": 750,
+    "sealed-frame": 1_000, "sealed-object": 1_000, "key-document": 750, "seen-store": 750,
 }  # fmt: skip
-"""Inputs of each: about two seconds' worth."""
+"""Inputs of each: about one second's worth."""
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 
 from tests.model.play import play
 
-FIRST, END = (int(number) for number in os.environ.get("VMFS_STUB_MODEL_SEEDS", "0:200").split(":"))
+FIRST, END = (int(number) for number in os.environ.get("VMFS_STUB_MODEL_SEEDS", "0:120").split(":"))
 STEPS = int(os.environ.get("VMFS_STUB_MODEL_STEPS", "40"))
 
 

@@ -9,8 +9,17 @@ from tests.model.play import STEPS, play
 
 SEEDS_MAX = 700
 """A fault that so many seeds do not find is one that the model does not see."""
-FIRST_SEEDS = {"copy_what_is_not_synced": 100, "start_from_the_durable_map": 100}
-"""Where to begin with those that show in one of some hundred seeds, to save time."""
+FIRST_SEEDS = {
+    "copy_what_is_not_synced": 115,
+    "graduate_before_data_is_durable": 27,
+    "mark_after_the_first_write": 16,
+    "note_removals_of_what_is_only_prepared": 10,
+    "punch_behind_the_limit": 194,
+    "remove_the_map_before_the_record": 25,
+    "set_bits_before_data": 117,
+    "start_from_the_durable_map": 107,
+}
+"""Where to begin with those that show rarely, to save time: some seed that found them once."""
 
 
 def found_by_a_seed(first: int, favoured: list[str]) -> bool:

@@ -18,7 +18,7 @@ from tests.store_places import PLACES, InBucket, Place
 from vmfs_stub.store.objects import Buffer
 from vmfs_stub.store.retrying import RetryingObjects
 
-SEEDS: Final[dict[str, Sequence[int]]] = {"file": range(20), "memory": range(20), "s3": range(8)}
+SEEDS: Final[dict[str, Sequence[int]]] = {"file": range(12), "memory": range(12), "s3": range(8)}
 TROUBLED_SEEDS: Final = range(8)
 SEEDS_FOR_A_FAULT: Final = 20
 
