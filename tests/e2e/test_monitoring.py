@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import pytest
 from live_datastore import MIB, QUIET, LiveDatastore, MakeDatastore, forget_pages, merged, noise, wait_until
@@ -19,6 +20,7 @@ from tests.unit.test_alert_rules import metrics_named
 from vmfs_stub.cli.exit_codes import ExitCode
 
 CONTENT = noise(8 * MIB, seed=11)
+HASTY_DAEMON = Path(__file__).with_name("hasty_daemon.py")
 
 
 def free_port() -> int:
@@ -187,7 +189,7 @@ def test_a_lost_catalog_is_rebuilt(make_datastore: MakeDatastore, how: str) -> N
         catalog.write_bytes(b"\xa5" * 20_000)
     hidden = datastore.store.with_name("hidden")
     datastore.store.rename(hidden)  # the store is away: that delays nothing, and it is tried again
-    datastore.start()
+    datastore.start(program=(HASTY_DAEMON,))
     assert [row["vm"] for row in datastore.rows()] == [row["vm"] for row in listed]
     finding = wait_until("it is told", lambda: lost(datastore))
     assert finding == "warning"
@@ -204,7 +206,7 @@ def test_a_lost_catalog_is_rebuilt(make_datastore: MakeDatastore, how: str) -> N
     assert rows == listed
     assert datastore.cli("points", "--json", check=0).out == points
     assert disk.read_bytes() == CONTENT
-    assert datastore.client.status().healthy
+    wait_until("the store is seen again", lambda: datastore.client.status().healthy)
     datastore.stop()
     datastore.start()
     assert lost(datastore) is None, "it was said, and is not lost again"
