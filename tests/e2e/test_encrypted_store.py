@@ -24,6 +24,8 @@ def content() -> bytes:
 
 
 CONTENT = content()
+ANEW = ("-m", "vmfs_stub.cli.main")
+"""So that a daemon has a command line and an environment of its own, in which the key could be."""
 
 
 def holds(directory: Path, needle: bytes) -> bool:
@@ -57,7 +59,7 @@ def test_what_lies_in_the_store(make_datastore: MakeDatastore, base: Path, is_en
     """Of a plain store the same look finds everything, so it would find it here."""
     words = ("--encrypt", "--key-file", base / "key") if is_encrypted else ()
     datastore = make_datastore(QUIET, *words)
-    datastore.start(program=("-m", "vmfs_stub.cli.main"))  # with a command line and an environment of its own
+    datastore.start(program=ANEW)
     datastore.add_vm(NAME, CONTENT)
     datastore.archive(NAME)
     for needle in (MARKER, NAME.encode(), b"disk.raw", b'"host":'):
@@ -75,7 +77,7 @@ def test_a_vm_goes_there_and_comes_back(make_datastore: MakeDatastore, base: Pat
     # A boot: small reads here and there, through a daemon that started while the store was away.
     datastore.kill()
     away = datastore.store.rename(base / "away")
-    datastore.start()
+    datastore.start(program=ANEW)
     away.rename(datastore.store)
     chosen = random.Random(5)
     with disk.open("rb") as file:
