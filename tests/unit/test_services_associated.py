@@ -16,6 +16,8 @@ from tests.fake_hypervisor import FakeHypervisor, domain
 from tests.unit.test_services_image_chains import make_base, make_overlay
 from vmfs_stub.cli.restore import _beside_lines
 from vmfs_stub.core.errors import CorruptManifest
+from vmfs_stub.core.usage import GuestState
+from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.services import associated
 from vmfs_stub.services.associated import BASES, AssociatedFiles
@@ -60,6 +62,7 @@ async def backed_up(rig: Rig, name: str = "vm", *, swtpm: Path | None = None) ->
                 hypervisor=rig.hypervisor,
                 chains=services.chains,
                 link=services.connected.link,
+                managed_save=rig.managed_save,
                 swtpm=swtpm,
             ).of
         report = await services.archive(name, archive=False)
@@ -151,6 +154,27 @@ async def test_a_hypervisor_that_is_away_fails_no_backup(rig: Rig) -> None:
     manifest, warning = await backed_up(rig)
     assert DOMAIN_XML not in manifest.metadata
     assert "libvirt does not answer" in warning
+
+
+async def test_memory_that_was_saved_elsewhere_is_told_of_and_that_of_the_vm_itself_is_in_the_point(rig: Rig) -> None:
+    hypervisor = rig.hypervisor = FakeHypervisor(of_vm(rig, state=GuestState.SAVED))
+    for archive in (False, True):
+        async with rig.running() as services:
+            report = await services.archive("vm", archive=archive)
+            assert report.warning == (
+                "the restore point is without the memory of domain guest, which was saved to /nowhere: where that is "
+                "not, the guest starts as after a power failure"
+            )
+            assert bool(report.placeholders) == archive
+    rig.memory_dir = "saved"
+    rig.make_disk("saved/guest.save", b"memory")
+    inventory = DirectoryInventory(rig.backing, memory_dir=rig.memory_dir)
+    inventory.give_memory(inventory.find("vm"), "guest.save")
+    manifest, warning = await backed_up(rig)
+    assert (warning, len(manifest.files)) == ("", 2)
+    rig.memory_dir = None
+    hypervisor.put(UUID, state=GuestState.OFF)
+    assert (await backed_up(rig))[1] == ""
 
 
 async def test_what_is_too_large_is_left_out(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
