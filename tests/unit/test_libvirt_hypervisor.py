@@ -458,6 +458,26 @@ async def test_a_thaw_that_hangs_is_not_asked_for_a_second_time_meanwhile(monkey
     await with_libvirt(check, FakeLibvirt(VM))
 
 
+async def test_no_guest_is_frozen_that_could_not_be_thawed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Agents that hang in a thaw keep the threads; with none left, a guest whose agent is well would stay frozen."""
+    monkeypatch.setattr(libvirt_hypervisor, "AGENT_LIMIT_S", 0.1)
+
+    async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
+        libvirt.thaws_go_on.clear()
+        for number in range(AGENT_CALLS_MAX - 1):
+            assert await hypervisor.freeze(f"{number:032x}")
+            with pytest.raises(HypervisorAway):
+                await hypervisor.thaw(f"{number:032x}")
+        assert not await hypervisor.freeze(VM.uuid)
+        assert libvirt.asked.count("freeze") == AGENT_CALLS_MAX - 1
+        libvirt.thaws_go_on.set()
+        await until(lambda: not hypervisor._thawing)
+        assert await hypervisor.freeze(VM.uuid)
+        await hypervisor.thaw(VM.uuid)
+
+    await with_libvirt(check, FakeLibvirt(VM))
+
+
 async def test_a_thaw_that_is_refused_is_told() -> None:
     async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
         assert await hypervisor.freeze(VM.uuid)

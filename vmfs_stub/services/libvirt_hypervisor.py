@@ -223,7 +223,8 @@ class LibvirtHypervisor:
     async def freeze(self, uuid: str) -> bool:
         """Have the guest's agent freeze its filesystems; false when no agent answers, and nothing is frozen.
 
-        Raises HypervisorAway: they may be frozen, now or in a while.
+        The same when no thread might be left for its thaw.  Raises HypervisorAway: they may be frozen, now or in a
+        while.
         """
         # Two questions: one that is given up must not go on to freeze, whenever the agent answers it.
         try:
@@ -231,6 +232,9 @@ class LibvirtHypervisor:
                 return False
         except HypervisorAway as exc:
             log.info("domain %s: its agent is not asked to freeze: %s", uuid, exc)
+            return False
+        if len(self._thawing) >= AGENT_CALLS_MAX - 1:
+            log.info("domain %s is not asked to freeze: so many agents hang in a thaw that its own might wait", uuid)
             return False
         await self._ask(lambda each: each.freeze(uuid), pool=self._freezes, limit_s=AGENT_LIMIT_S)
         return True
