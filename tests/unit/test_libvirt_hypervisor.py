@@ -496,7 +496,7 @@ async def test_a_thaw_that_is_refused_is_told() -> None:
 class FakeAgent:
     """A domain's handle, and its own connection: questions of the agent answer, or fail with libvirt's ``errors``."""
 
-    def __init__(self, **errors: int) -> None:
+    def __init__(self, **errors: int | SaidError) -> None:
         self.errors = errors
         self.asked: list[str] = []
 
@@ -509,7 +509,8 @@ class FakeAgent:
     def _ask(self, what: str) -> None:
         self.asked.append(what)
         if what in self.errors:
-            raise SaidError(self.errors[what])
+            error = self.errors[what]
+            raise error if isinstance(error, SaidError) else SaidError(error)
 
     def getTime(self) -> None:  # noqa: N802
         self._ask("time")
@@ -522,9 +523,9 @@ class FakeAgent:
 
 
 class SaidError(BINDING.libvirtError):  # type: ignore[misc]
-    def __init__(self, code: int) -> None:
-        super().__init__("planted")
-        self.err = (code, 0, "planted", 0, None, None, None, 0, 0)
+    def __init__(self, code: int, message: str = "planted") -> None:
+        super().__init__(message)
+        self.err = (code, 0, message, 0, None, None, None, 0, 0)
 
 
 def connection_of(agent: FakeAgent) -> LibvirtConnection:
@@ -544,6 +545,11 @@ def test_an_agent_that_may_not_tell_the_time_answers() -> None:
     assert connection_of(FakeAgent(time=BINDING.VIR_ERR_INTERNAL_ERROR)).has_agent(VM.uuid)
     assert connection_of(agent := FakeAgent()).has_agent(VM.uuid)
     assert agent.asked == ["time"]
+
+
+def test_a_guest_that_somebody_else_has_frozen_is_not_frozen_and_thus_not_thawed_either() -> None:
+    refusal = SaidError(BINDING.VIR_ERR_INTERNAL_ERROR, "the command has been disabled: the agent is in frozen state")
+    assert not connection_of(FakeAgent(time=refusal)).has_agent(VM.uuid)
 
 
 @pytest.mark.parametrize("code", NO_AGENT)
