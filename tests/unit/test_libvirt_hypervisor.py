@@ -437,6 +437,28 @@ async def test_an_agent_that_hangs_before_it_is_asked_to_freeze_never_is(monkeyp
     await with_libvirt(check, FakeLibvirt(VM))
 
 
+async def test_who_gives_up_on_an_agent_that_hangs_is_told_that_nothing_is_frozen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a job that is cancelled then leaves a guest that is said to be frozen for as long as its agent hangs."""
+    monkeypatch.setattr(libvirt_hypervisor, "AGENT_ANSWERS_S", 0.2)
+
+    async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
+        await hypervisor.domains()
+        libvirt.goes_on.clear()
+        is_frozen = None
+        with trio.move_on_after(0.05):
+            is_frozen = await hypervisor.freeze(VM.uuid)
+        assert is_frozen is False
+        libvirt.goes_on.set()
+        await until(lambda: libvirt.hanging == 0)
+        with trio.move_on_after(0):
+            await hypervisor.freeze(VM.uuid)
+        assert "freeze" not in libvirt.asked
+
+    await with_libvirt(check, FakeLibvirt(VM))
+
+
 async def test_a_thaw_that_hangs_is_not_asked_for_a_second_time_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would hold a thread, until there are none for other guests."""
     monkeypatch.setattr(libvirt_hypervisor, "AGENT_LIMIT_S", 0.1)

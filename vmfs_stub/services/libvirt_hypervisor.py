@@ -226,9 +226,14 @@ class LibvirtHypervisor:
         The same when no thread might be left for its thaw.  Raises HypervisorAway: they may be frozen, now or in a
         while.
         """
-        # Two questions: one that is given up must not go on to freeze, whenever the agent answers it.
+        # Two questions: one that is given up must not go on to freeze, whenever the agent answers it.  Shielded, since
+        # a caller that is cancelled has to know whether it was the first: of the second, the guest may be frozen.
         try:
-            if not await self._ask(lambda each: each.has_agent(uuid), pool=self._freezes, limit_s=AGENT_ANSWERS_S):
+            with trio.CancelScope(shield=True):
+                has_agent = await self._ask(
+                    lambda each: each.has_agent(uuid), pool=self._freezes, limit_s=AGENT_ANSWERS_S
+                )
+            if not has_agent:
                 return False
         except HypervisorAway as exc:
             log.info("domain %s: its agent is not asked to freeze: %s", uuid, exc)
