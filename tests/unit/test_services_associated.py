@@ -202,6 +202,17 @@ async def test_what_is_below_the_mount_is_never_opened_there(rig: Rig) -> None:
     assert warning == ""
 
 
+async def test_the_state_of_a_tpm_below_the_mount_is_a_file_of_the_vm_or_told_to_be_missing(rig: Rig) -> None:
+    for path in ("other/disk.raw", "other/tpm/state", "vm/tpm/state"):
+        rig.make_disk(path, b"sealed")
+    for kind, path in (("dir", "other/tpm"), ("file", "other/tpm/state"), ("dir", "vm/tpm"), ("file", "vm/tpm/state")):
+        source = rig.mountpoint / path
+        xml = TPM_XML.replace("version='2.0'/>", f"version='2.0'><source type='{kind}' path='{source}'/></backend>")
+        rig.hypervisor = FakeHypervisor(of_vm(rig, xml=xml))
+        _, warning = await backed_up(rig)
+        assert (f"without {source}: it is in this datastore" in warning) == path.startswith("other"), path
+
+
 async def test_neither_a_fifo_nor_a_link_is_read(rig: Rig, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "link").symlink_to("/etc/shadow")

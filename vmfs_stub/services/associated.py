@@ -13,7 +13,7 @@ import stat
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 from xml.etree import ElementTree
 
@@ -149,9 +149,11 @@ class AssociatedFiles:
         yield from ((TPM, state / name) for name in sorted(names) if not name.endswith(".lock") and name != ".lock")
 
     def _elsewhere(self, vm: Vm, domains: Sequence[Domain]) -> list[str]:
-        """What to say of NVRAM that is another VM's file here: the daemon must not open what lies below its mount."""
-        paths = [domain.nvram for domain in domains if domain.nvram is not None]
-        own = {file.path for file in vm.files}
+        """What to say of what is another VM's here: the daemon must not open what lies below its mount."""
+        paths = [path for domain in domains for path in (domain.nvram, _tpm_state(domain, self._swtpm)) if path]
+        own = {
+            str(place) for file in vm.files for place in (PurePosixPath(file.path), *PurePosixPath(file.path).parents)
+        }
         return [
             f"the restore point is without {printable(str(path))}: it is in this datastore, in a VM of its own"
             for path in paths
