@@ -621,10 +621,12 @@ async def test_a_hook_keeps_a_vm_from_being_touched(rig: Rig, forbidden: str, ou
         assert not any("shut down" in asked for asked in job.hypervisor.asked)
 
 
-async def test_what_a_hook_forbids_an_operator_is_an_error(rig: Rig) -> None:
+@pytest.mark.parametrize("placeholders", [Placeholders.OF_ALL, Placeholders.NONE])
+async def test_what_a_hook_forbids_an_operator_is_an_error(rig: Rig, placeholders: Placeholders) -> None:
     make_vms(rig, "a")
     async with rig.running() as services:
-        result = (await run(JobRig(services, hooks=FakeHooks("archive")), Placeholders.OF_ALL, tolerant=False))["a"]
+        job = JobRig(services, hooks=FakeHooks("archive", "backup"))
+        result = (await run(job, placeholders, tolerant=False))["a"]
         assert (result.outcome, result.message, type(result.error)) == ("skipped", "not today", Refused)
 
 

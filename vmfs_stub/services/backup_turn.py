@@ -160,8 +160,7 @@ class Turn:
         result = self._result
         if forbidden := await self._means.hooks.before(self._call):
             result.outcome, result.message = "skipped", forbidden
-            if self._archives and result.decision is None:  # an operator wanted it
-                result.error = Refused(forbidden)
+            result.error = None if self._tolerant else Refused(forbidden)
         elif not self._archives:
             await self._copy(result.vm, archive=False)
         elif result.decision is None:
