@@ -437,6 +437,26 @@ async def test_an_agent_that_hangs_before_it_is_asked_to_freeze_never_is(monkeyp
     await with_libvirt(check, FakeLibvirt(VM))
 
 
+async def test_an_agent_that_hangs_holds_one_thread_however_often_its_guest_is_backed_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After a few nights no other guest would be brought to rest any more."""
+    monkeypatch.setattr(libvirt_hypervisor, "AGENT_ANSWERS_S", 0.1)
+
+    async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
+        await hypervisor.domains()
+        libvirt.goes_on.clear()
+        for _ in range(AGENT_CALLS_MAX):
+            assert not await hypervisor.freeze(VM.uuid)
+        assert libvirt.asked.count("agent?") == 1
+        libvirt.goes_on.set()
+        await until(lambda: libvirt.hanging == 0)
+        assert await hypervisor.freeze(VM.uuid)
+        await hypervisor.thaw(VM.uuid)
+
+    await with_libvirt(check, FakeLibvirt(VM))
+
+
 async def test_who_gives_up_on_an_agent_that_hangs_is_told_that_nothing_is_frozen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
