@@ -54,6 +54,7 @@ from vmfs_stub.services.guest_activity import GuestActivity
 from vmfs_stub.services.hydration import STEPS_AT_ONCE
 from vmfs_stub.services.hypervisor import WatchedHypervisor
 from vmfs_stub.services.local_mover import LocalMover
+from vmfs_stub.services.managed_save import ManagedSave
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
 from vmfs_stub.services.recovery import Recovered, Recovery
 from vmfs_stub.services.resumption import resume
@@ -371,6 +372,12 @@ class Rig:
         self.memory_dir: str | None = None
         """Where at the top later lives know the memory of saved guests."""
 
+    @property
+    def managed_save(self) -> ManagedSave:
+        """Where the hypervisor saves memory, as later lives know it."""
+        place = self.memory_dir or "/nowhere"
+        return ManagedSave(self.mountpoint / place, self.mountpoint, place)
+
     def add_replica(self) -> None:
         """From now on the store has a replica, and nothing is released that is not in it."""
         self.replica_objects = FakeObjects()
@@ -566,7 +573,7 @@ class Rig:
             bandwidth=self.bandwidth,
             mountpoint=self.mountpoint,
             hypervisor=None if self.hypervisor is None else SitedHypervisor(self.hypervisor, files),
-            memory_dir=self.memory_dir,
+            managed_save=self.managed_save,
         )
         return Services(self, files, threads, recovered, private, connected, findings, store, replicated)
 

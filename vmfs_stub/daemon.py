@@ -283,7 +283,7 @@ async def _open_parts(config: Config, files: FileCalls, found: _Found) -> AsyncI
                 bandwidth=bandwidth,
                 mountpoint=config.datastore.mountpoint,
                 hypervisor=hypervisor,
-                memory_dir=found.managed_save.memory_dir,
+                managed_save=found.managed_save,
             )
             async with _laid_down(background, services.disks):
                 yield _Parts(background, threads, catalog, mover, hypervisor, bandwidth, services)

@@ -83,6 +83,11 @@ def test_a_guest_is_at_rest_by_its_agent_and_goes_on_with_and_without_it(
     assert consistency == "quiesced"
     assert libvirt.ask_agent(web, "guest-fsfreeze-status") == "thawed"
     wait_written(libvirt)
+    libvirt.virsh("domfsfreeze", web)
+    assert backed_up(datastore)[1] == "crash"
+    assert libvirt.ask_agent(web, "guest-fsfreeze-status") == "frozen", "who has frozen it relies on that"
+    libvirt.virsh("domfsthaw", web)
+    wait_written(libvirt)
     hang_agent(libvirt)
     not_at_rest, consistency = backed_up(datastore)
     assert consistency == "crash"

@@ -346,6 +346,7 @@ def _set_domain(services: Services) -> None:
         hypervisor=hypervisor,
         chains=services.chains,
         link=services.connected.link,
+        managed_save=services.rig.managed_save,
         swtpm=services.rig.base / "swtpm",
     ).of
 

@@ -813,6 +813,7 @@ async def test_no_point_is_made_of_a_vm_that_has_other_images_at_the_moment_than
                 hypervisor=hypervisor,
                 chains=services.chains,
                 link=services.connected.link,
+                managed_save=rig.managed_save,
             ).of
 
             def fold_back(rig: Rig) -> None:

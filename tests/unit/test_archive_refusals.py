@@ -149,6 +149,23 @@ async def test_archives_are_allowed_where_nothing_is_against_it(rig: Rig, change
     assert rig.is_placeholder("web/disk.img")
 
 
+async def test_a_domain_that_has_the_disk_only_now_counts_at_once(rig: Rig) -> None:
+    """An image is moved into the datastore, and a link left where it was."""
+    old = rig.base / "old.img"
+    rig.hypervisor = FakeHypervisor(replace(domain("guest", old), metadata={"protected": "yes"}))
+    async with rig.running() as services:
+
+        async def act(datastore: Datastore, _: object) -> None:
+            assert (await archived(datastore, "other")).state == "done"
+            old.symlink_to(rig.mountpoint / "web/disk.img")
+            info = await archived(datastore, "web")
+            assert info.error is not None
+            assert info.error.error == Protected.__name__
+
+        await with_datastore(services, "", act)
+    assert not rig.is_placeholder("web/disk.img")
+
+
 async def test_archives_are_refused_where_it_is_not_known(rig: Rig) -> None:
     hypervisor_of(rig, {}).away = True
     async with rig.running() as services:

@@ -6,14 +6,16 @@ import builtins
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fake_hypervisor import domain
 
-from vmfs_stub.cli import libvirt_checks
+from vmfs_stub.cli import context, libvirt_checks
 from vmfs_stub.cli.host_checks import HostFinding
 from vmfs_stub.config import Config, parse_config
+from vmfs_stub.control.messages import LibvirtStatus
 from vmfs_stub.core.errors import HypervisorAway
 from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.inventory.libvirt import LibvirtConnection
@@ -108,6 +110,30 @@ def test_a_host_without_libvirt_is_no_problem_unless_it_should_have_one(monkeypa
     for given in (config(), config("enabled = false")):
         assert [found.severity for found in libvirt_checks.check_libvirt(given)] == ["note"]
     assert [found.severity for found in libvirt_checks.check_libvirt(config("enabled = true"))] == ["problem"]
+
+
+@pytest.mark.parametrize(
+    ("known_to_daemon", "severity", "said"),
+    [
+        (
+            LibvirtStatus(uri="qemu:///system", connected=False, last_error="no such socket"),
+            "problem",
+            "no such socket",
+        ),
+        (LibvirtStatus(uri="qemu:///system", connected=True), "note", "not used"),
+        (None, "note", "not used"),
+    ],
+)
+def test_a_libvirt_that_the_daemon_misses_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch, known_to_daemon: LibvirtStatus | None, severity: str, said: str
+) -> None:
+    monkeypatch.setattr(libvirt_checks, "is_there", lambda uri: False)
+    status = SimpleNamespace(libvirt=known_to_daemon)
+    monkeypatch.setattr(context, "client_of", lambda config: SimpleNamespace(status=lambda: status))
+    (found,) = libvirt_checks.check_libvirt(config())
+    assert (found.severity, said in found.message) == (severity, True)
+    (found,) = libvirt_checks.check_libvirt(config("enabled = false"))
+    assert found.severity == "note"
 
 
 def test_without_the_binding_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

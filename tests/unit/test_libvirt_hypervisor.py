@@ -437,6 +437,48 @@ async def test_an_agent_that_hangs_before_it_is_asked_to_freeze_never_is(monkeyp
     await with_libvirt(check, FakeLibvirt(VM))
 
 
+async def test_an_agent_that_hangs_holds_one_thread_however_often_its_guest_is_backed_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After a few nights no other guest would be brought to rest any more."""
+    monkeypatch.setattr(libvirt_hypervisor, "AGENT_ANSWERS_S", 0.1)
+
+    async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
+        await hypervisor.domains()
+        libvirt.goes_on.clear()
+        for _ in range(AGENT_CALLS_MAX):
+            assert not await hypervisor.freeze(VM.uuid)
+        assert libvirt.asked.count("agent?") == 1
+        libvirt.goes_on.set()
+        await until(lambda: libvirt.hanging == 0)
+        assert await hypervisor.freeze(VM.uuid)
+        await hypervisor.thaw(VM.uuid)
+
+    await with_libvirt(check, FakeLibvirt(VM))
+
+
+async def test_who_gives_up_on_an_agent_that_hangs_is_told_that_nothing_is_frozen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a job that is cancelled then leaves a guest that is said to be frozen for as long as its agent hangs."""
+    monkeypatch.setattr(libvirt_hypervisor, "AGENT_ANSWERS_S", 0.2)
+
+    async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
+        await hypervisor.domains()
+        libvirt.goes_on.clear()
+        is_frozen = None
+        with trio.move_on_after(0.05):
+            is_frozen = await hypervisor.freeze(VM.uuid)
+        assert is_frozen is False
+        libvirt.goes_on.set()
+        await until(lambda: libvirt.hanging == 0)
+        with trio.move_on_after(0):
+            await hypervisor.freeze(VM.uuid)
+        assert "freeze" not in libvirt.asked
+
+    await with_libvirt(check, FakeLibvirt(VM))
+
+
 async def test_a_thaw_that_hangs_is_not_asked_for_a_second_time_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would hold a thread, until there are none for other guests."""
     monkeypatch.setattr(libvirt_hypervisor, "AGENT_LIMIT_S", 0.1)
@@ -453,6 +495,26 @@ async def test_a_thaw_that_hangs_is_not_asked_for_a_second_time_meanwhile(monkey
         assert libvirt.asked.count("thaw") == 2
         libvirt.thaws_go_on.set()
         await until(lambda: not hypervisor._thawing)
+        await hypervisor.thaw(VM.uuid)
+
+    await with_libvirt(check, FakeLibvirt(VM))
+
+
+async def test_no_guest_is_frozen_that_could_not_be_thawed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Agents that hang in a thaw keep the threads; with none left, a guest whose agent is well would stay frozen."""
+    monkeypatch.setattr(libvirt_hypervisor, "AGENT_LIMIT_S", 0.1)
+
+    async def check(hypervisor: LibvirtHypervisor, libvirt: FakeLibvirt) -> None:
+        libvirt.thaws_go_on.clear()
+        for number in range(AGENT_CALLS_MAX - 1):
+            assert await hypervisor.freeze(f"{number:032x}")
+            with pytest.raises(HypervisorAway):
+                await hypervisor.thaw(f"{number:032x}")
+        assert not await hypervisor.freeze(VM.uuid)
+        assert libvirt.asked.count("freeze") == AGENT_CALLS_MAX - 1
+        libvirt.thaws_go_on.set()
+        await until(lambda: not hypervisor._thawing)
+        assert await hypervisor.freeze(VM.uuid)
         await hypervisor.thaw(VM.uuid)
 
     await with_libvirt(check, FakeLibvirt(VM))
@@ -476,7 +538,7 @@ async def test_a_thaw_that_is_refused_is_told() -> None:
 class FakeAgent:
     """A domain's handle, and its own connection: questions of the agent answer, or fail with libvirt's ``errors``."""
 
-    def __init__(self, **errors: int) -> None:
+    def __init__(self, **errors: int | SaidError) -> None:
         self.errors = errors
         self.asked: list[str] = []
 
@@ -489,7 +551,8 @@ class FakeAgent:
     def _ask(self, what: str) -> None:
         self.asked.append(what)
         if what in self.errors:
-            raise SaidError(self.errors[what])
+            error = self.errors[what]
+            raise error if isinstance(error, SaidError) else SaidError(error)
 
     def getTime(self) -> None:  # noqa: N802
         self._ask("time")
@@ -502,9 +565,9 @@ class FakeAgent:
 
 
 class SaidError(BINDING.libvirtError):  # type: ignore[misc]
-    def __init__(self, code: int) -> None:
-        super().__init__("planted")
-        self.err = (code, 0, "planted", 0, None, None, None, 0, 0)
+    def __init__(self, code: int, message: str = "planted") -> None:
+        super().__init__(message)
+        self.err = (code, 0, message, 0, None, None, None, 0, 0)
 
 
 def connection_of(agent: FakeAgent) -> LibvirtConnection:
@@ -524,6 +587,11 @@ def test_an_agent_that_may_not_tell_the_time_answers() -> None:
     assert connection_of(FakeAgent(time=BINDING.VIR_ERR_INTERNAL_ERROR)).has_agent(VM.uuid)
     assert connection_of(agent := FakeAgent()).has_agent(VM.uuid)
     assert agent.asked == ["time"]
+
+
+def test_a_guest_that_somebody_else_has_frozen_is_not_frozen_and_thus_not_thawed_either() -> None:
+    refusal = SaidError(BINDING.VIR_ERR_INTERNAL_ERROR, "the command has been disabled: the agent is in frozen state")
+    assert not connection_of(FakeAgent(time=refusal)).has_agent(VM.uuid)
 
 
 @pytest.mark.parametrize("code", NO_AGENT)

@@ -16,6 +16,8 @@ from tests.fake_hypervisor import FakeHypervisor, domain
 from tests.unit.test_services_image_chains import make_base, make_overlay
 from vmfs_stub.cli.restore import _beside_lines
 from vmfs_stub.core.errors import CorruptManifest
+from vmfs_stub.core.usage import GuestState
+from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.services import associated
 from vmfs_stub.services.associated import BASES, AssociatedFiles
@@ -60,6 +62,7 @@ async def backed_up(rig: Rig, name: str = "vm", *, swtpm: Path | None = None) ->
                 hypervisor=rig.hypervisor,
                 chains=services.chains,
                 link=services.connected.link,
+                managed_save=rig.managed_save,
                 swtpm=swtpm,
             ).of
         report = await services.archive(name, archive=False)
@@ -153,6 +156,27 @@ async def test_a_hypervisor_that_is_away_fails_no_backup(rig: Rig) -> None:
     assert "libvirt does not answer" in warning
 
 
+async def test_memory_that_was_saved_elsewhere_is_told_of_and_that_of_the_vm_itself_is_in_the_point(rig: Rig) -> None:
+    hypervisor = rig.hypervisor = FakeHypervisor(of_vm(rig, state=GuestState.SAVED))
+    for archive in (False, True):
+        async with rig.running() as services:
+            report = await services.archive("vm", archive=archive)
+            assert report.warning == (
+                "the restore point is without the memory of domain guest, which was saved to /nowhere: where that is "
+                "not, the guest starts as after a power failure"
+            )
+            assert bool(report.placeholders) == archive
+    rig.memory_dir = "saved"
+    rig.make_disk("saved/guest.save", b"memory")
+    inventory = DirectoryInventory(rig.backing, memory_dir=rig.memory_dir)
+    inventory.give_memory(inventory.find("vm"), "guest.save")
+    manifest, warning = await backed_up(rig)
+    assert (warning, len(manifest.files)) == ("", 2)
+    rig.memory_dir = None
+    hypervisor.put(UUID, state=GuestState.OFF)
+    assert (await backed_up(rig))[1] == ""
+
+
 async def test_what_is_too_large_is_left_out(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvram = tmp_path / "VARS.fd"
     nvram.write_bytes(os.urandom(1000))
@@ -176,6 +200,17 @@ async def test_what_is_below_the_mount_is_never_opened_there(rig: Rig) -> None:
     rig.make_disk("vm/VARS.fd", b"vars")
     _, warning = await backed_up(rig)
     assert warning == ""
+
+
+async def test_the_state_of_a_tpm_below_the_mount_is_a_file_of_the_vm_or_told_to_be_missing(rig: Rig) -> None:
+    for path in ("other/disk.raw", "other/tpm/state", "vm/tpm/state"):
+        rig.make_disk(path, b"sealed")
+    for kind, path in (("dir", "other/tpm"), ("file", "other/tpm/state"), ("dir", "vm/tpm"), ("file", "vm/tpm/state")):
+        source = rig.mountpoint / path
+        xml = TPM_XML.replace("version='2.0'/>", f"version='2.0'><source type='{kind}' path='{source}'/></backend>")
+        rig.hypervisor = FakeHypervisor(of_vm(rig, xml=xml))
+        _, warning = await backed_up(rig)
+        assert (f"without {source}: it is in this datastore" in warning) == path.startswith("other"), path
 
 
 async def test_neither_a_fifo_nor_a_link_is_read(rig: Rig, tmp_path: Path) -> None:

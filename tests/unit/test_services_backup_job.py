@@ -621,6 +621,15 @@ async def test_a_hook_keeps_a_vm_from_being_touched(rig: Rig, forbidden: str, ou
         assert not any("shut down" in asked for asked in job.hypervisor.asked)
 
 
+@pytest.mark.parametrize("placeholders", [Placeholders.OF_ALL, Placeholders.NONE])
+async def test_what_a_hook_forbids_an_operator_is_an_error(rig: Rig, placeholders: Placeholders) -> None:
+    make_vms(rig, "a")
+    async with rig.running() as services:
+        job = JobRig(services, hooks=FakeHooks("archive", "backup"))
+        result = (await run(job, placeholders, tolerant=False))["a"]
+        assert (result.outcome, result.message, type(result.error)) == ("skipped", "not today", Refused)
+
+
 async def test_what_is_protected_meanwhile_stays(rig: Rig) -> None:
     make_vms(rig, "a")
     async with rig.running() as services:
@@ -691,6 +700,7 @@ async def test_what_comes_up_while_it_is_copied_makes_a_backup_of_it(rig: Rig, p
         results = await run(job, placeholders)
         assert outcomes(results) == {"a": "backed up"}
         assert results["a"].message == "not archived after all: libvirt does not answer"
+        assert isinstance(results["a"].error, Refused) == at_turn, "an operator wanted it, policy only might have"
         assert job.looks == [*([("a", False)] if at_turn else []), ("a", True)]
         assert job.made == {results["a"].vm.id}
         assert not rig.is_placeholder("a/disk.img")

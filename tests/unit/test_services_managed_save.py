@@ -62,6 +62,11 @@ def test_a_directory_for_memory_stays_one_with_images_in_it(rig: Rig) -> None:
     assert not found.has_image(inventory.find("flat"), domain("guest"))
 
 
+def test_no_file_of_a_vm_is_an_image_that_lies_elsewhere_whatever_its_name(rig: Rig, tmp_path: Path) -> None:
+    rig.make_disk("None", b"disk")
+    assert not at(rig, tmp_path).has_image(rig.vm("None"), domain("guest"))
+
+
 def test_a_place_that_cannot_be_told_is_not_on_the_mount(rig: Rig, tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("a")
     found = at(rig, tmp_path / "a")

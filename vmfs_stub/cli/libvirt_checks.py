@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmfs_stub.cli.host_checks import HostFinding
-from vmfs_stub.core.errors import HypervisorAway, PrimaryIOError
+from vmfs_stub.core.errors import HypervisorAway, PrimaryIOError, VmfsStubError
 from vmfs_stub.core.names import printable
 from vmfs_stub.core.sites import PLAIN
 from vmfs_stub.services.datastore_paths import DatastorePaths
@@ -30,10 +31,7 @@ def check_libvirt(config: Config) -> Iterator[HostFinding]:
     """libvirt, where this host has it, and whether its domains are such that they can be archived."""
     wanted = config.libvirt
     if not is_used(wanted):
-        said = (
-            "[libvirt] enabled is false" if wanted.enabled is False else "no socket, or vmfs-stub[libvirt] is missing"
-        )
-        yield HostFinding("note", "libvirt", f"not used: {said}", "none, if no VM here is run by it")
+        yield _not_used() if wanted.enabled is False else _not_found(config)
         return
     mountpoint = config.datastore.mountpoint
     try:
@@ -49,6 +47,22 @@ def check_libvirt(config: Config) -> Iterator[HostFinding]:
     for domain in linked:
         yield from _domain(domain, config, is_here)
     yield _managed_save(config)
+
+
+def _not_used(why: str = "[libvirt] enabled is false") -> HostFinding:
+    return HostFinding("note", "libvirt", f"not used: {why}", "none, if no VM here is run by it")
+
+
+def _not_found(config: Config) -> HostFinding:
+    """Nothing is there; a daemon that runs knows whether something was."""
+    from vmfs_stub.cli.context import client_of
+
+    with suppress(VmfsStubError):
+        known = client_of(config).status().libvirt
+        if known is not None and not known.connected:
+            message = f"the daemon does not reach {known.uri}: {known.last_error}"
+            return HostFinding("problem", "libvirt", message, "start libvirtd, or correct [libvirt]")
+    return _not_used("no socket, or vmfs-stub[libvirt] is missing")
 
 
 def _leads_here(paths: DatastorePaths, mountpoint: Path, path: Path) -> bool:

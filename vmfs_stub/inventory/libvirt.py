@@ -27,6 +27,9 @@ _KEEPALIVE_S: Final = 5
 _KEEPALIVES_MISSED: Final = 3
 """A libvirtd that is silent for this many of them is gone: calls that wait for it fail then."""
 
+_IS_FROZEN: Final = "the agent is in frozen state"
+"""What QEMU's agent, since 6.0, answers to all questions but those of freezing while its guest is frozen."""
+
 
 @dataclass(frozen=True, slots=True)
 class DomainEvent:
@@ -263,7 +266,10 @@ class LibvirtConnection:
                 dom.create()
 
     def has_agent(self, uuid: str) -> bool:
-        """Whether an agent in the guest answers; it is asked for the time, which changes nothing."""
+        """Whether an agent in the guest answers, and can be asked to freeze; asking for the time changes nothing.
+
+        Not so while somebody else has frozen the guest, who will thaw it, and relies on that until then.
+        """
         libvirt = the_binding()
         with translated("cannot ask the agent of a guest"):
             dom = self._lookup(uuid)
@@ -271,7 +277,7 @@ class LibvirtConnection:
                 dom.getTime()
             except libvirt.libvirtError as exc:
                 # All else, as that this very question is forbidden, is an answer.
-                return exc.get_error_code() not in (
+                return _IS_FROZEN not in said(exc) and exc.get_error_code() not in (
                     libvirt.VIR_ERR_AGENT_UNRESPONSIVE,
                     libvirt.VIR_ERR_AGENT_UNSYNCED,
                     libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED,

@@ -1,7 +1,8 @@
 """What belongs to a VM beside its own files, for its restore points: domain XML, NVRAM, TPM state, names of bases.
 
 Whoever restores a VM on another host needs them; on this one they stay where they are, and an archive takes nothing of
-them away.  So what cannot be had is a warning, and never fails a backup.
+them away.  So what cannot be had is a warning, and never fails a backup.  The same goes for the memory of a saved guest
+where that is no file of the VM.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import stat
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 from xml.etree import ElementTree
 
@@ -24,6 +25,7 @@ from vmfs_stub.primary.files import FileCalls, read_fully
 from vmfs_stub.services.domains import LinkDomains
 from vmfs_stub.services.hypervisor import Hypervisor
 from vmfs_stub.services.image_chains import BaseOf, ImageChains
+from vmfs_stub.services.managed_save import ManagedSave
 from vmfs_stub.services.threads import Threads
 from vmfs_stub.store.associated_files import (
     ASSOCIATED,
@@ -76,6 +78,7 @@ class AssociatedFiles:
         hypervisor: Hypervisor,
         chains: ImageChains,
         link: LinkDomains,
+        managed_save: ManagedSave,
         swtpm: Path = SWTPM,
     ) -> None:
         self._files = files
@@ -83,6 +86,7 @@ class AssociatedFiles:
         self._hypervisor = hypervisor
         self._chains = chains
         self._link = link
+        self._managed_save = managed_save
         self._swtpm = swtpm
 
     async def of(self, vm: Vm) -> Associated:
@@ -100,6 +104,7 @@ class AssociatedFiles:
             own = (await self._threads.files(self._link, [vm], domains)).of(vm.id)
         except PrimaryIOError as exc:
             warnings.append(f"the restore point may be without what belongs to the VM: {exc}")
+        warnings += filter(None, (self._managed_save.missing(vm, domain) for domain in own))
         warnings += await self._threads.files(self._elsewhere, vm, own)
         metadata = dict(_definitions(own, warnings))
         if files := await self._threads.files(self._collected, own, warnings):
@@ -144,9 +149,11 @@ class AssociatedFiles:
         yield from ((TPM, state / name) for name in sorted(names) if not name.endswith(".lock") and name != ".lock")
 
     def _elsewhere(self, vm: Vm, domains: Sequence[Domain]) -> list[str]:
-        """What to say of NVRAM that is another VM's file here: the daemon must not open what lies below its mount."""
-        paths = [domain.nvram for domain in domains if domain.nvram is not None]
-        own = {file.path for file in vm.files}
+        """What to say of what is another VM's here: the daemon must not open what lies below its mount."""
+        paths = [path for domain in domains for path in (domain.nvram, _tpm_state(domain, self._swtpm)) if path]
+        own = {
+            str(place) for file in vm.files for place in (PurePosixPath(file.path), *PurePosixPath(file.path).parents)
+        }
         return [
             f"the restore point is without {printable(str(path))}: it is in this datastore, in a VM of its own"
             for path in paths

@@ -87,7 +87,7 @@ class BackupJobs:
         """Back the VMs up; results in their order.
 
         ``tolerant`` when a VM is skipped without that being an error because a program that does not go through the
-        mount has it open; ``alone`` for one after the other.
+        mount has it open, or a hook forbids it: nobody has named it; ``alone`` for one after the other.
         Raises nothing that VMs cause.
         """
         settings = replace(self.settings, parallel=1) if alone else self.settings

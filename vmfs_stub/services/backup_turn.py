@@ -160,6 +160,7 @@ class Turn:
         result = self._result
         if forbidden := await self._means.hooks.before(self._call):
             result.outcome, result.message = "skipped", forbidden
+            result.error = None if self._tolerant else Refused(forbidden)
         elif not self._archives:
             await self._copy(result.vm, archive=False)
         elif result.decision is None:
@@ -168,13 +169,18 @@ class Turn:
             await self._archive_idle(result.vm, result.decision)
 
     async def _archive_named(self, vm: Vm) -> None:
-        """What an operator wants archived; nothing is done when anything stands against it."""
+        """What an operator wants archived; nothing is done when anything stands against it.
+
+        One that comes up only later leaves a backup, which is not what was wanted: that is an error, too.
+        """
         try:
             (await self._means.look()).refuse(vm)
         except Refused as exc:
             self._skip(exc)
         else:
-            await self._copy(vm, archive=True, recheck=partial(self._against, vm, by_policy=False))
+            report = await self._copy(vm, archive=True, recheck=partial(self._against, vm, by_policy=False))
+            if report.kept:
+                self._result.error = Refused(self._result.message)
 
     async def _archive_idle(self, vm: Vm, decision: Decision) -> None:
         """What policy wants archived is backed up all the same when that is not to be, while it is in use."""

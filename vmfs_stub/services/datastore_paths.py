@@ -23,7 +23,7 @@ KEPT_S: Final = 30.0
 
 
 class DatastorePaths:
-    """Tells of paths where they lead; what is found out is kept for ``kept_s``."""
+    """Tells of paths where they lead; what is found out is kept for ``kept_s``, or until `forget`."""
 
     def __init__(self, *, files: FileCalls, backing: Path, mountpoint: Path, kept_s: float = KEPT_S) -> None:
         self._files = files
@@ -44,7 +44,7 @@ class DatastorePaths:
         """
         with self._lock:
             if time.monotonic() - self._since_s >= self._kept_s:
-                self._forget()
+                self._clear()
             known = self._known.get(path)
             if known is None:
                 backing, mountpoint = self._resolved_tops()
@@ -53,8 +53,12 @@ class DatastorePaths:
                 known = self._known[path] = at[len(backing) + 1 :] if is_inside else at
             return known
 
-    def _forget(self) -> None:
-        """Links may lead elsewhere by now."""
+    def forget(self) -> None:
+        """Look anew from now on, as whoever decides on an archive has to: links may lead elsewhere by now."""
+        with self._lock:
+            self._clear()
+
+    def _clear(self) -> None:
         self._known.clear()
         self._targets.clear()
         self._tops = None

@@ -27,6 +27,7 @@ from vmfs_stub.services.guest_activity import GuestActivity
 from vmfs_stub.services.hydration import HydrationService
 from vmfs_stub.services.hypervisor import Hypervisor
 from vmfs_stub.services.image_chains import ImageChains
+from vmfs_stub.services.managed_save import ManagedSave
 from vmfs_stub.services.mover import Mover
 from vmfs_stub.services.placeholder_ender import PlaceholderEnder
 from vmfs_stub.services.placeholder_index import PlaceholderIndex
@@ -103,15 +104,14 @@ def connect_services(
     changes_left: ChangesLeft,
     findings: Findings,
     bandwidth: Bandwidth,
+    managed_save: ManagedSave,
     mountpoint: Path | None = None,
     hypervisor: Hypervisor | None = None,
-    memory_dir: str | None = None,
 ) -> DiskServices:
     """Make the services; their background work runs in ``nursery``, and ends when that is cancelled.
 
     What guests read, and what is adopted, comes from ``reading``: the store, or the store with its replica.  With a
-    ``hypervisor``, what it knows of a VM goes into its restore points; it names files below the ``mountpoint``.  For
-    ``memory_dir`` see DirectoryInventory.
+    ``hypervisor``, what it knows of a VM goes into its restore points; it names files below the ``mountpoint``.
     """
     failures = RecallFailures(findings)
     claims = Claims(
@@ -194,7 +194,7 @@ def connect_services(
         private=private,
         backing=backing,
         settings=settings.archive,
-        memory_dir=memory_dir,
+        memory_dir=managed_save.memory_dir,
     )
     paths = DatastorePaths(files=files, backing=backing, mountpoint=mountpoint or backing)
     link_domains = partial(link, paths=paths)
@@ -209,7 +209,12 @@ def connect_services(
     groups = VmGroups(files=files, threads=threads, disks=disks, backing=backing)
     if hypervisor is not None:
         archiver.associated = AssociatedFiles(
-            files=files, threads=threads, hypervisor=hypervisor, chains=chains, link=link_domains
+            files=files,
+            threads=threads,
+            hypervisor=hypervisor,
+            chains=chains,
+            link=link_domains,
+            managed_save=managed_save,
         ).of
     return DiskServices(
         files=files,

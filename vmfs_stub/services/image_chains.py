@@ -92,13 +92,14 @@ class ImageChains:
     async def look(self, vms: Sequence[Vm], domains: Sequence[Domain]) -> Chains:
         """The chains of all images of a datastore, of which these are all VMs, and all domains of this host.
 
-        Raises PrimaryIOError when it cannot be told where the disks of a domain are.
+        Paths are followed anew, also for whoever asks next.  Raises PrimaryIOError when it cannot be told where the
+        disks of a domain are.
         """
         files = [file for vm in vms for file in vm.files]
         places = {file.ino: file.path for file in reversed(files)}
         first_names = {file.path: places[file.ino] for file in files}
         uses: dict[str, list[DiskUse]] = {}
-        for place, each in (await self._threads.files(self._uses, domains)).items():
+        for place, each in (await self._threads.files(self._uses_anew, domains)).items():
             uses.setdefault(first_names.get(place, place), []).extend(each)
         named, problems = await self._named([file for file in files if places[file.ino] == file.path], uses)
         bases: dict[str, set[str]] = {}
@@ -126,6 +127,10 @@ class ImageChains:
         return await self._threads.files(self._identified, vm, named, uses)
 
     # What domains say
+
+    def _uses_anew(self, domains: Sequence[Domain]) -> dict[str, list[DiskUse]]:
+        self._paths.forget()
+        return self._uses(domains)
 
     def _uses(self, domains: Sequence[Domain]) -> dict[str, list[DiskUse]]:
         """By place, whose disk an image is."""

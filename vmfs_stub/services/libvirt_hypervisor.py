@@ -135,8 +135,9 @@ class LibvirtHypervisor:
         self._states: dict[str, _State] = {}
         self._state_events: dict[str, float] = {}
         self._forgot_s = -math.inf
+        self._freezing: set[str] = set()
         self._thawing: set[str] = set()
-        """Guests whose thaw is not answered yet, be it that nobody waits for it: no other one waits behind it."""
+        """Guests whose agents have yet to answer, be it that nobody waits for it: no other question waits behind it."""
         self.changes = 0
         self.away_since_s: float | None = None
         self.away_reason = ""
@@ -223,32 +224,37 @@ class LibvirtHypervisor:
     async def freeze(self, uuid: str) -> bool:
         """Have the guest's agent freeze its filesystems; false when no agent answers, and nothing is frozen.
 
-        Raises HypervisorAway: they may be frozen, now or in a while.
+        The same when no thread might be left for its thaw.  Raises HypervisorAway: they may be frozen, now or in a
+        while.
         """
-        # Two questions: one that is given up must not go on to freeze, whenever the agent answers it.
+        if uuid in self._freezing:
+            log.info("domain %s: its agent is not asked to freeze: it has not answered earlier", uuid)
+            return False
+        # Two questions: one that is given up must not go on to freeze, whenever the agent answers it.  Shielded, since
+        # a caller that is cancelled has to know whether it was the first: of the second, the guest may be frozen.
         try:
-            if not await self._ask(lambda each: each.has_agent(uuid), pool=self._freezes, limit_s=AGENT_ANSWERS_S):
+            with trio.CancelScope(shield=True):
+                asked = partial(_alone, self._freezing, uuid, lambda each: each.has_agent(uuid))
+                has_agent = await self._ask(asked, pool=self._freezes, limit_s=AGENT_ANSWERS_S)
+            if not has_agent:
                 return False
         except HypervisorAway as exc:
             log.info("domain %s: its agent is not asked to freeze: %s", uuid, exc)
             return False
-        await self._ask(lambda each: each.freeze(uuid), pool=self._freezes, limit_s=AGENT_LIMIT_S)
+        if len(self._thawing) >= AGENT_CALLS_MAX - 1:
+            log.info("domain %s is not asked to freeze: so many agents hang in a thaw that its own might wait", uuid)
+            return False
+        frozen = partial(_alone, self._freezing, uuid, lambda each: each.freeze(uuid))
+        await self._ask(frozen, pool=self._freezes, limit_s=AGENT_LIMIT_S)
         return True
 
     async def thaw(self, uuid: str) -> None:
         """Undo `freeze`.  Raises HypervisorAway unless the guest's agent says that it is done."""
         if uuid in self._thawing:
             raise HypervisorAway("its agent has not answered an earlier thaw yet")
-
-        def thaw(connection: Connection) -> None:
-            self._thawing.add(uuid)
-            try:
-                connection.thaw(uuid)
-            finally:
-                self._thawing.discard(uuid)
-
+        thawed = partial(_alone, self._thawing, uuid, lambda each: each.thaw(uuid))
         # Not in the pool of freezes: those that hang there are what is to be undone.
-        await self._ask(thaw, pool=self._thaws, limit_s=AGENT_LIMIT_S)
+        await self._ask(thawed, pool=self._thaws, limit_s=AGENT_LIMIT_S)
 
     async def set_note(self, uuid: str, note: ArchiveNote | None) -> None:
         """Write, or remove, what the domain's metadata says of its archive.  Raises HypervisorAway."""
@@ -443,6 +449,15 @@ def look_at_domains(settings: LibvirtSettings) -> list[Domain]:
 def is_there(uri: str) -> bool:
     """Whether ``enabled = "auto"`` would use libvirt: its binding is installed, and its socket is there."""
     return has_socket(uri) and has_binding()
+
+
+def _alone(asked: set[str], uuid: str, call: Callable[[Connection], T], connection: Connection) -> T:
+    """Make a call of a guest's agent, which is in ``asked`` until it has answered; in a thread."""
+    asked.add(uuid)
+    try:
+        return call(connection)
+    finally:
+        asked.discard(uuid)
 
 
 def _tell_loop(token: trio.lowlevel.TrioToken, happened: Callable[[DomainEvent], None], event: DomainEvent) -> None:

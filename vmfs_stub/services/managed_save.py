@@ -13,6 +13,7 @@ from typing import Final
 
 from vmfs_stub.core.names import printable
 from vmfs_stub.core.sites import PLAIN, FileCalls
+from vmfs_stub.core.usage import GuestState
 from vmfs_stub.inventory.directory import DirectoryInventory
 from vmfs_stub.inventory.domain import Domain
 from vmfs_stub.inventory.vm import Vm
@@ -78,4 +79,14 @@ class ManagedSave:
 
     def has_image(self, vm: Vm, domain: Domain) -> bool:
         """Whether the image is among the VM's files, as they were just found."""
-        return str(self.image(domain)) in {file.path for file in vm.files}
+        image = self.image(domain)
+        return image is not None and str(image) in {file.path for file in vm.files}
+
+    def missing(self, vm: Vm, domain: Domain) -> str:
+        """What to say of a restore point of ``vm`` that lacks the memory of its saved guest; empty when it does not."""
+        if domain.state is not GuestState.SAVED or self.has_image(vm, domain):
+            return ""
+        return (
+            f"the restore point is without the memory of domain {domain.name}, which was saved to {self.save_dir}: "
+            "where that is not, the guest starts as after a power failure"
+        )
