@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from tests.datastore_harness import BLOCK, CHUNK, Fault, Killed, Rig, Services, survives_kill, temporary_rig
 from tests.fake_hypervisor import FakeHypervisor, domain
@@ -26,6 +28,7 @@ from vmfs_stub.services.associated import AssociatedFiles
 from vmfs_stub.services.backup_report import BackupReport
 from vmfs_stub.services.changes import DiskChanges
 from vmfs_stub.services.disk import Disk
+from vmfs_stub.services.disk_parts import DiskParts
 from vmfs_stub.services.frozen_disk import FrozenDisk
 from vmfs_stub.services.frozen_guests import FrozenGuests
 from vmfs_stub.services.set_aside import SetAside
@@ -177,12 +180,13 @@ async def back_up_while_written(services: Services, guest: Guest, **kwargs: Any)
 
 def nothing_left(services: Services) -> None:
     """No private file, no map of a point that is not there, no gate, no lease."""
-    assert list((services.rig.backing / PRIVATE_DIR / FROZEN_DIR).iterdir()) == []
+    frozen = services.rig.backing / PRIVATE_DIR / FROZEN_DIR
+    assert list(frozen.iterdir()) == []
     assert [path.name for path in (services.rig.runtime / "changes").iterdir() if not path.name.isdecimal()] == []
     held = {str(fd) for fd in services.rig.medium.held()}
     for link in Path("/proc/self/fd").iterdir():
         with suppress(OSError):
-            assert link.name in held or f"/{FROZEN_DIR}/" not in str(link.readlink())
+            assert link.name in held or not link.readlink().is_relative_to(frozen)
 
 
 # The moment
@@ -265,6 +269,42 @@ async def test_of_a_chunk_that_is_absent_in_part_the_rest_comes_from_its_point()
                 await guest.write(0, 35 * CHUNK + BLOCK, noise(BLOCK * 3, seed=51))
 
             check_moment(services, guest, await _between(services, overwrite))
+            await check_now(guest)
+
+
+async def test_a_chunk_that_comes_back_while_it_is_set_aside_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its absent blocks are seen, then filled in for the backup, and the guest changes it before the mover reads it."""
+    is_back, is_written = threading.Event(), threading.Event()
+    bring_back = DiskParts._recall_mixed
+
+    async def bringing_back(self: DiskParts, *args: Any) -> int:
+        stop = await bring_back(self, *args)
+        is_back.set()
+        return stop
+
+    def after(event: threading.Event, function: Callable[..., Any], *args: Any) -> Any:
+        assert event.wait(10)
+        return function(*args)
+
+    monkeypatch.setattr(DiskParts, "_recall_mixed", bringing_back)
+    with rig_with_disks() as rig:
+        async with rig.running() as services:
+            await services.archive("vm")
+        async with rig.running() as services, guest_of(services) as guest, trio.open_nursery() as nursery:
+            guest.contents = [bytearray(content) for content in first_contents(rig)]
+            await guest.write(0, 35 * CHUNK + 2 * BLOCK, noise(BLOCK, seed=50))
+
+            async def overwrite() -> None:
+                await guest.write(0, 35 * CHUNK + BLOCK, noise(BLOCK, seed=51))
+                is_written.set()
+
+            async def begin() -> None:
+                services.files.instead["aside.read"] = partial(after, is_back)
+                services.files.instead["archive.read"] = partial(after, is_written)
+                nursery.start_soon(overwrite)
+                await wait_all_tasks_blocked()
+
+            check_moment(services, guest, await _between(services, begin))
             await check_now(guest)
 
 

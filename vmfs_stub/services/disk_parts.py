@@ -120,11 +120,12 @@ class DiskParts:
         else:
             data = await self._threads.files(self._data, disk, start, run.end)
             if data.start <= start:
-                # What is changed of it from here on is set aside as a whole, which whoever reads it finds.
-                return Part(Extent(start, min(data.end, start + self._step)), Content.DATA)
-            end, content = min(data.start, start + ZEROS_CHUNKS_MAX), Content.ZEROS
-        still = aside.next_of(Kept.UNTOUCHED, start, end)
-        return Part(still, content) if still.start == start and still.length else None
+                end, content = min(data.end, start + self._step), Content.DATA
+            else:
+                end, content = min(data.start, start + ZEROS_CHUNKS_MAX), Content.ZEROS
+        # What is changed of data from here on is set aside as a whole, which whoever reads it finds.
+        still = await aside.wait_untouched(start, end)
+        return Part(still, content) if still.length else None
 
     async def _complete(self, aside: SetAside, chunk: int, label: str) -> None:
         placeholder = aside.placeholder

@@ -225,6 +225,16 @@ class SetAside:
         kept = Kept(self._kept[at])
         return kept, self.next_of(kept, at, end)
 
+    async def wait_untouched(self, start: int, end: int) -> Extent:
+        """Which chunks, the first of [start, end), nobody has changed; empty when ``start`` is not such a one.
+
+        Of these all that is kept from now on is what is here now: a chunk that was being kept was perhaps seen when it
+        was absent in part, so that it has no mark though it has been filled in meanwhile.
+        """
+        async with self._locks.hold(start, end):
+            still = self.next_of(Kept.UNTOUCHED, start, end)
+        return still if still.start == start else Extent(start, start)
+
     async def complete(self, chunk: int, fetch: Callable[[int], Awaitable[Buffer | None]]) -> None:
         """Of a chunk that is kept in part, put in the rest, which ``fetch`` gets from its restore point.
 
